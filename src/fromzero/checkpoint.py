@@ -1,0 +1,160 @@
+"""Checkpoints: one safetensors file each, written atomically, checksummed, with a format version.
+
+A folder holds `last.safetensors`, the ones before it as `step-N.safetensors`, and `best.safetensors`. The file's
+metadata holds the JSON state and a SHA-256 over the whole file, so that any flipped byte is found. A damaged file is
+named and the one before it is used. No code can run: safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from fromzero.errors import FromzeroError
+from fromzero.files import publish, stage, write_atomically
+
+FORMAT = "1"
+LAST = "last.safetensors"
+BEST = "best.safetensors"
+_DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+_NO_DIGEST = b"0" * 64
+_MAX_HEADER_BYTES = 10_000_000
+
+
+class DamagedCheckpointError(FromzeroError):
+    """A checkpoint that does not read as it was written; the message names the file and what was found."""
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds: tensors by name, and the rest of the state as plain JSON data."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    path: Path | None = None
+
+
+def encode(checkpoint: Checkpoint) -> bytes:
+    """The file's bytes: safetensors whose metadata has `format`, `state` (JSON) and `sha256`, which is taken over
+    the file with the digits of the sum itself as zeros."""
+    metadata = {
+        "format": FORMAT,
+        "sha256": _NO_DIGEST.decode(),
+        "state": json.dumps(checkpoint.state, sort_keys=True),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    data = bytearray(safetensors.torch.save(tensors, metadata))
+    start = _digest_position(data)
+    data[start : start + 64] = hashlib.sha256(data).hexdigest().encode()
+    return bytes(data)
+
+
+def decode(data: bytes, path: Path | None = None) -> Checkpoint:
+    """The checkpoint in these bytes. Raises DamagedCheckpointError when a single byte is not as it was written."""
+    label = path or "checkpoint"
+    try:
+        start = _digest_position(data)
+        stored = bytes(data[start : start + 64])
+        digest = hashlib.sha256(data[:start])
+        digest.update(_NO_DIGEST)
+        digest.update(memoryview(data)[start + 64 :])
+        if digest.hexdigest().encode() != stored:
+            raise ValueError("its checksum does not match its content")
+        header_bytes = struct.unpack("<Q", data[:8])[0]
+        metadata = json.loads(data[8 : 8 + header_bytes])["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"its format is {metadata['format']}, this version reads format {FORMAT}")
+        return Checkpoint(safetensors.torch.load(data), json.loads(metadata["state"]), path)
+    except (ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+        raise DamagedCheckpointError(
+            f"{label}: damaged checkpoint ({len(data):,} bytes): {error or type(error).__name__}"
+        ) from None
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> None:
+    """Write `checkpoint` as the last one of `folder`, and keep the `keep` newest.
+
+    The new file is durable before the old one is renamed, and the old one is removed last; at every moment a whole
+    checkpoint is there. Raises OSError, all earlier checkpoints whole, when the disk is full or fails.
+    """
+    last = folder / LAST
+    stage(last, encode(checkpoint))
+    if last.exists() and keep > 1:
+        os.replace(last, folder / f"step-{_step_of(last):09d}.safetensors")
+    publish(last)
+    for old in _older(folder)[max(keep - 1, 0) :]:
+        old.unlink(missing_ok=True)
+
+
+def save_best(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` as the best one of `folder`."""
+    write_atomically(folder / BEST, encode(checkpoint))
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in a file. Raises DamagedCheckpointError, or OSError when it cannot be read."""
+    return decode(path.read_bytes(), path)
+
+
+def load_last(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of `folder`, or None if none was ever written. Damaged ones are named in a warning
+    and passed over. Raises DamagedCheckpointError when there are some and all are damaged."""
+    damaged = []
+    for path in [folder / LAST, *_older(folder)]:
+        try:
+            found = load(path)
+        except FileNotFoundError:
+            continue
+        except DamagedCheckpointError as error:
+            damaged.append(str(error))
+            continue
+        for message in damaged:
+            warnings.warn(f"{message}; using {path.name} instead", stacklevel=2)
+        return found
+    if damaged:
+        raise DamagedCheckpointError("; ".join(damaged) + "; no whole checkpoint is left")
+    return None
+
+
+def _older(folder: Path) -> list[Path]:
+    """The checkpoints before the last, newest first."""
+    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    """The step of a checkpoint that this process or an earlier one wrote; a damaged one counts as step 0."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(min(_header_bytes(file.read(8)), _MAX_HEADER_BYTES))
+        return int(json.loads(json.loads(header)["__metadata__"]["state"])["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+def _header_bytes(first: bytes) -> int:
+    if len(first) < 8:
+        raise ValueError("it is cut off in its first 8 bytes")
+    return int(struct.unpack("<Q", first[:8])[0])
+
+
+def _digest_position(data: bytes | bytearray) -> int:
+    """Where the digits of the checksum stand in the header."""
+    header_bytes = _header_bytes(bytes(data[:8]))
+    if header_bytes > min(len(data) - 8, _MAX_HEADER_BYTES):
+        raise ValueError(f"its header claims {header_bytes:,} bytes")
+    found = _DIGEST.findall(data, 8, 8 + header_bytes)
+    if len(found) != 1:
+        raise ValueError("its header has no single checksum")
+    match = _DIGEST.search(data, 8, 8 + header_bytes)
+    assert match is not None
+    return match.start(1)
+

@@ -1,0 +1,38 @@
+"""Where images come from: one `ImageSet`, whatever the source.
+
+`load_images` hides formats, caches, downloads and checks. To add a source, write a function that returns an
+`ImageSet` and give it a line in `load_images`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fromzero.data.cifar import load_cifar, load_cifar10
+from fromzero.data.digits import load_digits
+from fromzero.data.images import Images, ImageSet, stratified_split
+from fromzero.errors import InputError, nearest
+
+__all__ = ["ImageSet", "Images", "load_images", "stratified_split"]
+
+
+def load_images(
+    dataset: str | Path = "cifar10", *, data_dir: str | Path | None = None, offline: bool = False
+) -> ImageSet:
+    """The image set called `dataset`: "cifar10", "digits", or the path of a CIFAR folder or archive.
+
+    cifar10 is looked for under `data_dir`, under `FROMZERO_HOME` and where torchvision and Keras keep it, and is
+    downloaded if it is nowhere and `offline` is not set. Raises InputError when there is no such data set, when a
+    file is damaged (which, what was expected, what was found) or when it cannot be had.
+    """
+    match str(dataset):
+        case "cifar10":
+            return load_cifar10(data_dir, offline=offline)
+        case "digits":
+            return load_digits()
+        case path if Path(path).exists():
+            return load_cifar(Path(path))
+        case name:
+            raise InputError(
+                f"unknown data set {name!r}: not a path that exists{nearest(name, ('cifar10', 'digits'))}"
+            )

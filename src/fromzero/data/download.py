@@ -1,0 +1,90 @@
+"""Getting CIFAR-10 when it is nowhere on the machine: mirrors, progress bar, SHA-256, and never hanging."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import platformdirs
+
+from fromzero.errors import InputError
+
+BINARY_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+PYTHON_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+MIRRORS = (
+    ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", BINARY_SHA256),
+    ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", PYTHON_SHA256),
+)
+REACH_SECONDS = 3.0  # for all mirrors together: without a network the answer comes within 5 seconds
+
+
+def home() -> Path:
+    """Where fromzero keeps data: `FROMZERO_HOME`, else the platform's cache folder."""
+    named = os.environ.get("FROMZERO_HOME")
+    return Path(named) if named else Path(platformdirs.user_cache_dir("fromzero", appauthor=False))
+
+
+def fetch_cifar10(folder: Path, *, offline: bool = False) -> Path:
+    """Download a published archive of CIFAR-10 into `folder` and return its path, its SHA-256 checked.
+
+    Mirrors are tried in order; `FROMZERO_CIFAR10_MIRROR` names a folder on the web to try first (same file names).
+    Raises InputError, saying where to put the file by hand, when `offline` or when no mirror answers.
+    """
+    advice = f"put cifar-10-binary.tar.gz (or the python version) into {folder}, or name its folder by --data-dir"
+    if offline:
+        raise InputError(f"CIFAR-10 is not on this machine and --offline forbids the download: {advice}")
+    mirrors = list(MIRRORS)
+    if own := os.environ.get("FROMZERO_CIFAR10_MIRROR"):
+        mirrors = [(f"{own.rstrip('/')}/{url.rpartition('/')[2]}", sha) for url, sha in MIRRORS] + mirrors
+    reachable = _reachable([url for url, _ in mirrors])
+    failures = []
+    for url, sha256 in mirrors:
+        if url not in reachable:
+            failures.append(f"{urllib.parse.urlsplit(url).hostname} cannot be reached")
+            continue
+        try:
+            return _retrieve(url, sha256, folder)
+        except Exception as error:  # pooch lets through what requests, urllib3 and the file system raise
+            failures.append(f"{url}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+    raise InputError(f"CIFAR-10 could not be downloaded ({'; '.join(dict.fromkeys(failures))}): {advice}")
+
+
+def _retrieve(url: str, sha256: str, folder: Path) -> Path:
+    import pooch
+
+    pooch.get_logger().setLevel(logging.WARNING)
+    name = url.rpartition("/")[2]
+    print(f"downloading {url} to {folder}", file=sys.stderr)
+    downloader = pooch.HTTPDownloader(progressbar=True, timeout=(REACH_SECONDS, 30))
+    return Path(pooch.retrieve(url, f"sha256:{sha256}", fname=name, path=folder, downloader=downloader))
+
+
+def _reachable(urls: list[str]) -> set[str]:
+    """The addresses whose host (or proxy) takes a connection within REACH_SECONDS in all. Looked up in threads,
+    because a name look-up has no time limit of its own."""
+    proxies = urllib.request.getproxies()
+    answered: set[str] = set()
+
+    def try_to_connect(url: str) -> None:
+        target = urllib.parse.urlsplit(url)
+        if target.scheme in proxies and not urllib.request.proxy_bypass(target.hostname or ""):
+            target = urllib.parse.urlsplit(proxies[target.scheme])
+        port = target.port or {"http": 80}.get(target.scheme, 443)
+        try:
+            socket.create_connection((target.hostname or "", port), timeout=REACH_SECONDS).close()
+        except (OSError, ValueError):
+            return
+        answered.add(url)
+
+    threads = [threading.Thread(target=try_to_connect, args=(url,), daemon=True) for url in urls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(REACH_SECONDS / len(threads))
+    return set(answered)

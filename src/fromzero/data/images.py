@@ -1,0 +1,71 @@
+"""The one form that images take: uint8 arrays with labels, class names and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from fromzero.rng import permutation
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pixels uint8 (N, H, W, C), labels int64 (N,)."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> Images:
+        """The images at `indices`, in that order (a copy)."""
+        return Images(self.pixels[indices], self.labels[indices])
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (or as many as it takes)
+        and the pixels in the order C, H, W. It does not depend on the order of the images or on the file format."""
+        records = np.ascontiguousarray(self.pixels.transpose(0, 3, 1, 2)).reshape(len(self), -1)
+        digests = []
+        for label, record in zip(self.labels.tolist(), records, strict=True):
+            digest = hashlib.sha256(label.to_bytes(max(1, (label.bit_length() + 7) // 8), "little"))
+            digest.update(record)
+            digests.append(digest.digest())
+        return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Train and test images with what identifies them. `source` says where they were read from."""
+
+    name: str
+    train: Images
+    test: Images
+    class_names: tuple[str, ...]
+    source: str
+    fingerprints: dict[str, str]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        height, width, channels = self.train.pixels.shape[1:]
+        return height, width, channels
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def stratified_split(labels: np.ndarray, fraction: float, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+    """(kept, held out): int64 indices in ascending order, with `round(fraction × count)` of each class held out, at
+    least one and never all. Depends on the labels, the fraction and the purpose alone, never on a recipe's seed."""
+    order = permutation(len(labels), 0, purpose)
+    held = []
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held.append(members[:count])
+    held_out = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out

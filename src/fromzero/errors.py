@@ -1,0 +1,45 @@
+"""What goes wrong in ways a user can mend.
+
+Every error here is one line that names what, where and what to do. The command line prints it and leaves with
+`exit_code`; nothing else is ever shown for bad input. Imports nothing of fromzero.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FromzeroError(Exception):
+    """Something the user can mend; the message is one line that says how."""
+
+    exit_code = 1
+
+
+class InputError(FromzeroError):
+    """A name, field, value or file that does not fit: nothing was started."""
+
+    exit_code = 2
+
+
+class NonFiniteError(FromzeroError):
+    """A loss or gradient became infinite or NaN; the weights were left as they were."""
+
+
+class Interrupted(FromzeroError):
+    """The run was asked to stop, has been saved, and can be resumed. `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; nearest: …"` with the known name most like `name` (initials count: `lr` → `learning_rate`), or all of
+    them when none is near and they are few."""
+    names = list(known)
+    leaf = name.rpartition(".")[2]
+    initials = [k for k in names if leaf and leaf == "".join(w[0] for w in k.rpartition(".")[2].split("_") if w)]
+    found = get_close_matches(name, names, n=1, cutoff=0.5) or initials[:1]
+    found = found or get_close_matches(leaf, [k.rpartition(".")[2] for k in names], n=1, cutoff=0.6)
+    if found:
+        return f"; nearest: {found[0]}"
+    return f"; known: {', '.join(names)}" if len(names) <= 12 else ""

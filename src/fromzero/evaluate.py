@@ -1,0 +1,91 @@
+"""Per-example outcomes of a network on images, and the metrics that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fromzero.machine import Machine
+from fromzero.recipe import Recipe
+
+BATCH = 500
+
+
+class Normalise(NamedTuple):
+    """How uint8 pixels become the network's input: (pixels - shift) × scale, one value a channel."""
+
+    shift: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, recipe: Recipe, train_pixels: Tensor) -> Normalise:
+        """As the recipe says; `standard` takes mean and standard deviation from the train pixels (N, H, W, C)."""
+        channels = train_pixels.shape[-1]
+        if recipe.normalise == "unit":
+            shift, scale = torch.zeros(channels), torch.full((channels,), 1 / 255)
+        else:
+            # Exact sums in integers, so that the result does not depend on threads.
+            counts = [torch.bincount(train_pixels[..., c].flatten(), minlength=256) for c in range(channels)]
+            values = torch.arange(256, dtype=torch.float64, device=train_pixels.device)
+            means = [(values * n).sum() / n.sum() for n in counts]
+            variances = [((values - m) ** 2 * n).sum() / n.sum() for m, n in zip(means, counts, strict=True)]
+            shift = torch.stack(means).float()
+            scale = torch.stack(variances).sqrt().clamp(min=1e-6).reciprocal().float()
+        return cls(shift.to(train_pixels.device), scale.to(train_pixels.device))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 (N, H, W, C) → float32 (N, C, H, W) in channels-last memory."""
+        return ((pixels.float() - self.shift) * self.scale).permute(0, 3, 1, 2)
+
+
+class Outcomes(NamedTuple):
+    """What a network says of N images: cross-entropy loss float32 (N,), predicted class int64 (N,), truth (N,)."""
+
+    losses: Tensor
+    predictions: Tensor
+    labels: Tensor
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        return self.losses.double().mean().item()
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images whose class was predicted."""
+        return (self.predictions == self.labels).double().mean().item()
+
+    def recalls(self, num_classes: int) -> list[float]:
+        """Accuracy among the images of each class; NaN for a class without images."""
+        correct = (self.predictions == self.labels).double()
+        return [correct[self.labels == c].mean().item() for c in range(num_classes)]
+
+
+def evaluate(
+    model: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    normalise: Normalise,
+    machine: Machine,
+    between: Callable[[], None] = lambda: None,
+) -> Outcomes:
+    """Outcomes of `model` on `pixels` uint8 (N, H, W, C), in evaluation mode; the mode is left as it was found.
+    `between` is called after every batch and may raise to stop."""
+    was_training = model.training
+    model.eval()
+    losses, predictions = [], []
+    try:
+        with torch.inference_mode(), machine.autocast():
+            for start in range(0, len(labels), BATCH):
+                part = slice(start, start + BATCH)
+                logits = model(normalise(pixels[part])).float()
+                losses.append(F.cross_entropy(logits, labels[part], reduction="none"))
+                predictions.append(logits.argmax(1))
+                between()
+    finally:
+        model.train(was_training)
+    return Outcomes(torch.cat(losses).float(), torch.cat(predictions), labels)

@@ -1,0 +1,60 @@
+"""Writing files so that a reader finds the old content or the new, never a part.
+
+Order of `write_atomically`: write, flush, fsync the file, rename, fsync the folder. When it returns, the content
+survives a power loss; when it raises, the old content is untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`. Raises OSError, the old file whole, when the disk is full or fails."""
+    stage(path, data)
+    publish(path)
+
+
+def stage(path: Path, data: bytes) -> None:
+    """Write `data` durably beside `path`, under the name that `publish` renames."""
+    partial = _partial(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def publish(path: Path) -> None:
+    """Rename what `stage` wrote to `path`, durably."""
+    os.replace(_partial(path), path)
+    sync_folder(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line durably."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable, where the platform lets a folder be opened."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")

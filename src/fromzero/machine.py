@@ -1,0 +1,144 @@
+"""The machine a run computes on: device, precision, threads, allocator.
+
+`prepare` chooses and sets them, so that a user sets nothing. Everything that can change the bits of a result is a
+field of `Machine`; two machines that are equal compute equal bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+
+from fromzero.errors import InputError
+
+Precision = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the bits of a result depend on besides recipe and images."""
+
+    device: str
+    processor: str
+    instructions: str
+    threads: int
+    precision: Precision
+    torch: str
+    fromzero: str
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """`field: theirs → ours` for every field in which a recorded machine differs from this one."""
+        return [
+            f"{field}: {other.get(field)} → {value}"
+            for field, value in asdict(self).items()
+            if other.get(field) != value
+        ]
+
+    def autocast(self) -> torch.autocast:
+        """The context in which a network computes on this machine."""
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+
+def prepare(precision: str = "auto", *, device: str = "auto", threads: int | None = None) -> Machine:
+    """Choose device, precision and threads, set them for this process, and say what was chosen.
+
+    precision: "auto", "bfloat16" or "float32"; device: "auto", "cpu", "cuda" or "cuda:N"; threads: CPU threads, by
+    default one for each core this process may use. Raises InputError for a device that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:N") from None
+    if kind.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported; known: auto, cpu, cuda, cuda:N")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads: {threads} is less than 1")
+    threads = threads or _usable_cores()
+    torch.set_num_threads(threads)
+    keep_large_buffers()
+    if kind.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        processor, fast_bfloat16 = torch.cuda.get_device_name(kind), torch.cuda.get_device_capability(kind) >= (8, 0)
+    else:
+        processor, fast_bfloat16 = _processor_name(), _has_fast_bfloat16()
+    chosen: Precision = "float32" if precision == "float32" else "bfloat16"
+    if precision == "auto" and not fast_bfloat16:
+        chosen = "float32"
+    return Machine(
+        device=str(kind),
+        processor=processor,
+        instructions=_instructions(),
+        threads=threads,
+        precision=chosen,
+        torch=torch.__version__,
+        fromzero=metadata.version("fromzero"),
+    )
+
+
+@cache
+def keep_large_buffers() -> bool:
+    """Tell glibc to keep freed buffers of the heap instead of returning each to the kernel.
+
+    A training step frees and asks again for the same large buffers; by default each is unmapped and mapped, and
+    its pages zeroed, every step. Returns whether the C library took the settings (False off glibc).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names and numbers of malloc.h
+    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20))
+    return all([mallopt(name, value) == 1 for name, value in settings])
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory this process has held so far, or None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _has_fast_bfloat16() -> bool:
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+
+
+def _instructions() -> str:
+    features = torch.cpu.get_capabilities()
+    extra = [name for name in ("amx_bf16", "avx512_bf16") if features.get(name)]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *extra])
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,224 @@
+"""Networks: from a description to layers, to a module, to the summary table.
+
+`layers` spells a description out, one entry a layer, with every shape and parameter count; `build` makes the module
+of exactly these layers and `summary` prints them. Images are (N, C, H, W) in channels-last memory; a flattened image
+is in the order H, W, C, as in Keras. Weights are drawn as in Keras: Glorot uniform (Glorot and Bengio, 2010), zero
+biases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fromzero.errors import InputError
+from fromzero.recipe import NetworkRecipe
+from fromzero.rng import derive, generator
+
+ImageShape = tuple[int, int, int]
+
+
+class Layer(NamedTuple):
+    """One row of the summary: `shape` is the output's, (H, W, C) or (units,), without the batch."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    parameters: int = 0
+    rate: float = 0.0
+    pool: int = 1
+    padding: str = "same"
+    shown: bool = True
+
+
+def layers(network: NetworkRecipe, image_shape: ImageShape, num_classes: int) -> list[Layer]:
+    """The layers of `network` for images of `image_shape` (H, W, C), in the order Keras would list them.
+
+    Raises InputError when a valid convolution or a pooling leaves no pixel.
+    """
+    rows: list[Layer] = []
+    counts: Counter[str] = Counter()
+
+    def add(kind: str, shape: tuple[int, ...], **more: object) -> None:
+        stem = {"Conv2D": "conv2d", "MaxPooling2D": "max_pooling2d"}.get(kind, kind.lower())
+        if more.get("shown", True):
+            counts[stem] += 1
+        rows.append(Layer(kind, f"{stem}_{counts[stem]}", shape, **more))  # type: ignore[arg-type]
+
+    height, width, channels = image_shape
+    for i, block in enumerate(network.blocks()):
+        for out in block.channels:
+            shrink = 2 if block.padding == "valid" else 0
+            height, width = height - shrink, width - shrink
+            _check_size(height, width, image_shape, f"a valid convolution of block {i}")
+            add("Conv2D", (height, width, out), parameters=9 * channels * out + out, padding=block.padding)
+            add("Activation", (height, width, out), shown=block.activation_layers)
+            channels = out
+        if block.pool > 1:
+            height, width = height // block.pool, width // block.pool
+            _check_size(height, width, image_shape, f"the pooling of block {i}")
+            add("MaxPooling2D", (height, width, channels), pool=block.pool)
+        if block.dropout > 0:
+            add("Dropout", (height, width, channels), rate=block.dropout)
+    features = height * width * channels
+    add("Flatten", (features,))
+    for units, rate in network.dense_layers():
+        add("Dense", (units,), parameters=features * units + units)
+        add("Activation", (units,), shown=network.dense_activation_layers)
+        if rate > 0:
+            add("Dropout", (units,), rate=rate)
+        features = units
+    rows.append(Layer("Dense", "predictions", (num_classes,), features * num_classes + num_classes))
+    return rows
+
+
+def num_parameters(network: NetworkRecipe, image_shape: ImageShape, num_classes: int) -> int:
+    """How many weights and biases the network has."""
+    return sum(row.parameters for row in layers(network, image_shape, num_classes))
+
+
+def build(
+    network: NetworkRecipe, image_shape: ImageShape, num_classes: int, seed: int = 0, device: str = "cpu"
+) -> Network:
+    """The network as a module on `device`, its weights drawn from `seed` (on the CPU, the same for every device).
+
+    A layer's weights depend on the seed and on the layer's name and shape alone, so two networks with the same seed
+    start equal wherever their layers agree.
+    """
+    modules: dict[str, nn.Module] = {}
+    masks = torch.Generator(device)
+    channels, features = image_shape[2], 0
+    for row in _pool_before_activation(layers(network, image_shape, num_classes)):
+        match row.kind:
+            case "Conv2D":
+                padding = 1 if row.padding == "same" else 0
+                modules[row.name] = nn.Conv2d(channels, row.shape[-1], 3, padding=padding)
+                channels = row.shape[-1]
+            case "MaxPooling2D":
+                modules[row.name] = nn.MaxPool2d(row.pool)
+            case "Flatten":
+                modules[row.name] = _Flatten()
+                features = row.shape[0]
+            case "Dense":
+                modules[row.name] = nn.Linear(features, row.shape[0])
+                features = row.shape[0]
+            case "Dropout":
+                modules[row.name] = Dropout(row.rate, masks)
+            case "Activation":
+                modules[f"relu_{len(modules)}"] = nn.ReLU()
+    model = Network(modules, masks)
+    _draw_weights(model, seed)
+    return model.to(device=device, memory_format=torch.channels_last)
+
+
+class Network(nn.Sequential):
+    """Layers one after the other; dropout masks come from one generator that is reseeded at every step."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], masks: torch.Generator):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.masks = masks
+
+    def reseed(self, seed: int, step: int) -> None:
+        """Make the dropout masks of the next forward pass those of (seed, step)."""
+        self.masks.manual_seed(derive(seed, "dropout", step))
+
+
+class Dropout(nn.Module):
+    """Inverted dropout (Srivastava et al., 2014) whose mask is read from random bytes, 1 an element, off `masks`.
+
+    The rate is rounded to the nearest 1/256 (0.25 and 0.5 are exact), and what is kept is scaled by that rounded
+    rate, so the expectation is exact. Bytes from 64-bit words cost a fraction of one Bernoulli draw an element. The
+    mask depends on the order of elements (N, H, W, C), not on the memory format or the precision.
+    """
+
+    def __init__(self, rate: float, masks: torch.Generator):
+        super().__init__()
+        self.rate = rate
+        self.masks = masks
+        self.threshold = min(round(rate * 256), 255)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.threshold == 0:
+            return x
+        if x.dim() == 4:
+            return self._drop(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self._drop(x)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
+        # random_() alone leaves out the sign bit, so the top byte would never reach 128: name the whole range.
+        words.random_(-(2**63), None, generator=self.masks)
+        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
+        return x * kept.to(x.dtype).mul_(256 / (256 - self.threshold))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class _Flatten(nn.Module):
+    """(N, C, H, W) → (N, H·W·C): Keras's order, and a view of channels-last memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
+def summary(network: NetworkRecipe, image_shape: ImageShape, num_classes: int) -> str:
+    """The table that Keras's `summary()` prints: layer and type, output shape, parameters, totals."""
+    rows = [row for row in layers(network, image_shape, num_classes) if row.shown]
+    total = sum(row.parameters for row in rows)
+    lines = [f"{'Layer (type)':<32}{'Output Shape':<24}Param #", "=" * 66]
+    for row in rows:
+        shape = "(" + ", ".join(["None", *map(str, row.shape)]) + ")"
+        lines += [f"{f'{row.name} ({row.kind})':<32}{shape:<24}{row.parameters}", "_" * 66]
+    lines[-1] = "=" * 66
+    lines += [f"Total params: {total:,}", f"Trainable params: {total:,}", "Non-trainable params: 0"]
+    return "\n".join(lines)
+
+
+def differing_layers(model: nn.Module, weights: Mapping[str, Tensor]) -> list[tuple[str, str, str]]:
+    """(weight, shape in `weights`, shape in `model`), "–" where absent, for every weight that does not fit."""
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    return [
+        (name, str(theirs.get(name, "–")), str(ours.get(name, "–")))
+        for name in names
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _check_size(height: int, width: int, image_shape: ImageShape, where: str) -> None:
+    if height < 1 or width < 1:
+        raise InputError(
+            f"network: {where} leaves no pixel of {image_shape[0]}×{image_shape[1]} images;"
+            " use same padding, less pooling or fewer blocks"
+        )
+
+
+def _pool_before_activation(rows: Iterable[Layer]) -> list[Layer]:
+    """Swap ReLU and the pooling behind it: max(relu(x)) = relu(max(x)), so values and gradients are the same, and
+    the ReLU has a quarter of the work."""
+    ordered = list(rows)
+    for i, (first, second) in enumerate(zip(ordered, ordered[1:], strict=False)):
+        if first.kind == "Activation" and second.kind == "MaxPooling2D":
+            ordered[i], ordered[i + 1] = second, first
+    return ordered
+
+
+@torch.no_grad()
+def _draw_weights(model: nn.Module, seed: int) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            fan_out, fan_in = module.weight.shape[:2]
+            receptive_field = math.prod(module.weight.shape[2:])
+            limit = math.sqrt(6 / ((fan_in + fan_out) * receptive_field))
+            module.weight.uniform_(-limit, limit, generator=generator(seed, f"weights/{name}"))
+            if module.bias is not None:
+                module.bias.zero_()

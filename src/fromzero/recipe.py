@@ -1,0 +1,299 @@
+"""What determines a run: the recipe.
+
+A recipe is plain, frozen, complete data. It is read from TOML, overridden field by field, checked as a whole, and
+written back complete; together with an image set and a machine it determines every weight. Unknown fields and
+values are errors that name the nearest known one. Imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+import tomli_w
+from pydantic import Field
+
+from fromzero.errors import InputError, nearest
+
+Padding = Literal["same", "valid"]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class Block(NamedTuple):
+    """One block of a network, with every rate and size spelled out: convolutions, then pooling, then dropout."""
+
+    channels: tuple[int, ...]
+    padding: Padding
+    pool: int
+    dropout: float
+    activation_layers: bool
+
+
+class NetworkRecipe(_Part):
+    """A plain convolutional network as data: blocks of 3×3 convolutions, then hidden dense layers, then one output a
+    class. A field that takes one value a block (or a hidden dense layer) also takes one value for all of them."""
+
+    channels: tuple[tuple[Count, ...], ...] = Field(
+        min_length=1, description="channels of the 3×3 convolutions, one list a block: [[32, 64], [128]]"
+    )
+    padding: Padding | tuple[Padding, ...] = Field(
+        "same", description="same or valid, for every block or one a block"
+    )
+    pool: Count | tuple[Count, ...] = Field(
+        2, description="max pooling at the end of a block (window and stride; 1 is none), for all or one a block"
+    )
+    block_dropout: Rate | tuple[Rate, ...] = Field(
+        0.0, description="dropout rate after each block, for all or one a block"
+    )
+    dense: tuple[Count, ...] = Field((64,), description="units of the hidden dense layers: [1024, 1024]")
+    dense_dropout: Rate | tuple[Rate, ...] = Field(
+        0.0, description="dropout rate after each hidden dense layer, for all or one a layer"
+    )
+    activation_layers: bool | tuple[bool, ...] = Field(
+        True, description="whether `summary` lists a block's ReLU as a layer of its own; the function is the same"
+    )
+    dense_activation_layers: bool = Field(
+        True, description="whether `summary` lists the ReLU of dense layers as layers of their own"
+    )
+
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks in order, single values spread over all of them."""
+        n = len(self.channels)
+        columns = (self.padding, self.pool, self.block_dropout, self.activation_layers)
+        spread = [value if isinstance(value, tuple) else (value,) * n for value in columns]
+        return tuple(Block(*row) for row in zip(self.channels, *spread, strict=True))
+
+    def dense_layers(self) -> tuple[tuple[int, float], ...]:
+        """(units, dropout rate) of each hidden dense layer."""
+        rates = self.dense_dropout
+        return tuple(
+            zip(self.dense, rates if isinstance(rates, tuple) else (rates,) * len(self.dense), strict=True)
+        )
+
+    @pydantic.model_validator(mode="after")
+    def _lengths_agree(self) -> NetworkRecipe:
+        for field, of, n in (
+            ("padding", "channels", len(self.channels)),
+            ("pool", "channels", len(self.channels)),
+            ("block_dropout", "channels", len(self.channels)),
+            ("activation_layers", "channels", len(self.channels)),
+            ("dense_dropout", "dense", len(self.dense)),
+        ):
+            value = getattr(self, field)
+            if isinstance(value, tuple) and len(value) != n:
+                raise ValueError(f"{field} has {len(value)} values where {of} has {n}")
+        if any(not block for block in self.channels):
+            raise ValueError("channels has a block without a convolution")
+        return self
+
+
+class OptimizerRecipe(_Part):
+    """Which optimizer, and its constants. Fields that an optimizer does not use are ignored by it."""
+
+    name: Literal["sgd", "adam", "adamw"] = Field("adam", description="sgd, adam or adamw")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
+    nesterov: bool = Field(False, description="Nesterov's momentum, for sgd")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, for adam and adamw")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment, for adam and adamw")
+    epsilon: float = Field(1e-7, gt=0, description="added to the root of the second moment (1e-7 as in Keras)")
+    weight_decay: float = Field(0.0, ge=0, description="L2 in the gradient (sgd, adam) or decoupled (adamw)")
+
+
+class ScheduleRecipe(_Part):
+    """The learning rate over the run, as a fraction of its peak: a linear warm-up, then `name`."""
+
+    name: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="constant, or down to zero at the last step: linear, cosine"
+    )
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up from zero")
+
+
+class ValidationRecipe(_Part):
+    """Which images the validation figures come from."""
+
+    source: Literal["split", "test"] = Field(
+        "split",
+        description="split: a stratified part of the train images; test: the test images, as the notes did",
+    )
+    fraction: float = Field(0.1, gt=0, lt=1, description="share of each class that `split` holds out")
+
+
+class Recipe(_Part):
+    """Everything that determines a run, apart from the images and the machine."""
+
+    name: str = Field("custom", min_length=1, description="what the recipe is called")
+    dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, or a CIFAR folder or archive")
+    seed: int = Field(0, ge=0, description="seed of weights, order and dropout")
+    epochs: int = Field(10, ge=1, description="passes over the training images")
+    batch_size: int = Field(128, ge=1, description="images a step; the last batch of an epoch may be smaller")
+    normalise: Literal["unit", "standard"] = Field(
+        "unit", description="unit: pixels / 255; standard: then minus channel mean, over standard deviation"
+    )
+    precision: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto is bfloat16 where the processor computes fast in it, else float32"
+    )
+    clean_train_images: int = Field(
+        5000, ge=1, description="size of the fixed training subset that the clean train accuracy is taken on"
+    )
+    network: NetworkRecipe
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    validation: ValidationRecipe = ValidationRecipe()
+
+    def override(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with some fields changed, each named by its dotted path: `{"optimizer.name": "sgd"}`.
+
+        Raises InputError for an unknown field or a value that does not fit.
+        """
+        tree = self.model_dump()
+        for path, value in changes.items():
+            if path not in field_types():
+                raise InputError(f"unknown recipe field {path!r}{nearest(path, field_types())}")
+            *parents, leaf = path.split(".")
+            node = tree
+            for parent in parents:
+                node = node[parent]
+            node[leaf] = value
+        return _validated(tree, "recipe")
+
+    def to_toml(self) -> str:
+        """The complete recipe as TOML; `load_recipe` reads it back to an equal one."""
+        return tomli_w.dumps(_plain(self.model_dump()))
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the recipe's fields; equal recipes have equal fingerprints."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with fromzero."""
+    folder = resources.files("fromzero") / "recipes"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """The built-in recipe of that name, or the recipe in that TOML file.
+
+    A file may hold a whole recipe, or `base = "NAME or FILE"` and only what differs from it.
+    Raises InputError, naming the file and the field, when something does not fit.
+    """
+    return _load(source, seen=())
+
+
+def field_types() -> dict[str, tuple[Any, str]]:
+    """Dotted path of every field → (its type, its description), in the order of the recipe."""
+    return dict(_fields(Recipe))
+
+
+def parse_value(path: str, text: str) -> Any:
+    """The value that `text` (from a command line) means for the field at `path`: TOML where that parses, else text."""
+    if field_types().get(path, (None, ""))[0] is str:
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _fields(model: type[pydantic.BaseModel], prefix: str = "") -> list[tuple[str, tuple[Any, str]]]:
+    found: list[tuple[str, tuple[Any, str]]] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            found += _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            found.append((prefix + name, (field.annotation, field.description or "")))
+    return found
+
+
+def _load(source: str | Path, seen: tuple[str, ...]) -> Recipe:
+    text, label = _read(source)
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{label}: not valid TOML: {error}") from None
+    base = tree.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str) or label in seen:
+            raise InputError(f"{label}: base must name another recipe or file, not {base!r}")
+        here = Path(source).parent / base
+        inherited = _load(here if here.is_file() else base, (*seen, label))
+        tree = _merged(inherited.model_dump(), tree)
+    return _validated(tree, label)
+
+
+def _read(source: str | Path) -> tuple[str, str]:
+    name = str(source)
+    if name in recipe_names():
+        return (resources.files("fromzero") / "recipes" / f"{name}.toml").read_text("utf-8"), name
+    path = Path(source)
+    if path.suffix == ".toml" or path.is_file():
+        try:
+            return path.read_text("utf-8"), name
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise InputError(f"recipe file {name}: {reason}") from None
+    raise InputError(f"unknown recipe {name!r}{nearest(name, recipe_names())} (or give a .toml file)")
+
+
+def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _validated(tree: dict[str, Any], label: str) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{label}: {_one_line(error)}") from None
+
+
+def _one_line(error: pydantic.ValidationError) -> str:
+    """The first complaint in words: field, what was given, what is admitted."""
+    errors = error.errors()
+    # A union reports one complaint for each of its members; the one whose type was meant is the deepest.
+    first = max(
+        (e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]), key=lambda e: e["type"] == "literal_error"
+    )
+    known = field_types()
+    parts = [str(p) for p in first["loc"]]
+    while parts and ".".join(parts) not in known and len(parts) > 1 and first["type"] != "extra_forbidden":
+        parts.pop()  # index or union member: name the field itself
+    path = ".".join(parts)
+    if first["type"] == "extra_forbidden":
+        return f"unknown field {path!r}{nearest(path, known)}"
+    if first["type"] == "missing":
+        return f"field {path!r} is missing"
+    given = repr(first["input"])
+    given = given if len(given) <= 60 else given[:57] + "…"
+    if first["type"] == "literal_error":
+        choices = [c.strip("' ") for c in first["ctx"]["expected"].replace(" or ", ",").split(",")]
+        near = nearest(str(first["input"]), choices)
+        hint = near if near.startswith("; nearest") else ""
+        return f"{path}: {given} is not one of {', '.join(choices)}{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {given}: {message[0].lower()}{message[1:]}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value

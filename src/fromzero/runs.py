@@ -1,0 +1,212 @@
+"""The run folder: what a run leaves behind, and the only thing that later stages read.
+
+    recipe.toml       the complete recipe
+    provenance.json   versions, machine, command, commit, data fingerprint
+    metrics.jsonl     one row an epoch
+    summary.json      the outcome, flat, once the run has ended
+    checkpoints/      last, the one before, best
+    curves.png        the learning curves
+
+A folder is never overwritten, and one process at a time writes to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from fromzero.errors import FromzeroError, InputError, nearest
+from fromzero.files import append_line, write_atomically
+from fromzero.recipe import Recipe, load_recipe
+
+Row = dict[str, Any]
+
+
+class Run:
+    """A run folder. Reading needs no lock; whoever writes holds `lock()`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The complete recipe of the run."""
+        return load_recipe(self.path / "recipe.toml")
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the run's figures come from: versions, machine, command, commit, data."""
+        return self._json("provenance.json")
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The outcome, or None while the run has not ended."""
+        return self._json("summary.json") if (self.path / "summary.json").exists() else None
+
+    def metrics(self) -> list[Row]:
+        """One dict an epoch; a row that a kill cut in half at the end is left out."""
+        rows = []
+        try:
+            lines = (self.path / "metrics.jsonl").read_text("utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if number < len(lines):
+                    raise FromzeroError(f"{self.path}/metrics.jsonl: line {number} is damaged") from None
+        return rows
+
+    def append_metrics(self, row: Row) -> None:
+        append_line(self.path / "metrics.jsonl", json.dumps(row))
+
+    def cut_metrics(self, epochs: int) -> None:
+        """Drop the rows after epoch `epochs`: they were written after the checkpoint that the run goes on from."""
+        rows = [row for row in self.metrics() if row["epoch"] <= epochs]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.path / "metrics.jsonl", text.encode())
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        write_atomically(self.path / "recipe.toml", recipe.to_toml().encode())
+
+    def write_provenance(self, provenance: dict[str, Any]) -> None:
+        self._write_json("provenance.json", provenance)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self._write_json("summary.json", summary)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the right to write. Raises FromzeroError, naming the holder's host and process, when another process
+        has it. The lock of a process that died is free: the operating system lets go of it."""
+        held = filelock.FileLock(self.path / "lock", timeout=0)
+        try:
+            held.acquire()
+        except filelock.Timeout:
+            holder = self._json("writer.json") if (self.path / "writer.json").exists() else {}
+            raise FromzeroError(
+                f"{self.path}: another process writes to this run: process {holder.get('pid', '?')} on"
+                f" {holder.get('host', '?')}; wait for it, or stop it (Ctrl-C saves)"
+            ) from None
+        try:
+            self._write_json("writer.json", {"host": socket.gethostname(), "pid": os.getpid()})
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (self.path / "writer.json").unlink()
+            held.release()
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads((self.path / name).read_text("utf-8"))
+        except ValueError as error:
+            raise FromzeroError(f"{self.path}/{name}: damaged: {error}") from None
+        except OSError as error:
+            raise FromzeroError(f"{self.path}/{name}: {error.strerror}") from None
+        if not isinstance(found, dict):
+            raise FromzeroError(f"{self.path}/{name}: damaged: expected an object")
+        return found
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def create_run(runs_dir: Path, name: str, recipe: Recipe) -> Run:
+    """A new folder `name`, or `name-2`, `name-3` … where that is taken, holding the recipe."""
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            path = runs_dir / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        (path / "checkpoints").mkdir()
+        run = Run(path)
+        run.write_recipe(recipe)
+    except OSError as error:
+        raise InputError(f"runs folder {runs_dir}: cannot be written: {error.strerror}") from None
+    return run
+
+
+def load_run(run: str | Path, runs_dir: str | Path = "runs") -> Run:
+    """The run at a path, or the one of that name under `runs_dir`. Raises InputError when there is none."""
+    for path in (Path(run), Path(runs_dir) / run):
+        if (path / "recipe.toml").is_file():
+            return Run(path)
+    names = [r.name for r in list_runs(runs_dir)]
+    raise InputError(f"no run {str(run)!r}, neither as a path nor under {runs_dir}{nearest(str(run), names)}")
+
+
+def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
+    """All runs under `runs_dir`, oldest first."""
+    folder = Path(runs_dir)
+    if not folder.is_dir():
+        return []
+
+    def key(run: Run) -> list[str | int]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", run.name)]
+
+    return sorted((Run(path) for path in folder.iterdir() if (path / "recipe.toml").is_file()), key=key)
+
+
+def describe_program() -> dict[str, Any]:
+    """Versions, platform, command and commit of this process, for a run's provenance."""
+    packages = ("fromzero", "torch", "numpy", "safetensors")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of fromzero's own source, "-dirty" added when it differs; None when installed without it."""
+    here = Path(__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+        tracked = subprocess.run(
+            ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name],
+            capture_output=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip() if out.returncode == 0 and tracked.returncode == 0 else None

@@ -1,0 +1,198 @@
+"""Starting a training and going on with one: everything between what a user asks for and the loop."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fromzero import checkpoint, machine, networks
+from fromzero.checkpoint import Checkpoint
+from fromzero.data import ImageSet, load_images
+from fromzero.errors import FromzeroError, InputError
+from fromzero.machine import Machine
+from fromzero.networks import Network
+from fromzero.optim import learning_rate_at
+from fromzero.recipe import Recipe, load_recipe
+from fromzero.runs import Run, create_run, describe_program, load_run
+from fromzero.state import State, load_weights, model_weights
+from fromzero.training import Training, check_image_set
+
+
+def train(
+    recipe: Recipe | str, images: ImageSet | None = None, *, runs_dir: str | Path = "runs", **options: Any
+) -> Run:
+    """Train a network and return its run folder.
+
+    recipe: a Recipe, or the name or file of one; images: by default those of `recipe.dataset`; options: those of
+    `new_training`. Raises FromzeroError for anything a user can mend.
+    """
+    training = new_training(recipe, images, runs_dir=runs_dir, **options)
+    for _ in training:
+        pass
+    return training.run
+
+
+def resume(run: Run | str | Path, **options: Any) -> Run:
+    """Go on with a stopped run, or extend a finished one (`epochs=`), to its end; options: those of
+    `resumed_training`."""
+    training = resumed_training(run, **options)
+    for _ in training:
+        pass
+    return training.run
+
+
+def new_training(
+    recipe: Recipe | str,
+    images: ImageSet | None = None,
+    *,
+    runs_dir: str | Path = "runs",
+    start_from: Run | str | Path | None = None,
+    partial: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    checkpoint_minutes: float = 1.0,
+    keep: int = 2,
+) -> Training:
+    """A training about to begin, its run folder made.
+
+    start_from: a run whose last weights to start with ("save weights, then train again"); partial: take those that
+    fit. checkpoint_minutes and keep: how often to save, and how many checkpoints to keep. Raises InputError before
+    the folder is made when something does not fit.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    images = images or load_images(recipe.dataset)
+    check_image_set(recipe, images)
+    here = machine.prepare(recipe.precision, device=device, threads=threads)
+    state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
+    origin = None
+    if start_from is not None:
+        source = start_from if isinstance(start_from, Run) else load_run(start_from, runs_dir)
+        found = last_checkpoint(source)
+        left = load_weights(state.model, model_weights(found), partial=partial)
+        origin = {"run": str(source.path), "step": found.state.get("step"), "left": left}
+    total = networks.num_parameters(recipe.network, images.image_shape, images.num_classes)
+    run = create_run(Path(runs_dir), f"{images.name}-{total}", recipe)
+    run.write_provenance(
+        {
+            **describe_program(),
+            "machine": asdict(here),
+            "data": {"name": images.name, "source": images.source, "fingerprints": images.fingerprints},
+            "recipe_fingerprint": recipe.fingerprint(),
+            "from": origin,
+            "resumed": [],
+        }
+    )
+    training = Training(run, recipe, images, here, state, checkpoint_minutes, keep)
+    if origin is not None:  # these weights cannot be drawn again from the seed
+        training.save()
+    return training
+
+
+def resumed_training(
+    run: Run | str | Path,
+    images: ImageSet | None = None,
+    *,
+    runs_dir: str | Path = "runs",
+    epochs: int | None = None,
+    allow_inexact: bool = False,
+    device: str | None = None,
+    threads: int | None = None,
+    data_dir: str | Path | None = None,
+    offline: bool = False,
+    checkpoint_minutes: float = 1.0,
+    keep: int = 2,
+) -> Training:
+    """A training that goes on where a run's last checkpoint stands, bit for bit.
+
+    epochs: a new total, to extend the run. Device and threads are by default the recorded ones. Raises FromzeroError
+    when the run has ended, when the images differ from the recorded ones, or when the machine differs and
+    `allow_inexact` is not set.
+    """
+    run = run if isinstance(run, Run) else load_run(run, runs_dir)
+    recipe, provenance = run.recipe, run.provenance
+    recorded = provenance["machine"]
+    if epochs is not None and epochs < recipe.epochs:
+        raise InputError(f"{run.path}: --epochs {epochs} is less than the run's {recipe.epochs}")
+    if run.summary is not None and epochs in (None, recipe.epochs):
+        raise InputError(
+            f"{run.path}: has ended after {recipe.epochs} epochs; to extend it: fromzero resume {run.path}"
+            f" --epochs {2 * recipe.epochs}"
+        )
+    images = images or load_recorded_images(run, data_dir=data_dir, offline=offline)
+    here = machine.prepare(
+        recorded["precision"] if recipe.precision == "auto" else recipe.precision,
+        device=device or recorded["device"],
+        threads=threads or recorded["threads"],
+    )
+    differences = here.differences(recorded)
+    if differences and not allow_inexact:
+        raise FromzeroError(
+            f"{run.path}: this machine is not the one that the run was trained on ({'; '.join(differences)}), so the"
+            " result would not be the same to the bit; --allow-inexact goes on all the same"
+        )
+    if not (run.checkpoints / checkpoint.LAST).exists() and provenance["from"]:
+        raise FromzeroError(f"{run.path}: the weights it started from are gone; train again with --from")
+    state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
+    with run.lock():
+        found = checkpoint.load_last(run.checkpoints)
+        if found is not None:
+            state.load_checkpoint(found)
+        run.cut_metrics(state.counters.epoch)
+        note: dict[str, Any] = {**describe_program(), "machine": asdict(here), "step": state.counters.step}
+        if epochs is not None and epochs != recipe.epochs:
+            note["epochs"] = [recipe.epochs, epochs]
+            recipe = recipe.override({"epochs": epochs})
+            run.write_recipe(recipe)
+            (run.path / "summary.json").unlink(missing_ok=True)
+        run.write_provenance({**provenance, "resumed": [*provenance["resumed"], note]})
+    return Training(run, recipe, images, here, state, checkpoint_minutes, keep)
+
+
+def extension_note(before: Recipe, after: Recipe, step: int, steps_per_epoch: int) -> str:
+    """What extending a run does to its learning rate, in words."""
+    old, new = (learning_rate_at(r, step, steps_per_epoch) for r in (before, after))
+    if before.schedule.name == "constant":
+        return f"the learning rate is constant: it stays {new:g}"
+    return (
+        f"the {after.schedule.name} schedule now ends at epoch {after.epochs} instead of {before.epochs}: the learning"
+        f" rate at this step is {new:g} (it was {old:g}), so this is not the run that {after.epochs} epochs at once"
+        " would have been"
+    )
+
+
+def load_recorded_images(run: Run, *, data_dir: str | Path | None = None, offline: bool = False) -> ImageSet:
+    """The images a run was trained on, from where they were, or from `data_dir`, or as found by name. Raises
+    FromzeroError when their fingerprints are not the recorded ones."""
+    recorded = run.provenance["data"]
+    source = Path(recorded["source"])
+    if data_dir is None and source.exists() and recorded["name"] == "cifar10":
+        images = load_images("cifar10", data_dir=source if source.is_dir() else source.parent)
+    else:
+        images = load_images(run.recipe.dataset, data_dir=data_dir, offline=offline)
+    if images.fingerprints != recorded["fingerprints"]:
+        raise FromzeroError(
+            f"{run.path}: the images at {images.source} are not those it was trained on (train fingerprint"
+            f" {images.fingerprints['train'][:12]}…, recorded {recorded['fingerprints']['train'][:12]}…)"
+        )
+    return images
+
+
+def last_checkpoint(run: Run) -> Checkpoint:
+    """The newest whole checkpoint of a run. Raises FromzeroError when it has none."""
+    found = checkpoint.load_last(run.checkpoints)
+    if found is None:
+        raise FromzeroError(f"{run.path}: it has no checkpoint yet; go on with: fromzero resume {run.path}")
+    return found
+
+
+def load_network(run: Run, images: ImageSet, here: Machine, which: str = "last") -> Network:
+    """A run's network with its `last` or `best` weights, in evaluation mode."""
+    path = run.checkpoints / checkpoint.BEST
+    if which == "best" and not path.exists():
+        raise FromzeroError(f"{run.path}: it has no best checkpoint yet")
+    found = checkpoint.load(path) if which == "best" else last_checkpoint(run)
+    model = networks.build(run.recipe.network, images.image_shape, images.num_classes, device=here.device)
+    load_weights(model, model_weights(found))
+    return model.eval()
+

@@ -1,0 +1,107 @@
+"""The whole state of a training, and its way into a checkpoint and back.
+
+Nothing else changes while a network trains: no loader, schedule or generator has a state of its own. A state that
+went through a checkpoint is equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fromzero import networks, optim
+from fromzero.checkpoint import Checkpoint
+from fromzero.errors import InputError
+from fromzero.networks import ImageShape, Network
+from fromzero.recipe import Recipe
+
+
+@dataclass
+class Progressed:
+    """The counters of a training. `step` counts optimizer steps; `epoch` counts epochs that were also evaluated;
+    the running sums belong to the epoch under way; `seconds` is time spent, stops left out."""
+
+    step: int = 0
+    epoch: int = 0
+    running_loss: float = 0.0
+    running_correct: int = 0
+    running_images: int = 0
+    best_epoch: int = 0
+    best_accuracy: float = -1.0
+    seconds: float = 0.0
+
+
+@dataclass
+class State:
+    """Network, optimizer and counters; `best_weights` are those of the best epoch until they have been written."""
+
+    model: Network
+    optimizer: torch.optim.Optimizer
+    counters: Progressed = field(default_factory=Progressed)
+    best_weights: dict[str, Tensor] | None = None
+
+    @classmethod
+    def initial(cls, recipe: Recipe, image_shape: ImageShape, num_classes: int, device: str) -> State:
+        """The state before the first step: weights drawn from the recipe's seed."""
+        model = networks.build(recipe.network, image_shape, num_classes, recipe.seed, device)
+        return cls(model, optim.make_optimizer(recipe.optimizer, model))
+
+    def to_checkpoint(self) -> Checkpoint:
+        """Everything, as tensors and JSON data. The tensors are the live ones: encode before the next step."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, slots in self._slots():
+            tensors |= {f"optimizer/{name}/{slot}": t for slot, t in slots.items() if isinstance(t, Tensor)}
+        return Checkpoint(tensors, asdict(self.counters))
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Become the state that was saved. Raises InputError if it is not of this network."""
+        load_weights(self.model, model_weights(checkpoint))
+        for name, weight in self.model.named_parameters():
+            prefix = f"optimizer/{name}/"
+            slots = {
+                key.removeprefix(prefix): _like(weight, tensor)
+                for key, tensor in checkpoint.tensors.items()
+                if key.startswith(prefix)
+            }
+            if slots:
+                self.optimizer.state[weight] = slots
+        self.counters = Progressed(**checkpoint.state)
+
+    def _slots(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        for name, weight in self.model.named_parameters():
+            yield name, self.optimizer.state.get(weight, {})
+
+
+def model_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The network's weights in a checkpoint, by name."""
+    prefix = "model/"
+    return {k.removeprefix(prefix): t for k, t in checkpoint.tensors.items() if k.startswith(prefix)}
+
+
+def load_weights(model: Network, weights: Mapping[str, Tensor], *, partial: bool = False) -> list[str]:
+    """Load weights by name. All must fit, unless `partial`: then those that fit are taken.
+
+    Returns the names of the model's weights that were left as they were. Raises InputError with a table, a line for
+    each weight that differs.
+    """
+    differing = networks.differing_layers(model, weights)
+    if differing and not partial:
+        table = "\n".join(f"  {name:<28} {theirs:<22} {ours}" for name, theirs, ours in differing)
+        raise InputError(
+            f"the saved weights do not fit this network, {len(differing)} differ (--partial takes those that fit):\n"
+            f"  {'weight':<28} {'saved':<22} here\n{table}"
+        )
+    bad = {name for name, *_ in differing}
+    model.load_state_dict({k: t for k, t in weights.items() if k not in bad}, strict=False)
+    return [name for name in model.state_dict() if name in bad]
+
+
+def _like(weight: Tensor, saved: Tensor) -> Tensor:
+    """`saved` in the memory layout of the weight it belongs to: fused optimizers walk both side by side."""
+    if saved.shape != weight.shape:
+        return saved.clone()
+    return torch.empty_like(weight, dtype=saved.dtype).copy_(saved)

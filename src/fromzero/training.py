@@ -1,0 +1,280 @@
+"""The training loop.
+
+A training is a state and the page of code that moves it on. Every step is a pure function of the state, the recipe
+and the images: order of examples, dropout masks and learning rate are functions of (seed, step), so a training that
+was stopped anywhere and taken up again ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fromzero import checkpoint
+from fromzero.checkpoint import Checkpoint
+from fromzero.data import ImageSet, stratified_split
+from fromzero.errors import FromzeroError, InputError, Interrupted, NonFiniteError
+from fromzero.evaluate import Normalise, evaluate
+from fromzero.machine import Machine, peak_memory_bytes
+from fromzero.optim import learning_rate_at
+from fromzero.recipe import Recipe
+from fromzero.rng import permutation
+from fromzero.runs import Row, Run
+from fromzero.signals import StopSignals
+from fromzero.state import Progressed, State
+
+SAVE_COST_LIMIT = 0.025  # share of the time that saving may take; the promise is 3.5 %
+
+
+class Subset(NamedTuple):
+    """Pixels uint8 (N, H, W, C) and labels int64 (N,) on the device."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a training reads: the images it learns from, a fixed part of them for the clean train accuracy, the
+    validation images, and the test images, which are scored once."""
+
+    train: Subset
+    clean_train: Subset
+    validation: Subset
+    test: Subset
+    normalise: Normalise
+
+    @classmethod
+    def of(cls, recipe: Recipe, images: ImageSet, device: str) -> Data:
+        """Split as the recipe says. The splits depend on the images alone, not on the seed."""
+
+        def subset(part: Any) -> Subset:
+            return Subset(torch.from_numpy(part.pixels).to(device), torch.from_numpy(part.labels).to(device))
+
+        train, validation = images.train, images.test
+        if recipe.validation.source == "split":
+            kept, held = stratified_split(images.train.labels, recipe.validation.fraction, "validation")
+            train, validation = images.train.take(kept), images.train.take(held)
+        clean = train
+        if recipe.clean_train_images < len(train):
+            _, chosen = stratified_split(train.labels, recipe.clean_train_images / len(train), "clean train")
+            clean = train.take(chosen)
+        parts = [subset(part) for part in (train, clean, validation, images.test)]
+        return cls(*parts, Normalise.of(recipe, parts[0].pixels))
+
+
+class Progress(NamedTuple):
+    """Where a training stands after a step, or, with a row of metrics, after the evaluation of an epoch."""
+
+    counters: Progressed
+    epochs: int
+    steps_per_epoch: int
+    row: Row | None = None
+
+
+@dataclass
+class Training:
+    """A run that is being trained. Iterate over it to train: it yields a Progress after every step and every epoch,
+    writes the run folder as it goes, and ends with summary.json and curves.png there.
+
+    Raises Interrupted when stopped by Ctrl-C or SIGTERM (saved first), NonFiniteError when a value overflows.
+    """
+
+    run: Run
+    recipe: Recipe
+    images: ImageSet
+    machine: Machine
+    state: State
+    checkpoint_minutes: float = 1.0
+    keep: int = 2
+    data: Data = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.data = Data.of(self.recipe, self.images, self.machine.device)
+        self.steps_per_epoch = math.ceil(len(self.data.train.labels) / self.recipe.batch_size)
+        self._saved_at = self._ticked_at = time.monotonic()
+        self._save_seconds = 0.0
+
+    def __iter__(self) -> Iterator[Progress]:
+        recipe, counters = self.recipe, self.state.counters
+        with self.run.lock(), StopSignals() as stop:
+            self._saved_at = self._ticked_at = time.monotonic()
+            while counters.epoch < recipe.epochs:
+                order = torch.from_numpy(
+                    permutation(len(self.data.train.labels), recipe.seed, "order", counters.epoch)
+                ).to(self.machine.device)
+                while counters.step < (counters.epoch + 1) * self.steps_per_epoch:
+                    start = counters.step % self.steps_per_epoch * recipe.batch_size
+                    self._step(order[start : start + recipe.batch_size])
+                    self._tick()
+                    yield Progress(counters, recipe.epochs, self.steps_per_epoch)
+                    self._save_if_due(stop.signal)
+                row = self._measure(lambda: self._save_if_due(stop.signal))
+                self._end_epoch(row)
+                yield Progress(counters, recipe.epochs, self.steps_per_epoch, row)
+                self._save_if_due(stop.signal)
+            self.save()
+            self._finish()
+
+    def _step(self, indices: Tensor) -> None:
+        """One optimizer step on the images at `indices`."""
+        counters = self.state.counters
+        rate = learning_rate_at(self.recipe, counters.step, self.steps_per_epoch)
+        batch = Subset(self.data.train.pixels[indices], self.data.train.labels[indices])
+        loss, correct = train_step(self.state, batch, self.data.normalise, rate, self.recipe.seed, self.machine)
+        counters.step += 1
+        counters.running_loss += loss * len(indices)
+        counters.running_correct += correct
+        counters.running_images += len(indices)
+
+    def _measure(self, between: Callable[[], None]) -> Row:
+        """The row of the epoch that has just been trained: the three accuracies, never confused, and their losses."""
+        counters, model = self.state.counters, self.state.model
+        outcomes = {
+            split: evaluate(model, *subset, self.data.normalise, self.machine, between)
+            for split, subset in (("train", self.data.clean_train), ("val", self.data.validation))
+        }
+        self._tick()
+        row: Row = {
+            "epoch": counters.epoch + 1,
+            "step": counters.step,
+            "learning_rate": learning_rate_at(self.recipe, counters.step - 1, self.steps_per_epoch),
+            "train/running_loss": counters.running_loss / counters.running_images,
+            "train/running_accuracy": counters.running_correct / counters.running_images,
+        }
+        for split, outcome in outcomes.items():
+            row |= {f"{split}/loss": outcome.loss, f"{split}/accuracy": outcome.accuracy}
+        return row | {"time/seconds": round(counters.seconds, 3)}
+
+    def _end_epoch(self, row: Row) -> None:
+        counters = self.state.counters
+        counters.epoch += 1
+        counters.running_loss, counters.running_correct, counters.running_images = 0.0, 0, 0
+        if row["val/accuracy"] > counters.best_accuracy:
+            counters.best_accuracy, counters.best_epoch = row["val/accuracy"], counters.epoch
+            self.state.best_weights = {k: t.clone() for k, t in self.state.model.state_dict().items()}
+        self.run.append_metrics(row)
+
+    def _save_if_due(self, stopped_by: int | None) -> None:
+        """Save when asked to stop (then raise Interrupted), or when `checkpoint_minutes` have passed and saving
+        again keeps its share of the time under SAVE_COST_LIMIT."""
+        if stopped_by is not None:
+            self.save()
+            raise Interrupted(
+                f"stopped and saved at step {self.state.counters.step}; go on with: fromzero resume {self.run.path}",
+                stopped_by,
+            )
+        since = time.monotonic() - self._saved_at
+        if since >= max(self.checkpoint_minutes * 60, self._save_seconds / SAVE_COST_LIMIT):
+            self.save()
+
+    def save(self) -> None:
+        """Write the state to the run's checkpoints; the best weights go first, so that `last` never outruns them."""
+        started = time.monotonic()
+        try:
+            if self.state.best_weights is not None:
+                tensors = {f"model/{name}": tensor for name, tensor in self.state.best_weights.items()}
+                counters = self.state.counters
+                best = {"epoch": counters.best_epoch, "val/accuracy": counters.best_accuracy}
+                checkpoint.save_best(self.run.checkpoints, Checkpoint(tensors, best))
+                self.state.best_weights = None
+            checkpoint.save(self.run.checkpoints, self.state.to_checkpoint(), self.keep)
+        except OSError as error:
+            raise FromzeroError(
+                f"{self.run.checkpoints}: saving failed: {error.strerror}; the checkpoint before it is whole: free"
+                f" some room, then: fromzero resume {self.run.path}"
+            ) from None
+        self._saved_at = time.monotonic()
+        self._save_seconds = self._saved_at - started
+
+    def _finish(self) -> None:
+        """Score the test images, once, and write the summary and the curves."""
+        from fromzero.report import draw_curves
+
+        counters, rows = self.state.counters, self.run.metrics()
+        last, best = rows[-1], rows[counters.best_epoch - 1]
+        test = evaluate(self.state.model, *self.data.test, self.data.normalise, self.machine)
+        self._tick()
+        self.run.write_summary(
+            {
+                "run": self.run.name,
+                "recipe": self.recipe.name,
+                "dataset": self.images.name,
+                "seed": self.recipe.seed,
+                "parameters": sum(p.numel() for p in self.state.model.parameters()),
+                **{key: value for key, value in last.items() if not key.startswith("time/")},
+                "val/source": self.recipe.validation.source,
+                "best/epoch": counters.best_epoch,
+                "best/val/accuracy": best["val/accuracy"],
+                "test/accuracy": test.accuracy,
+                "test/loss": test.loss,
+                "time/seconds": round(counters.seconds, 3),
+                "time/images_per_second": round(
+                    len(self.data.train.labels) * counters.epoch / max(counters.seconds, 1e-9), 1
+                ),
+                "memory/peak_bytes": peak_memory_bytes(),
+            }
+        )
+        draw_curves(rows, self.recipe, self.run.name, self.run.path / "curves.png")
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.state.counters.seconds += now - self._ticked_at
+        self._ticked_at = now
+
+
+def train_step(
+    state: State, batch: Subset, normalise: Normalise, learning_rate: float, seed: int, machine: Machine
+) -> tuple[float, int]:
+    """Move the weights by one step on `batch`; its mean loss before the step (nats) and how many were right.
+
+    Raises NonFiniteError, the weights untouched, when the loss or a gradient is infinite or NaN.
+    """
+    model, step = state.model, state.counters.step
+    model.train()
+    model.reseed(seed, step)
+    with machine.autocast():
+        logits = model(normalise(batch.pixels))
+    logits = logits.float()
+    loss = F.cross_entropy(logits, batch.labels)
+    loss_value = loss.item()
+    if not math.isfinite(loss_value):
+        raise NonFiniteError(_non_finite(step, f"the loss is {loss_value}", learning_rate))
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = torch._foreach_norm(list(gradients.values()))
+    if not math.isfinite(torch.stack(norms).sum().item()):
+        name = next(n for n, norm in zip(gradients, norms, strict=True) if not math.isfinite(norm.item()))
+        state.optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(_non_finite(step, f"the gradient of {name} is not finite", learning_rate))
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return loss_value, int((logits.argmax(1) == batch.labels).sum().item())
+
+
+def _non_finite(step: int, what: str, learning_rate: float) -> str:
+    return (
+        f"step {step + 1}: {what}; the weights were not changed and the last checkpoint is whole: try a lower"
+        f" --optimizer.learning_rate (it was {learning_rate:g}), a warm-up, or --precision float32"
+    )
+
+
+def check_image_set(recipe: Recipe, images: ImageSet) -> None:
+    """Refuse what cannot be trained on. Raises InputError."""
+    for split, part in (("train", images.train), ("test", images.test)):
+        if len(part) < 2:
+            raise InputError(f"{images.source}: only {len(part)} {split} images")
+    if recipe.validation.source == "split":
+        present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
+        if (counts < 2).any():
+            name = images.class_names[int(present[counts < 2][0])]
+            raise InputError(f"{images.source}: class {name!r} has one train image, too few to hold some out")
