@@ -157,4 +157,3 @@ def _digest_position(data: bytes | bytearray) -> int:
     match = _DIGEST.search(data, 8, 8 + header_bytes)
     assert match is not None
     return match.start(1)
-

@@ -24,7 +24,7 @@ class NonFiniteError(FromzeroError):
     """A loss or gradient became infinite or NaN; the weights were left as they were."""
 
 
-class Interrupted(FromzeroError):
+class StoppedError(FromzeroError):
     """The run was asked to stop, has been saved, and can be resumed. `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, signal_number: int):
@@ -38,7 +38,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     leaf = name.rpartition(".")[2]
     initials = [k for k in names if leaf and leaf == "".join(w[0] for w in k.rpartition(".")[2].split("_") if w)]
-    found = get_close_matches(name, names, n=1, cutoff=0.5) or initials[:1]
+    found = initials[:1] or get_close_matches(name, names, n=1, cutoff=0.5)
     found = found or get_close_matches(leaf, [k.rpartition(".")[2] for k in names], n=1, cutoff=0.6)
     if found:
         return f"; nearest: {found[0]}"

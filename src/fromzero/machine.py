@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -42,10 +43,10 @@ class Machine:
             if other.get(field) != value
         ]
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[Any]:
         """The context in which a network computes on this machine."""
         kind = torch.device(self.device).type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bfloat16")
+        return torch.amp.autocast(kind, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 def prepare(precision: str = "auto", *, device: str = "auto", threads: int | None = None) -> Machine:
@@ -73,7 +74,10 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-        processor, fast_bfloat16 = torch.cuda.get_device_name(kind), torch.cuda.get_device_capability(kind) >= (8, 0)
+        processor, fast_bfloat16 = (
+            torch.cuda.get_device_name(kind),
+            torch.cuda.get_device_capability(kind) >= (8, 0),
+        )
     else:
         processor, fast_bfloat16 = _processor_name(), _has_fast_bfloat16()
     chosen: Precision = "float32" if precision == "float32" else "bfloat16"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -113,7 +114,8 @@ def build(
                 modules[f"relu_{len(modules)}"] = nn.ReLU()
     model = Network(modules, masks)
     _draw_weights(model, seed)
-    return model.to(device=device, memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(device)
 
 
 class Network(nn.Sequential):
@@ -206,7 +208,7 @@ def _pool_before_activation(rows: Iterable[Layer]) -> list[Layer]:
     """Swap ReLU and the pooling behind it: max(relu(x)) = relu(max(x)), so values and gradients are the same, and
     the ReLU has a quarter of the work."""
     ordered = list(rows)
-    for i, (first, second) in enumerate(zip(ordered, ordered[1:], strict=False)):
+    for i, (first, second) in enumerate(pairwise(ordered)):
         if first.kind == "Activation" and second.kind == "MaxPooling2D":
             ordered[i], ordered[i + 1] = second, first
     return ordered

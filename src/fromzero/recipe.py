@@ -47,11 +47,10 @@ class NetworkRecipe(_Part):
     channels: tuple[tuple[Count, ...], ...] = Field(
         min_length=1, description="channels of the 3×3 convolutions, one list a block: [[32, 64], [128]]"
     )
-    padding: Padding | tuple[Padding, ...] = Field(
-        "same", description="same or valid, for every block or one a block"
-    )
+    padding: Padding | tuple[Padding, ...] = Field("same", description="same or valid, for every block or one a block")
     pool: Count | tuple[Count, ...] = Field(
-        2, description="max pooling at the end of a block (window and stride; 1 is none), for all or one a block"
+        2,
+        description="max pooling at the end of a block (window and stride; 1 is none), for all or one a block",
     )
     block_dropout: Rate | tuple[Rate, ...] = Field(
         0.0, description="dropout rate after each block, for all or one a block"
@@ -61,7 +60,8 @@ class NetworkRecipe(_Part):
         0.0, description="dropout rate after each hidden dense layer, for all or one a layer"
     )
     activation_layers: bool | tuple[bool, ...] = Field(
-        True, description="whether `summary` lists a block's ReLU as a layer of its own; the function is the same"
+        True,
+        description="whether `summary` lists a block's ReLU as a layer of its own; the function is the same",
     )
     dense_activation_layers: bool = Field(
         True, description="whether `summary` lists the ReLU of dense layers as layers of their own"
@@ -77,9 +77,7 @@ class NetworkRecipe(_Part):
     def dense_layers(self) -> tuple[tuple[int, float], ...]:
         """(units, dropout rate) of each hidden dense layer."""
         rates = self.dense_dropout
-        return tuple(
-            zip(self.dense, rates if isinstance(rates, tuple) else (rates,) * len(self.dense), strict=True)
-        )
+        return tuple(zip(self.dense, rates if isinstance(rates, tuple) else (rates,) * len(self.dense), strict=True))
 
     @pydantic.model_validator(mode="after")
     def _lengths_agree(self) -> NetworkRecipe:
@@ -267,7 +265,8 @@ def _one_line(error: pydantic.ValidationError) -> str:
     errors = error.errors()
     # A union reports one complaint for each of its members; the one whose type was meant is the deepest.
     first = max(
-        (e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]), key=lambda e: e["type"] == "literal_error"
+        (e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]),
+        key=lambda e: e["type"] == "literal_error",
     )
     known = field_types()
     parts = [str(p) for p in first["loc"]]

@@ -183,13 +183,18 @@ def describe_program() -> dict[str, Any]:
     packages = ("fromzero", "torch", "numpy", "safetensors")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": f"{_program()} {shlex.join(sys.argv[1:])}",
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
         "commit": _commit(),
     }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "python -m fromzero" if name == "__main__.py" else name
 
 
 def _commit() -> str | None:

@@ -195,4 +195,3 @@ def load_network(run: Run, images: ImageSet, here: Machine, which: str = "last")
     model = networks.build(run.recipe.network, images.image_shape, images.num_classes, device=here.device)
     load_weights(model, model_weights(found))
     return model.eval()
-

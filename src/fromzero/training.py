@@ -20,7 +20,7 @@ from torch import Tensor
 from fromzero import checkpoint
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import ImageSet, stratified_split
-from fromzero.errors import FromzeroError, InputError, Interrupted, NonFiniteError
+from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.machine import Machine, peak_memory_bytes
 from fromzero.optim import learning_rate_at
@@ -66,8 +66,9 @@ class Data:
         if recipe.clean_train_images < len(train):
             _, chosen = stratified_split(train.labels, recipe.clean_train_images / len(train), "clean train")
             clean = train.take(chosen)
-        parts = [subset(part) for part in (train, clean, validation, images.test)]
-        return cls(*parts, Normalise.of(recipe, parts[0].pixels))
+        learned = subset(train)
+        normalise = Normalise.of(recipe, learned.pixels)
+        return cls(learned, subset(clean), subset(validation), subset(images.test), normalise)
 
 
 class Progress(NamedTuple):
@@ -84,7 +85,7 @@ class Training:
     """A run that is being trained. Iterate over it to train: it yields a Progress after every step and every epoch,
     writes the run folder as it goes, and ends with summary.json and curves.png there.
 
-    Raises Interrupted when stopped by Ctrl-C or SIGTERM (saved first), NonFiniteError when a value overflows.
+    Raises StoppedError when stopped by Ctrl-C or SIGTERM (saved first), NonFiniteError when a value overflows.
     """
 
     run: Run
@@ -163,11 +164,11 @@ class Training:
         self.run.append_metrics(row)
 
     def _save_if_due(self, stopped_by: int | None) -> None:
-        """Save when asked to stop (then raise Interrupted), or when `checkpoint_minutes` have passed and saving
+        """Save when asked to stop (then raise StoppedError), or when `checkpoint_minutes` have passed and saving
         again keeps its share of the time under SAVE_COST_LIMIT."""
         if stopped_by is not None:
             self.save()
-            raise Interrupted(
+            raise StoppedError(
                 f"stopped and saved at step {self.state.counters.step}; go on with: fromzero resume {self.run.path}",
                 stopped_by,
             )

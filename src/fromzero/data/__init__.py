@@ -33,6 +33,4 @@ def load_images(
         case path if Path(path).exists():
             return load_cifar(Path(path))
         case name:
-            raise InputError(
-                f"unknown data set {name!r}: not a path that exists{nearest(name, ('cifar10', 'digits'))}"
-            )
+            raise InputError(f"unknown data set {name!r}: not a path that exists{nearest(name, ('cifar10', 'digits'))}")

@@ -89,11 +89,11 @@ def load_cifar(path: Path, name: str | None = None) -> ImageSet:
         files = _folder_files(inside) if inside.is_dir() else _archive_files(inside)
     else:
         inside, files = path, _archive_files(path)
-    layout, files = _layout(files, inside)
-    class_names = layout.read_names(files[layout.names], f"{inside}/{layout.names}")
+    layout, contents = _layout(files, inside)
+    class_names = layout.read_names(contents[layout.names], f"{inside}/{layout.names}")
     batches = {
         member: layout.read_batch(data, f"{inside}/{member}")
-        for member, data in files.items()
+        for member, data in contents.items()
         if member != layout.names
     }
     for member, batch in batches.items():

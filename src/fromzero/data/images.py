@@ -25,15 +25,15 @@ class Images:
         return Images(self.pixels[indices], self.labels[indices])
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (or as many as it takes)
-        and the pixels in the order C, H, W. It does not depend on the order of the images or on the file format."""
-        records = np.ascontiguousarray(self.pixels.transpose(0, 3, 1, 2)).reshape(len(self), -1)
-        digests = []
-        for label, record in zip(self.labels.tolist(), records, strict=True):
-            digest = hashlib.sha256(label.to_bytes(max(1, (label.bit_length() + 7) // 8), "little"))
-            digest.update(record)
-            digests.append(digest.digest())
-        return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+        """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian, from
+        256 classes on) and the pixels in the order C, H, W. It does not depend on the order of the images or on the
+        file format."""
+        pixels = self.pixels.transpose(0, 3, 1, 2).reshape(len(self), -1)
+        label_type = "u1" if self.labels.max() < 256 else "<u2"
+        labels = self.labels.astype(label_type)[:, None].view(np.uint8)
+        records = np.concatenate([labels, pixels], axis=1)
+        digests = sorted(hashlib.sha256(record.data).digest() for record in records)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 @dataclass(frozen=True)

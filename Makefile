@@ -1,0 +1,50 @@
+# Two commands on a fresh machine: make demo, make test. The rest: make help.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INPUTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-keras check bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.setup ## make .venv and install fromzero into it
+
+demo: .venv/.setup ## train the notes' three networks on handwritten digits, in about a minute
+	$(BIN)/fromzero demo
+
+test: .venv/.test ## install what tests need and run them
+	$(BIN)/python -m pytest $(PYTEST)
+
+test-keras: .venv/.test .venv/.keras ## compare the networks with Keras itself, layer by layer
+	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/test_keras.py $(PYTEST)
+
+check: .venv/.check ## linter, formatter and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.setup ## training steps a second beside plain PyTorch, in one run
+	$(BIN)/python benchmarks/steps.py
+
+clean: ## delete the environment and what tools left
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info
+
+.venv/.setup: $(INPUTS)
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/.test: .venv/.setup
+	$(INSTALL) --editable '.[test]'
+	@touch $@
+
+.venv/.check: .venv/.setup
+	$(INSTALL) --editable '.[check]'
+	@touch $@
+
+.venv/.keras: .venv/.setup
+	$(INSTALL) --editable '.[keras]'
+	@touch $@

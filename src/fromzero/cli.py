@@ -1,0 +1,316 @@
+"""The command line: parse, call, print. Thin; imports torch only when a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fromzero.errors import FromzeroError, InputError, nearest
+from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names
+
+if TYPE_CHECKING:
+    from fromzero.training import Training
+
+DEMO_EPOCHS = 12
+# The notes' own figures: running train accuracy, validation accuracy, epochs.
+NOTES = {
+    "train1": ("0.92", "0.76", "30"),
+    "train2": ("0.79", "0.8245", "50"),
+    "train3": ("–", "0.82–0.83", "–"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 and 143 stopped by a signal."""
+    warnings.showwarning = lambda message, *rest, **named: print(f"warning: {message}", file=sys.stderr)
+    try:
+        arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+        arguments.command(arguments)
+        return 0
+    except FromzeroError as error:
+        print(f"fromzero: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fromzero: stopped at once; what was saved before is whole", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from fromzero.data import load_images
+    from fromzero.sessions import new_training
+
+    changes = {path: parse_value(path, text) for path, text in vars(arguments).items() if path in field_types()}
+    if arguments.DATASET is not None:
+        changes["dataset"] = arguments.DATASET
+    recipe = load_recipe(arguments.recipe).override(changes)
+    images = load_images(recipe.dataset, data_dir=arguments.data_dir, offline=arguments.offline)
+    training = new_training(
+        recipe,
+        images,
+        runs_dir=arguments.runs_dir,
+        start_from=getattr(arguments, "from"),
+        partial=arguments.partial,
+        **_machine_options(arguments),
+    )
+    _watch(training)
+
+
+def _resume(arguments: argparse.Namespace) -> None:
+    from fromzero import sessions
+    from fromzero.runs import load_run
+
+    run = load_run(arguments.RUN, arguments.runs_dir)
+    before = run.recipe
+    training = sessions.resumed_training(
+        run,
+        epochs=arguments.epochs,
+        allow_inexact=arguments.allow_inexact,
+        data_dir=arguments.data_dir,
+        offline=arguments.offline,
+        **_machine_options(arguments),
+    )
+    if training.recipe.epochs != before.epochs:
+        step = training.state.counters.step
+        note = sessions.extension_note(before, training.recipe, step, training.steps_per_epoch)
+        print(f"extended from {before.epochs} to {training.recipe.epochs} epochs: {note}")
+    _watch(training)
+
+
+def _watch(training: Training) -> None:
+    from rich.console import Console
+
+    from fromzero import display
+
+    print(display.header(training), flush=True)
+    display.watch(training, Console())
+    print(display.outcome(training))
+
+
+def _summary(arguments: argparse.Namespace) -> None:
+    recipe = load_recipe(arguments.recipe)
+    from fromzero.networks import summary
+
+    height, width, channels = arguments.image_shape
+    print(summary(recipe.network, (height, width, channels), arguments.classes))
+
+
+def _runs(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fromzero.display import duration
+    from fromzero.runs import list_runs
+
+    runs = list_runs(arguments.runs_dir)
+    if not runs:
+        print(f"no runs under {arguments.runs_dir}")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("run", "recipe", "seed", "epochs", "train", "running", "val", "best", "test", "time"):
+        table.add_column(name, justify="left" if name in ("run", "recipe") else "right", no_wrap=True)
+    on_test = False
+    for run in runs:
+        rows, recipe, summary = run.metrics(), run.recipe, run.summary
+        last = rows[-1] if rows else None
+        mark = "*" if recipe.validation.source == "test" else ""
+        on_test = on_test or bool(mark)
+        table.add_row(
+            run.name,
+            recipe.name,
+            str(recipe.seed),
+            f"{len(rows)}/{recipe.epochs}" + ("" if summary else " …"),
+            f"{last['train/accuracy']:.4f}" if last else "–",
+            f"{last['train/running_accuracy']:.4f}" if last else "–",
+            f"{last['val/accuracy']:.4f}{mark}" if last else "–",
+            f"{max(row['val/accuracy'] for row in rows):.4f}{mark}" if rows else "–",
+            f"{summary['test/accuracy']:.4f}" if summary else "–",
+            duration(last["time/seconds"]) if last else "–",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    print("train: clean, last epoch · running: as Keras prints it · … not ended: fromzero resume RUN")
+    if on_test:
+        print("* validated on the test images, as the notes did; best is the best epoch on them, so it flatters")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from fromzero import machine, sessions
+    from fromzero.evaluate import evaluate
+    from fromzero.report import validation_label
+    from fromzero.runs import load_run
+    from fromzero.training import Data
+
+    run = load_run(arguments.RUN, arguments.runs_dir)
+    recipe = run.recipe
+    images = sessions.load_recorded_images(run, data_dir=arguments.data_dir, offline=arguments.offline)
+    precision = run.provenance["machine"]["precision"]
+    here = machine.prepare(precision, device=arguments.device or "auto", threads=arguments.threads)
+    network = sessions.load_network(run, images, here, arguments.checkpoint)
+    data = Data.of(recipe, images, here.device)
+    print(f"{run.path}: {recipe.name}, {arguments.checkpoint} weights, {here.device}, {here.precision}")
+    for label, subset in (
+        ("train (clean, fixed subset)", data.clean_train),
+        ("val", data.validation),
+        ("test", data.test),
+    ):
+        found = evaluate(network, *subset, data.normalise, here)
+        low, high = _wilson(found.accuracy, len(subset.labels))
+        print(
+            f"  {label:<28} accuracy {found.accuracy:.4f} ({low:.4f}–{high:.4f}, 95 % for {len(subset.labels):,}"
+            f" images)  loss {found.loss:.4f}"
+        )
+    print(f"  {validation_label(recipe)}")
+    recalls = zip(images.class_names, found.recalls(images.num_classes), strict=True)
+    print("  test accuracy by class: " + ", ".join(f"{name} {recall:.3f}" for name, recall in recalls))
+
+
+def _wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` images (Wilson, 1927)."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    return centre - half, centre + half
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from fromzero.data import load_images
+    from fromzero.sessions import new_training
+
+    images = load_images("digits")
+    print(
+        f"The notes' three networks on {len(images.train):,} handwritten digits, {DEMO_EPOCHS} epochs each."
+        " For the notes' own data: fromzero train cifar10 --recipe train3\n"
+    )
+    measured = {}
+    for name in NOTES:
+        changes = {"dataset": "digits", "epochs": DEMO_EPOCHS, "validation.source": "split"}
+        training = new_training(load_recipe(name).override(changes), images, runs_dir=arguments.runs_dir)
+        _watch(training)
+        measured[name] = training.run.summary or {}
+        print()
+    print(f"{'':<8}│ {'the notes, CIFAR-10':^28} │ {'measured here, digits':^37}")
+    columns = f"{'epochs':>6} {'running':>8}"
+    print(f"{'':<8}│ {columns} {'val':>11}  │ {columns} {'clean':>7} {'val':>7} {'test':>6}")
+    for name, (running, val, epochs) in NOTES.items():
+        row = measured[name]
+        print(
+            f"{name:<8}│ {epochs:>6} {running:>8} {val:>11}  │ {row['epoch']:>6} {row['train/running_accuracy']:>8.3f}"
+            f" {row['train/accuracy']:>7.3f} {row['val/accuracy']:>7.3f} {row['test/accuracy']:>6.3f}"
+        )
+    print("\nrunning and clean: train accuracy as Keras prints it (dropout on), and in evaluation mode.")
+    print("Digits are far easier than CIFAR-10: the figures show that everything works, not what the notes found.")
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        print(f"{name:<10} {recipe.epochs} epochs, {recipe.optimizer.name}; fromzero summary {name}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see: {self.prog} --help")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser, commands = _parsers()
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], commands)}")
+    arguments, left = parser.parse_known_args(argv)
+    if left:
+        known = [s for action in commands[argv[0]]._actions for s in action.option_strings if s.startswith("--")]
+        word = left[0].partition("=")[0]
+        if word.startswith("-"):
+            hint = nearest(word.lstrip("-"), [name.lstrip("-") for name in known])
+            raise InputError(f"unknown option {word}{hint.replace('nearest: ', 'nearest: --')}")
+        raise InputError(f"unexpected argument {left[0]!r}; see: fromzero {argv[0]} --help")
+    if not hasattr(arguments, "command"):
+        parser.print_help()
+        raise SystemExit(0)
+    return arguments
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = _Parser(prog="fromzero", description=metadata.metadata("fromzero")["Summary"], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fromzero {metadata.version('fromzero')}")
+    adder = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    commands: dict[str, argparse.ArgumentParser] = {}
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = adder.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(command=run)
+        commands[name] = command
+        return command
+
+    train = add("train", _train, "train a network from a recipe; leaves a run folder")
+    train.add_argument("DATASET", nargs="?", help="cifar10, digits, or a CIFAR folder or archive")
+    train.add_argument("--recipe", default="train3", help=f"{', '.join(recipe_names())} or a TOML file (train3)")
+    train.add_argument("--from", metavar="RUN", help="start from the last weights of that run")
+    train.add_argument("--partial", action="store_true", help="with --from: take the weights that fit")
+    _add_shared(train, "runs", "data", "machine")
+    fields = train.add_argument_group("recipe fields", "each overrides one field of the recipe")
+    for path, (_, description) in field_types().items():
+        fields.add_argument(
+            f"--{path}", metavar="VALUE", default=argparse.SUPPRESS, help=description.replace("%", "%%")
+        )
+
+    resume = add("resume", _resume, "go on with a stopped run, to the bit; or extend one with --epochs")
+    resume.add_argument("RUN", help="a run's folder or name")
+    resume.add_argument("--epochs", type=int, help="a new total of epochs")
+    resume.add_argument("--allow-inexact", action="store_true", help="go on although the machine differs")
+    _add_shared(resume, "runs", "data", "machine")
+
+    evaluate = add("evaluate", _evaluate, "score a run's weights again")
+    evaluate.add_argument("RUN", help="a run's folder or name")
+    evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (last)")
+    _add_shared(evaluate, "runs", "data", "machine")
+
+    runs = add("runs", _runs, "list the runs")
+    _add_shared(runs, "runs")
+
+    summary = add("summary", _summary, "print a recipe's network as Keras's summary() does")
+    summary.add_argument("recipe", help=f"{', '.join(recipe_names())} or a TOML file")
+    summary.add_argument(
+        "--image-shape", type=int, nargs=3, default=(32, 32, 3), metavar=("H", "W", "C"), help="(32 32 3)"
+    )
+    summary.add_argument("--classes", type=int, default=10, help="number of classes (10)")
+
+    add("recipes", _recipes, "list the recipes that come with fromzero")
+
+    demo = add("demo", _demo, "train the notes' three networks on handwritten digits, in about a minute")
+    _add_shared(demo, "runs")
+    return parser, commands
+
+
+def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
+    if "runs" in groups:
+        command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where run folders are kept (runs)")
+    if "data" in groups:
+        command.add_argument("--data-dir", type=Path, help="a folder that holds CIFAR-10")
+        command.add_argument("--offline", action="store_true", help="never download")
+    if "machine" in groups:
+        command.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
+        command.add_argument("--threads", type=int, help="CPU threads (one a core)")
+        command.add_argument(
+            "--checkpoint-minutes", type=float, default=1.0, metavar="M", help="save every M minutes (1)"
+        )
+        command.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints to keep (2)")
+
+
+def _machine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.keep < 1:
+        raise InputError(f"--keep: {arguments.keep} is less than 1")
+    options = {"threads": arguments.threads, "keep": arguments.keep}
+    if arguments.device is not None:
+        options["device"] = arguments.device
+    return options | {"checkpoint_minutes": arguments.checkpoint_minutes}

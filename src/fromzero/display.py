@@ -1,0 +1,137 @@
+"""What a training looks like while it runs: a live display on a terminal, one line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from fromzero import training
+from fromzero.report import validation_label
+from fromzero.runs import Row
+from fromzero.training import Training
+
+REFRESH_SECONDS = 0.25
+
+
+def watch(run: Training, console: Console) -> None:
+    """Train to the end, showing how it goes. Raises what the training raises."""
+    if console.is_terminal:
+        _watch_live(run, console)
+        return
+    for progress in _timed(run):
+        if progress.row:
+            console.print(epoch_line(progress), highlight=False, soft_wrap=True)
+
+
+def header(run: Training) -> str:
+    """What is about to be trained, on what, and where it is kept."""
+    here, recipe = run.machine, run.recipe
+    parameters = sum(p.numel() for p in run.state.model.parameters())
+    counters = run.state.counters
+    lines = [
+        f"{run.run.path}: {recipe.name} on {run.images.name}, {parameters:,} parameters, seed {recipe.seed}",
+        f"  {len(run.data.train.labels):,} train images from {run.images.source}; {validation_label(recipe)}"
+        f" ({len(run.data.validation.labels):,})",
+        f"  {here.device}, {here.threads} threads, {here.precision}; {recipe.optimizer.name} at"
+        f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {recipe.epochs} epochs",
+    ]
+    if counters.step:
+        lines.append(f"  going on at step {counters.step:,} (epoch {counters.epoch + 1} of {recipe.epochs})")
+    return "\n".join(lines)
+
+
+def epoch_line(now: Timed) -> str:
+    """One epoch in one line: the three accuracies, the losses, speed, time left."""
+    row = now.row or {}
+    return (
+        f"epoch {row['epoch']:>3}/{now.epochs}  train {row['train/accuracy']:.4f}"
+        f" (running {row['train/running_accuracy']:.4f})  val {row['val/accuracy']:.4f}"
+        f"  loss {row['train/loss']:.3f} ({row['train/running_loss']:.3f})  {row['val/loss']:.3f}"
+        f"  {now.images_per_second:,.0f} images/s  {duration(now.seconds_left)} left"
+    )
+
+
+def outcome(run: Training) -> str:
+    """The end of a run in words."""
+    summary = run.run.summary or {}
+    is_test = summary["val/source"] == "test"
+    return "\n".join(
+        [
+            f"train {summary['train/accuracy']:.4f} (running {summary['train/running_accuracy']:.4f}),"
+            f" val {summary['val/accuracy']:.4f} (best {summary['best/val/accuracy']:.4f} at epoch"
+            f" {summary['best/epoch']}), test {summary['test/accuracy']:.4f}"
+            f" in {duration(summary['time/seconds'])}"
+            + ("; val is the test images, as in the notes" if is_test else ""),
+            f"curves and metrics: {run.run.path}",
+        ]
+    )
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 6000:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+class Timed(training.Progress):
+    """A Progress with the speed and the time left, as measured since the display began."""
+
+    images_per_second: float = 0.0
+    seconds_left: float = 0.0
+
+
+def _timed(run: Training) -> Iterable[Timed]:
+    first_step, started = run.state.counters.step, time.monotonic()
+    images = len(run.data.train.labels)
+    for progress in run:
+        timed = Timed(*progress)
+        seconds = time.monotonic() - started
+        steps = progress.counters.step - first_step
+        epochs_done = max(steps / progress.steps_per_epoch, 1e-9)
+        timed.images_per_second = epochs_done * images / seconds
+        timed.seconds_left = (
+            seconds * (progress.epochs - progress.counters.step / progress.steps_per_epoch) / epochs_done
+        )
+        yield timed
+
+
+def _watch_live(run: Training, console: Console) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[info]}"),
+    )
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bars:
+        task = bars.add_task("starting", total=None, info="")
+        last: Row | None = None
+        shown = 0.0
+        for now in _timed(run):
+            if now.row:
+                last = now.row
+                bars.console.print(epoch_line(now), highlight=False, soft_wrap=True)
+            if time.monotonic() - shown < REFRESH_SECONDS:
+                continue
+            shown = time.monotonic()
+            counters = now.counters
+            step = counters.step - counters.epoch * now.steps_per_epoch
+            running = counters.running_correct / max(counters.running_images, 1)
+            three = f"running {running:.3f}"
+            if last:
+                three += f" train {last['train/accuracy']:.3f} val {last['val/accuracy']:.3f}"
+            bars.update(
+                task,
+                description=f"epoch {min(counters.epoch + 1, now.epochs)}/{now.epochs}",
+                total=now.steps_per_epoch,
+                completed=step,
+                info=f"step {step}/{now.steps_per_epoch}  {three}  {now.images_per_second:,.0f} images/s"
+                f"  {duration(now.seconds_left)} left",
+                refresh=True,
+            )

@@ -1,0 +1,150 @@
+"""The notes' three networks: their tables, their functions, their weights."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fromzero import networks
+from fromzero.errors import InputError
+from fromzero.recipe import load_recipe
+
+# The notes' own tables: type, output shape without the batch, parameters.
+C, A, P, D, F, L = "Conv2D", "Activation", "MaxPooling2D", "Dropout", "Flatten", "Dense"
+TABLES = {
+    "train1": [
+        (C, (32, 32, 32), 896), (A, (32, 32, 32), 0), (P, (16, 16, 32), 0),
+        (C, (16, 16, 64), 18496), (A, (16, 16, 64), 0), (P, (8, 8, 64), 0),
+        (C, (8, 8, 128), 73856), (A, (8, 8, 128), 0), (P, (4, 4, 128), 0),
+        (C, (4, 4, 256), 295168), (A, (4, 4, 256), 0), (P, (2, 2, 256), 0),
+        (C, (2, 2, 512), 1180160), (A, (2, 2, 512), 0), (P, (1, 1, 512), 0),
+        (F, (512,), 0), (L, (64,), 32832), (A, (64,), 0), (D, (64,), 0), (L, (10,), 650),
+    ],
+    "train2": [
+        (C, (30, 30, 32), 896), (C, (28, 28, 64), 18496), (P, (14, 14, 64), 0), (D, (14, 14, 64), 0),
+        (C, (14, 14, 128), 73856), (A, (14, 14, 128), 0), (P, (7, 7, 128), 0), (D, (7, 7, 128), 0),
+        (C, (7, 7, 256), 295168), (A, (7, 7, 256), 0), (P, (3, 3, 256), 0), (D, (3, 3, 256), 0),
+        (C, (3, 3, 512), 1180160), (A, (3, 3, 512), 0), (P, (1, 1, 512), 0), (D, (1, 1, 512), 0),
+        (F, (512,), 0), (L, (64,), 32832), (D, (64,), 0), (L, (10,), 650),
+    ],
+    "train3": [
+        (C, (32, 32, 32), 896), (C, (32, 32, 64), 18496), (P, (16, 16, 64), 0), (D, (16, 16, 64), 0),
+        (C, (16, 16, 128), 73856), (A, (16, 16, 128), 0), (P, (8, 8, 128), 0), (D, (8, 8, 128), 0),
+        (C, (8, 8, 256), 295168), (A, (8, 8, 256), 0), (P, (4, 4, 256), 0), (D, (4, 4, 256), 0),
+        (C, (4, 4, 512), 1180160), (A, (4, 4, 512), 0), (F, (8192,), 0),
+        (L, (1024,), 8389632), (D, (1024,), 0), (L, (1024,), 1049600), (D, (1024,), 0), (L, (10,), 10250),
+    ],
+}  # fmt: skip
+TOTALS = {"train1": 1_602_058, "train2": 1_602_058, "train3": 11_018_058}
+CIFAR = (32, 32, 3)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_summary_is_the_notes_table(name):
+    network = load_recipe(name).network
+    rows = [(row.kind, row.shape, row.parameters) for row in networks.layers(network, CIFAR, 10) if row.shown]
+    assert rows == TABLES[name]
+    text = networks.summary(network, CIFAR, 10)
+    assert f"Total params: {TOTALS[name]:,}" in text
+    assert "predictions (Dense)             (None, 10)" in text
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_modules_are_what_the_table_says(name):
+    network = load_recipe(name).network
+    rows = {row.name: row for row in networks.layers(network, CIFAR, 10)}
+    model = networks.build(network, CIFAR, 10).eval()
+    assert sum(p.numel() for p in model.parameters()) == TOTALS[name]
+    x, seen = torch.randn(2, 3, 32, 32), set()
+    for layer_name, module in model.named_children():
+        x = module(x)
+        if (row := rows.get(layer_name)) and row.kind != "Activation":
+            shape = (*x.shape[2:], x.shape[1]) if x.dim() == 4 else tuple(x.shape[1:])
+            assert shape == row.shape
+            assert sum(p.numel() for p in module.parameters()) == row.parameters
+            seen.add(layer_name)
+    assert {row.name for row in rows.values() if row.kind != "Activation"} == seen
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_pooling_before_relu_is_the_same_function_with_the_same_gradients(name):
+    network = load_recipe(name).network
+    model = networks.build(network, CIFAR, 10).double().eval()
+    modules = dict(model.named_children())
+    x = torch.randn(4, 3, 32, 32, dtype=torch.double)
+    fast = model(x)
+    fast.square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    y = x
+    for row in networks.layers(network, CIFAR, 10):  # the order in which Keras computes
+        y = torch.relu(y) if row.kind == "Activation" else modules[row.name](y)
+    y.square().sum().backward()
+    assert torch.equal(fast, y)
+    for ours, plain in zip(gradients, (p.grad for p in model.parameters()), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_weights_are_glorot_uniform_with_zero_biases():
+    model = networks.build(load_recipe("train3").network, CIFAR, 10, seed=1)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            area = math.prod(module.weight.shape[2:])
+            fan_out, fan_in = module.weight.shape[0] * area, module.weight.shape[1] * area
+            limit = math.sqrt(6 / (fan_in + fan_out))
+            assert module.weight.abs().max() <= limit
+            assert module.weight.abs().max() > 0.98 * limit
+            assert module.weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.05)
+            assert not module.bias.any()
+
+
+def test_same_seed_same_weights_wherever_layers_agree():
+    recipe = load_recipe("train3")
+    ours = networks.build(recipe.network, CIFAR, 10, seed=5).state_dict()
+    other = networks.build(recipe.override({"network.dense": [512]}).network, CIFAR, 10, seed=5).state_dict()
+    shared = [name for name in ours if name in other and ours[name].shape == other[name].shape]
+    assert "conv2d_5.weight" in shared
+    assert all(torch.equal(ours[name], other[name]) for name in shared)
+    assert not torch.equal(
+        ours["conv2d_1.weight"], networks.build(recipe.network, CIFAR, 10, seed=6).state_dict()["conv2d_1.weight"]
+    )
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("shape", [(64, 33, 5, 7), (301, 77)])
+def test_dropout_drops_its_rate_keeps_the_mean_and_repeats_by_seed(rate, shape):
+    layer = networks.Dropout(rate, torch.Generator().manual_seed(3))
+    x = torch.ones(shape)
+    first = layer(x)
+    dropped = (first == 0).float().mean().item()
+    assert dropped == pytest.approx(round(rate * 256) / 256, abs=5 * math.sqrt(rate * (1 - rate) / x.numel()))
+    assert first.max().item() == pytest.approx(256 / (256 - round(rate * 256)))
+    assert not torch.equal(layer(x), first)
+    layer.masks.manual_seed(3)
+    assert torch.equal(layer(x), first)
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_the_dropout_mask_does_not_depend_on_memory_format_or_precision():
+    layer = networks.Dropout(0.4, torch.Generator().manual_seed(0))
+    x = torch.ones(8, 16, 6, 6)
+    masks = []
+    for y in (x, x.to(memory_format=torch.channels_last), x.bfloat16()):
+        layer.masks.manual_seed(7)
+        masks.append(layer(y) == 0)
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((28, 20, 1), 7), ((47, 64, 3), 200)])
+def test_any_image_shape_and_number_of_classes(shape, classes):
+    network = load_recipe("train3").network
+    model = networks.build(network, shape, classes)
+    assert model(torch.randn(3, shape[2], *shape[:2])).shape == (3, classes)
+    assert sum(p.numel() for p in model.parameters()) == networks.num_parameters(network, shape, classes)
+
+
+def test_images_that_are_too_small_are_refused_by_name():
+    with pytest.raises(InputError, match=r"pooling of block 3 leaves no pixel of 8×8 images"):
+        networks.layers(load_recipe("train1").network, (8, 8, 3), 10)

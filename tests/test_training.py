@@ -1,0 +1,387 @@
+"""The loop: what it computes, what it records, and that stopping anywhere changes nothing."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fromzero
+from fromzero import checkpoint, machine, optim, training
+from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
+from fromzero.recipe import Recipe, load_recipe
+from fromzero.sessions import new_training, resumed_training
+from fromzero.state import State
+from fromzero.training import Data
+
+SMALL = {
+    "name": "small",
+    "epochs": 3,
+    "batch_size": 48,
+    "clean_train_images": 60,
+    "network": {"channels": [[8], [12]], "block_dropout": 0.2, "dense": [16], "dense_dropout": 0.3},
+    "validation": {"fraction": 0.2},
+}
+
+
+@pytest.fixture
+def small():
+    return Recipe.model_validate(SMALL)
+
+
+def same_end(first, second):
+    """Whether two finished runs ended in the same bits: checkpoints, and rows apart from times."""
+    one, two = (checkpoint.load(run.checkpoints / "last.safetensors") for run in (first, second))
+    assert one.tensors.keys() == two.tensors.keys()
+    differing = [name for name in one.tensors if not torch.equal(one.tensors[name], two.tensors[name])]
+    assert not differing
+    assert {k: v for k, v in one.state.items() if k != "seconds"} == {k: v for k, v in two.state.items() if k != "seconds"}
+    rows = [[{k: v for k, v in row.items() if k != "time/seconds"} for row in run.metrics()] for run in (first, second)]
+    assert rows[0] == rows[1]
+    bests = [checkpoint.load(run.checkpoints / "best.safetensors") for run in (first, second)]
+    assert all(torch.equal(bests[0].tensors[name], bests[1].tensors[name]) for name in bests[0].tensors)
+    assert bests[0].state == bests[1].state
+
+
+def test_a_run_folder_holds_everything(small, tiny_images, tmp_path):
+    run = fromzero.train(small, tiny_images, runs_dir=tmp_path)
+    assert run.path.name == f"{tiny_images.name}-{run.summary['parameters']}"
+    assert run.recipe == small
+    assert [row["epoch"] for row in run.metrics()] == [1, 2, 3]
+    last = run.metrics()[-1]
+    assert last["train/accuracy"] == run.summary["train/accuracy"]
+    assert run.summary["best/val/accuracy"] == max(row["val/accuracy"] for row in run.metrics())
+    assert 0 <= run.summary["test/accuracy"] <= 1
+    assert run.summary["time/seconds"] > 0
+    provenance = run.provenance
+    assert provenance["data"]["fingerprints"] == tiny_images.fingerprints
+    assert provenance["machine"]["threads"] >= 1
+    assert provenance["recipe_fingerprint"] == small.fingerprint()
+    assert (run.path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in run.checkpoints.iterdir()} == {"last.safetensors", "best.safetensors"}
+    again = fromzero.train(small, tiny_images, runs_dir=tmp_path)
+    assert again.path.name == run.path.name + "-2"
+    same_end(run, again)
+
+
+def test_it_learns(small, tiny_images, tmp_path):
+    run = fromzero.train(small.override({"epochs": 12}), tiny_images, runs_dir=tmp_path)
+    assert run.summary["test/accuracy"] > 0.5  # ten classes
+    assert run.summary["train/loss"] < run.metrics()[0]["train/loss"]
+
+
+def test_a_step_is_plain_pytorch(small, tiny_images):
+    """Two steps without dropout against the same written out with torch alone, in float32."""
+    recipe = small.override(
+        {"network.block_dropout": 0.0, "network.dense_dropout": 0.0, "optimizer.name": "sgd", "precision": "float32"}
+    )
+    here = machine.prepare("float32", device="cpu", threads=1)
+    state = State.initial(recipe, tiny_images.image_shape, tiny_images.num_classes, "cpu")
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+    )
+    head = nn.Sequential(nn.Linear(768, 16), nn.ReLU(), nn.Linear(16, 10))
+    ours = [p for p in state.model.parameters()]
+    theirs = [*plain.parameters(), *head.parameters()]
+    with torch.no_grad():
+        for mine, other in zip(ours, theirs, strict=True):
+            other.copy_(mine)
+    sgd = torch.optim.SGD(theirs, lr=0.05, momentum=0.9)
+    data = Data.of(recipe, tiny_images, "cpu")
+    for start in (0, 48):
+        batch = training.Subset(data.train.pixels[start : start + 48], data.train.labels[start : start + 48])
+        loss, correct = training.train_step(state, batch, data.normalise, 0.05, 0, here)
+        x = batch.pixels.permute(0, 3, 1, 2).float() / 255
+        logits = head(plain(x).permute(0, 2, 3, 1).flatten(1))
+        expected = F.cross_entropy(logits, batch.labels)
+        assert loss == pytest.approx(expected.item(), abs=1e-5)
+        assert correct == (logits.argmax(1) == batch.labels).sum().item()
+        sgd.zero_grad()
+        expected.backward()
+        sgd.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own(small, tiny_images, tmp_path):
+    orders = {}
+    for seed in (0, 1):
+        run = new_training(small.override({"seed": seed, "epochs": 2}), tiny_images, runs_dir=tmp_path)
+        seen = []
+        run._step = lambda indices, seen=seen, run=run: (seen.append(indices.tolist()), count(run, indices))
+        for _ in run:
+            pass
+        epochs = [sum(seen[: run.steps_per_epoch], []), sum(seen[run.steps_per_epoch :], [])]
+        everything = list(range(len(run.data.train.labels)))
+        assert all(sorted(epoch) == everything for epoch in epochs)
+        assert epochs[0] != epochs[1]
+        orders[seed] = epochs[0]
+    assert orders[0] != orders[1]
+
+
+def count(run, indices):
+    run.state.counters.step += 1
+    run.state.counters.running_images += len(indices)
+
+
+def test_running_accuracy_is_the_mean_over_the_epoch_as_keras_prints_it(small, tiny_images, tmp_path):
+    run = new_training(small.override({"epochs": 1}), tiny_images, runs_dir=tmp_path)
+    right = images = 0
+    for progress in run:
+        if progress.row is None:
+            right, images = progress.counters.running_correct, progress.counters.running_images
+        else:
+            assert images == len(run.data.train.labels)
+            assert progress.row["train/running_accuracy"] == right / images
+
+
+def test_the_clean_train_accuracy_is_taken_in_evaluation_mode_on_a_fixed_part(small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path)
+    other = new_training(small.override({"seed": 9}), tiny_images, runs_dir=tmp_path)
+    assert torch.equal(run.data.clean_train.pixels, other.data.clean_train.pixels)
+    assert torch.equal(run.data.validation.pixels, other.data.validation.pixels)
+    for _ in run:
+        pass
+    model = run.state.model.eval()
+    with torch.inference_mode(), run.machine.autocast():
+        predicted = model(run.data.normalise(run.data.clean_train.pixels)).argmax(1)
+    expected = (predicted == run.data.clean_train.labels).double().mean().item()
+    assert run.run.summary["train/accuracy"] == expected
+
+
+def test_evaluating_leaves_the_weights_and_the_next_step_as_they_were(small, tiny_images, tmp_path):
+    from fromzero.evaluate import evaluate
+
+    plain, probed = (new_training(small, tiny_images, runs_dir=tmp_path) for _ in range(2))
+    for _ in plain:
+        pass
+    for progress in probed:
+        if progress.row is None:
+            evaluate(probed.state.model, *probed.data.test, probed.data.normalise, probed.machine)
+    same_end(plain.run, probed.run)
+
+
+def test_standard_normalisation_has_mean_zero_and_deviation_one(small, tiny_images):
+    data = Data.of(small.override({"normalise": "standard"}), tiny_images, "cpu")
+    x = data.normalise(data.train.pixels)
+    assert x.mean(dim=(0, 2, 3)).abs().max() < 1e-4
+    assert (x.std(dim=(0, 2, 3), correction=0) - 1).abs().max() < 1e-4
+
+
+VARIANTS = {
+    "adam": {},
+    "sgd": {"optimizer.name": "sgd", "optimizer.learning_rate": 0.05, "optimizer.nesterov": True},
+    "sgd without momentum": {"optimizer.name": "sgd", "optimizer.momentum": 0.0},
+    "adamw cosine float32": {
+        "optimizer.name": "adamw",
+        "optimizer.weight_decay": 0.01,
+        "schedule.name": "cosine",
+        "schedule.warmup_epochs": 0.5,
+        "precision": "float32",
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_stopped_at_every_kind_of_moment_ends_in_the_same_bits(variant, small, tiny_images, tmp_path):
+    recipe = small.override(VARIANTS[variant])
+    straight = fromzero.train(recipe, tiny_images, runs_dir=tmp_path / "straight")
+    broken = new_training(recipe, tiny_images, runs_dir=tmp_path / "broken")
+    # mid-epoch, the step before an epoch ends, mid-evaluation (the epoch's last step), and after an evaluation
+    for stop_at in (1, broken.steps_per_epoch - 1, broken.steps_per_epoch, 2 * broken.steps_per_epoch + 1):
+        with pytest.raises(StoppedError, match="fromzero resume"):
+            for progress in broken:
+                if progress.counters.step == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        broken = resumed_training(broken.run, tiny_images)
+    for _ in broken:
+        pass
+    same_end(straight, broken.run)
+
+
+def test_rows_after_the_last_checkpoint_are_cut_not_doubled(small, tiny_images, tmp_path):
+    straight = fromzero.train(small, tiny_images, runs_dir=tmp_path / "straight")
+    broken = new_training(small, tiny_images, runs_dir=tmp_path / "broken")
+    for progress in broken:
+        if progress.counters.step == 2:
+            broken.save()
+        if progress.row and progress.row["epoch"] == 2:
+            break  # as a kill would: no checkpoint since step 2, two rows written
+    assert len(broken.run.metrics()) == 2
+    with open(broken.run.path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "st')  # a row cut in half
+    resumed = resumed_training(broken.run, tiny_images)
+    assert resumed.state.counters.step == 2
+    assert broken.run.metrics() == []
+    for _ in resumed:
+        pass
+    same_end(straight, resumed.run)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(small, tiny_images, tmp_path):
+    straight = fromzero.train(small, tiny_images, runs_dir=tmp_path / "straight")
+    broken = new_training(small, tiny_images, runs_dir=tmp_path / "broken")
+    for _ in zip(range(5), broken, strict=False):
+        pass
+    same_end(straight, fromzero.resume(broken.run, images=tiny_images))
+
+
+def test_extending_a_constant_rate_equals_training_straight_through(small, tiny_images, tmp_path):
+    long = fromzero.train(small.override({"epochs": 5}), tiny_images, runs_dir=tmp_path / "long")
+    short = fromzero.train(small, tiny_images, runs_dir=tmp_path / "short")
+    with pytest.raises(InputError, match="has ended after 3 epochs; to extend it: fromzero resume"):
+        resumed_training(short, tiny_images)
+    same_end(long, fromzero.resume(short, images=tiny_images, epochs=5))
+    assert short.recipe.epochs == 5
+
+
+def test_resuming_elsewhere_is_refused_by_name_unless_allowed(small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path, threads=2).run
+    with pytest.raises(FromzeroError, match=r"threads: 2 → 1.*--allow-inexact"):
+        resumed_training(run, tiny_images, threads=1)
+    assert resumed_training(run, tiny_images, threads=1, allow_inexact=True).machine.threads == 1
+    provenance = run.provenance
+    provenance["data"]["fingerprints"]["train"] = "0" * 64
+    run.write_provenance(provenance)
+    with pytest.raises(FromzeroError, match="has|not those it was trained on"):
+        resumed_training(run, tiny_images)
+
+
+def test_save_then_train_again(small, tiny_images, tmp_path):
+    first = fromzero.train(small, tiny_images, runs_dir=tmp_path)
+    second = new_training(small.override({"optimizer.name": "sgd"}), tiny_images, runs_dir=tmp_path, start_from=first)
+    weights = checkpoint.load(first.checkpoints / "last.safetensors").tensors
+    assert all(torch.equal(t, weights[f"model/{name}"]) for name, t in second.state.model.state_dict().items())
+    assert second.state.counters.step == 0
+    killed = second.run  # before any step: the weights it started from must not be lost
+    same_end(fromzero.resume(killed, images=tiny_images), train_from(first, small, tiny_images, tmp_path))
+
+
+def train_from(first, small, images, folder):
+    return fromzero.train(small.override({"optimizer.name": "sgd"}), images, runs_dir=folder, start_from=first)
+
+
+def test_weights_that_do_not_fit_are_refused_with_a_table(small, tiny_images, tmp_path):
+    first = fromzero.train(small.override({"epochs": 1}), tiny_images, runs_dir=tmp_path)
+    other = small.override({"network.dense": [20]})
+    with pytest.raises(InputError) as caught:
+        new_training(other, tiny_images, runs_dir=tmp_path / "other", start_from=first)
+    assert "dense_1.weight" in str(caught.value)
+    assert "(16, 768)" in str(caught.value)
+    assert "(20, 768)" in str(caught.value)
+    assert "conv2d_1" not in str(caught.value)
+    assert not (tmp_path / "other").exists()
+    taken = new_training(other, tiny_images, runs_dir=tmp_path / "other", start_from=first, partial=True)
+    assert taken.run.provenance["from"]["left"] == ["dense_1.weight", "dense_1.bias", "predictions.weight"]
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_non_finite_values_stop_before_the_weights_change(poison, small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path)
+    before = None
+    with pytest.raises(NonFiniteError, match=r"step 3: .*--optimizer.learning_rate"):
+        for progress in run:
+            if progress.counters.step == 2:
+                weight = run.state.model.get_parameter("predictions.weight")
+                if poison == "loss":
+                    with torch.no_grad():
+                        weight[0, 0] = math.nan
+                else:
+                    weight.register_hook(lambda gradient: gradient * math.inf)
+                before = {name: t.clone() for name, t in run.state.model.state_dict().items()}
+    after = run.state.model.state_dict()
+    assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(small, tiny_images, tmp_path, monkeypatch):
+    run = new_training(small, tiny_images, runs_dir=tmp_path)
+    iterator = iter(run)
+    for _ in range(3):
+        next(iterator)
+    run.save()
+    whole = (run.run.checkpoints / "last.safetensors").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    next(iterator)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FromzeroError, match=r"saving failed: No space left on device; the checkpoint before it is whole"):
+        run.save()
+    monkeypatch.undo()
+    iterator.close()
+    assert (run.run.checkpoints / "last.safetensors").read_bytes() == whole
+    assert resumed_training(run.run, tiny_images).state.counters.step == 3
+
+
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(small, tiny_images, tmp_path):
+    straight = fromzero.train(small, tiny_images, runs_dir=tmp_path / "straight")
+    run = new_training(small, tiny_images, runs_dir=tmp_path / "broken")
+    for progress in run:
+        if progress.counters.step in (2, 4):
+            run.save()
+        if progress.counters.step == 5:
+            break
+    last = run.run.checkpoints / "last.safetensors"
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 1
+    last.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"last\.safetensors: damaged .*checksum.*using step-000000002"):
+        resumed = resumed_training(run.run, tiny_images)
+    for _ in resumed:
+        pass
+    same_end(straight, resumed.run)
+
+
+def test_two_writers_are_refused_with_the_first_ones_process(small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path)
+    iterator = iter(run)
+    next(iterator)
+    with pytest.raises(FromzeroError, match=f"process {os.getpid()} on"):
+        resumed_training(run.run, tiny_images)
+    iterator.close()
+    assert resumed_training(run.run, tiny_images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [1.0, 1.0, 1.0, 1.0]),
+        ({"schedule.name": "linear"}, [1.0, 0.75, 0.5, 0.25]),
+        ({"schedule.name": "cosine"}, [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]),
+        ({"schedule.name": "linear", "schedule.warmup_epochs": 1.0}, [0.5, 1.0, 1.0, 0.5]),
+    ],
+)
+def test_the_learning_rate_is_a_pure_function_of_the_step(changes, expected, small):
+    recipe = small.override({"epochs": 2, "optimizer.learning_rate": 1.0, **changes})
+    assert [optim.learning_rate_at(recipe, step, 2) for step in range(4)] == pytest.approx(expected)
+
+
+def test_the_notes_recipes_say_that_they_validate_on_the_test_images(tiny_images, tmp_path):
+    for name in ("train1", "train2", "train3"):
+        assert load_recipe(name).validation.source == "test"
+    recipe = Recipe.model_validate(SMALL | {"validation": {"source": "test"}})
+    run = fromzero.train(recipe, tiny_images, runs_dir=tmp_path)
+    assert run.summary["val/source"] == "test"
+    assert run.summary["val/accuracy"] == run.summary["test/accuracy"]
+    assert json.loads((run.path / "summary.json").read_text())["val/source"] == "test"
+
+
+def test_class_with_one_image_cannot_be_split(small, tiny_images):
+    part = tiny_images.train.take(np.flatnonzero(tiny_images.train.labels != 3))
+    one = tiny_images.train.take(np.flatnonzero(tiny_images.train.labels == 3)[:1])
+    images = fromzero.ImageSet(
+        name="odd",
+        train=type(part)(np.concatenate([part.pixels, one.pixels]), np.concatenate([part.labels, one.labels])),
+        test=tiny_images.test,
+        class_names=tiny_images.class_names,
+        source="odd",
+        fingerprints=tiny_images.fingerprints,
+    )
+    with pytest.raises(InputError, match="one train image"):
+        training.check_image_set(small, images)
