@@ -38,10 +38,9 @@ def same_end(first, second):
     """Whether two finished runs ended in the same bits: checkpoints, and rows apart from times."""
     one, two = (checkpoint.load(run.checkpoints / "last.safetensors") for run in (first, second))
     assert one.tensors.keys() == two.tensors.keys()
-    differing = [name for name in one.tensors if not torch.equal(one.tensors[name], two.tensors[name])]
-    assert not differing
-    assert {k: v for k, v in one.state.items() if k != "seconds"} == {k: v for k, v in two.state.items() if k != "seconds"}
-    rows = [[{k: v for k, v in row.items() if k != "time/seconds"} for row in run.metrics()] for run in (first, second)]
+    assert not [name for name in one.tensors if not torch.equal(one.tensors[name], two.tensors[name])]
+    assert one.state | {"seconds": 0} == two.state | {"seconds": 0}
+    rows = [[row | {"time/seconds": 0} for row in run.metrics()] for run in (first, second)]
     assert rows[0] == rows[1]
     bests = [checkpoint.load(run.checkpoints / "best.safetensors") for run in (first, second)]
     assert all(torch.equal(bests[0].tensors[name], bests[1].tensors[name]) for name in bests[0].tensors)
@@ -83,7 +82,12 @@ def test_a_step_is_plain_pytorch(small, tiny_images):
     here = machine.prepare("float32", device="cpu", threads=1)
     state = State.initial(recipe, tiny_images.image_shape, tiny_images.num_classes, "cpu")
     plain = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
     )
     head = nn.Sequential(nn.Linear(768, 16), nn.ReLU(), nn.Linear(16, 10))
     ours = [p for p in state.model.parameters()]
@@ -116,7 +120,8 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own(small, tiny_im
         run._step = lambda indices, seen=seen, run=run: (seen.append(indices.tolist()), count(run, indices))
         for _ in run:
             pass
-        epochs = [sum(seen[: run.steps_per_epoch], []), sum(seen[run.steps_per_epoch :], [])]
+        parts = (seen[: run.steps_per_epoch], seen[run.steps_per_epoch :])
+        epochs = [[index for batch in part for index in batch] for part in parts]
         everything = list(range(len(run.data.train.labels)))
         assert all(sorted(epoch) == everything for epoch in epochs)
         assert epochs[0] != epochs[1]
@@ -248,7 +253,7 @@ def test_resuming_elsewhere_is_refused_by_name_unless_allowed(small, tiny_images
     provenance = run.provenance
     provenance["data"]["fingerprints"]["train"] = "0" * 64
     run.write_provenance(provenance)
-    with pytest.raises(FromzeroError, match="has|not those it was trained on"):
+    with pytest.raises(FromzeroError, match="are not those it was trained on"):
         resumed_training(run, tiny_images)
 
 
@@ -311,7 +316,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(small, tiny_images, tmp_
 
     next(iterator)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FromzeroError, match=r"saving failed: No space left on device; the checkpoint before it is whole"):
+    with pytest.raises(FromzeroError, match=r"No space left on device; the checkpoint before it is whole"):
         run.save()
     monkeypatch.undo()
     iterator.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -201,7 +202,7 @@ def parse_value(path: str, text: str) -> Any:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -215,18 +216,19 @@ def _fields(model: type[pydantic.BaseModel], prefix: str = "") -> list[tuple[str
     return found
 
 
-def _load(source: str | Path, seen: tuple[str, ...]) -> Recipe:
+def _load(source: str | Path, seen: tuple[Path, ...]) -> Recipe:
     text, label = _read(source)
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # more than TOMLDecodeError: endless numbers, bottomless lists
         raise InputError(f"{label}: not valid TOML: {error}") from None
     base = tree.pop("base", None)
     if base is not None:
-        if not isinstance(base, str) or label in seen:
+        place = Path(source).resolve()
+        if not isinstance(base, str) or place in seen:
             raise InputError(f"{label}: base must name another recipe or file, not {base!r}")
         here = Path(source).parent / base
-        inherited = _load(here if here.is_file() else base, (*seen, label))
+        inherited = _load(here if os.path.isfile(here) else base, (*seen, place))
         tree = _merged(inherited.model_dump(), tree)
     return _validated(tree, label)
 
@@ -236,12 +238,12 @@ def _read(source: str | Path) -> tuple[str, str]:
     if name in recipe_names():
         return (resources.files("fromzero") / "recipes" / f"{name}.toml").read_text("utf-8"), name
     path = Path(source)
-    if path.suffix == ".toml" or path.is_file():
+    if path.suffix == ".toml" or os.path.isfile(path):
         try:
             return path.read_text("utf-8"), name
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise InputError(f"recipe file {name}: {reason}") from None
+        except (OSError, ValueError) as error:
+            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
+            raise InputError(f"recipe file {name!r}: {reason}") from None
     raise InputError(f"unknown recipe {name!r}{nearest(name, recipe_names())} (or give a .toml file)")
 
 
@@ -266,7 +268,7 @@ def _one_line(error: pydantic.ValidationError) -> str:
     # A union reports one complaint for each of its members; the one whose type was meant is the deepest.
     first = max(
         (e for e in errors if e["loc"][:2] == errors[0]["loc"][:2]),
-        key=lambda e: e["type"] == "literal_error",
+        key=lambda e: len(e["loc"]),
     )
     known = field_types()
     parts = [str(p) for p in first["loc"]]
@@ -277,7 +279,7 @@ def _one_line(error: pydantic.ValidationError) -> str:
         return f"unknown field {path!r}{nearest(path, known)}"
     if first["type"] == "missing":
         return f"field {path!r} is missing"
-    given = repr(first["input"])
+    given = " ".join(repr(first["input"]).split())
     given = given if len(given) <= 60 else given[:57] + "…"
     if first["type"] == "literal_error":
         choices = [c.strip("' ") for c in first["ctx"]["expected"].replace(" or ", ",").split(",")]

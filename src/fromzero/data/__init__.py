@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fromzero.data.cifar import load_cifar, load_cifar10
@@ -30,7 +31,7 @@ def load_images(
             return load_cifar10(data_dir, offline=offline)
         case "digits":
             return load_digits()
-        case path if Path(path).exists():
+        case path if os.path.exists(path):
             return load_cifar(Path(path))
         case name:
             raise InputError(f"unknown data set {name!r}: not a path that exists{nearest(name, ('cifar10', 'digits'))}")

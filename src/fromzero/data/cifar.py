@@ -11,8 +11,8 @@ import io
 import os
 import pickle
 import re
+import shutil
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ class _Format(NamedTuple):
 def load_cifar10(data_dir: str | Path | None = None, *, offline: bool = False) -> ImageSet:
     """CIFAR-10, from the first place that has it, else downloaded; refused if the images are not CIFAR-10's."""
     places = [Path(data_dir)] if data_dir is not None else usual_places()
-    if data_dir is not None and not places[0].is_dir():
+    if data_dir is not None and not os.path.isdir(data_dir):
         raise InputError(f"data folder {data_dir} is not there or not a folder")
     found = next((path for place in places for path in _candidates(place)), None)
     if found is None:
@@ -119,14 +119,19 @@ def load_cifar(path: Path, name: str | None = None) -> ImageSet:
 
 
 def unpack(archive: Path) -> Path:
-    """Write the known members of a published archive as a folder beside it, so that it is decompressed once."""
+    """Write the known members of a published archive as a folder beside it, so that it is decompressed once. Returns
+    the folder, or the archive where that cannot be done: it can be read as well."""
     layout, files = _layout(_archive_files(archive), archive)
     folder = archive.parent / FOLDERS[0 if layout is BINARY else 1]
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    for member, data in files.items():
-        (partial / member).write_bytes(data)
-    partial.rename(folder)
+    try:
+        partial.mkdir()
+        for member, data in files.items():
+            (partial / member).write_bytes(data)
+        partial.rename(folder)
+    except OSError:  # a full disk, another process that was faster, an incomplete folder in the way
+        shutil.rmtree(partial, ignore_errors=True)
+        return archive
     return folder
 
 
@@ -152,21 +157,27 @@ def _archive_files(path: Path) -> dict[str, Callable[[], bytes]]:
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
+                if not 0 <= member.size <= LARGEST_MEMBER_BYTES:  # a size below zero would be read for ever
+                    raise InputError(f"{path}: {member.name!r} claims {member.size:,} bytes, unlike any of CIFAR's")
                 name = member.name.rpartition("/")[2]
                 wanted = name in known or any(layout.train.fullmatch(name) for layout in LAYOUTS)
                 if not (wanted and member.isreg()):
                     continue
-                if member.size > LARGEST_MEMBER_BYTES:
-                    raise InputError(f"{path}: {member.name} claims {member.size:,} bytes, far more than CIFAR's")
                 stream = archive.extractfile(member)
                 contents[name] = stream.read() if stream else b""
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a damaged archive can raise whatever tarfile and the decompressors have
         size = path.stat().st_size if path.exists() else 0
         raise InputError(
             f"{path}: damaged or truncated: expected a whole .tar.gz archive, found {size:,} bytes that end in"
-            f" {type(error).__name__} ({error}); delete it and get it again"
+            f" {_one_line(error)}; delete it and get it again"
         ) from None
     return {name: (lambda data=data: data) for name, data in contents.items()}  # type: ignore[misc]
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__} ({' '.join(str(error).split())[:200]})"
 
 
 def _layout(files: Mapping[str, Callable[[], bytes]], where: Path) -> tuple[_Format, dict[str, bytes]]:
@@ -287,7 +298,7 @@ def _unpickle(data: bytes, label: str) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle can raise anything; nothing of it has run
         raise InputError(
             f"{label}: damaged or not a CIFAR batch: expected a pickle of plain data, found"
-            f" {len(data):,} bytes that end in {type(error).__name__} ({error})"
+            f" {len(data):,} bytes that end in {_one_line(error)}"
         ) from None
     if not isinstance(content, dict):
         raise InputError(f"{label}: damaged: expected a dict, found {type(content).__name__}")

@@ -22,6 +22,7 @@ MIRRORS = (
     ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", PYTHON_SHA256),
 )
 REACH_SECONDS = 3.0  # for all mirrors together: without a network the answer comes within 5 seconds
+SILENCE_SECONDS = 30.0  # a mirror that sends nothing for so long is given up
 
 
 def home() -> Path:
@@ -46,12 +47,13 @@ def fetch_cifar10(folder: Path, *, offline: bool = False) -> Path:
     failures = []
     for url, sha256 in mirrors:
         if url not in reachable:
-            failures.append(f"{urllib.parse.urlsplit(url).hostname} cannot be reached")
+            host = url.partition("://")[2].partition("/")[0].rpartition("@")[2]
+            failures.append(f"{host or url} cannot be reached")
             continue
         try:
             return _retrieve(url, sha256, folder)
         except Exception as error:  # pooch lets through what requests, urllib3 and the file system raise
-            failures.append(f"{url}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            failures.append(f"{url}: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
     raise InputError(f"CIFAR-10 could not be downloaded ({'; '.join(dict.fromkeys(failures))}): {advice}")
 
 
@@ -61,7 +63,7 @@ def _retrieve(url: str, sha256: str, folder: Path) -> Path:
     pooch.get_logger().setLevel(logging.WARNING)
     name = url.rpartition("/")[2]
     print(f"downloading {url} to {folder}", file=sys.stderr)
-    downloader = pooch.HTTPDownloader(progressbar=True, timeout=(REACH_SECONDS, 30))
+    downloader = pooch.HTTPDownloader(progressbar=True, timeout=(REACH_SECONDS, SILENCE_SECONDS))
     return Path(pooch.retrieve(url, f"sha256:{sha256}", fname=name, path=folder, downloader=downloader))
 
 
@@ -72,11 +74,12 @@ def _reachable(urls: list[str]) -> set[str]:
     answered: set[str] = set()
 
     def try_to_connect(url: str) -> None:
-        target = urllib.parse.urlsplit(url)
-        if target.scheme in proxies and not urllib.request.proxy_bypass(target.hostname or ""):
-            target = urllib.parse.urlsplit(proxies[target.scheme])
-        port = target.port or {"http": 80}.get(target.scheme, 443)
         try:
+            target = urllib.parse.urlsplit(url)
+            proxy = proxies.get(target.scheme) or proxies.get("all")
+            if proxy and not urllib.request.proxy_bypass(target.hostname or ""):
+                target = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+            port = target.port or {"http": 80}.get(target.scheme, 443)
             socket.create_connection((target.hostname or "", port), timeout=REACH_SECONDS).close()
         except (OSError, ValueError):
             return

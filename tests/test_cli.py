@@ -1,0 +1,173 @@
+"""The command line as a user meets it: real processes, their output and exit codes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+FAST = ["--epochs", "2", "--network.channels", "[[4], [8]]", "--network.pool", "4", "--network.block_dropout", "0.1"]
+FAST += ["--network.activation_layers", "true", "--network.dense", "[16]", "--validation.source", "split"]
+
+
+def fromzero(*arguments, cwd, timeout=120, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "fromzero", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "HOME": str(cwd), **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with one finished small run on the digits in it."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = fromzero("train", "digits", *FAST, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_train_prints_a_line_an_epoch_and_where_the_run_is(trained):
+    folder, printed = trained
+    lines = printed.splitlines()
+    assert re.search(r"runs/digits-\d+: train3 on digits", lines[0])
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert len(epochs) == 2
+    pattern = r"epoch   1/2  train 0\.\d{4} \(running 0\.\d{4}\)  val 0\.\d{4} .* images/s  .* left"
+    assert re.fullmatch(pattern, epochs[0])
+    assert "\x1b" not in printed
+    assert (folder / "runs").is_dir()
+
+
+def test_runs_lists_and_evaluate_repeats_the_recorded_figures(trained):
+    import fromzero as library
+
+    folder, _ = trained
+    run = library.list_runs(folder / "runs")[0]
+    listed = fromzero("runs", cwd=folder).stdout
+    assert run.name in listed
+    assert f"{run.summary['test/accuracy']:.4f}" in listed
+    again = fromzero("evaluate", run.name, cwd=folder)
+    assert f"test                         accuracy {run.summary['test/accuracy']:.4f}" in again.stdout
+    assert fromzero("evaluate", run.path, "--checkpoint", "best", cwd=folder).returncode == 0
+
+
+def test_train_from_and_resume_with_more_epochs(trained):
+    folder, _ = trained
+    import fromzero as library
+
+    first = library.list_runs(folder / "runs")[0]
+    again = fromzero("train", "digits", *FAST, "--from", first.name, cwd=folder)
+    assert again.returncode == 0, again.stderr
+    longer = fromzero("resume", library.list_runs(folder / "runs")[-1].name, "--epochs", "3", cwd=folder)
+    assert "extended from 2 to 3 epochs: the learning rate is constant" in longer.stdout
+    refused = fromzero("train", "digits", "--from", first.name, cwd=folder)
+    assert refused.returncode == 2
+    assert "do not fit this network" in refused.stderr
+    assert "conv2d_1.weight" in refused.stderr
+
+
+BAD = [
+    (["trian"], "unknown command 'trian'; nearest: train"),
+    (["train", "--epohcs", "3"], "unknown option --epohcs; nearest: --epochs"),
+    (["train", "--optimizer.lr", "3"], "unknown option --optimizer.lr; nearest: --optimizer.learning_rate"),
+    (["train", "digits", "--recipe", "trian2"], "unknown recipe 'trian2'; nearest: train2"),
+    (["train", "digits", "--optimizer.name", "adm"], "'adm' is not one of sgd, adam, adamw; nearest: adam"),
+    (["train", "digits", "--epochs", "many"], "epochs: 'many'"),
+    (["train", "digits", "--epochs"], "argument --epochs: expected one argument"),
+    (["train", "digits", "--network.padding", "vald"], "network.padding: 'vald' is not one of same, valid; nearest"),
+    (["train", "digits", "--network.channels", "[[32], []]"], "channels has a block without a convolution"),
+    (["train", "digits", "--network.pool", "9"], "leaves no pixel of 32×32 images"),
+    (["train", "digist"], "unknown data set 'digist'; nearest: digits"),
+    (["train", "digits", "--from", "nothing"], "no run 'nothing'"),
+    (["train", "digits", "--threads", "0"], "threads: 0"),
+    (["train", "digits", "--device", "tpu"], "unknown device 'tpu'"),
+    (["train", "digits", "--device", "cuda:99"], "'cuda:99' is not there"),
+    (["train", "digits", "--keep", "0"], "--keep: 0"),
+    (["train", "digits", "more"], "unexpected argument 'more'"),
+    (["train", "--data-dir", "nowhere"], "data folder nowhere"),
+    (["train", "--offline"], "cifar-10-binary.tar.gz"),
+    (["resume", "nothing"], "no run 'nothing'"),
+    (["resume"], "RUN"),
+    (["evaluate", "nothing"], "no run 'nothing'"),
+    (["evaluate", "x", "--checkpoint", "worst"], "worst"),
+    (["summary", "train9"], "unknown recipe 'train9'; nearest: train"),
+    (["summary", "train1", "--image-shape", "4", "4", "3"], "leaves no pixel of 4×4 images"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_line_with_exit_code_2(arguments, expected, tmp_path, capsys, monkeypatch):
+    """In this process: the messages are the same, and a start of Python for each would take half a minute."""
+    from fromzero import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FROMZERO_HOME", str(tmp_path))
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert expected in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("fromzero: ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_network_says_where_to_put_the_file_within_five_seconds(tmp_path):
+    """A name server that never answers is the worst case; an address that drops packets is the next."""
+    started = time.monotonic()
+    blocked = {"FROMZERO_CIFAR10_MIRROR": "http://192.0.2.1:9", "FROMZERO_HOME": str(tmp_path), "no_proxy": "*"}
+    done = fromzero("train", "cifar10", cwd=tmp_path, **blocked)
+    seconds = time.monotonic() - started
+    assert done.returncode == 2
+    assert str(tmp_path) in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert seconds < 5 + 3, seconds  # three for starting Python on a busy machine
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_resume(number, code, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fromzero", "train", "digits", *FAST, "--epochs", "500"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(number)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - started < 5
+    assert process.returncode == code
+    command = re.fullmatch(r"fromzero: stopped and saved at step \d+; go on with: fromzero (resume \S+)\n", errors)
+    assert command, errors
+    assert list(tmp_path.glob("runs/*/checkpoints/last.safetensors"))
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import fromzero"], ["-m", "fromzero", "--help"]])
+def test_importing_and_asking_for_help_do_not_import_torch(arguments, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "fromzero" in imported
+    assert not imported & {"torch", "numpy", "matplotlib", "sklearn", "rich", "pooch"}
+
+
+def test_every_command_has_help(tmp_path, capsys):
+    from fromzero import cli
+
+    for command in ("train", "resume", "evaluate", "runs", "summary", "recipes", "demo"):
+        with pytest.raises(SystemExit) as left:
+            cli.main([command, "--help"])
+        assert left.value.code == 0
+        assert command in capsys.readouterr().out
