@@ -151,7 +151,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     run = load_run(arguments.RUN, arguments.runs_dir)
     recipe = run.recipe
-    images = sessions.load_recorded_images(run, data_dir=arguments.data_dir, offline=arguments.offline)
+    images = sessions.recorded_images(run, data_dir=arguments.data_dir, offline=arguments.offline)
     precision = run.provenance["machine"]["precision"]
     here = machine.prepare(precision, device=arguments.device or "auto", threads=arguments.threads)
     network = sessions.load_network(run, images, here, arguments.checkpoint)

@@ -119,7 +119,7 @@ def resumed_training(
             f"{run.path}: has ended after {recipe.epochs} epochs; to extend it: fromzero resume {run.path}"
             f" --epochs {2 * recipe.epochs}"
         )
-    images = images or load_recorded_images(run, data_dir=data_dir, offline=offline)
+    images = recorded_images(run, images, data_dir=data_dir, offline=offline)
     here = machine.prepare(
         recorded["precision"] if recipe.precision == "auto" else recipe.precision,
         device=device or recorded["device"],
@@ -161,12 +161,16 @@ def extension_note(before: Recipe, after: Recipe, step: int, steps_per_epoch: in
     )
 
 
-def load_recorded_images(run: Run, *, data_dir: str | Path | None = None, offline: bool = False) -> ImageSet:
-    """The images a run was trained on, from where they were, or from `data_dir`, or as found by name. Raises
-    FromzeroError when their fingerprints are not the recorded ones."""
+def recorded_images(
+    run: Run, images: ImageSet | None = None, *, data_dir: str | Path | None = None, offline: bool = False
+) -> ImageSet:
+    """The images a run was trained on: those given, or read from where they were, from `data_dir`, or as found by
+    name. Raises FromzeroError when their fingerprints are not the recorded ones."""
     recorded = run.provenance["data"]
     source = Path(recorded["source"])
-    if data_dir is None and source.exists() and recorded["name"] == "cifar10":
+    if images is not None:
+        pass
+    elif data_dir is None and source.exists() and recorded["name"] == "cifar10":
         images = load_images("cifar10", data_dir=source if source.is_dir() else source.parent)
     else:
         images = load_images(run.recipe.dataset, data_dir=data_dir, offline=offline)

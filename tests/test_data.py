@@ -1,0 +1,365 @@
+"""Image sets: the same from every format, found in every usual place, refused with the file's name when damaged."""
+
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import tarfile
+import time
+
+import numpy as np
+import pytest
+
+from fromzero.data import Images, cifar, load_images, stratified_split
+from fromzero.errors import InputError
+
+TEST_BATCH = {"binary": "test_batch.bin", "python": "test_batch"}
+META = {"binary": "batches.meta.txt", "python": "batches.meta"}
+LAYOUTS = pytest.mark.parametrize("layout", ["binary", "python"])
+
+
+def refused(dataset, **options):
+    """The one line with which `dataset` is refused."""
+    with pytest.raises(InputError) as caught:
+        load_images(dataset, **options)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def equal(first, second):
+    return all(
+        np.array_equal(a.pixels, b.pixels) and np.array_equal(a.labels, b.labels)
+        for a, b in ((first.train, second.train), (first.test, second.test))
+    )
+
+
+# Formats
+
+
+@pytest.mark.parametrize("form", ["binary", "python", "binary.tar.gz", "python.tar.gz", "folder of the folder"])
+def test_every_format_holds_the_same_images(form, tiny_images, tmp_path, write_cifar, tar_cifar):
+    path = tmp_path / "cifar-10-batches-bin"
+    write_cifar(path, "python" if "python" in form else "binary", per_batch=40)
+    if "tar" in form:
+        path = tar_cifar(path, tmp_path / f"cifar-10-{form}")
+    found = load_images(tmp_path if "of" in form else path)
+    assert equal(found, tiny_images)
+    assert found.fingerprints == tiny_images.fingerprints
+    assert found.class_names == tiny_images.class_names == cifar.CIFAR10_CLASSES
+    assert str(path) in found.source
+
+
+def test_shapes_types_and_names(tiny_images):
+    assert tiny_images.train.pixels.shape == (200, 32, 32, 3)
+    assert tiny_images.test.pixels.shape == (40, 32, 32, 3)
+    assert tiny_images.train.pixels.dtype == np.uint8
+    assert tiny_images.train.labels.dtype == np.int64
+    assert (tiny_images.image_shape, tiny_images.num_classes, tiny_images.name) == ((32, 32, 3), 10, "tiny")
+
+
+def test_pixels_are_in_place_by_channel_row_and_column(tmp_path, write_cifar):
+    folder = write_cifar(tmp_path / "set", per_batch=1, batches=1, classes=2)
+    record = bytearray(3073)
+    record[1 + 2 * 1024 + 5 * 32 + 7] = 200  # blue, row 5, column 7
+    (folder / "data_batch_1.bin").write_bytes(record)
+    pixels = load_images(folder).train.pixels
+    assert pixels[0, 5, 7, 2] == 200
+    assert pixels.sum() == 200
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL))  # numpy writes the newest one in another way
+def test_batches_pickled_by_python_3_are_read(protocol, tmp_path, write_cifar):
+    folder = write_cifar(tmp_path / "set", "python")
+    expected = load_images(folder)
+    for name in ("data_batch_1", "test_batch"):
+        content = pickle.loads((folder / name).read_bytes(), encoding="bytes")
+        (folder / name).write_bytes(pickle.dumps(content, protocol))
+    assert load_images(folder).fingerprints == expected.fingerprints
+
+
+@pytest.mark.parametrize(("batches", "classes"), [(1, 2), (12, 100)])
+def test_any_number_of_batches_and_classes(batches, classes, tmp_path, write_cifar):
+    found = load_images(write_cifar(tmp_path / "my set.v2", per_batch=classes, batches=batches, classes=classes))
+    assert (found.num_classes, len(found.train), found.name) == (classes, batches * classes, "my-set")
+
+
+def test_the_fingerprint_ignores_order_and_sees_every_byte(tiny_images):
+    train, expected = tiny_images.train, tiny_images.fingerprints["train"]
+    assert train.take(np.random.default_rng(0).permutation(len(train))).fingerprint() == expected
+    pixels, labels = train.pixels.copy(), train.labels.copy()
+    pixels[17, 3, 4, 1] ^= 1
+    labels[17] = (labels[17] + 1) % 10
+    assert len({expected, Images(pixels, train.labels).fingerprint(), Images(train.pixels, labels).fingerprint()}) == 3
+    assert train.take(np.arange(199)).fingerprint() != expected
+    assert Images(train.pixels, train.labels + 256).fingerprint() != expected
+
+
+# CIFAR-10 itself
+
+
+def test_cifar10_is_the_published_one(cifar10_dir):
+    images = load_images("cifar10", data_dir=cifar10_dir)
+    assert images.fingerprints == {
+        "train": "55a61f79a40ece2ceda9fb5f9f7078f6ea2fc4952489cef56682bcf92cfcc260",
+        "test": "325704b01eb92e1e2a6215ae6a916bb7db7de054af0c496be1c7be2e0fcfbf5f",
+    }
+    assert images.train.pixels.shape == (50_000, 32, 32, 3)
+    assert images.test.pixels.shape == (10_000, 32, 32, 3)
+    assert np.bincount(images.train.labels).tolist() == [5000] * 10
+    assert images.class_names == (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+    )  # fmt: skip
+    counts = [np.bincount(images.train.pixels[..., channel].ravel(), minlength=256) for channel in range(3)]
+    levels = np.arange(256) / 255
+    means = [np.average(levels, weights=c) for c in counts]
+    deviations = [np.average((levels - m) ** 2, weights=c) ** 0.5 for c, m in zip(counts, means, strict=True)]
+    assert means == pytest.approx([0.4914, 0.4822, 0.4465], abs=5e-5)
+    assert deviations == pytest.approx([0.2470, 0.2435, 0.2616], abs=5e-5)
+
+
+def test_other_images_are_not_taken_for_cifar10(tmp_path, write_cifar):
+    folder = write_cifar(tmp_path / "cifar-10-batches-bin")
+    message = refused("cifar10", data_dir=tmp_path)
+    assert str(folder) in message
+    assert cifar.CIFAR10_FINGERPRINTS["train"][:12] in message
+    assert load_images(folder).fingerprints["train"][:12] in message
+
+
+@pytest.mark.parametrize(
+    ("place", "layout"),
+    [
+        ("fromzero/cifar-10-batches-bin", "binary"),
+        ("fromzero/cifar-10-batches-py", "python"),
+        ("fromzero/cifar-10-binary.tar.gz", "binary"),
+        ("fromzero/cifar-10-python.tar.gz", "python"),
+        ("data/cifar-10-batches-py", "python"),  # torchvision: root="data"
+        ("data/cifar-10-python.tar.gz", "python"),
+        (".keras/datasets/cifar-10-batches-py", "python"),  # Keras 2
+        (".keras/datasets/cifar-10-batches-py.tar.gz", "python"),
+        (".keras/datasets/cifar-10-batches-py-target/cifar-10-batches-py", "python"),  # Keras 3
+        ("elsewhere/datasets/cifar-10-batches-py", "python"),  # KERAS_HOME
+    ],
+)
+def test_cifar10_is_found_where_it_usually_is(place, layout, bare_machine, monkeypatch, write_cifar, tar_cifar):
+    source = write_cifar(bare_machine / "source", layout)
+    monkeypatch.setattr(cifar, "CIFAR10_FINGERPRINTS", load_images(source).fingerprints)
+    assert "--data-dir" in refused("cifar10", offline=True)
+    path = bare_machine / place
+    path.parent.mkdir(parents=True)
+    if path.suffix == ".gz":
+        tar_cifar(source, path)
+    else:
+        source.rename(path)
+    if place.startswith("elsewhere"):
+        monkeypatch.setenv("KERAS_HOME", str(bare_machine / "elsewhere"))
+    assert os.path.samefile(load_images("cifar10", offline=True).source, path)
+
+
+def test_a_named_data_folder_is_the_only_place(bare_machine, monkeypatch, write_cifar):
+    here = write_cifar(bare_machine / "data" / "cifar-10-batches-bin")
+    monkeypatch.setattr(cifar, "CIFAR10_FINGERPRINTS", load_images(here).fingerprints)
+    (bare_machine / "empty").mkdir()
+    assert f"no CIFAR-10 under {bare_machine / 'empty'}" in refused("cifar10", data_dir=bare_machine / "empty")
+    assert load_images("cifar10", data_dir=here).name == "cifar10"
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "file", "x" * 300])
+def test_a_data_folder_that_is_none_is_named(folder, tmp_path):
+    (tmp_path / "file").touch()
+    assert str(tmp_path / folder) in refused("cifar10", data_dir=tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("cifar-10", "nearest: cifar10"), ("digit", "nearest: digits"), ("./nowhere", "'./nowhere'"), ("x" * 300, "xxx")],
+)
+def test_an_unknown_data_set_is_named_with_the_nearest(name, hint, bare_machine):
+    assert hint in refused(name)
+
+
+# Damage
+
+
+@LAYOUTS
+def test_a_truncated_batch_is_named_with_what_was_expected_and_found(layout, tmp_path, write_cifar):
+    file = write_cifar(tmp_path / "set", layout) / TEST_BATCH[layout]
+    whole = file.read_bytes()
+    for size in (0, 1, 3072, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        message = refused(file.parent)
+        assert str(file) in message
+        assert "expected" in message
+        assert f"found {size:,}" in message
+
+
+@LAYOUTS
+def test_what_is_missing_is_named(layout, tmp_path, write_cifar):
+    for name in (TEST_BATCH[layout].replace("test_batch", "data_batch_3"), TEST_BATCH[layout], META[layout]):
+        folder = write_cifar(tmp_path / "set", layout)
+        (folder / name).unlink()
+        assert f"incomplete: {name} not there" in refused(folder)
+
+
+@LAYOUTS
+def test_a_label_without_a_name_is_damage(layout, tmp_path, write_cifar):
+    folder = write_cifar(tmp_path / "set", layout, classes=4)
+    write_cifar(tmp_path / "other", layout, classes=3)
+    shutil.copy(tmp_path / "other" / META[layout], folder)
+    assert "expected labels 0 to 2" in refused(folder)
+    assert "found 3" in refused(folder)
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    "names", [b"", b"one\n", b"\x80\x02]q\x00.", b"\x80\x02}q\x00U\x0blabel_namesK\x01s.", b"\xff"]
+)
+def test_a_file_of_class_names_without_them_is_damage(layout, names, tmp_path, write_cifar):
+    folder = write_cifar(tmp_path / "set", layout)
+    (folder / META[layout]).write_bytes(names)
+    assert str(folder / META[layout]) in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": None}, {"labels": []}, {"labels": [0]}, {"labels": [-1] * 20}, {"labels": [0.5] * 20},
+        {"labels": [256] * 20}, {"labels": "x" * 20}, {"data": None}, {"data": b"x" * 20 * 3072}, {"data": [[1]]},
+        {"data": np.zeros((20, 3071), np.uint8)}, {"data": np.zeros(3072 * 20, np.uint8)},
+        {"data": np.zeros((19, 3072), np.uint8)}, {"data": np.zeros((20, 3072), np.float32)},
+        {"data": np.zeros((20, 3072), np.int8)}, {"data": np.asfortranarray(np.zeros((20, 3072), np.uint8))},
+    ],
+)  # fmt: skip
+def test_a_pickle_of_other_content_is_damage(change, tmp_path, write_cifar):
+    file = write_cifar(tmp_path / "set", "python") / "data_batch_2"
+    content = pickle.loads(file.read_bytes(), encoding="latin-1") | change
+    file.write_bytes(pickle.dumps(content, 2))
+    assert str(file) in refused(file.parent)
+
+
+@pytest.mark.parametrize("path", ["empty folder", "other folder", "file", "empty file"])
+def test_what_is_no_image_set_is_refused_by_name(path, tmp_path):
+    (tmp_path / "empty folder").mkdir()
+    (tmp_path / "other folder").mkdir()
+    (tmp_path / "other folder" / "letter.txt").write_text("Dear")
+    (tmp_path / "file").write_bytes(b"not an archive\n" * 1000)
+    (tmp_path / "empty file").touch()
+    assert str(tmp_path / path) in refused(tmp_path / path)
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w", "w:bz2", "w:xz"])
+def test_a_damaged_archive_is_refused_by_name(mode, tmp_path, write_cifar):
+    archive = tmp_path / "set.tar"
+    with tarfile.open(archive, mode) as tar:
+        tar.add(write_cifar(tmp_path / "set"), "set")
+    whole = archive.read_bytes()
+    load_images(archive)
+    for size in (1, 100, len(whole) // 3, int(len(whole) * 0.9)):
+        archive.write_bytes(whole[:size])
+        assert str(archive) in refused(archive)
+    if mode != "w":  # a plain tar has no checksum of its contents
+        archive.write_bytes(whole[: len(whole) // 2] + b"damage" + whole[len(whole) // 2 + 6 :])
+        assert str(archive) in refused(archive)
+
+
+# Malice
+
+
+def tar_of(path, *members):
+    with tarfile.open(path, "w:gz") as tar:
+        for member, data in members:
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def link(name, target, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, str(target)
+    return member, b""
+
+
+@pytest.mark.parametrize("under", ["../../", "/", "a/../../../", "cifar-10-batches-bin/../../../"])
+def test_nothing_is_written_where_an_archive_says(under, tmp_path, write_cifar):
+    folder, inside = write_cifar(tmp_path / "set"), tmp_path / "deep" / "down"
+    inside.mkdir(parents=True)
+    evil = tmp_path.relative_to("/") / "evil" if under == "/" else "evil"
+    members = [(tarfile.TarInfo(f"{under}{evil}/{f.name}"), f.read_bytes()) for f in folder.iterdir()]
+    archive = tar_of(inside / "set.tar.gz", (tarfile.TarInfo(f"{under}{evil}"), b"evil"), *members)
+    before = sorted(tmp_path.rglob("*"))
+    found = load_images(archive)
+    assert equal(found, load_images(folder))
+    assert sorted(tmp_path.rglob("*")) == before
+    unpacked = cifar.unpack(archive)
+    after = [*before, unpacked, *(unpacked / f.name for f in folder.iterdir())]
+    assert sorted(tmp_path.rglob("*")) == sorted(after)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
+def test_links_and_devices_in_an_archive_are_not_followed(kind, tmp_path, write_cifar):
+    folder = write_cifar(tmp_path / "set")
+    files = {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
+    for target in (folder / "data_batch_1.bin", "data_batch_2.bin", "../../etc/passwd"):
+        members = [(tarfile.TarInfo(name), data) for name, data in files.items() if name != "data_batch_1.bin"]
+        archive = tar_of(tmp_path / "set.tar.gz", *members, link("data_batch_1.bin", target, kind))
+        assert "data_batch_1.bin not there" in refused(archive)
+
+
+@pytest.mark.parametrize("size", [-512, 10**12])
+def test_an_archive_that_lies_about_sizes_costs_no_time_and_no_memory(size, tmp_path):
+    members = io.BytesIO()
+    for name in ("first", "test_batch.bin"):
+        header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+        if name != "first":
+            header[124:136] = size.to_bytes(12, "big", signed=True) if size < 0 else b"\x80" + size.to_bytes(11, "big")
+            header[148:156] = b" " * 8
+            header[148:156] = b"%06o\0 " % sum(header)
+        members.write(header)
+    archive = tmp_path / "set.tar"
+    archive.write_bytes(members.getvalue() + bytes(1024))
+    assert f"claims {size:,} bytes" in refused(archive)
+
+
+class Call:
+    """Pickled, it is a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def live_pickles(canary):
+    """Pickles that leave a file named `canary` when they are read in the ordinary way."""
+    touch, python = f"touch '{canary}'", f"open({str(canary)!r}, 'w').close()"
+    shell, code = touch.encode(), python.encode()
+    objects = np.empty(1, object)
+    objects[0] = Call(os.system, touch)
+    rows = pickle.dumps(objects, 2)
+    dtype = b"cnumpy\ndtype\n"
+    return {
+        **{f"os.system, protocol {n}": pickle.dumps(Call(os.system, touch), n) for n in range(6)},
+        "os.system": b"cos\nsystem\n(S" + repr(touch).encode() + b"\ntR.",
+        "posix.system": b"cposix\nsystem\n(X" + len(shell).to_bytes(4, "little") + shell + b"tR.",
+        "INST": b"(X" + len(shell).to_bytes(4, "little") + shell + b"ios\nsystem\n.",
+        "OBJ": b"(cos\nsystem\nX" + len(shell).to_bytes(4, "little") + shell + b"o.",
+        "builtins.eval": pickle.dumps(Call(eval, python)),
+        "builtins.exec": pickle.dumps(Call(exec, python)),
+        "__builtin__.eval": b"c__builtin__\neval\n(X" + len(code).to_bytes(4, "little") + code + b"tR.",
+        "builtins.open": pickle.dumps(Call(open, str(canary), "w"), 4),
+        "subprocess.call": pickle.dumps(Call(subprocess.call, ["touch", str(canary)])),
+        "subprocess.getoutput": pickle.dumps(Call(subprocess.getoutput, touch)),
+        "os.mkdir, deep in lists": pickle.dumps([{"data": (1, [Call(os.mkdir, str(canary))])}]),
+        "pickle.loads": pickle.dumps(Call(pickle.loads, pickle.dumps(Call(os.system, touch)))),
+        "getattr chain": pickle.dumps(Call(getattr(Call(eval, "0"), "call")[0], f"__import__('os').system({touch!r})")),
+        "importlib and getattr": b"cbuiltins\ngetattr\n(cimportlib\nimport_module\n(S'os'\ntRS'system'\ntR(S"
+        + repr(touch).encode() + b"\ntR.",
+        "dotted name": b"\x80\x04\x8c\x06shutil\x8c\x09os.system\x93X" + len(shell).to_bytes(4, "little") + shell + b"\x85R.",
+        "a call among admitted arguments": dtype + b"(" + pickle.dumps(Call(os.system, touch), 0)[:-1] + b"0S'u1'\ntR.",
+        "a call beside an array": pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [Call(os.system, touch)]}, 2),
+        "array of objects": rows,
+        "batch with an array of objects": pickle.dumps({"data": objects, "labels": [0]}, 2),
+        "setstate": pickle.dumps(Call(os.system, touch), 2)[:-1] + b"0cnumpy\ndtype\n(S'u1'\ntR.",
+    }  # fmt: skip
