@@ -9,6 +9,7 @@
 Names are imported when they are first used, so that `import fromzero` costs next to nothing.
 """
 
+import os
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from fromzero.recipe import Recipe, load_recipe
     from fromzero.runs import Run, list_runs, load_run
     from fromzero.sessions import new_training, resume, resumed_training, train
+
+# Before torch is loaded: threads that wait for the others spin a short while and then sleep. The default spins so long
+# that on a machine with other work a step can take twenty times as long; this costs nothing on an idle one (docs/log.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = metadata.version("fromzero")
 

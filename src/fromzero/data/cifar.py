@@ -165,6 +165,8 @@ def _archive_files(path: Path) -> dict[str, Callable[[], bytes]]:
                     continue
                 stream = archive.extractfile(member)
                 contents[name] = stream.read() if stream else b""
+            while archive.fileobj and archive.fileobj.read(2**20):
+                pass  # to the very end, where the checksum of the compressed stream is
     except InputError:
         raise
     except Exception as error:  # a damaged archive can raise whatever tarfile and the decompressors have
@@ -274,6 +276,15 @@ class _DType:
         pass
 
 
+class _Encode:
+    """What `_codecs.encode` becomes, by which Python 3 pickles bytes. Has no attributes that a pickle could change."""
+
+    __slots__ = ()
+
+    def __call__(self, text: str, encoding: str) -> bytes:
+        return text.encode("latin-1")
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Admits lists, dicts, strings, numbers and arrays of bytes; every other name in the file is an error."""
 
@@ -282,7 +293,7 @@ class _PlainUnpickler(pickle.Unpickler):
         ("numpy._core.multiarray", "_reconstruct"): _Array,
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _DType,
-        ("_codecs", "encode"): lambda text, encoding: text.encode("latin-1"),
+        ("_codecs", "encode"): _Encode(),
     }
 
     def find_class(self, module: str, name: str) -> Any:
