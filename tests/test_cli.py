@@ -166,7 +166,7 @@ def test_importing_and_asking_for_help_do_not_import_torch(arguments, tmp_path):
 def test_every_command_has_help(tmp_path, capsys):
     from fromzero import cli
 
-    for command in ("train", "resume", "evaluate", "runs", "summary", "recipes", "demo"):
+    for command in ("train", "resume", "evaluate", "runs", "summary", "recipes", "demo", "verify-resume"):
         with pytest.raises(SystemExit) as left:
             cli.main([command, "--help"])
         assert left.value.code == 0

@@ -336,8 +336,12 @@ class Reduce:
         return self.reduction
 
 
-def array(shape=(20, 3072), dtype=np.dtype("u1"), fortran=False, raw=bytes(20 * 3072)):  # noqa: B008
-    return Reduce(np.zeros(0).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, shape, dtype, fortran, raw))
+BYTE = np.dtype("u1")
+ROWS = bytes(20 * 3072)
+
+
+def array(shape=(20, 3072), dtype=BYTE, raw=ROWS):
+    return Reduce(np.zeros(0).__reduce__()[0], (np.ndarray, (0,), b"b"), (1, shape, dtype, False, raw))
 
 
 SHELL, PYTHON = "touch canary", "open('canary', 'w').close()"
@@ -408,7 +412,8 @@ def test_a_pickle_with_code_is_refused_and_runs_nothing(name, tmp_path, monkeypa
     assert not canary.exists()
 
 
-def test_a_refused_pickle_leaves_nothing_behind_for_the_next_one(tmp_path, write_cifar):
+def test_a_refused_pickle_leaves_nothing_behind_for_the_next_one(tmp_path, monkeypatch, write_cifar):
+    monkeypatch.chdir(tmp_path)
     expected = load_images(write_cifar(tmp_path / "set", "python"))
     for payload in (LIVE | ODD).values():
         with contextlib.suppress(InputError):

@@ -14,7 +14,7 @@ ORDER = [
     ["data", "networks", "optim", "runs", "checkpoint"],
     ["evaluate", "state", "report"],
     ["training"],
-    ["sessions"],
+    ["sessions", "verify"],
     ["display"],
     ["cli"],
 ]

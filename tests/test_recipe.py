@@ -68,7 +68,8 @@ def test_what_is_written_is_read_back_equal_and_complete(name, changes, write):
     again = load_recipe(write(recipe.to_toml()))
     assert again == recipe
     assert again.fingerprint() == recipe.fingerprint()
-    assert {path for path in field_types() if value_at(tomllib.loads(recipe.to_toml()), path) is None} == set()
+    written = tomllib.loads(recipe.to_toml())
+    assert all(value_at(written, path) is not None for path in field_types())
     assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
 
 
@@ -248,7 +249,7 @@ def test_what_is_no_recipe_file_is_refused(tmp_path):
         ("epochs", float("nan"), "epochs: nan: "),
         ("optimizer.name", "sdg", "optimizer.name: 'sdg' is not one of sgd, adam, adamw; nearest: sgd"),
         ("network.pool", [2, 2], "network: pool has 2 values where channels has 4"),
-        ("network.pool", np.zeros((3, 3)), "network.pool: array([[0., 0., 0.], [0., 0., 0.]"),
+        ("epochs", np.zeros((3, 3)), "epochs: array([[0., 0., 0.], [0., 0., 0.]"),
     ],
 )
 def test_an_override_that_does_not_fit_is_refused_by_field_and_value(path, value, expected):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fromzero.runs import Run, list_runs, load_run
     from fromzero.sessions import new_training, resume, resumed_training, train
 
-# Before torch is loaded: threads that wait for the others spin a short while and then sleep. The default spins so long
-# that on a machine with other work a step can take twenty times as long; this costs nothing on an idle one (docs/log.md).
+# Before torch is loaded: threads that wait for the others spin a short while, then sleep. The default spins so long
+# that on a machine with other work a step can take twenty times as long; on an idle one this costs nothing.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = metadata.version("fromzero")

@@ -36,12 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FromzeroError as error:
         print(f"fromzero: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # whoever read our output has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        print(f"fromzero: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fromzero: stopped at once; what was saved before is whole", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -61,6 +64,9 @@ def _train(arguments: argparse.Namespace) -> None:
         partial=arguments.partial,
         **_machine_options(arguments),
     )
+    left = (training.run.provenance["from"] or {}).get("left")
+    if left:
+        print(f"not taken from {getattr(arguments, 'from')}, drawn anew: {', '.join(left)}")
     _watch(training)
 
 
@@ -209,6 +215,35 @@ def _demo(arguments: argparse.Namespace) -> None:
     print("Digits are far easier than CIFAR-10: the figures show that everything works, not what the notes found.")
 
 
+def _verify_resume(arguments: argparse.Namespace) -> None:
+    import shutil
+    import tempfile
+
+    from fromzero import checkpoint
+    from fromzero.verify import verify_resume
+
+    load_recipe(arguments.recipe)
+    folder = Path(tempfile.mkdtemp(prefix="fromzero-verify-"))
+    found = verify_resume(
+        arguments.recipe,
+        folder,
+        epochs=arguments.epochs,
+        interruptions=arguments.interruptions,
+        seed=arguments.seed,
+        threads=arguments.threads,
+        say=lambda line: print(line, flush=True),
+    )
+    if found.difference:
+        raise FromzeroError(f"resuming is not exact here: {found.difference}; both runs are kept in {folder}")
+    tensors = checkpoint.load(found.straight.checkpoints / checkpoint.LAST).tensors
+    values = sum(tensor.numel() for tensor in tensors.values())
+    print(
+        f"exact: {len(tensors)} tensors ({values:,} values of weights and optimizer), {len(found.straight.metrics())}"
+        f" rows of metrics and the best weights are bit-identical after {len(found.interruptions)} interruptions"
+    )
+    shutil.rmtree(folder)
+
+
 def _recipes(arguments: argparse.Namespace) -> None:
     for name in recipe_names():
         recipe = load_recipe(name)
@@ -287,6 +322,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     add("recipes", _recipes, "list the recipes that come with fromzero")
 
+    verify = add("verify-resume", _verify_resume, "show that resuming is exact on this machine, in about a minute")
+    verify.add_argument("recipe", nargs="?", default="train3", help=f"{', '.join(recipe_names())} or a file (train3)")
+    verify.add_argument("--epochs", type=int, default=4, help="epochs on the digits (4)")
+    verify.add_argument("--interruptions", type=int, default=4, help="how many times to interrupt (4)")
+    verify.add_argument("--seed", type=int, default=0, help="of the kinds and moments of interruption (0)")
+    verify.add_argument("--threads", type=int, help="CPU threads (one a core)")
+
     demo = add("demo", _demo, "train the notes' three networks on handwritten digits, in about a minute")
     _add_shared(demo, "runs")
     return parser, commands
@@ -302,7 +344,7 @@ def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
         command.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
         command.add_argument("--threads", type=int, help="CPU threads (one a core)")
         command.add_argument(
-            "--checkpoint-minutes", type=float, default=1.0, metavar="M", help="save every M minutes (1)"
+            "--checkpoint-minutes", type=float, metavar="M", help="save every M minutes (1, more where saving is slow)"
         )
         command.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints to keep (2)")
 

@@ -30,7 +30,7 @@ from typing import Any
 import filelock
 
 from fromzero.errors import FromzeroError, InputError, nearest
-from fromzero.files import append_line, write_atomically
+from fromzero.files import append_line, sync_folder, write_atomically
 from fromzero.recipe import Recipe, load_recipe
 
 Row = dict[str, Any]
@@ -65,8 +65,11 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The outcome, or None while the run has not ended."""
-        return self._json("summary.json") if (self.path / "summary.json").exists() else None
+        """The outcome, or None while the run has not ended (or goes on, extended)."""
+        if not (self.path / "summary.json").exists():
+            return None
+        found = self._json("summary.json")
+        return found if found.get("epoch") == self.recipe.epochs else None
 
     def metrics(self) -> list[Row]:
         """One dict an epoch; a row that a kill cut in half at the end is left out."""
@@ -137,8 +140,9 @@ class Run:
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def create_run(runs_dir: Path, name: str, recipe: Recipe) -> Run:
-    """A new folder `name`, or `name-2`, `name-3` … where that is taken, holding the recipe."""
+def create_run(runs_dir: Path, name: str) -> Run:
+    """A new folder `name`, or `name-2`, `name-3` … where that is taken. It counts as a run once its recipe is written,
+    which is to be done last: a process killed before that leaves nothing that could be mistaken for one."""
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
         number = 1
@@ -150,11 +154,11 @@ def create_run(runs_dir: Path, name: str, recipe: Recipe) -> Run:
             except FileExistsError:
                 number += 1
         (path / "checkpoints").mkdir()
-        run = Run(path)
-        run.write_recipe(recipe)
+        write_atomically(path / "metrics.jsonl", b"")  # so that the rows have a durable name from the start
+        sync_folder(runs_dir)
     except OSError as error:
         raise InputError(f"runs folder {runs_dir}: cannot be written: {error.strerror}") from None
-    return run
+    return Run(path)
 
 
 def load_run(run: str | Path, runs_dir: str | Path = "runs") -> Run:

@@ -51,14 +51,14 @@ def new_training(
     partial: bool = False,
     device: str = "auto",
     threads: int | None = None,
-    checkpoint_minutes: float = 1.0,
+    checkpoint_minutes: float | None = None,
     keep: int = 2,
 ) -> Training:
     """A training about to begin, its run folder made.
 
     start_from: a run whose last weights to start with ("save weights, then train again"); partial: take those that
-    fit. checkpoint_minutes and keep: how often to save, and how many checkpoints to keep. Raises InputError before
-    the folder is made when something does not fit.
+    fit. checkpoint_minutes: how often to save, by default about every minute, at most 2.5 % of the time; keep: how many
+    checkpoints to keep. Raises InputError before the folder is made when something does not fit.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     images = images or load_images(recipe.dataset)
@@ -72,7 +72,7 @@ def new_training(
         left = load_weights(state.model, model_weights(found), partial=partial)
         origin = {"run": str(source.path), "step": found.state.get("step"), "left": left}
     total = networks.num_parameters(recipe.network, images.image_shape, images.num_classes)
-    run = create_run(Path(runs_dir), f"{images.name}-{total}", recipe)
+    run = create_run(Path(runs_dir), f"{images.name}-{total}")
     run.write_provenance(
         {
             **describe_program(),
@@ -86,6 +86,7 @@ def new_training(
     training = Training(run, recipe, images, here, state, checkpoint_minutes, keep)
     if origin is not None:  # these weights cannot be drawn again from the seed
         training.save()
+    run.write_recipe(recipe)
     return training
 
 
@@ -100,7 +101,7 @@ def resumed_training(
     threads: int | None = None,
     data_dir: str | Path | None = None,
     offline: bool = False,
-    checkpoint_minutes: float = 1.0,
+    checkpoint_minutes: float | None = None,
     keep: int = 2,
 ) -> Training:
     """A training that goes on where a run's last checkpoint stands, bit for bit.
@@ -144,7 +145,7 @@ def resumed_training(
             note["epochs"] = [recipe.epochs, epochs]
             recipe = recipe.override({"epochs": epochs})
             run.write_recipe(recipe)
-            (run.path / "summary.json").unlink(missing_ok=True)
+        (run.path / "summary.json").unlink(missing_ok=True)
         run.write_provenance({**provenance, "resumed": [*provenance["resumed"], note]})
     return Training(run, recipe, images, here, state, checkpoint_minutes, keep)
 

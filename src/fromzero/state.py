@@ -21,9 +21,10 @@ from fromzero.recipe import Recipe
 
 
 @dataclass
-class Progressed:
+class Counters:
     """The counters of a training. `step` counts optimizer steps; `epoch` counts epochs that were also evaluated;
-    the running sums belong to the epoch under way; `seconds` is time spent, stops left out."""
+    the running sums belong to the epoch under way; `seconds` is time spent, stops left out, of which `saving_seconds`
+    went into checkpoints."""
 
     step: int = 0
     epoch: int = 0
@@ -33,6 +34,7 @@ class Progressed:
     best_epoch: int = 0
     best_accuracy: float = -1.0
     seconds: float = 0.0
+    saving_seconds: float = 0.0
 
 
 @dataclass
@@ -41,7 +43,7 @@ class State:
 
     model: Network
     optimizer: torch.optim.Optimizer
-    counters: Progressed = field(default_factory=Progressed)
+    counters: Counters = field(default_factory=Counters)
     best_weights: dict[str, Tensor] | None = None
 
     @classmethod
@@ -69,7 +71,7 @@ class State:
             }
             if slots:
                 self.optimizer.state[weight] = slots
-        self.counters = Progressed(**checkpoint.state)
+        self.counters = Counters(**checkpoint.state)
 
     def _slots(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for name, weight in self.model.named_parameters():

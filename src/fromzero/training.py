@@ -28,9 +28,10 @@ from fromzero.recipe import Recipe
 from fromzero.rng import permutation
 from fromzero.runs import Row, Run
 from fromzero.signals import StopSignals
-from fromzero.state import Progressed, State
+from fromzero.state import Counters, State
 
-SAVE_COST_LIMIT = 0.025  # share of the time that saving may take; the promise is 3.5 %
+# By default a checkpoint is due after a minute, or later where saving is slow: then it takes this share of the time.
+SAVE_SECONDS, SAVE_SHARE = 60.0, 0.025
 
 
 class Subset(NamedTuple):
@@ -74,7 +75,7 @@ class Data:
 class Progress(NamedTuple):
     """Where a training stands after a step, or, with a row of metrics, after the evaluation of an epoch."""
 
-    counters: Progressed
+    counters: Counters
     epochs: int
     steps_per_epoch: int
     row: Row | None = None
@@ -93,7 +94,7 @@ class Training:
     images: ImageSet
     machine: Machine
     state: State
-    checkpoint_minutes: float = 1.0
+    checkpoint_minutes: float | None = None
     keep: int = 2
     data: Data = field(init=False)
 
@@ -164,16 +165,20 @@ class Training:
         self.run.append_metrics(row)
 
     def _save_if_due(self, stopped_by: int | None) -> None:
-        """Save when asked to stop (then raise StoppedError), or when `checkpoint_minutes` have passed and saving
-        again keeps its share of the time under SAVE_COST_LIMIT."""
+        """Save when asked to stop (then raise StoppedError), or when a checkpoint is due: after `checkpoint_minutes`,
+        by default after a minute or so."""
         if stopped_by is not None:
             self.save()
+            self._draw()
             raise StoppedError(
                 f"stopped and saved at step {self.state.counters.step}; go on with: fromzero resume {self.run.path}",
                 stopped_by,
             )
-        since = time.monotonic() - self._saved_at
-        if since >= max(self.checkpoint_minutes * 60, self._save_seconds / SAVE_COST_LIMIT):
+        if self.checkpoint_minutes is None:
+            due = max(SAVE_SECONDS, self._save_seconds / SAVE_SHARE)
+        else:
+            due = self.checkpoint_minutes * 60
+        if time.monotonic() - self._saved_at >= due:
             self.save()
 
     def save(self) -> None:
@@ -194,15 +199,16 @@ class Training:
             ) from None
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - started
+        self.state.counters.saving_seconds += self._save_seconds
 
     def _finish(self) -> None:
-        """Score the test images, once, and write the summary and the curves."""
-        from fromzero.report import draw_curves
-
+        """Score the test images, once, and write the curves and the summary; the summary, last, says that all is
+        there."""
         counters, rows = self.state.counters, self.run.metrics()
         last, best = rows[-1], rows[counters.best_epoch - 1]
         test = evaluate(self.state.model, *self.data.test, self.data.normalise, self.machine)
         self._tick()
+        self._draw()
         self.run.write_summary(
             {
                 "run": self.run.name,
@@ -217,13 +223,19 @@ class Training:
                 "test/accuracy": test.accuracy,
                 "test/loss": test.loss,
                 "time/seconds": round(counters.seconds, 3),
+                "time/saving_seconds": round(counters.saving_seconds, 3),
                 "time/images_per_second": round(
                     len(self.data.train.labels) * counters.epoch / max(counters.seconds, 1e-9), 1
                 ),
                 "memory/peak_bytes": peak_memory_bytes(),
             }
         )
-        draw_curves(rows, self.recipe, self.run.name, self.run.path / "curves.png")
+
+    def _draw(self) -> None:
+        from fromzero.report import draw_curves
+
+        if rows := self.run.metrics():
+            draw_curves(rows, self.recipe, self.run.name, self.run.path / "curves.png")
 
     def _tick(self) -> None:
         now = time.monotonic()
