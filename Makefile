@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-keras check bench clean
+.PHONY: help setup demo test test-keras soak check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: .venv/.test ## install what tests need and run them
 
 test-keras: .venv/.test .venv/.keras ## compare the networks with Keras itself, layer by layer
 	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/test_keras.py $(PYTEST)
+
+soak: .venv/.test ## the reliability tests to their full numbers, about half an hour; writes docs/reliability.md
+	$(BIN)/python -m tests.soak --output docs/reliability.md
 
 check: .venv/.check ## linter, formatter and type checker
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from fromzero.recipe import Recipe, load_recipe
 from fromzero.sessions import new_training, resumed_training
 from fromzero.state import State
 from fromzero.training import Data
+from fromzero.verify import first_difference
 
 SMALL = {
     "name": "small",
@@ -32,19 +33,6 @@ SMALL = {
 @pytest.fixture
 def small():
     return Recipe.model_validate(SMALL)
-
-
-def same_end(first, second):
-    """Whether two finished runs ended in the same bits: checkpoints, and rows apart from times."""
-    one, two = (checkpoint.load(run.checkpoints / "last.safetensors") for run in (first, second))
-    assert one.tensors.keys() == two.tensors.keys()
-    assert not [name for name in one.tensors if not torch.equal(one.tensors[name], two.tensors[name])]
-    assert one.state | {"seconds": 0} == two.state | {"seconds": 0}
-    rows = [[row | {"time/seconds": 0} for row in run.metrics()] for run in (first, second)]
-    assert rows[0] == rows[1]
-    bests = [checkpoint.load(run.checkpoints / "best.safetensors") for run in (first, second)]
-    assert all(torch.equal(bests[0].tensors[name], bests[1].tensors[name]) for name in bests[0].tensors)
-    assert bests[0].state == bests[1].state
 
 
 def test_a_run_folder_holds_everything(small, tiny_images, tmp_path):
@@ -65,7 +53,7 @@ def test_a_run_folder_holds_everything(small, tiny_images, tmp_path):
     assert {path.name for path in run.checkpoints.iterdir()} == {"last.safetensors", "best.safetensors"}
     again = fromzero.train(small, tiny_images, runs_dir=tmp_path)
     assert again.path.name == run.path.name + "-2"
-    same_end(run, again)
+    assert first_difference(run, again) is None
 
 
 def test_it_learns(small, tiny_images, tmp_path):
@@ -168,7 +156,7 @@ def test_evaluating_leaves_the_weights_and_the_next_step_as_they_were(small, tin
     for progress in probed:
         if progress.row is None:
             evaluate(probed.state.model, *probed.data.test, probed.data.normalise, probed.machine)
-    same_end(plain.run, probed.run)
+    assert first_difference(plain.run, probed.run) is None
 
 
 def test_standard_normalisation_has_mean_zero_and_deviation_one(small, tiny_images):
@@ -206,7 +194,7 @@ def test_a_run_stopped_at_every_kind_of_moment_ends_in_the_same_bits(variant, sm
         broken = resumed_training(broken.run, tiny_images)
     for _ in broken:
         pass
-    same_end(straight, broken.run)
+    assert first_difference(straight, broken.run) is None
 
 
 def test_rows_after_the_last_checkpoint_are_cut_not_doubled(small, tiny_images, tmp_path):
@@ -225,7 +213,7 @@ def test_rows_after_the_last_checkpoint_are_cut_not_doubled(small, tiny_images, 
     assert broken.run.metrics() == []
     for _ in resumed:
         pass
-    same_end(straight, resumed.run)
+    assert first_difference(straight, resumed.run) is None
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(small, tiny_images, tmp_path):
@@ -233,7 +221,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(small, tiny_images
     broken = new_training(small, tiny_images, runs_dir=tmp_path / "broken")
     for _ in zip(range(5), broken, strict=False):
         pass
-    same_end(straight, fromzero.resume(broken.run, images=tiny_images))
+    assert first_difference(straight, fromzero.resume(broken.run, images=tiny_images)) is None
 
 
 def test_extending_a_constant_rate_equals_training_straight_through(small, tiny_images, tmp_path):
@@ -241,7 +229,7 @@ def test_extending_a_constant_rate_equals_training_straight_through(small, tiny_
     short = fromzero.train(small, tiny_images, runs_dir=tmp_path / "short")
     with pytest.raises(InputError, match="has ended after 3 epochs; to extend it: fromzero resume"):
         resumed_training(short, tiny_images)
-    same_end(long, fromzero.resume(short, images=tiny_images, epochs=5))
+    assert first_difference(long, fromzero.resume(short, images=tiny_images, epochs=5)) is None
     assert short.recipe.epochs == 5
 
 
@@ -264,7 +252,10 @@ def test_save_then_train_again(small, tiny_images, tmp_path):
     assert all(torch.equal(t, weights[f"model/{name}"]) for name, t in second.state.model.state_dict().items())
     assert second.state.counters.step == 0
     killed = second.run  # before any step: the weights it started from must not be lost
-    same_end(fromzero.resume(killed, images=tiny_images), train_from(first, small, tiny_images, tmp_path))
+    assert (
+        first_difference(fromzero.resume(killed, images=tiny_images), train_from(first, small, tiny_images, tmp_path))
+        is None
+    )
 
 
 def train_from(first, small, images, folder):
@@ -340,7 +331,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(small, ti
         resumed = resumed_training(run.run, tiny_images)
     for _ in resumed:
         pass
-    same_end(straight, resumed.run)
+    assert first_difference(straight, resumed.run) is None
 
 
 def test_two_writers_are_refused_with_the_first_ones_process(small, tiny_images, tmp_path):
@@ -390,3 +381,18 @@ def test_class_with_one_image_cannot_be_split(small, tiny_images):
     )
     with pytest.raises(InputError, match="one train image"):
         training.check_image_set(small, images)
+
+
+def test_the_comparison_names_the_first_difference(small, tiny_images, tmp_path):
+    one, two = (fromzero.train(small, tiny_images, runs_dir=tmp_path) for _ in range(2))
+    assert first_difference(one, two) is None
+    found = checkpoint.load(two.checkpoints / "last.safetensors")
+    found.tensors["model/dense_1.weight"][3, 5] += 1e-7
+    checkpoint.save(two.checkpoints, found)
+    assert first_difference(one, two) == (
+        "last.safetensors: model/dense_1.weight differs in 1 of 12,288 values, first at [3, 5]"
+    )
+    rows = two.metrics()
+    two.cut_metrics(1)
+    two.append_metrics(rows[1] | {"val/loss": 9.0})
+    assert first_difference(one, two).startswith("metrics: val/loss of epoch 2 is ")

@@ -55,13 +55,15 @@ def verify_resume(
     process = _start([*command, "--runs-dir", str(folder / "interrupted")])
     for _ in range(interruptions):
         number = rng.choice([signal.SIGTERM, signal.SIGKILL])
-        if not _interrupt(process, number, rng.uniform(0.0, 0.5) * seconds):
-            break
+        ran_out = not _interrupt(process, number, rng.uniform(0.0, 0.5) * seconds)
         run = list_runs(folder / "interrupted")[0]
+        if ran_out or run.summary is not None:  # it was faster than the signal
+            break
         happened.append(f"{signal.Signals(number).name} after {_position(run)}")
         say(f"interrupted by {happened[-1]}; resuming")
         process = _start(["resume", str(run.path), *options])
-    _finish(process)
+    else:
+        _finish(process)
     interrupted = list_runs(folder / "interrupted")[0]
     return Verdict(straight, interrupted, tuple(happened), first_difference(straight, interrupted))
 
