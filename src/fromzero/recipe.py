@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -169,7 +170,11 @@ class Recipe(_Part):
 
     def to_toml(self) -> str:
         """The complete recipe as TOML; `load_recipe` reads it back to an equal one."""
-        return tomli_w.dumps(_plain(self.model_dump()))
+        text = tomli_w.dumps(_plain(self.model_dump()))
+        # tomli-w puts every element on a line of its own; [[32, 64], [128]] reads better on one.
+        for pattern, joined in ((r",\n *\]", "]"), (r"\[\n +", "["), (r",\n +", ", ")):
+            text = re.sub(pattern, joined, text)
+        return text
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the recipe's fields; equal recipes have equal fingerprints."""

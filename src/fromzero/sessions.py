@@ -8,7 +8,7 @@ from typing import Any
 
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
-from fromzero.data import ImageSet, load_images
+from fromzero.data import NAMED, ImageSet, load_images
 from fromzero.errors import FromzeroError, InputError
 from fromzero.machine import Machine
 from fromzero.networks import Network
@@ -169,12 +169,12 @@ def recorded_images(
     name. Raises FromzeroError when their fingerprints are not the recorded ones."""
     recorded = run.provenance["data"]
     source = Path(recorded["source"])
-    if images is not None:
-        pass
-    elif data_dir is None and source.exists() and recorded["name"] == "cifar10":
-        images = load_images("cifar10", data_dir=source if source.is_dir() else source.parent)
-    else:
-        images = load_images(run.recipe.dataset, data_dir=data_dir, offline=offline)
+    if images is None and recorded["name"] in NAMED:
+        if data_dir is None and source.exists():
+            data_dir = source if source.is_dir() else source.parent
+        images = load_images(recorded["name"], data_dir=data_dir, offline=offline)
+    elif images is None:
+        images = load_images(data_dir or source)
     if images.fingerprints != recorded["fingerprints"]:
         raise FromzeroError(
             f"{run.path}: the images at {images.source} are not those it was trained on (train fingerprint"

@@ -14,7 +14,9 @@ from fromzero.data.digits import load_digits
 from fromzero.data.images import Images, ImageSet, stratified_split
 from fromzero.errors import InputError, nearest
 
-__all__ = ["ImageSet", "Images", "load_images", "stratified_split"]
+__all__ = ["NAMED", "ImageSet", "Images", "load_images", "stratified_split"]
+
+NAMED = ("cifar10", "digits")  # data sets that are known by name
 
 
 def load_images(
@@ -34,4 +36,4 @@ def load_images(
         case path if os.path.exists(path):
             return load_cifar(Path(path))
         case name:
-            raise InputError(f"unknown data set {name!r}: not a path that exists{nearest(name, ('cifar10', 'digits'))}")
+            raise InputError(f"unknown data set {name!r}: not a path that exists{nearest(name, NAMED)}")

@@ -107,14 +107,15 @@ def load_cifar(path: Path, name: str | None = None) -> ImageSet:
         np.concatenate([b.pixels for b in batches.values()]),
         np.concatenate([b.labels for b in batches.values()]),
     )
+    fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
     stem = re.sub(r"[^\w-]+", "-", path.name.split(".")[0]).strip("-_") or "images"
     return ImageSet(
-        name=name or stem,
+        name=name or ("cifar10" if fingerprints == CIFAR10_FINGERPRINTS else stem),
         train=train,
         test=test,
         class_names=class_names,
-        source=str(inside),
-        fingerprints={"train": train.fingerprint(), "test": test.fingerprint()},
+        source=str(inside.resolve()),
+        fingerprints=fingerprints,
     )
 
 
