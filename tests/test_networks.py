@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fromzero import networks
@@ -11,7 +12,7 @@ from fromzero.errors import InputError
 from fromzero.recipe import load_recipe
 
 # The notes' own tables: type, output shape without the batch, parameters.
-C, A, P, D, F, L = "Conv2D", "Activation", "MaxPooling2D", "Dropout", "Flatten", "Dense"
+C, A, P, D, L = "Conv2D", "Activation", "MaxPooling2D", "Dropout", "Dense"
 TABLES = {
     "train1": [
         (C, (32, 32, 32), 896), (A, (32, 32, 32), 0), (P, (16, 16, 32), 0),
@@ -19,20 +20,20 @@ TABLES = {
         (C, (8, 8, 128), 73856), (A, (8, 8, 128), 0), (P, (4, 4, 128), 0),
         (C, (4, 4, 256), 295168), (A, (4, 4, 256), 0), (P, (2, 2, 256), 0),
         (C, (2, 2, 512), 1180160), (A, (2, 2, 512), 0), (P, (1, 1, 512), 0),
-        (F, (512,), 0), (L, (64,), 32832), (A, (64,), 0), (D, (64,), 0), (L, (10,), 650),
+        ("Flatten", (512,), 0), (L, (64,), 32832), (A, (64,), 0), (D, (64,), 0), (L, (10,), 650),
     ],
     "train2": [
         (C, (30, 30, 32), 896), (C, (28, 28, 64), 18496), (P, (14, 14, 64), 0), (D, (14, 14, 64), 0),
         (C, (14, 14, 128), 73856), (A, (14, 14, 128), 0), (P, (7, 7, 128), 0), (D, (7, 7, 128), 0),
         (C, (7, 7, 256), 295168), (A, (7, 7, 256), 0), (P, (3, 3, 256), 0), (D, (3, 3, 256), 0),
         (C, (3, 3, 512), 1180160), (A, (3, 3, 512), 0), (P, (1, 1, 512), 0), (D, (1, 1, 512), 0),
-        (F, (512,), 0), (L, (64,), 32832), (D, (64,), 0), (L, (10,), 650),
+        ("Flatten", (512,), 0), (L, (64,), 32832), (D, (64,), 0), (L, (10,), 650),
     ],
     "train3": [
         (C, (32, 32, 32), 896), (C, (32, 32, 64), 18496), (P, (16, 16, 64), 0), (D, (16, 16, 64), 0),
         (C, (16, 16, 128), 73856), (A, (16, 16, 128), 0), (P, (8, 8, 128), 0), (D, (8, 8, 128), 0),
         (C, (8, 8, 256), 295168), (A, (8, 8, 256), 0), (P, (4, 4, 256), 0), (D, (4, 4, 256), 0),
-        (C, (4, 4, 512), 1180160), (A, (4, 4, 512), 0), (F, (8192,), 0),
+        (C, (4, 4, 512), 1180160), (A, (4, 4, 512), 0), ("Flatten", (8192,), 0),
         (L, (1024,), 8389632), (D, (1024,), 0), (L, (1024,), 1049600), (D, (1024,), 0), (L, (10,), 10250),
     ],
 }  # fmt: skip
@@ -148,3 +149,23 @@ def test_any_image_shape_and_number_of_classes(shape, classes):
 def test_images_that_are_too_small_are_refused_by_name():
     with pytest.raises(InputError, match=r"pooling of block 3 leaves no pixel of 8×8 images"):
         networks.layers(load_recipe("train1").network, (8, 8, 3), 10)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "padding"), [(4, 4, 1), (2, 2, 1), (3, 5, 1), (1, 1, 1), (5, 4, 0), (3, 3, 0)]
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.04)])
+def test_small_maps_as_matrix_products_are_the_same_convolution(height, width, padding, dtype, tolerance):
+    torch.manual_seed(0)
+    layer = networks.Convolution(6, 7, 3, padding=padding).to(dtype).to(memory_format=torch.channels_last)
+    weights = [layer.weight, layer.bias]
+    x = torch.randn(5, 6, height, width, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    fast, plain = layer(x), F.conv2d(x, *weights, padding=padding)
+    assert type(fast.grad_fn) is not type(plain.grad_fn)
+    torch.testing.assert_close(fast, plain, rtol=0, atol=tolerance)
+    gradient = torch.randn_like(plain)
+    ours, theirs = (torch.autograd.grad(y, [x, *weights], gradient) for y in (fast, plain))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=tolerance)
+    layer(x).sum().backward()
+    assert layer.weight.grad.stride() == layer.weight.stride()  # fused optimizers walk the two side by side

@@ -12,9 +12,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fromzero.errors import InputError
@@ -22,6 +23,8 @@ from fromzero.recipe import NetworkRecipe
 from fromzero.rng import derive, generator
 
 ImageShape = tuple[int, int, int]
+
+SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
 
 
 class Layer(NamedTuple):
@@ -98,7 +101,7 @@ def build(
         match row.kind:
             case "Conv2D":
                 padding = 1 if row.padding == "same" else 0
-                modules[row.name] = nn.Conv2d(channels, row.shape[-1], 3, padding=padding)
+                modules[row.name] = Convolution(channels, row.shape[-1], 3, padding=padding)
                 channels = row.shape[-1]
             case "MaxPooling2D":
                 modules[row.name] = nn.MaxPool2d(row.pool)
@@ -130,6 +133,50 @@ class Network(nn.Sequential):
     def reseed(self, seed: int, step: int) -> None:
         """Make the dropout masks of the next forward pass those of (seed, step)."""
         self.masks.manual_seed(derive(seed, "dropout", step))
+
+
+class Convolution(nn.Conv2d):
+    """A 3×3 convolution that is computed as one matrix product where the map is small and the device a processor.
+
+    oneDNN's convolutions reach a small part of the processor's speed on maps of a few pixels, above all in the
+    gradient of the weights (docs/log.md); a matrix product over the 9 × C columns of each output pixel does not.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (size + 2 * int(self.padding[0]) - 2 for size in x.shape[2:])
+        if x.device.type != "cpu" or height * width > SMALL_MAP_PIXELS or min(height, width) < 1:
+            return super().forward(x)
+        columns = _Columns.apply(x, int(self.padding[0]))
+        y = F.linear(columns, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
+
+
+class _Columns(torch.autograd.Function):
+    """(N, C, H, W) → (N·H'·W', 9·C): for each pixel of a 3×3 convolution's output what its window sees, in the order
+    row, column, channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, padding: int) -> Tensor:
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding)).contiguous()
+        images, height, width, channels = padded.shape
+        ctx.padding, ctx.shape = padding, padded.shape
+        n, h, w, c = padded.stride()
+        windows = padded.as_strided((images, height - 2, width - 2, 3, 3, channels), (n, h, w, h, w, c))
+        return windows.reshape(-1, 9 * channels)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        images, height, width, channels = ctx.shape
+        windows = gradients[0].view(images, height - 2, width - 2, 3, 3, channels)
+        # Nine terms meet in a pixel: they are added in float32 at least, as oneDNN does, and rounded once.
+        precise = torch.promote_types(windows.dtype, torch.float32)
+        padded = torch.zeros(ctx.shape, dtype=precise, device=windows.device)
+        for row in range(3):
+            for column in range(3):
+                padded[:, row : row + height - 2, column : column + width - 2] += windows[:, :, :, row, column]
+        p = ctx.padding
+        inner = padded[:, p : height - p, p : width - p].to(windows.dtype)
+        return inner.permute(0, 3, 1, 2), None
 
 
 class Dropout(nn.Module):
