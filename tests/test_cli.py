@@ -171,3 +171,28 @@ def test_every_command_has_help(tmp_path, capsys):
             cli.main([command, "--help"])
         assert left.value.code == 0
         assert command in capsys.readouterr().out
+
+
+def test_a_second_signal_leaves_at_once_and_loses_nothing_that_was_saved(tmp_path):
+    from fromzero import checkpoint
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fromzero", "train", "digits", *FAST, "--epochs", "500", "--checkpoint-minutes", "0"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch   2"):
+            break
+    folder = next(tmp_path.glob("runs/*/checkpoints"))
+    saved = checkpoint.load_last(folder).state["step"]
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - started < 5
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in errors
+    assert checkpoint.load_last(folder).state["step"] >= saved

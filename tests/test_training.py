@@ -344,6 +344,13 @@ def test_two_writers_are_refused_with_the_first_ones_process(small, tiny_images,
     assert resumed_training(run.run, tiny_images)
 
 
+def test_a_run_that_another_process_moved_on_is_not_overwritten(small, tiny_images, tmp_path):
+    stale = new_training(small, tiny_images, runs_dir=tmp_path)
+    fromzero.resume(stale.run, images=tiny_images)
+    with pytest.raises(FromzeroError, match="another process has moved this run on"):
+        next(iter(stale))
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -125,18 +125,30 @@ def load_last(folder: Path) -> Checkpoint | None:
     return None
 
 
+def set_aside_damaged(folder: Path, used: Checkpoint) -> None:
+    """Where an older checkpoint than the last was `used`, keep the damaged last one under another name."""
+    last = folder / LAST
+    if used.path != last and last.exists():
+        os.replace(last, folder / "damaged.safetensors")
+
+
+def last_step(folder: Path) -> int:
+    """The step of the last checkpoint of `folder`, read from its header alone; 0 if there is none that reads."""
+    return _step_of(folder / LAST)
+
+
 def _older(folder: Path) -> list[Path]:
     """The checkpoints before the last, newest first."""
     return sorted(folder.glob("step-*.safetensors"), reverse=True)
 
 
 def _step_of(path: Path) -> int:
-    """The step of a checkpoint that this process or an earlier one wrote; a damaged one counts as step 0."""
+    """The step of a checkpoint; 0 for one that is not there or damaged."""
     try:
         with open(path, "rb") as file:
             header = file.read(min(_header_bytes(file.read(8)), _MAX_HEADER_BYTES))
         return int(json.loads(json.loads(header)["__metadata__"]["state"])["step"])
-    except (ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return 0
 
 

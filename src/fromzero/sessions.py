@@ -139,6 +139,7 @@ def resumed_training(
         found = checkpoint.load_last(run.checkpoints)
         if found is not None:
             state.load_checkpoint(found)
+            checkpoint.set_aside_damaged(run.checkpoints, found)
         run.cut_metrics(state.counters.epoch)
         note: dict[str, Any] = {**describe_program(), "machine": asdict(here), "step": state.counters.step}
         if epochs is not None and epochs != recipe.epochs:

@@ -107,6 +107,8 @@ class Training:
     def __iter__(self) -> Iterator[Progress]:
         recipe, counters = self.recipe, self.state.counters
         with self.run.lock(), StopSignals() as stop:
+            if checkpoint.last_step(self.run.checkpoints) > counters.step:
+                raise FromzeroError(f"{self.run.path}: another process has moved this run on; resume it again")
             self._saved_at = self._ticked_at = time.monotonic()
             while counters.epoch < recipe.epochs:
                 order = torch.from_numpy(
