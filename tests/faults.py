@@ -356,7 +356,7 @@ def train_through_kills(recipe, images, folder, rng, kills, seconds):
             found = checkpoint.load_last(runs[0].checkpoints)
             if (found.state["step"] if found else 0) < acknowledged:
                 lost.append((acknowledged, found and found.state["step"]))
-        if code == 0:
+        if code == 0 or (runs and runs[0].summary is not None):  # it may be killed as it leaves
             return runs[0], interrupted, lost
         if code not in (-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM):
             raise AssertionError(f"a training ended with {code}")

@@ -97,6 +97,14 @@ BAD = [
     (["resume"], "RUN"),
     (["evaluate", "nothing"], "no run 'nothing'"),
     (["evaluate", "x", "--checkpoint", "worst"], "worst"),
+    (["--foo"], "unknown option --foo"),
+    (["train", "digits", "--partial"], "--partial goes with --from"),
+    (["train", "digits", "--checkpoint-minutes", "nan"], "--checkpoint-minutes: nan"),
+    (["train", "digits", "--schedule.warmup_epochs", "1e308"], "schedule.warmup_epochs"),
+    (["train", "digits", "--network.dense", "[100000000000]"], "network.dense"),
+    (["train", "digits", "--threads", "99999999999999999999"], "threads: 99999999999999999999"),
+    (["runs", "--runs-dir", "nowhere"], "no folder nowhere"),
+    (["summary", "train1", "--classes", "0"], "--classes: 0 is less than 1"),
     (["summary", "train9"], "unknown recipe 'train9'; nearest: train"),
     (["summary", "train1", "--image-shape", "4", "4", "3"], "leaves no pixel of 4×4 images"),
 ]
@@ -196,3 +204,38 @@ def test_a_second_signal_leaves_at_once_and_loses_nothing_that_was_saved(tmp_pat
     assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in errors
     assert checkpoint.load_last(folder).state["step"] >= saved
+
+
+def test_a_damaged_run_is_named_and_does_not_hide_the_others(trained, capsys):
+    import shutil
+
+    import fromzero as library
+    from fromzero import cli
+
+    folder, _ = trained
+    runs = library.list_runs(folder / "runs")
+    copy = folder / "copies"
+    for name in ("provenance.json", "recipe.toml", "metrics.jsonl", "summary.json", "checkpoints/last.safetensors"):
+        for content in (b"", b"{}", b"[1]\n[2]\n", b"\xff\xfe\x00"):
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(runs[0].path, copy / "damaged")
+            shutil.copytree(runs[0].path, copy / "whole")
+            (copy / "damaged" / name).write_bytes(content)
+            for arguments in (["evaluate", "damaged"], ["resume", "damaged", "--epochs", "9"]):
+                if name in ("metrics.jsonl", "summary.json") and arguments[0] == "evaluate":
+                    continue
+                if name in ("summary.json", "checkpoints/last.safetensors"):
+                    continue  # evaluate and resume use the checkpoint before, with a warning
+                assert cli.main([*arguments, "--runs-dir", str(copy)]) in (1, 2), (name, content)
+                errors = capsys.readouterr().err
+                assert "damaged" in errors or name in errors
+                assert errors.count("\n") == 1, errors
+            assert cli.main(["runs", "--runs-dir", str(copy)]) == 0
+            assert "whole" in capsys.readouterr().out
+
+
+def test_whoever_stops_reading_does_not_stop_the_training(tmp_path):
+    command = f"{sys.executable} -m fromzero train digits {' '.join(map(repr, FAST))} | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+    assert list(tmp_path.glob("runs/*/summary.json"))

@@ -1,5 +1,6 @@
 """The loop: what it computes, what it records, and that stopping anywhere changes nothing."""
 
+import dataclasses
 import json
 import math
 import os
@@ -48,9 +49,9 @@ def test_a_run_folder_holds_everything(small, tiny_images, tmp_path):
     provenance = run.provenance
     assert provenance["data"]["fingerprints"] == tiny_images.fingerprints
     assert provenance["machine"]["threads"] >= 1
-    assert provenance["recipe_fingerprint"] == small.fingerprint()
     assert (run.path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in run.checkpoints.iterdir()} == {"last.safetensors", "best.safetensors"}
+    names = {path.name for path in run.checkpoints.iterdir()}
+    assert names == {"last.safetensors", "step-000000000.safetensors", "best.safetensors"}
     again = fromzero.train(small, tiny_images, runs_dir=tmp_path)
     assert again.path.name == run.path.name + "-2"
     assert first_difference(run, again) is None
@@ -251,6 +252,7 @@ def test_save_then_train_again(small, tiny_images, tmp_path):
     weights = checkpoint.load(first.checkpoints / "last.safetensors").tensors
     assert all(torch.equal(t, weights[f"model/{name}"]) for name, t in second.state.model.state_dict().items())
     assert second.state.counters.step == 0
+    second.close()
     killed = second.run  # before any step: the weights it started from must not be lost
     assert (
         first_difference(fromzero.resume(killed, images=tiny_images), train_from(first, small, tiny_images, tmp_path))
@@ -307,7 +309,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(small, tiny_images, tmp_
 
     next(iterator)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FromzeroError, match=r"No space left on device; the checkpoint before it is whole"):
+    with pytest.raises(FromzeroError, match=r"No space left on device; checkpoints saved before are whole"):
         run.save()
     monkeypatch.undo()
     iterator.close()
@@ -344,11 +346,65 @@ def test_two_writers_are_refused_with_the_first_ones_process(small, tiny_images,
     assert resumed_training(run.run, tiny_images)
 
 
-def test_a_run_that_another_process_moved_on_is_not_overwritten(small, tiny_images, tmp_path):
-    stale = new_training(small, tiny_images, runs_dir=tmp_path)
-    fromzero.resume(stale.run, images=tiny_images)
-    with pytest.raises(FromzeroError, match="another process has moved this run on"):
-        next(iter(stale))
+def test_a_run_has_one_writer_from_the_moment_it_is_loaded(small, tiny_images, tmp_path):
+    first = new_training(small, tiny_images, runs_dir=tmp_path)
+    with pytest.raises(FromzeroError, match="another process writes to this run"):
+        resumed_training(first.run, tiny_images)
+    first.close()
+    second = resumed_training(first.run, tiny_images)
+    with pytest.raises(FromzeroError, match="another process writes to this run"):
+        resumed_training(first.run, tiny_images)
+    for _ in second:
+        pass
+    assert [row["epoch"] for row in first.run.metrics()] == [1, 2, 3]
+
+
+def test_the_same_images_in_another_order_are_not_the_same(small, tiny_images, tmp_path):
+    training_ = new_training(small, tiny_images, runs_dir=tmp_path)
+    training_.close()
+    order = np.roll(np.arange(len(tiny_images.train)), 7)
+    turned = dataclasses.replace(tiny_images, train=tiny_images.train.take(order))
+    assert turned.train.fingerprint() == tiny_images.train.fingerprint()
+    with pytest.raises(FromzeroError, match="in another order"):
+        resumed_training(training_.run, turned)
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "rows"])
+def test_a_run_that_lost_its_record_is_left_as_it_is(lost, small, tiny_images, tmp_path):
+    run = fromzero.train(small, tiny_images, runs_dir=tmp_path)
+    if lost == "checkpoints":
+        for path in run.checkpoints.iterdir():
+            path.unlink()
+    else:
+        lines = (run.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run.path / "metrics.jsonl").write_text(lines[0])
+    before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    with pytest.raises(FromzeroError, match="nothing was changed"):
+        resumed_training(run, tiny_images, epochs=5)
+    assert before == {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+
+
+def test_a_warm_start_survives_a_crash_between_the_renames_of_a_save(small, tiny_images, tmp_path):
+    first = fromzero.train(small, tiny_images, runs_dir=tmp_path)
+    second = new_training(small, tiny_images, runs_dir=tmp_path, start_from=first)
+    second.close()
+    (second.run.checkpoints / "last.safetensors").rename(second.run.checkpoints / "step-000000000.safetensors")
+    assert resumed_training(second.run, tiny_images).state.counters.step == 0
+
+
+def test_another_fromzero_is_another_machine(small, tiny_images, tmp_path, monkeypatch):
+    run = fromzero.train(small, tiny_images, runs_dir=tmp_path)
+    monkeypatch.setattr(machine, "_source_digest", lambda: "0" * 12)
+    with pytest.raises(FromzeroError, match=r"fromzero: .* → .*--allow-inexact"):
+        resumed_training(run, tiny_images, epochs=4)
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_run(small, tiny_images, tmp_path, monkeypatch):
+    run = fromzero.train(small.override({"name": "a$^$b"}), tiny_images, runs_dir=tmp_path)
+    assert (run.path / "curves.png").exists()
+    monkeypatch.setattr("fromzero.report.draw_curves", lambda *ignored: 1 / 0)
+    with pytest.warns(UserWarning, match="was not drawn"):
+        assert fromzero.train(small, tiny_images, runs_dir=tmp_path).summary
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,9 @@ def load_last(folder: Path) -> Checkpoint | None:
             found = load(path)
         except FileNotFoundError:
             continue
+        except OSError as error:
+            damaged.append(f"{path}: cannot be read: {error.strerror}")
+            continue
         except DamagedCheckpointError as error:
             damaged.append(str(error))
             continue
@@ -126,15 +129,12 @@ def load_last(folder: Path) -> Checkpoint | None:
 
 
 def set_aside_damaged(folder: Path, used: Checkpoint) -> None:
-    """Where an older checkpoint than the last was `used`, keep the damaged last one under another name."""
-    last = folder / LAST
-    if used.path != last and last.exists():
-        os.replace(last, folder / "damaged.safetensors")
-
-
-def last_step(folder: Path) -> int:
-    """The step of the last checkpoint of `folder`, read from its header alone; 0 if there is none that reads."""
-    return _step_of(folder / LAST)
+    """Keep the checkpoints newer than `used`, which are damaged, under names that nothing reads."""
+    for path in [folder / LAST, *_older(folder)]:
+        if path == used.path:
+            return
+        if path.exists():
+            os.replace(path, path.with_suffix(".damaged"))
 
 
 def _older(folder: Path) -> list[Path]:
@@ -143,12 +143,12 @@ def _older(folder: Path) -> list[Path]:
 
 
 def _step_of(path: Path) -> int:
-    """The step of a checkpoint; 0 for one that is not there or damaged."""
+    """The step of a checkpoint; 0 for one whose header is damaged."""
     try:
         with open(path, "rb") as file:
             header = file.read(min(_header_bytes(file.read(8)), _MAX_HEADER_BYTES))
         return int(json.loads(json.loads(header)["__metadata__"]["state"])["step"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return 0
 
 
@@ -163,9 +163,7 @@ def _digest_position(data: bytes | bytearray) -> int:
     header_bytes = _header_bytes(bytes(data[:8]))
     if header_bytes > min(len(data) - 8, _MAX_HEADER_BYTES):
         raise ValueError(f"its header claims {header_bytes:,} bytes")
-    found = _DIGEST.findall(data, 8, 8 + header_bytes)
+    found = list(_DIGEST.finditer(data, 8, 8 + header_bytes))
     if len(found) != 1:
         raise ValueError("its header has no single checksum")
-    match = _DIGEST.search(data, 8, 8 + header_bytes)
-    assert match is not None
-    return match.start(1)
+    return found[0].start(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import warnings
@@ -16,6 +18,7 @@ from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names
 
 if TYPE_CHECKING:
     from fromzero.training import Training
+    from fromzero.verify import Verdict
 
 DEMO_EPOCHS = 12
 # The notes' own figures: running train accuracy, validation accuracy, epochs.
@@ -29,18 +32,26 @@ NOTES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 and 143 stopped by a signal."""
     warnings.showwarning = lambda message, *rest, **named: print(f"warning: {message}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         arguments = _parse(list(sys.argv[1:] if argv is None else argv))
         arguments.command(arguments)
+        sys.stdout.flush()
         return 0
     except FromzeroError as error:
         print(f"fromzero: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # whoever read our output has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        print(f"fromzero: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        _print_no_more()
+        if not isinstance(error, BrokenPipeError):  # whoever read our output has left
+            print(f"fromzero: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print("fromzero: not enough memory for this network and batch size; make either smaller", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fromzero: stopped at once; what was saved before is whole", file=sys.stderr)
@@ -51,6 +62,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from fromzero.data import load_images
     from fromzero.sessions import new_training
 
+    if arguments.partial and getattr(arguments, "from") is None:
+        raise InputError("--partial goes with --from RUN")
     changes = {path: parse_value(path, text) for path, text in vars(arguments).items() if path in field_types()}
     if arguments.DATASET is not None:
         changes["dataset"] = arguments.DATASET
@@ -96,9 +109,17 @@ def _watch(training: Training) -> None:
 
     from fromzero import display
 
-    print(display.header(training), flush=True)
-    display.watch(training, Console())
-    print(display.outcome(training))
+    class Lasting(Console):
+        """Goes on in silence when whoever reads the output has left: no reason to stop a training."""
+
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            _print_no_more()
+
+    console = Lasting()
+    console.print(display.header(training), highlight=False, soft_wrap=True, markup=False)
+    display.watch(training, console)
+    console.print(display.outcome(training), highlight=False, soft_wrap=True, markup=False)
 
 
 def _summary(arguments: argparse.Namespace) -> None:
@@ -106,16 +127,22 @@ def _summary(arguments: argparse.Namespace) -> None:
     from fromzero.networks import summary
 
     height, width, channels = arguments.image_shape
+    for option, value in (("--image-shape", min(arguments.image_shape)), ("--classes", arguments.classes)):
+        if value < 1:
+            raise InputError(f"{option}: {value} is less than 1")
     print(summary(recipe.network, (height, width, channels), arguments.classes))
 
 
 def _runs(arguments: argparse.Namespace) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from fromzero.display import duration
     from fromzero.runs import list_runs
 
+    if not arguments.runs_dir.is_dir():
+        raise InputError(f"no folder {arguments.runs_dir}; name the one that holds the runs by --runs-dir")
     runs = list_runs(arguments.runs_dir)
     if not runs:
         print(f"no runs under {arguments.runs_dir}")
@@ -125,13 +152,17 @@ def _runs(arguments: argparse.Namespace) -> None:
         table.add_column(name, justify="left" if name in ("run", "recipe") else "right", no_wrap=True)
     on_test = False
     for run in runs:
-        rows, recipe, summary = run.metrics(), run.recipe, run.summary
+        try:
+            rows, recipe, summary = run.metrics(), run.recipe, run.summary
+        except FromzeroError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            continue
         last = rows[-1] if rows else None
         mark = "*" if recipe.validation.source == "test" else ""
         on_test = on_test or bool(mark)
         table.add_row(
-            run.name,
-            recipe.name,
+            escape(run.name),
+            escape(recipe.name),
             str(recipe.seed),
             f"{len(rows)}/{recipe.epochs}" + ("" if summary else " …"),
             f"{last['train/accuracy']:.4f}" if last else "–",
@@ -179,6 +210,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print("  test accuracy by class: " + ", ".join(f"{name} {recall:.3f}" for name, recall in recalls))
 
 
+def _print_no_more() -> None:
+    """Send what is still printed to nowhere, so that it cannot fail again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `count` images (Wilson, 1927)."""
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
@@ -219,29 +256,39 @@ def _verify_resume(arguments: argparse.Namespace) -> None:
     import shutil
     import tempfile
 
-    from fromzero import checkpoint
     from fromzero.verify import verify_resume
 
     load_recipe(arguments.recipe)
     folder = Path(tempfile.mkdtemp(prefix="fromzero-verify-"))
-    found = verify_resume(
-        arguments.recipe,
-        folder,
-        epochs=arguments.epochs,
-        interruptions=arguments.interruptions,
-        seed=arguments.seed,
-        threads=arguments.threads,
-        say=lambda line: print(line, flush=True),
-    )
-    if found.difference:
-        raise FromzeroError(f"resuming is not exact here: {found.difference}; both runs are kept in {folder}")
+    keep = False
+    try:
+        found = verify_resume(
+            arguments.recipe,
+            folder,
+            epochs=arguments.epochs,
+            interruptions=arguments.interruptions,
+            seed=arguments.seed,
+            threads=arguments.threads,
+            say=lambda line: print(line, flush=True),
+        )
+        if found.difference:
+            keep = True
+            raise FromzeroError(f"resuming is not exact here: {found.difference}; both runs are kept in {folder}")
+        _print_verdict(found)
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _print_verdict(found: Verdict) -> None:
+    from fromzero import checkpoint
+
     tensors = checkpoint.load(found.straight.checkpoints / checkpoint.LAST).tensors
     values = sum(tensor.numel() for tensor in tensors.values())
     print(
         f"exact: {len(tensors)} tensors ({values:,} values of weights and optimizer), {len(found.straight.metrics())}"
         f" rows of metrics and the best weights are bit-identical after {len(found.interruptions)} interruptions"
     )
-    shutil.rmtree(folder)
 
 
 def _recipes(arguments: argparse.Namespace) -> None:
@@ -262,6 +309,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], commands)}")
     arguments, left = parser.parse_known_args(argv)
+    if left and not hasattr(arguments, "command"):
+        raise InputError(f"unknown option {left[0]} before a command; see: fromzero --help")
     if left:
         known = [s for action in commands[argv[0]]._actions for s in action.option_strings if s.startswith("--")]
         word = left[0].partition("=")[0]
@@ -292,7 +341,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument("--recipe", default="train3", help=f"{', '.join(recipe_names())} or a TOML file (train3)")
     train.add_argument("--from", metavar="RUN", help="start from the last weights of that run")
     train.add_argument("--partial", action="store_true", help="with --from: take the weights that fit")
-    _add_shared(train, "runs", "data", "machine")
+    _add_shared(train, "runs", "data", "machine", "saving")
     fields = train.add_argument_group("recipe fields", "each overrides one field of the recipe")
     for path, (_, description) in field_types().items():
         fields.add_argument(
@@ -303,7 +352,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     resume.add_argument("RUN", help="a run's folder or name")
     resume.add_argument("--epochs", type=int, help="a new total of epochs")
     resume.add_argument("--allow-inexact", action="store_true", help="go on although the machine differs")
-    _add_shared(resume, "runs", "data", "machine")
+    _add_shared(resume, "runs", "data", "machine", "saving")
 
     evaluate = add("evaluate", _evaluate, "score a run's weights again")
     evaluate.add_argument("RUN", help="a run's folder or name")
@@ -341,8 +390,10 @@ def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
         command.add_argument("--data-dir", type=Path, help="a folder that holds CIFAR-10")
         command.add_argument("--offline", action="store_true", help="never download")
     if "machine" in groups:
-        command.add_argument("--device", help="cpu, cuda or cuda:N (cuda where there is one)")
-        command.add_argument("--threads", type=int, help="CPU threads (one a core)")
+        default = "as recorded" if command.prog.endswith("resume") else "{}"
+        command.add_argument("--device", help=f"cpu, cuda or cuda:N ({default.format('cuda where there is one')})")
+        command.add_argument("--threads", type=int, help=f"CPU threads ({default.format('one a core')})")
+    if "saving" in groups:
         command.add_argument(
             "--checkpoint-minutes", type=float, metavar="M", help="save every M minutes (1, more where saving is slow)"
         )
@@ -352,6 +403,8 @@ def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
 def _machine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.keep < 1:
         raise InputError(f"--keep: {arguments.keep} is less than 1")
+    if arguments.checkpoint_minutes is not None and not 0 <= arguments.checkpoint_minutes <= 10_000:
+        raise InputError(f"--checkpoint-minutes: {arguments.checkpoint_minutes:g} is not from 0 to 10,000")
     options = {"threads": arguments.threads, "keep": arguments.keep}
     if arguments.device is not None:
         options["device"] = arguments.device

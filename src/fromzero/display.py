@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from fromzero import training
 from fromzero.report import validation_label
@@ -39,7 +40,7 @@ def header(run: Training) -> str:
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {recipe.epochs} epochs",
     ]
     if counters.step:
-        lines.append(f"  going on at step {counters.step:,} (epoch {counters.epoch + 1} of {recipe.epochs})")
+        lines.append(f"  going on at step {counters.step:,}, {counters.epoch} of {recipe.epochs} epochs done")
     return "\n".join(lines)
 
 
@@ -94,20 +95,19 @@ def _timed(run: Training) -> Iterable[Timed]:
         timed = Timed(*progress)
         seconds = time.monotonic() - started
         steps = progress.counters.step - first_step
-        epochs_done = max(steps / progress.steps_per_epoch, 1e-9)
-        timed.images_per_second = epochs_done * images / seconds
-        timed.seconds_left = (
-            seconds * (progress.epochs - progress.counters.step / progress.steps_per_epoch) / epochs_done
-        )
+        epochs_done = steps / progress.steps_per_epoch
+        if steps:
+            epochs_left = progress.epochs - progress.counters.step / progress.steps_per_epoch
+            timed.images_per_second = epochs_done * images / seconds
+            timed.seconds_left = seconds * epochs_left / epochs_done
         yield timed
 
 
 def _watch_live(run: Training, console: Console) -> None:
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[info]}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        *([BarColumn(bar_width=None)] if console.width > 100 else []),
+        TextColumn("{task.fields[info]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as bars:
         task = bars.add_task("starting", total=None, info="")
@@ -131,7 +131,7 @@ def _watch_live(run: Training, console: Console) -> None:
                 description=f"epoch {min(counters.epoch + 1, now.epochs)}/{now.epochs}",
                 total=now.steps_per_epoch,
                 completed=step,
-                info=f"step {step}/{now.steps_per_epoch}  {three}  {now.images_per_second:,.0f} images/s"
-                f"  {duration(now.seconds_left)} left",
+                info=f"{step}/{now.steps_per_epoch} {three} {now.images_per_second:,.0f} images/s"
+                f" {duration(now.seconds_left)} left",
                 refresh=True,
             )

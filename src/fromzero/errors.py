@@ -1,7 +1,7 @@
 """What goes wrong in ways a user can mend.
 
-Every error here is one line that names what, where and what to do. The command line prints it and leaves with
-`exit_code`; nothing else is ever shown for bad input. Imports nothing of fromzero.
+Every error here is one line that names what, where and what to do (a table may follow). The command line prints it and
+leaves with `exit_code`; nothing else is ever shown for bad input. Imports nothing of fromzero.
 """
 
 from collections.abc import Iterable
@@ -42,4 +42,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     found = found or get_close_matches(leaf, [k.rpartition(".")[2] for k in names], n=1, cutoff=0.6)
     if found:
         return f"; nearest: {found[0]}"
-    return f"; known: {', '.join(names)}" if len(names) <= 12 else ""
+    return f"; known: {', '.join(names)}" if 0 < len(names) <= 12 else ""

@@ -59,7 +59,7 @@ def layers(network: NetworkRecipe, image_shape: ImageShape, num_classes: int) ->
         for out in block.channels:
             shrink = 2 if block.padding == "valid" else 0
             height, width = height - shrink, width - shrink
-            _check_size(height, width, image_shape, f"a valid convolution of block {i}")
+            _check_size(height, width, image_shape, f"a {block.padding} convolution of block {i}")
             add("Conv2D", (height, width, out), parameters=9 * channels * out + out, padding=block.padding)
             add("Activation", (height, width, out), shown=block.activation_layers)
             channels = out

@@ -25,7 +25,7 @@ from fromzero.errors import InputError, nearest
 
 Padding = Literal["same", "valid"]
 Rate = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class _Part(pydantic.BaseModel):
@@ -117,7 +117,7 @@ class ScheduleRecipe(_Part):
     name: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="constant, or down to zero at the last step: linear, cosine"
     )
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up from zero")
+    warmup_epochs: float = Field(0.0, ge=0, le=100_000, description="epochs of linear warm-up from zero")
 
 
 class ValidationRecipe(_Part):
@@ -136,8 +136,10 @@ class Recipe(_Part):
     name: str = Field("custom", min_length=1, description="what the recipe is called")
     dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, or a CIFAR folder or archive")
     seed: int = Field(0, ge=0, description="seed of weights, order and dropout")
-    epochs: int = Field(10, ge=1, description="passes over the training images")
-    batch_size: int = Field(128, ge=1, description="images a step; the last batch of an epoch may be smaller")
+    epochs: int = Field(10, ge=1, le=1_000_000, description="passes over the training images")
+    batch_size: int = Field(
+        128, ge=1, le=1_000_000, description="images a step; the last batch of an epoch may be smaller"
+    )
     normalise: Literal["unit", "standard"] = Field(
         "unit", description="unit: pixels / 255; standard: then minus channel mean, over standard deviation"
     )
@@ -145,7 +147,9 @@ class Recipe(_Part):
         "auto", description="auto is bfloat16 where the processor computes fast in it, else float32"
     )
     clean_train_images: int = Field(
-        5000, ge=1, description="size of the fixed training subset that the clean train accuracy is taken on"
+        5000,
+        ge=1,
+        description="size of the fixed subset of train images for the clean train accuracy, one a class at least",
     )
     network: NetworkRecipe
     optimizer: OptimizerRecipe = OptimizerRecipe()

@@ -53,7 +53,10 @@ def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, path: Path) -> 
         fontsize=10,
     )
     loss.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"{title} · {recipe.name} · seed {recipe.seed} · {validation_label(recipe)}", fontsize=10)
+    figure.suptitle(
+        f"{title} · {recipe.name.replace('$', chr(92) + '$')} · seed {recipe.seed} · {validation_label(recipe)}",
+        fontsize=10,
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, metadata={"Software": None})
     write_atomically(path, buffer.getvalue())

@@ -35,6 +35,8 @@ from fromzero.recipe import Recipe, load_recipe
 
 Row = dict[str, Any]
 
+ROW_KEYS = {"epoch", "step", "train/accuracy", "train/running_accuracy", "val/accuracy", "time/seconds"}
+
 
 class Run:
     """A run folder. Reading needs no lock; whoever writes holds `lock()`."""
@@ -50,6 +52,11 @@ class Run:
         return self.path.name
 
     @property
+    def resume_command(self) -> str:
+        """What to type to go on with this run."""
+        return f"fromzero resume {shlex.quote(str(self.path))}"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -61,7 +68,15 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """Where the run's figures come from: versions, machine, command, commit, data."""
-        return self._json("provenance.json")
+        found = self._json("provenance.json")
+        for key, fields in (
+            ("machine", ("device", "threads", "precision")),
+            ("data", ("name", "source", "fingerprints")),
+        ):
+            part = found.get(key)
+            if not isinstance(part, dict) or not all(field in part for field in fields):
+                raise FromzeroError(f"{self.path}/provenance.json: damaged: expected {key} with {', '.join(fields)}")
+        return {"from": None, "resumed": []} | found
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -69,25 +84,40 @@ class Run:
         if not (self.path / "summary.json").exists():
             return None
         found = self._json("summary.json")
-        return found if found.get("epoch") == self.recipe.epochs else None
+        missing = [key for key in ("epoch", "test/accuracy", "val/accuracy") if key not in found]
+        if missing:
+            raise FromzeroError(f"{self.path}/summary.json: damaged: {', '.join(missing)} not there")
+        return found if found["epoch"] == self.recipe.epochs else None
 
     def metrics(self) -> list[Row]:
         """One dict an epoch; a row that a kill cut in half at the end is left out."""
         rows = []
         try:
-            lines = (self.path / "metrics.jsonl").read_text("utf-8").splitlines()
+            lines = (self.path / "metrics.jsonl").read_text("utf-8", "replace").splitlines()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise FromzeroError(f"{self.path}/metrics.jsonl: {error.strerror}") from None
         for number, line in enumerate(lines, 1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
-                if number < len(lines):
-                    raise FromzeroError(f"{self.path}/metrics.jsonl: line {number} is damaged") from None
+                row = None
+            if isinstance(row, dict) and row.keys() >= ROW_KEYS:
+                rows.append(row)
+            elif number < len(lines):
+                raise FromzeroError(f"{self.path}/metrics.jsonl: line {number} is damaged")
         return rows
 
     def append_metrics(self, row: Row) -> None:
-        append_line(self.path / "metrics.jsonl", json.dumps(row))
+        """Add a row durably. Raises FromzeroError when the disk is full or fails."""
+        try:
+            append_line(self.path / "metrics.jsonl", json.dumps(row))
+        except OSError as error:
+            raise FromzeroError(
+                f"{self.path}/metrics.jsonl: {error.strerror}; checkpoints saved before are whole: mend that, then:"
+                f" {self.resume_command}"
+            ) from None
 
     def cut_metrics(self, epochs: int) -> None:
         """Drop the rows after epoch `epochs`: they were written after the checkpoint that the run goes on from."""
@@ -143,6 +173,8 @@ class Run:
 def create_run(runs_dir: Path, name: str) -> Run:
     """A new folder `name`, or `name-2`, `name-3` … where that is taken. It counts as a run once its recipe is written,
     which is to be done last: a process killed before that leaves nothing that could be mistaken for one."""
+    if runs_dir.exists() and not runs_dir.is_dir():
+        raise InputError(f"runs folder {runs_dir}: is a file; name a folder by --runs-dir")
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
         number = 1
@@ -171,13 +203,13 @@ def load_run(run: str | Path, runs_dir: str | Path = "runs") -> Run:
 
 
 def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
-    """All runs under `runs_dir`, oldest first."""
+    """All runs under `runs_dir`, by name, numbers in their order."""
     folder = Path(runs_dir)
     if not folder.is_dir():
         return []
 
     def key(run: Run) -> list[str | int]:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", run.name)]
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", run.name)]
 
     return sorted((Run(path) for path in folder.iterdir() if (path / "recipe.toml").is_file()), key=key)
 
@@ -204,18 +236,15 @@ def _program() -> str:
 def _commit() -> str | None:
     """The commit of fromzero's own source, "-dirty" added when it differs; None when installed without it."""
     here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+        command = ["git", "-C", str(here), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True, env=environment)
+        return done.stdout.strip()
+
     try:
-        out = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
-        tracked = subprocess.run(
-            ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name],
-            capture_output=True,
-            timeout=5,
-        )
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", str(here)) else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return out.stdout.strip() if out.returncode == 0 and tracked.returncode == 0 else None

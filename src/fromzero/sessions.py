@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,23 +70,23 @@ def new_training(
     if start_from is not None:
         source = start_from if isinstance(start_from, Run) else load_run(start_from, runs_dir)
         found = last_checkpoint(source)
-        left = load_weights(state.model, model_weights(found), partial=partial)
+        try:
+            left = load_weights(state.model, model_weights(found), partial=partial)
+        except InputError as error:
+            raise InputError(f"{source.path}: {error} (--partial takes the weights that fit)") from None
         origin = {"run": str(source.path), "step": found.state.get("step"), "left": left}
     total = networks.num_parameters(recipe.network, images.image_shape, images.num_classes)
     run = create_run(Path(runs_dir), f"{images.name}-{total}")
-    run.write_provenance(
-        {
-            **describe_program(),
-            "machine": asdict(here),
-            "data": {"name": images.name, "source": images.source, "fingerprints": images.fingerprints},
-            "recipe_fingerprint": recipe.fingerprint(),
-            "from": origin,
-            "resumed": [],
-        }
-    )
+    data = {
+        "name": images.name,
+        "source": images.source,
+        "fingerprints": images.fingerprints,
+        "order": images.order_digest(),
+    }
+    run.write_provenance({**describe_program(), "machine": asdict(here), "data": data, "from": origin, "resumed": []})
     training = Training(run, recipe, images, here, state, checkpoint_minutes, keep)
-    if origin is not None:  # these weights cannot be drawn again from the seed
-        training.save()
+    training.take_lock()
+    training.save()
     run.write_recipe(recipe)
     return training
 
@@ -111,20 +112,39 @@ def resumed_training(
     `allow_inexact` is not set.
     """
     run = run if isinstance(run, Run) else load_run(run, runs_dir)
+    with contextlib.ExitStack() as lock:
+        lock.enter_context(run.lock())
+        training = _loaded(run, images, epochs, allow_inexact, device, threads, data_dir, offline)
+        training.checkpoint_minutes, training.keep = checkpoint_minutes, keep
+        training.lock = lock.pop_all()
+    return training
+
+
+def _loaded(
+    run: Run,
+    images: ImageSet | None,
+    epochs: int | None,
+    allow_inexact: bool,
+    device: str | None,
+    threads: int | None,
+    data_dir: str | Path | None,
+    offline: bool,
+) -> Training:
+    """The training of a run whose lock is held, at its last checkpoint; the run folder is cut back to it."""
     recipe, provenance = run.recipe, run.provenance
-    recorded = provenance["machine"]
+    recorded = [provenance, *provenance["resumed"]][-1]["machine"]
     if epochs is not None and epochs < recipe.epochs:
         raise InputError(f"{run.path}: --epochs {epochs} is less than the run's {recipe.epochs}")
     if run.summary is not None and epochs in (None, recipe.epochs):
         raise InputError(
-            f"{run.path}: has ended after {recipe.epochs} epochs; to extend it: fromzero resume {run.path}"
+            f"{run.path}: has ended after {recipe.epochs} epochs; to extend it: {run.resume_command}"
             f" --epochs {2 * recipe.epochs}"
         )
     images = recorded_images(run, images, data_dir=data_dir, offline=offline)
     here = machine.prepare(
         recorded["precision"] if recipe.precision == "auto" else recipe.precision,
         device=device or recorded["device"],
-        threads=threads or recorded["threads"],
+        threads=recorded["threads"] if threads is None else threads,
     )
     differences = here.differences(recorded)
     if differences and not allow_inexact:
@@ -132,23 +152,27 @@ def resumed_training(
             f"{run.path}: this machine is not the one that the run was trained on ({'; '.join(differences)}), so the"
             " result would not be the same to the bit; --allow-inexact goes on all the same"
         )
-    if not (run.checkpoints / checkpoint.LAST).exists() and provenance["from"]:
-        raise FromzeroError(f"{run.path}: the weights it started from are gone; train again with --from")
+    found = checkpoint.load_last(run.checkpoints)
+    if found is None:
+        raise FromzeroError(f"{run.path}: its checkpoints are gone; nothing was changed")
     state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
-    with run.lock():
-        found = checkpoint.load_last(run.checkpoints)
-        if found is not None:
-            state.load_checkpoint(found)
-            checkpoint.set_aside_damaged(run.checkpoints, found)
-        run.cut_metrics(state.counters.epoch)
-        note: dict[str, Any] = {**describe_program(), "machine": asdict(here), "step": state.counters.step}
-        if epochs is not None and epochs != recipe.epochs:
-            note["epochs"] = [recipe.epochs, epochs]
-            recipe = recipe.override({"epochs": epochs})
-            run.write_recipe(recipe)
-        (run.path / "summary.json").unlink(missing_ok=True)
-        run.write_provenance({**provenance, "resumed": [*provenance["resumed"], note]})
-    return Training(run, recipe, images, here, state, checkpoint_minutes, keep)
+    state.load_checkpoint(found)
+    if len(run.metrics()) < state.counters.epoch:
+        raise FromzeroError(
+            f"{run.path}/metrics.jsonl: rows are missing: expected {state.counters.epoch}, found {len(run.metrics())};"
+            " nothing was changed"
+        )
+    checkpoint.set_aside_damaged(run.checkpoints, found)
+    run.cut_metrics(state.counters.epoch)
+    note: dict[str, Any] = {**describe_program(), "machine": asdict(here), "step": state.counters.step}
+    note["exact"] = not differences
+    if epochs is not None and epochs != recipe.epochs:
+        note["epochs"] = [recipe.epochs, epochs]
+        recipe = recipe.override({"epochs": epochs})
+        run.write_recipe(recipe)
+    (run.path / "summary.json").unlink(missing_ok=True)
+    run.write_provenance({**provenance, "resumed": [*provenance["resumed"], note]})
+    return Training(run, recipe, images, here, state)
 
 
 def extension_note(before: Recipe, after: Recipe, step: int, steps_per_epoch: int) -> str:
@@ -181,6 +205,11 @@ def recorded_images(
             f"{run.path}: the images at {images.source} are not those it was trained on (train fingerprint"
             f" {images.fingerprints['train'][:12]}…, recorded {recorded['fingerprints']['train'][:12]}…)"
         )
+    if images.order_digest() != recorded.get("order", images.order_digest()):
+        raise FromzeroError(
+            f"{run.path}: the images at {images.source} are those it was trained on, but in another order, which splits"
+            f" and order of training depend on; name the folder it had ({recorded['source']}) by --data-dir"
+        )
     return images
 
 
@@ -188,7 +217,7 @@ def last_checkpoint(run: Run) -> Checkpoint:
     """The newest whole checkpoint of a run. Raises FromzeroError when it has none."""
     found = checkpoint.load_last(run.checkpoints)
     if found is None:
-        raise FromzeroError(f"{run.path}: it has no checkpoint yet; go on with: fromzero resume {run.path}")
+        raise FromzeroError(f"{run.path}: it has no checkpoint")
     return found
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 
 class StopSignals:
-    """While entered, `signal` is the number of the first SIGINT or SIGTERM that came, else None. A second one does
-    what it does by default. Outside the main thread, where Python delivers no signals, it does nothing."""
+    """While entered, `signal` is the number of the first SIGINT, SIGTERM or SIGHUP that came, else None. A second one
+    does what it does by default. Outside the main thread, where Python delivers no signals, it does nothing."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -18,8 +18,10 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                before = signal.getsignal(number)
+                if before not in (signal.SIG_IGN, None, self._note):  # who had it ignored (nohup) wants no stop
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fromzero import networks, optim
 from fromzero.checkpoint import Checkpoint
-from fromzero.errors import InputError
+from fromzero.errors import FromzeroError, InputError
 from fromzero.networks import ImageShape, Network
 from fromzero.recipe import Recipe
 
@@ -71,7 +71,13 @@ class State:
             }
             if slots:
                 self.optimizer.state[weight] = slots
-        self.counters = Counters(**checkpoint.state)
+        try:
+            self.counters = Counters(**checkpoint.state)
+        except TypeError:
+            raise FromzeroError(
+                f"{checkpoint.path}: holds weights but not the state of a training (a best checkpoint put in place of"
+                " the last one?); start a new run from weights with: fromzero train --from RUN"
+            ) from None
 
     def _slots(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for name, weight in self.model.named_parameters():
@@ -94,8 +100,8 @@ def load_weights(model: Network, weights: Mapping[str, Tensor], *, partial: bool
     if differing and not partial:
         table = "\n".join(f"  {name:<28} {theirs:<22} {ours}" for name, theirs, ours in differing)
         raise InputError(
-            f"the saved weights do not fit this network, {len(differing)} differ (--partial takes those that fit):\n"
-            f"  {'weight':<28} {'saved':<22} here\n{table}"
+            f"the saved weights do not fit this network, {len(differing)} differ:\n"
+            f"  {'weight':<28} {'saved':<22} here\n{table}\n "
         )
     bad = {name for name, *_ in differing}
     model.load_state_dict({k: t for k, t in weights.items() if k not in bad}, strict=False)
@@ -105,5 +111,5 @@ def load_weights(model: Network, weights: Mapping[str, Tensor], *, partial: bool
 def _like(weight: Tensor, saved: Tensor) -> Tensor:
     """`saved` in the memory layout of the weight it belongs to: fused optimizers walk both side by side."""
     if saved.shape != weight.shape:
-        return saved.clone()
+        return saved.to(weight.device, copy=True)
     return torch.empty_like(weight, dtype=saved.dtype).copy_(saved)

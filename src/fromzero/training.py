@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -97,6 +99,15 @@ class Training:
     checkpoint_minutes: float | None = None
     keep: int = 2
     data: Data = field(init=False)
+    lock: ExitStack = field(default_factory=ExitStack)
+
+    def take_lock(self) -> None:
+        """Become the run's one writer until the training ends or is closed."""
+        self.lock.enter_context(self.run.lock())
+
+    def close(self) -> None:
+        """Let go of the run without training on."""
+        self.lock.close()
 
     def __post_init__(self) -> None:
         self.data = Data.of(self.recipe, self.images, self.machine.device)
@@ -106,9 +117,8 @@ class Training:
 
     def __iter__(self) -> Iterator[Progress]:
         recipe, counters = self.recipe, self.state.counters
-        with self.run.lock(), StopSignals() as stop:
-            if checkpoint.last_step(self.run.checkpoints) > counters.step:
-                raise FromzeroError(f"{self.run.path}: another process has moved this run on; resume it again")
+        with self.lock, StopSignals() as stop:
+            self.machine.set_up()
             self._saved_at = self._ticked_at = time.monotonic()
             while counters.epoch < recipe.epochs:
                 order = torch.from_numpy(
@@ -159,12 +169,12 @@ class Training:
 
     def _end_epoch(self, row: Row) -> None:
         counters = self.state.counters
+        self.run.append_metrics(row)
         counters.epoch += 1
         counters.running_loss, counters.running_correct, counters.running_images = 0.0, 0, 0
         if row["val/accuracy"] > counters.best_accuracy:
             counters.best_accuracy, counters.best_epoch = row["val/accuracy"], counters.epoch
             self.state.best_weights = {k: t.clone() for k, t in self.state.model.state_dict().items()}
-        self.run.append_metrics(row)
 
     def _save_if_due(self, stopped_by: int | None) -> None:
         """Save when asked to stop (then raise StoppedError), or when a checkpoint is due: after `checkpoint_minutes`,
@@ -173,7 +183,7 @@ class Training:
             self.save()
             self._draw()
             raise StoppedError(
-                f"stopped and saved at step {self.state.counters.step}; go on with: fromzero resume {self.run.path}",
+                f"stopped and saved at step {self.state.counters.step}; go on with: {self.run.resume_command}",
                 stopped_by,
             )
         if self.checkpoint_minutes is None:
@@ -196,8 +206,8 @@ class Training:
             checkpoint.save(self.run.checkpoints, self.state.to_checkpoint(), self.keep)
         except OSError as error:
             raise FromzeroError(
-                f"{self.run.checkpoints}: saving failed: {error.strerror}; the checkpoint before it is whole: free"
-                f" some room, then: fromzero resume {self.run.path}"
+                f"{self.run.checkpoints}: saving failed: {error.strerror}; checkpoints saved before are whole: mend"
+                f" that, then: {self.run.resume_command}"
             ) from None
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - started
@@ -206,8 +216,7 @@ class Training:
     def _finish(self) -> None:
         """Score the test images, once, and write the curves and the summary; the summary, last, says that all is
         there."""
-        counters, rows = self.state.counters, self.run.metrics()
-        last, best = rows[-1], rows[counters.best_epoch - 1]
+        counters, last = self.state.counters, self.run.metrics()[-1]
         test = evaluate(self.state.model, *self.data.test, self.data.normalise, self.machine)
         self._tick()
         self._draw()
@@ -221,7 +230,7 @@ class Training:
                 **{key: value for key, value in last.items() if not key.startswith("time/")},
                 "val/source": self.recipe.validation.source,
                 "best/epoch": counters.best_epoch,
-                "best/val/accuracy": best["val/accuracy"],
+                "best/val/accuracy": counters.best_accuracy,
                 "test/accuracy": test.accuracy,
                 "test/loss": test.loss,
                 "time/seconds": round(counters.seconds, 3),
@@ -236,8 +245,11 @@ class Training:
     def _draw(self) -> None:
         from fromzero.report import draw_curves
 
-        if rows := self.run.metrics():
-            draw_curves(rows, self.recipe, self.run.name, self.run.path / "curves.png")
+        try:
+            if rows := self.run.metrics():
+                draw_curves(rows, self.recipe, self.run.name, self.run.path / "curves.png")
+        except Exception as error:  # a picture is never worth a run
+            warnings.warn(f"{self.run.path}/curves.png was not drawn: {error}", stacklevel=2)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -278,7 +290,7 @@ def train_step(
 
 def _non_finite(step: int, what: str, learning_rate: float) -> str:
     return (
-        f"step {step + 1}: {what}; the weights were not changed and the last checkpoint is whole: try a lower"
+        f"step {step + 1}: {what}; the weights were not changed, checkpoints are whole: try a lower"
         f" --optimizer.learning_rate (it was {learning_rate:g}), a warm-up, or --precision float32"
     )
 
@@ -288,6 +300,8 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
     for split, part in (("train", images.train), ("test", images.test)):
         if len(part) < 2:
             raise InputError(f"{images.source}: only {len(part)} {split} images")
+        if part.labels.min() < 0 or part.labels.max() >= images.num_classes:
+            raise InputError(f"{images.source}: {split} labels are not all from 0 to {images.num_classes - 1}")
     if recipe.validation.source == "split":
         present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
         if (counts < 2).any():

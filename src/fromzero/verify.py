@@ -21,6 +21,8 @@ from fromzero import checkpoint
 from fromzero.errors import FromzeroError
 from fromzero.runs import Run, list_runs
 
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has none
+
 
 class Verdict(NamedTuple):
     """The two runs, the interruptions that took place, and where the runs differ first (None: nowhere)."""
@@ -53,17 +55,22 @@ def verify_resume(
     straight = list_runs(folder / "straight")[0]
     happened: list[str] = []
     process = _start([*command, "--runs-dir", str(folder / "interrupted")])
-    for _ in range(interruptions):
-        number = rng.choice([signal.SIGTERM, signal.SIGKILL])
-        ran_out = not _interrupt(process, number, rng.uniform(0.0, 0.5) * seconds)
-        run = list_runs(folder / "interrupted")[0]
-        if ran_out or run.summary is not None:  # it was faster than the signal
-            break
-        happened.append(f"{signal.Signals(number).name} after {_position(run)}")
-        say(f"interrupted by {happened[-1]}; resuming")
-        process = _start(["resume", str(run.path), *options])
-    else:
-        _finish(process)
+    try:
+        for _ in range(interruptions):
+            number = rng.choice([signal.SIGTERM, KILL])
+            ran_out = not _interrupt(process, number, rng.uniform(0.0, 0.5) * seconds)
+            run = list_runs(folder / "interrupted")[0]
+            if ran_out or run.summary is not None:  # it was faster than the signal
+                break
+            happened.append(f"{signal.Signals(number).name} after {_position(run)}")
+            say(f"interrupted by {happened[-1]}; resuming")
+            process = _start(["resume", str(run.path), *options])
+        else:
+            _finish(process)
+    finally:
+        process.kill()
+    if not happened:
+        raise FromzeroError("no interruption came before the end: give more --epochs or --interruptions")
     interrupted = list_runs(folder / "interrupted")[0]
     return Verdict(straight, interrupted, tuple(happened), first_difference(straight, interrupted))
 
@@ -127,7 +134,8 @@ def _interrupt(process: subprocess.Popen[str], number: int, seconds: float) -> b
     if not first:
         _finish(process)
     try:
-        process.wait(seconds)
+        if process.wait(seconds):
+            raise FromzeroError(f"a training failed: {process.stdout.read().strip().splitlines()[-1:]}")
         return False
     except subprocess.TimeoutExpired:
         pass

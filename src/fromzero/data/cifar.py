@@ -68,7 +68,7 @@ def load_cifar10(data_dir: str | Path | None = None, *, offline: bool = False) -
         if image_set.fingerprints[split] != expected:
             raise InputError(
                 f"{found}: the {split} images are not CIFAR-10's: expected fingerprint {expected[:12]}…, found"
-                f" {image_set.fingerprints[split][:12]}…; delete it to have it downloaded, or name the path itself"
+                f" {image_set.fingerprints[split][:12]}…; put the published files there, or name the path itself"
                 " as the data set to train on what it holds"
             )
     return image_set
@@ -109,6 +109,8 @@ def load_cifar(path: Path, name: str | None = None) -> ImageSet:
     )
     fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
     stem = re.sub(r"[^\w-]+", "-", path.name.split(".")[0]).strip("-_") or "images"
+    if stem in ("cifar10", "digits"):  # the names of known image sets, which these are not
+        stem += "-images"
     return ImageSet(
         name=name or ("cifar10" if fingerprints == CIFAR10_FINGERPRINTS else stem),
         train=train,

@@ -47,6 +47,14 @@ class ImageSet:
     source: str
     fingerprints: dict[str, str]
 
+    def order_digest(self) -> str:
+        """SHA-256 (hex) over all images and labels in their order: splits and the order of training depend on it."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.test):
+            digest.update(np.ascontiguousarray(part.pixels).data)
+            digest.update(np.ascontiguousarray(part.labels, dtype="<i8").data)
+        return digest.hexdigest()
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
