@@ -10,6 +10,7 @@ dropout, checks for non-finite loss and gradients, the running accuracy.
 """
 
 import argparse
+import importlib
 import statistics
 import subprocess
 import sys
@@ -107,17 +108,16 @@ def plain_side(recipe, here):
 
 
 def worker(side, name, batch_size, threads):
-    import torch
-
+    if side == "plain":  # torch before fromzero, which sets how waiting threads spin when it comes first
+        importlib.import_module("torch")
     from fromzero import machine
     from fromzero.recipe import load_recipe
 
     recipe = load_recipe(name).override({"batch_size": batch_size})
     if side == "plain":
-        machine.keep_large_buffers = lambda: False  # a plain user does not tune the allocator
+        machine.keep_large_buffers = lambda: False  # nor the allocator
     here = machine.prepare(recipe.precision, device="cpu", threads=threads)
     make = fromzero_side if side == "fromzero" else plain_side
-    torch.manual_seed(0)
     print(measure(make(recipe, here), batch_size), here.precision, here.threads)
 
 
