@@ -70,7 +70,7 @@ def random_recipe(rng):
 
 
 def kills_during_saves(folder, scale, seed):
-    kills = round(800 * scale)
+    kills = round(1000 * scale)
     lost = faults.kill_saves(folder, kills, seed)
     return (
         f"{kills} SIGKILLs at random moments of back-to-back saves",
