@@ -139,7 +139,7 @@ def test_no_network_says_where_to_put_the_file_within_five_seconds(tmp_path):
     assert seconds < 5 + 3, seconds  # three for starting Python on a busy machine
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_says_how_to_resume(number, code, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "fromzero", "train", "digits", *FAST, "--epochs", "500"],

@@ -117,9 +117,9 @@ def _watch(training: Training) -> None:
             _print_no_more()
 
     console = Lasting()
-    console.print(display.header(training), highlight=False, soft_wrap=True, markup=False)
+    console.print(display.header(training), highlight=False, soft_wrap=not console.is_terminal, markup=False)
     display.watch(training, console)
-    console.print(display.outcome(training), highlight=False, soft_wrap=True, markup=False)
+    console.print(display.outcome(training), highlight=False, soft_wrap=not console.is_terminal, markup=False)
 
 
 def _summary(arguments: argparse.Namespace) -> None:

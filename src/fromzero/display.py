@@ -44,15 +44,17 @@ def header(run: Training) -> str:
     return "\n".join(lines)
 
 
-def epoch_line(now: Timed) -> str:
-    """One epoch in one line: the three accuracies, the losses, speed, time left."""
+def epoch_line(now: Timed, *, narrow: bool = False) -> str:
+    """One epoch in one line: the three accuracies, their losses, speed, time left. `narrow` fits 80 columns."""
     row = now.row or {}
-    return (
+    accuracies = (
         f"epoch {row['epoch']:>3}/{now.epochs}  train {row['train/accuracy']:.4f}"
         f" (running {row['train/running_accuracy']:.4f})  val {row['val/accuracy']:.4f}"
-        f"  loss {row['train/loss']:.3f} ({row['train/running_loss']:.3f})  {row['val/loss']:.3f}"
-        f"  {now.images_per_second:,.0f} images/s  {duration(now.seconds_left)} left"
     )
+    if narrow:
+        return f"{accuracies}  {duration(now.seconds_left)} left"
+    losses = f"loss {row['train/loss']:.3f} ({row['train/running_loss']:.3f})  {row['val/loss']:.3f}"
+    return f"{accuracies}  {losses}  {now.images_per_second:,.0f} images/s  {duration(now.seconds_left)} left"
 
 
 def outcome(run: Training) -> str:
@@ -116,7 +118,8 @@ def _watch_live(run: Training, console: Console) -> None:
         for now in _timed(run):
             if now.row:
                 last = now.row
-                bars.console.print(epoch_line(now), highlight=False, soft_wrap=True)
+                line = epoch_line(now, narrow=console.width < 115)
+                bars.console.print(line, highlight=False, soft_wrap=True)
             if time.monotonic() - shown < REFRESH_SECONDS:
                 continue
             shown = time.monotonic()

@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -139,13 +140,11 @@ def _usable_cores() -> int:
 
 def _bfloat16_features() -> list[str]:
     """Which of the instruction sets that make bfloat16 fast the processor has."""
+    features: Mapping[str, Any]
     if hasattr(torch.cpu, "get_capabilities"):
         features = torch.cpu.get_capabilities()
     else:  # torch 2.10
-        features = {
-            "amx_bf16": torch.cpu._is_amx_tile_supported(),
-            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-        }
+        features = dict.fromkeys(_from_cpuinfo("flags").split(), True)
     return [name for name in ("amx_bf16", "avx512_bf16") if features.get(name)]
 
 
@@ -163,11 +162,13 @@ def _source_digest() -> str:
 
 
 def _processor_name() -> str:
+    return _from_cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _from_cpuinfo(key: str) -> str:
+    """What Linux says of the first processor under `key`; empty where it does not."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+            return next((line.partition(":")[2].strip() for line in file if line.startswith(key)), "")
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return ""
