@@ -210,7 +210,7 @@ on {machine}.
 {table}
 
 - **Pickles.** fromzero writes none and reads none but CIFAR's python batches, by an unpickler that admits plain data:
-  45 hostile or odd files, 26 of which run code in the ordinary unpickler, run nothing (`tests/test_data.py`).
+  44 hostile or odd files, 25 of which run code in the ordinary unpickler, run nothing (`tests/test_data.py`).
 - **One writer.** A second process on a run folder is refused with the first one's host and process id
   (`tests/test_training.py`); the lock of a process that died is free at once: the runs above were resumed right after
   SIGKILL.
