@@ -77,7 +77,10 @@ def _train(arguments: argparse.Namespace) -> None:
         partial=arguments.partial,
         **_machine_options(arguments),
     )
-    left = (training.run.provenance["from"] or {}).get("left")
+    origin = training.run.provenance["from"] or {}
+    if origin:
+        print(f"starting from the weights of {origin['run']} at step {origin['step']:,}")
+    left = origin.get("left")
     if left:
         print(f"not taken from {getattr(arguments, 'from')}, drawn anew: {', '.join(left)}")
     _watch(training)

@@ -63,6 +63,8 @@ def new_training(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     images = images or load_images(recipe.dataset)
+    if images.name in NAMED:  # so that the recipe in the run folder names the images it was given
+        recipe = recipe.override({"dataset": images.name})
     check_image_set(recipe, images)
     here = machine.prepare(recipe.precision, device=device, threads=threads)
     state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
