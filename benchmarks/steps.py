@@ -51,15 +51,15 @@ def fromzero_side(recipe, here):
 
     from fromzero.runs import Run
     from fromzero.state import State
-    from fromzero.training import Training
+    from fromzero.training import Data, Training
 
     images = random_images()
     state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
-    training = Training(Run("unused"), recipe, images, here, state)
-    order = torch.randperm(NUM_IMAGES)
+    training = Training(Run("unused"), recipe, images, here, state, Data.of(recipe, images, here.device))
+    order = torch.randperm(len(training.data.train.labels))
 
     def step(i):
-        start = i * recipe.batch_size % (NUM_IMAGES - recipe.batch_size + 1)
+        start = i * recipe.batch_size % (3600 - recipe.batch_size + 1)
         training._step(order[start : start + recipe.batch_size])
 
     return step
@@ -95,7 +95,7 @@ def plain_side(recipe, here):
     y, order = torch.from_numpy(data.labels), torch.randperm(NUM_IMAGES)
 
     def step(i):
-        start = i * recipe.batch_size % (NUM_IMAGES - recipe.batch_size + 1)
+        start = i * recipe.batch_size % (3600 - recipe.batch_size + 1)
         batch = order[start : start + recipe.batch_size]
         with here.autocast():
             loss = F.cross_entropy(model(x[batch]), y[batch])

@@ -30,7 +30,30 @@ VARIANTS = {
         {"name": "adamw", "weight_decay": 0.01},
         {"name": "sgd", "learning_rate": 0.05, "nesterov": True},
         {"name": "sgd", "learning_rate": 0.05, "momentum": 0.0, "weight_decay": 1e-3},
+        {"name": "muon", "learning_rate": 0.1, "bias_learning_rate": 0.05},
     ),
+    "network": (
+        {"channels": [[8], [12]], "block_dropout": 0.2, "dense": [16], "dense_dropout": 0.3},
+        {
+            "channels": [[8, 8], [12, 12]],
+            "pool_after": "first",
+            "activation": "gelu",
+            "batch_norm": True,
+            "residual": True,
+            "whitening": 2,
+            "initial": "dirac",
+            "head": "max",
+            "dense": [],
+        },
+        {"channels": [[8], [12]], "batch_norm": True, "dense": [16], "dense_dropout": 0.3, "dropout_from_epoch": 1.5},
+    ),
+    "augment": (
+        {},
+        {"flip": "alternating", "translate": 2, "cutout": 8},
+        {"flip": "random"},
+    ),
+    "ema_decay": (0.0, 0.9),
+    "label_smoothing": (0.0, 0.2),
     "schedule": ({}, {"name": "cosine", "warmup_epochs": 0.5}, {"name": "linear"}),
     "precision": ("float32", "bfloat16"),
     "normalise": ("unit", "standard"),
@@ -63,7 +86,6 @@ def random_recipe(rng):
             "epochs": rng.choice([2, 3, 4]),
             "batch_size": rng.choice([33, 48, 64]),
             "clean_train_images": 60,
-            "network": {"channels": [[8], [12]], "block_dropout": 0.2, "dense": [16], "dense_dropout": 0.3},
             **fields,
         }
     )

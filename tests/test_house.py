@@ -11,7 +11,7 @@ SOURCE = Path(fromzero.__file__).parent
 ORDER = [
     ["errors", "rng", "files"],
     ["recipe", "machine", "signals"],
-    ["data", "networks", "optim", "runs", "checkpoint"],
+    ["augment", "data", "networks", "optim", "runs", "checkpoint"],
     ["evaluate", "state", "report"],
     ["training"],
     ["sessions", "verify"],

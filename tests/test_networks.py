@@ -9,7 +9,7 @@ from torch import nn
 
 from fromzero import networks
 from fromzero.errors import InputError
-from fromzero.recipe import load_recipe
+from fromzero.recipe import NetworkRecipe, load_recipe
 
 # The notes' own tables: type, output shape without the batch, parameters.
 C, A, P, D, L = "Conv2D", "Activation", "MaxPooling2D", "Dropout", "Dense"
@@ -115,24 +115,24 @@ def test_same_seed_same_weights_wherever_layers_agree():
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(64, 33, 5, 7), (301, 77)])
 def test_dropout_drops_its_rate_keeps_the_mean_and_repeats_by_seed(rate, shape):
-    layer = networks.Dropout(rate, torch.Generator().manual_seed(3))
+    layer = networks.Dropout(rate, networks.Masks(torch.Generator().manual_seed(3)))
     x = torch.ones(shape)
     first = layer(x)
     dropped = (first == 0).float().mean().item()
     assert dropped == pytest.approx(round(rate * 256) / 256, abs=5 * math.sqrt(rate * (1 - rate) / x.numel()))
     assert first.max().item() == pytest.approx(256 / (256 - round(rate * 256)))
     assert not torch.equal(layer(x), first)
-    layer.masks.manual_seed(3)
+    layer.masks.generator.manual_seed(3)
     assert torch.equal(layer(x), first)
     assert torch.equal(layer.eval()(x), x)
 
 
 def test_the_dropout_mask_does_not_depend_on_memory_format_or_precision():
-    layer = networks.Dropout(0.4, torch.Generator().manual_seed(0))
+    layer = networks.Dropout(0.4, networks.Masks(torch.Generator().manual_seed(0)))
     x = torch.ones(8, 16, 6, 6)
     masks = []
     for y in (x, x.to(memory_format=torch.channels_last), x.bfloat16()):
-        layer.masks.manual_seed(7)
+        layer.masks.generator.manual_seed(7)
         masks.append(layer(y) == 0)
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])
@@ -169,3 +169,90 @@ def test_small_maps_as_matrix_products_are_the_same_convolution(height, width, p
         torch.testing.assert_close(mine, other, rtol=0, atol=tolerance)
     layer(x).sum().backward()
     assert layer.weight.grad.stride() == layer.weight.stride()  # fused optimizers walk the two side by side
+
+
+FAST = {
+    "channels": [[6, 6, 6], [12, 12]],
+    "pool_after": "first",
+    "activation": "gelu",
+    "batch_norm": True,
+    "residual": True,
+    "whitening": 2,
+    "initial": "dirac",
+    "head": "max",
+    "logit_scale": 0.125,
+    "dense": [],
+}
+
+
+@pytest.mark.parametrize("head", ["max", "mean", "flatten"])
+def test_a_fast_network_is_what_its_fields_say(head):
+    """Against the same written out with torch.nn.functional, in training mode."""
+    network = NetworkRecipe(**{**FAST, "head": head})
+    model = networks.build(network, (20, 18, 3), 7, seed=3).train()
+    images = torch.randn(6, 3, 20, 18)
+    networks.whiten(model, images)
+    weights = {name.removeprefix("residual_1.").removeprefix("residual_2."): t for name, t in model.named_parameters()}
+
+    def norm(x, n):
+        return F.batch_norm(x, None, None, None, weights[f"batch_normalization_{n}.bias"], True)
+
+    def conv(x, n):
+        return F.conv2d(x, weights[f"conv2d_{n}.weight"], padding=1)
+
+    for name, bias in model.named_parameters():
+        if "normalization" in name:
+            torch.nn.init.normal_(bias)
+    x = F.gelu(F.conv2d(images, weights["whitening.weight"]))
+    x = F.gelu(norm(F.max_pool2d(conv(x, 1), 2), 1))
+    x = F.gelu(x + norm(conv(F.gelu(norm(conv(x, 2), 2)), 3), 3))
+    x = F.gelu(norm(F.max_pool2d(conv(x, 4), 2), 4))
+    x = F.gelu(x + norm(conv(x, 5), 5))
+    features = {"max": x.amax((2, 3)), "mean": x.mean((2, 3)), "flatten": x.permute(0, 2, 3, 1).flatten(1)}[head]
+    logits = F.linear(features, weights["predictions.weight"], weights["predictions.bias"]) / 8
+    torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-4)
+    rows = networks.layers(network, (20, 18, 3), 7)
+    statistics = sum(b.numel() for b in model.buffers())
+    assert sum(row.parameters for row in rows) == sum(t.numel() for t in model.parameters()) + statistics
+    assert sum(row.fixed for row in rows) == weights["whitening.weight"].numel() + statistics
+    by_hand = 19 * 17 * 24 * 12 + 19 * 17 * 6 * 24 * 9 + 2 * 9 * 8 * 6 * 6 * 9
+    by_hand += 9 * 8 * 12 * 6 * 9 + 4 * 4 * 12 * 12 * 9 + features.shape[1] * 7
+    assert networks.num_multiply_adds(network, (20, 18, 3), 7) == by_hand
+    assert "Non-trainable params: " + f"{sum(row.fixed for row in rows):,}" in networks.summary(network, (20, 18, 3), 7)
+
+
+def test_a_whitening_layer_makes_patches_uncorrelated_with_variance_one():
+    images = torch.randn(50, 3, 12, 12).cumsum(2).cumsum(3) / 8
+    model = networks.build(NetworkRecipe(**FAST), (12, 12, 3), 7)
+    networks.whiten(model, images)
+    seen = model.whitening(images)[:, :12].permute(0, 2, 3, 1).flatten(0, 2).double()
+    covariance = seen.T @ seen / len(seen)
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
+    assert covariance.diag()[0] == pytest.approx(1, abs=0.01)
+    assert torch.equal(model.whitening.weight[:12], -model.whitening.weight[12:])
+    assert not model.whitening.weight.requires_grad
+
+
+def test_filters_that_start_as_the_identity_hand_their_input_on():
+    model = networks.build(NetworkRecipe(**FAST), (12, 12, 3), 7)
+    x = torch.randn(2, 6, 5, 5)
+    torch.testing.assert_close(model.residual_1.conv2d_2(x), x)
+    wide = model.conv2d_4(x)
+    torch.testing.assert_close(wide[:, :6], x)
+    assert wide[:, 6:].abs().max() > 0
+
+
+def test_batch_norm_takes_a_batch_of_one_value():
+    layer = networks.BatchNorm(4).train()
+    x = torch.randn(1, 4, 1, 1)
+    torch.testing.assert_close(layer(x), x, rtol=1e-4, atol=1e-4)  # by its statistics: mean 0, variance 1
+    assert layer.running_mean.abs().max() == 0
+    layer(torch.randn(5, 4, 2, 2) + 3)
+    assert layer.running_mean.min() > 0.5
+
+
+def test_a_residual_branch_has_the_shape_of_what_it_is_added_to():
+    with pytest.raises(ValueError, match="residual adds"):
+        NetworkRecipe(**{**FAST, "channels": [[6, 8]]})
+    with pytest.raises(ValueError, match="residual adds"):
+        NetworkRecipe(**{**FAST, "padding": "valid"})

@@ -15,8 +15,9 @@ from torch import nn
 import fromzero
 from fromzero import checkpoint, machine, optim, training
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
+from fromzero.evaluate import evaluate
 from fromzero.recipe import Recipe, load_recipe
-from fromzero.sessions import new_training, resumed_training
+from fromzero.sessions import load_network, new_training, resumed_training
 from fromzero.state import State
 from fromzero.training import Data
 from fromzero.verify import first_difference
@@ -88,7 +89,7 @@ def test_a_step_is_plain_pytorch(small, tiny_images):
     data = Data.of(recipe, tiny_images, "cpu")
     for start in (0, 48):
         batch = training.Subset(data.train.pixels[start : start + 48], data.train.labels[start : start + 48])
-        loss, correct = training.train_step(state, batch, data.normalise, 0.05, 0, here)
+        loss, correct = training.train_step(state, batch, data.normalise, 0.05, recipe, 0.0, here)
         x = batch.pixels.permute(0, 3, 1, 2).float() / 255
         logits = head(plain(x).permute(0, 2, 3, 1).flatten(1))
         expected = F.cross_entropy(logits, batch.labels)
@@ -149,8 +150,6 @@ def test_the_clean_train_accuracy_is_taken_in_evaluation_mode_on_a_fixed_part(sm
 
 
 def test_evaluating_leaves_the_weights_and_the_next_step_as_they_were(small, tiny_images, tmp_path):
-    from fromzero.evaluate import evaluate
-
     plain, probed = (new_training(small, tiny_images, runs_dir=tmp_path) for _ in range(2))
     for _ in plain:
         pass
@@ -177,6 +176,31 @@ VARIANTS = {
         "schedule.name": "cosine",
         "schedule.warmup_epochs": 0.5,
         "precision": "float32",
+    },
+    "everything that makes fast": {
+        "batch_size": 53,  # 160 train images: the last batch of an epoch has one
+        "label_smoothing": 0.2,
+        "ema_decay": 0.9,
+        "network.channels": [[8, 8], [12, 12]],
+        "network.pool": [4, 8],
+        "network.pool_after": "first",
+        "network.activation": "gelu",
+        "network.batch_norm": True,
+        "network.residual": True,
+        "network.whitening": 1,
+        "network.initial": "dirac",
+        "network.head": "mean",
+        "network.logit_scale": 0.5,
+        "network.dropout_from_epoch": 1.5,
+        "augment.flip": "alternating",
+        "augment.translate": 2,
+        "augment.cutout": 8,
+        "optimizer.name": "muon",
+        "optimizer.learning_rate": 0.2,
+        "optimizer.head_learning_rate": 0.4,
+        "optimizer.bias_learning_rate": 0.05,
+        "optimizer.weight_decay": 1e-3,
+        "schedule.name": "linear",
     },
 }
 
@@ -459,3 +483,67 @@ def test_the_comparison_names_the_first_difference(small, tiny_images, tmp_path)
     two.cut_metrics(1)
     two.append_metrics(rows[1] | {"val/loss": 9.0})
     assert first_difference(one, two).startswith("metrics: val/loss of epoch 2 is ")
+
+
+def test_the_average_of_the_weights_is_what_is_scored_and_kept(small, tiny_images, tmp_path):
+    recipe = small.override({"ema_decay": 0.8, "network.batch_norm": True, "precision": "float32"})
+    run = new_training(recipe, tiny_images, runs_dir=tmp_path)
+    average = {name: t.clone() for name, t in run.state.model.state_dict().items()}
+    for progress in run:
+        step = progress.counters.step
+        if progress.row is None:
+            decay = min(0.8, (1 + step) / (10 + step))
+            for name, weight in run.state.model.state_dict().items():
+                average[name] = decay * average[name] + (1 - decay) * weight
+    for name, weight in run.state.average.state_dict().items():
+        torch.testing.assert_close(weight, average[name], rtol=1e-4, atol=1e-6)
+    network = load_network(run.run, tiny_images, run.machine)
+    assert all(torch.equal(t, network.state_dict()[name]) for name, t in run.state.average.state_dict().items())
+    outcomes = evaluate(network, *run.data.validation, run.data.normalise, run.machine)
+    assert outcomes.accuracy == run.run.summary["val/accuracy"]
+    assert outcomes.loss == run.run.summary["val/loss"]
+    unaveraged = evaluate(run.state.model, *run.data.validation, run.data.normalise, run.machine)
+    assert unaveraged.loss != outcomes.loss
+    second = new_training(recipe, tiny_images, runs_dir=tmp_path / "second", start_from=run.run)
+    assert all(torch.equal(t, network.state_dict()[name]) for name, t in second.state.model.state_dict().items())
+    assert all(torch.equal(t, network.state_dict()[name]) for name, t in second.state.average.state_dict().items())
+
+
+def test_dropout_waits_for_its_epoch(small, tiny_images, tmp_path):
+    """The first epoch is that of a run without dropout, the second is not."""
+    none = small.override({"network.block_dropout": 0.0, "network.dense_dropout": 0.0})
+    runs = [
+        fromzero.train(recipe, tiny_images, runs_dir=tmp_path).metrics()
+        for recipe in (small.override({"network.dropout_from_epoch": 1}), none, small)
+    ]
+    losses = [[row["train/running_loss"] for row in rows] for rows in runs]
+    assert losses[0][0] == losses[1][0] != losses[2][0]
+    assert losses[0][1] != losses[1][1]
+
+
+def test_label_smoothing_is_in_the_loss_that_is_trained_not_in_what_is_scored(small, tiny_images, tmp_path):
+    recipe = small.override({"label_smoothing": 0.3, "epochs": 1, "batch_size": 1000, "precision": "float32"})
+    recipe = recipe.override({"network.block_dropout": 0.0, "network.dense_dropout": 0.0})
+    run = new_training(recipe, tiny_images, runs_dir=tmp_path)
+    pixels, labels = run.data.train
+    with torch.no_grad():
+        log_probabilities = run.state.model(run.data.normalise(pixels)).log_softmax(1)
+    target = torch.full_like(log_probabilities, 0.03).scatter_(1, labels[:, None], 0.73)
+    expected = -(target * log_probabilities).sum(1).mean().item()
+    for _ in run:
+        pass
+    assert run.run.metrics()[0]["train/running_loss"] == pytest.approx(expected, rel=1e-5)
+    scored = evaluate(run.state.model, *run.data.validation, run.data.normalise, run.machine)
+    right = -run.state.model(run.data.normalise(run.data.validation.pixels)).log_softmax(1)
+    by_hand = right.gather(1, run.data.validation.labels[:, None]).mean().item()
+    assert scored.loss == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_a_crop_larger_than_the_images_or_before_a_flat_head_is_refused(small, tiny_images, tmp_path):
+    with pytest.raises(InputError, match=r"augment.crop: 40 is more than the 32×32 images have"):
+        new_training(
+            small.override({"augment.crop": 40, "network.head": "mean"}), tiny_images, runs_dir=tmp_path / "none"
+        )
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(InputError, match=r"it needs network\.head max or mean"):
+        small.override({"augment.crop": 24})

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from fromzero import training
+from fromzero.networks import num_parameters
 from fromzero.report import validation_label
 from fromzero.runs import Row
 from fromzero.training import Training
@@ -30,7 +31,7 @@ def watch(run: Training, console: Console) -> None:
 def header(run: Training) -> str:
     """What is about to be trained, on what, and where it is kept."""
     here, recipe = run.machine, run.recipe
-    parameters = sum(p.numel() for p in run.state.model.parameters())
+    parameters = num_parameters(run.recipe.network, run.images.image_shape, run.images.num_classes)
     counters = run.state.counters
     lines = [
         f"{run.run.path}: {recipe.name} on {run.images.name}, {parameters:,} parameters, seed {recipe.seed}",

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fromzero.recipe import OptimizerRecipe, Recipe
 
+# Quintic Newton-Schulz coefficients of Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
+NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 3
+
 
 def make_optimizer(recipe: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of `recipe` over all weights of `model`, in its fused form (one pass over each tensor)."""
-    weights = list(model.parameters())
+    """The optimizer of `recipe` over all trained weights of `model`, in its fused form (one pass over each tensor).
+
+    Every parameter group has `share`: its learning rate over that of the recipe.
+    """
     match recipe.name:
         case "sgd":
             return torch.optim.SGD(
-                weights,
+                _groups(recipe, model),
                 lr=recipe.learning_rate,
                 momentum=recipe.momentum,
                 nesterov=recipe.nesterov and recipe.momentum > 0,
@@ -26,13 +33,74 @@ def make_optimizer(recipe: OptimizerRecipe, model: nn.Module) -> torch.optim.Opt
         case "adam" | "adamw":
             kind = torch.optim.Adam if recipe.name == "adam" else torch.optim.AdamW
             return kind(
-                weights,
+                _groups(recipe, model),
                 lr=recipe.learning_rate,
                 betas=(recipe.beta1, recipe.beta2),
                 eps=recipe.epsilon,
                 weight_decay=recipe.weight_decay,
                 fused=True,
             )
+        case "muon":
+            return Muon(_groups(recipe, model), recipe)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Make `rate` the learning rate of the next step, each group's in proportion."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["share"]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for filters and the weights of hidden dense layers; SGD with Nesterov's momentum for
+    all others (Jordan et al., 2024; filters kept at norm √(filters) as in cifar10-airbench).
+
+    A filter bank (O, I, H, W) counts as a matrix (O, I·H·W). An orthogonal step moves every direction equally far, so
+    the rare directions of a gradient are learned as fast as the loud ones.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], recipe: OptimizerRecipe):
+        hidden = [group for group in groups if group["kind"] == "hidden"]
+        rest = [group for group in groups if group["kind"] != "hidden"]
+        for group in hidden:
+            group["momentum"] = recipe.muon_momentum
+        for group in rest:
+            group["momentum"] = recipe.momentum
+        super().__init__(hidden + rest, {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step of all weights that have a gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                gradient = weight.grad
+                if gradient is None:
+                    continue
+                hidden = group["kind"] == "hidden"
+                if not hidden:
+                    gradient = gradient.add(weight, alpha=group["weight_decay"])
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
+                update = gradient.add(momentum, alpha=group["momentum"])
+                if hidden:
+                    weight.mul_(math.sqrt(len(weight)) / weight.norm().clamp(min=1e-7))
+                    update = orthogonalised(update.flatten(1)).view_as(update)
+                weight.add_(update, alpha=-group["lr"])
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Roughly U Vᵀ where `matrix` (M, N) is U S Vᵀ: all singular values pulled to about one by Newton-Schulz steps,
+    which need matrix products only."""
+    a, b, c = NEWTON_SCHULZ
+    precise = matrix.dtype
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    if wide := x.shape[0] > x.shape[1]:
+        x = x.T
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if wide else x).to(precise)
 
 
 def learning_rate_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
@@ -51,3 +119,18 @@ def learning_rate_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
             return peak * (1 - done)
         case "cosine":
             return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _groups(recipe: OptimizerRecipe, model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups by kind of weight: hidden, head (the output layer's weights) and bias (all vectors)."""
+    kinds: dict[str, list[nn.Parameter]] = {"hidden": [], "head": [], "bias": []}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            kind = "bias" if weight.dim() == 1 else "head" if name == "predictions.weight" else "hidden"
+            kinds[kind].append(weight)
+    rates = {"hidden": 0.0, "head": recipe.head_learning_rate, "bias": recipe.bias_learning_rate}
+    return [
+        {"params": weights, "kind": kind, "share": (rates[kind] or recipe.learning_rate) / recipe.learning_rate}
+        for kind, weights in kinds.items()
+        if weights
+    ]

@@ -17,7 +17,9 @@ from fromzero.optim import learning_rate_at
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.runs import Run, create_run, describe_program, load_run
 from fromzero.state import State, load_weights, model_weights
-from fromzero.training import Training, check_image_set
+from fromzero.training import Data, Training, check_image_set
+
+WHITENING_IMAGES = 5000  # as many images as the whitening layer is computed from
 
 
 def train(
@@ -68,6 +70,8 @@ def new_training(
     check_image_set(recipe, images)
     here = machine.prepare(recipe.precision, device=device, threads=threads)
     state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
+    data = Data.of(recipe, images, here.device)
+    networks.whiten(state.model, data.normalise(data.train.pixels[:WHITENING_IMAGES]))
     origin = None
     if start_from is not None:
         source = start_from if isinstance(start_from, Run) else load_run(start_from, runs_dir)
@@ -77,16 +81,19 @@ def new_training(
         except InputError as error:
             raise InputError(f"{source.path}: {error} (--partial takes the weights that fit)") from None
         origin = {"run": str(source.path), "step": found.state.get("step"), "left": left}
+    state.start_average()
     total = networks.num_parameters(recipe.network, images.image_shape, images.num_classes)
     run = create_run(Path(runs_dir), f"{images.name}-{total}")
-    data = {
+    described = {
         "name": images.name,
         "source": images.source,
         "fingerprints": images.fingerprints,
         "order": images.order_digest(),
     }
-    run.write_provenance({**describe_program(), "machine": asdict(here), "data": data, "from": origin, "resumed": []})
-    training = Training(run, recipe, images, here, state, checkpoint_minutes, keep)
+    run.write_provenance(
+        {**describe_program(), "machine": asdict(here), "data": described, "from": origin, "resumed": []}
+    )
+    training = Training(run, recipe, images, here, state, data, checkpoint_minutes, keep)
     training.take_lock()
     training.save()
     run.write_recipe(recipe)
@@ -174,7 +181,7 @@ def _loaded(
         run.write_recipe(recipe)
     (run.path / "summary.json").unlink(missing_ok=True)
     run.write_provenance({**provenance, "resumed": [*provenance["resumed"], note]})
-    return Training(run, recipe, images, here, state)
+    return Training(run, recipe, images, here, state, Data.of(recipe, images, here.device))
 
 
 def extension_note(before: Recipe, after: Recipe, step: int, steps_per_epoch: int) -> str:

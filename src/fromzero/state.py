@@ -39,10 +39,12 @@ class Counters:
 
 @dataclass
 class State:
-    """Network, optimizer and counters; `best_weights` are those of the best epoch until they have been written."""
+    """Network, optimizer and counters; `average` is the network with the moving average of the weights, where the
+    recipe asks for one; `best_weights` are those of the best epoch until they have been written."""
 
     model: Network
     optimizer: torch.optim.Optimizer
+    average: Network | None = None
     counters: Counters = field(default_factory=Counters)
     best_weights: dict[str, Tensor] | None = None
 
@@ -50,18 +52,46 @@ class State:
     def initial(cls, recipe: Recipe, image_shape: ImageShape, num_classes: int, device: str) -> State:
         """The state before the first step: weights drawn from the recipe's seed."""
         model = networks.build(recipe.network, image_shape, num_classes, recipe.seed, device)
-        return cls(model, optim.make_optimizer(recipe.optimizer, model))
+        state = cls(model, optim.make_optimizer(recipe.optimizer, model))
+        if recipe.ema_decay > 0:
+            state.average = networks.build(recipe.network, image_shape, num_classes, recipe.seed, device)
+        return state
+
+    @property
+    def scored(self) -> Network:
+        """The network whose weights are evaluated: the average where there is one."""
+        return self.average or self.model
+
+    def start_average(self) -> None:
+        """Begin the average, if there is one, at the network's weights."""
+        if self.average is not None:
+            self.average.load_state_dict(self.model.state_dict())
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """Move the average, if there is one, towards the weights of the step just made. It starts fast: the decay is
+        at most (1 + step) / (10 + step), as TensorFlow's ExponentialMovingAverage has it."""
+        if self.average is None:
+            return
+        step = self.counters.step
+        share = 1 - min(decay, (1 + step) / (10 + step))
+        average, weights = self.average.state_dict(), self.model.state_dict()
+        torch._foreach_lerp_(list(average.values()), list(weights.values()), share)
 
     def to_checkpoint(self) -> Checkpoint:
         """Everything, as tensors and JSON data. The tensors are the live ones: encode before the next step."""
         tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average/{name}": tensor for name, tensor in self.average.state_dict().items()}
         for name, slots in self._slots():
             tensors |= {f"optimizer/{name}/{slot}": t for slot, t in slots.items() if isinstance(t, Tensor)}
         return Checkpoint(tensors, asdict(self.counters))
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Become the state that was saved. Raises InputError if it is not of this network."""
-        load_weights(self.model, model_weights(checkpoint))
+        load_weights(self.model, _under("model/", checkpoint))
+        if self.average is not None:
+            load_weights(self.average, _under("average/", checkpoint))
         for name, weight in self.model.named_parameters():
             prefix = f"optimizer/{name}/"
             slots = {
@@ -85,9 +115,8 @@ class State:
 
 
 def model_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The network's weights in a checkpoint, by name."""
-    prefix = "model/"
-    return {k.removeprefix(prefix): t for k, t in checkpoint.tensors.items() if k.startswith(prefix)}
+    """The weights in a checkpoint that are evaluated, by name: the average of them where there is one."""
+    return _under("average/", checkpoint) or _under("model/", checkpoint)
 
 
 def load_weights(model: Network, weights: Mapping[str, Tensor], *, partial: bool = False) -> list[str]:
@@ -106,6 +135,10 @@ def load_weights(model: Network, weights: Mapping[str, Tensor], *, partial: bool
     bad = {name for name, *_ in differing}
     model.load_state_dict({k: t for k, t in weights.items() if k not in bad}, strict=False)
     return [name for name in model.state_dict() if name in bad]
+
+
+def _under(prefix: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in checkpoint.tensors.items() if k.startswith(prefix)}
 
 
 def _like(weight: Tensor, saved: Tensor) -> Tensor:

@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromzero import checkpoint
+from fromzero import augment, checkpoint
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import ImageSet, stratified_split
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.machine import Machine, peak_memory_bytes
-from fromzero.optim import learning_rate_at
+from fromzero.networks import num_parameters
+from fromzero.optim import learning_rate_at, set_learning_rate
 from fromzero.recipe import Recipe
 from fromzero.rng import permutation
 from fromzero.runs import Row, Run
@@ -96,9 +97,9 @@ class Training:
     images: ImageSet
     machine: Machine
     state: State
+    data: Data
     checkpoint_minutes: float | None = None
     keep: int = 2
-    data: Data = field(init=False)
     lock: ExitStack = field(default_factory=ExitStack)
 
     def take_lock(self) -> None:
@@ -110,7 +111,6 @@ class Training:
         self.lock.close()
 
     def __post_init__(self) -> None:
-        self.data = Data.of(self.recipe, self.images, self.machine.device)
         self.steps_per_epoch = math.ceil(len(self.data.train.labels) / self.recipe.batch_size)
         self._saved_at = self._ticked_at = time.monotonic()
         self._save_seconds = 0.0
@@ -141,16 +141,22 @@ class Training:
         """One optimizer step on the images at `indices`."""
         counters = self.state.counters
         rate = learning_rate_at(self.recipe, counters.step, self.steps_per_epoch)
-        batch = Subset(self.data.train.pixels[indices], self.data.train.labels[indices])
-        loss, correct = train_step(self.state, batch, self.data.normalise, rate, self.recipe.seed, self.machine)
+        pixels, labels = self.data.train
+        seed, step = self.recipe.seed, counters.step
+        batch = Subset(
+            augment.gather(pixels, indices, self.recipe.augment, seed, counters.epoch, step), labels[indices]
+        )
+        progress = step / self.steps_per_epoch
+        loss, correct = train_step(self.state, batch, self.data.normalise, rate, self.recipe, progress, self.machine)
         counters.step += 1
+        self.state.update_average(self.recipe.ema_decay)
         counters.running_loss += loss * len(indices)
         counters.running_correct += correct
         counters.running_images += len(indices)
 
     def _measure(self, between: Callable[[], None]) -> Row:
         """The row of the epoch that has just been trained: the three accuracies, never confused, and their losses."""
-        counters, model = self.state.counters, self.state.model
+        counters, model = self.state.counters, self.state.scored
         outcomes = {
             split: evaluate(model, *subset, self.data.normalise, self.machine, between)
             for split, subset in (("train", self.data.clean_train), ("val", self.data.validation))
@@ -174,7 +180,7 @@ class Training:
         counters.running_loss, counters.running_correct, counters.running_images = 0.0, 0, 0
         if row["val/accuracy"] > counters.best_accuracy:
             counters.best_accuracy, counters.best_epoch = row["val/accuracy"], counters.epoch
-            self.state.best_weights = {k: t.clone() for k, t in self.state.model.state_dict().items()}
+            self.state.best_weights = {k: t.clone() for k, t in self.state.scored.state_dict().items()}
 
     def _save_if_due(self, stopped_by: int | None) -> None:
         """Save when asked to stop (then raise StoppedError), or when a checkpoint is due: after `checkpoint_minutes`,
@@ -217,7 +223,7 @@ class Training:
         """Score the test images, once, and write the curves and the summary; the summary, last, says that all is
         there."""
         counters, last = self.state.counters, self.run.metrics()[-1]
-        test = evaluate(self.state.model, *self.data.test, self.data.normalise, self.machine)
+        test = evaluate(self.state.scored, *self.data.test, self.data.normalise, self.machine)
         self._tick()
         self._draw()
         self.run.write_summary(
@@ -226,7 +232,7 @@ class Training:
                 "recipe": self.recipe.name,
                 "dataset": self.images.name,
                 "seed": self.recipe.seed,
-                "parameters": sum(p.numel() for p in self.state.model.parameters()),
+                "parameters": num_parameters(self.recipe.network, self.images.image_shape, self.images.num_classes),
                 **{key: value for key, value in last.items() if not key.startswith("time/")},
                 "val/source": self.recipe.validation.source,
                 "best/epoch": counters.best_epoch,
@@ -258,19 +264,27 @@ class Training:
 
 
 def train_step(
-    state: State, batch: Subset, normalise: Normalise, learning_rate: float, seed: int, machine: Machine
+    state: State,
+    batch: Subset,
+    normalise: Normalise,
+    learning_rate: float,
+    recipe: Recipe,
+    progress: float,
+    machine: Machine,
 ) -> tuple[float, int]:
     """Move the weights by one step on `batch`; its mean loss before the step (nats) and how many were right.
 
-    Raises NonFiniteError, the weights untouched, when the loss or a gradient is infinite or NaN.
+    progress: epochs done so far, fractions included. Raises NonFiniteError, the weights untouched, when the loss or a
+    gradient is infinite or NaN.
     """
     model, step = state.model, state.counters.step
     model.train()
-    model.reseed(seed, step)
+    model.reseed(recipe.seed, step, dropout=progress >= recipe.network.dropout_from_epoch)
+    images = augment.cut_out(normalise(batch.pixels), recipe.augment, recipe.seed, step)
     with machine.autocast():
-        logits = model(normalise(batch.pixels))
+        logits = model(images)
     logits = logits.float()
-    loss = F.cross_entropy(logits, batch.labels)
+    loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
     loss_value = loss.item()
     if not math.isfinite(loss_value):
         raise NonFiniteError(_non_finite(step, f"the loss is {loss_value}", learning_rate))
@@ -281,8 +295,7 @@ def train_step(
         name = next(n for n, norm in zip(gradients, norms, strict=True) if not math.isfinite(norm.item()))
         state.optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(_non_finite(step, f"the gradient of {name} is not finite", learning_rate))
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(state.optimizer, learning_rate)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return loss_value, int((logits.argmax(1) == batch.labels).sum().item())
@@ -302,6 +315,9 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
             raise InputError(f"{images.source}: only {len(part)} {split} images")
         if part.labels.min() < 0 or part.labels.max() >= images.num_classes:
             raise InputError(f"{images.source}: {split} labels are not all from 0 to {images.num_classes - 1}")
+    if recipe.augment.crop > min(images.image_shape[:2]):
+        height, width = images.image_shape[:2]
+        raise InputError(f"augment.crop: {recipe.augment.crop} is more than the {height}×{width} images have")
     if recipe.validation.source == "split":
         present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
         if (counts < 2).any():

@@ -1,0 +1,76 @@
+"""Augmentation: what a train image looks like at a step.
+
+Pure functions of (recipe, seed, step): nothing is remembered between steps. They work on whatever device the images
+are on; the few random numbers a batch needs are drawn on the processor, so they are the same on every device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fromzero.recipe import AugmentRecipe
+from fromzero.rng import generator
+
+
+def gather(pixels: Tensor, indices: Tensor, recipe: AugmentRecipe, seed: int, epoch: int, step: int) -> Tensor:
+    """The images at `indices` (B,) of `pixels` uint8 (N, H, W, C), shifted, cropped and flipped: uint8 (B, H', W', C),
+    H' and W' being H and W where there is no crop.
+
+    One gather does all: which row and which column of its image every pixel comes from.
+    """
+    if recipe.flip == "none" and recipe.translate == 0 and recipe.crop == 0:
+        return pixels[indices]
+    draws = generator(seed, "augment", step)
+    rows, columns = (_places(size, len(indices), recipe, draws) for size in pixels.shape[1:3])
+    flipped = _flips(indices, len(pixels), recipe, seed, epoch, step)
+    columns = torch.where(flipped[:, None], columns.flip(1), columns)
+    base = (indices.cpu()[:, None] * pixels.shape[1] + rows) * pixels.shape[2]
+    positions = (base[:, :, None] + columns[:, None, :]).to(pixels.device)
+    return pixels.view(-1, pixels.shape[3])[positions]
+
+
+def cut_out(images: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> Tensor:
+    """Set a square of `images` (B, C, H, W) to zero, its centre anywhere; what lies over the border is lost, as in
+    DeVries and Taylor (2017). Zero is the mean where the recipe normalises to `standard`."""
+    if recipe.cutout == 0:
+        return images
+    draws = generator(seed, "cutout", step)
+    inside = []
+    for size in images.shape[2:]:
+        start = torch.randint(0, size, (len(images), 1), generator=draws) - recipe.cutout // 2
+        place = torch.arange(size)
+        inside.append(((place >= start) & (place < start + recipe.cutout)).to(images.device))
+    square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return images.masked_fill(square, 0.0)
+
+
+def _flips(indices: Tensor, num_images: int, recipe: AugmentRecipe, seed: int, epoch: int, step: int) -> Tensor:
+    """Which images of a batch are mirrored, bool (B,).
+
+    alternating: half of the images, by chance, in the first epoch, the other half in the second, and so on, so that
+    two epochs always show an image both ways (Jordan, 2024)."""
+    match recipe.flip:
+        case "none":
+            return torch.zeros(len(indices), dtype=torch.bool)
+        case "random":
+            return torch.randint(0, 2, (len(indices),), generator=generator(seed, "flip", step)).bool()
+        case "alternating":
+            first = torch.randint(0, 2, (num_images,), generator=generator(seed, "first flip"))
+            return (first[indices.cpu()] + epoch) % 2 == 1
+
+
+def _places(size: int, count: int, recipe: AugmentRecipe, draws: torch.Generator) -> Tensor:
+    """For `count` images, which of the `size` rows (or columns) is seen in each place: int64 (count, crop or size)."""
+    crop = recipe.crop or size
+    start = torch.randint(-recipe.translate, size - crop + recipe.translate + 1, (count, 1), generator=draws)
+    return _reflected(start + torch.arange(crop), size)
+
+
+def _reflected(places: Tensor, size: int) -> Tensor:
+    """Places outside 0 … size - 1 mirrored at the outermost pixel, as often as needed: -1 → 1, size → size - 2."""
+    if size == 1:
+        return torch.zeros_like(places)
+    period = 2 * (size - 1)
+    wrapped = places.remainder(period)
+    return torch.minimum(wrapped, period - wrapped)

@@ -1,0 +1,106 @@
+"""Augmentation against plain loops, and that it is a function of (recipe, seed, step) alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from fromzero import augment
+from fromzero.recipe import AugmentRecipe
+
+
+@pytest.fixture
+def pixels():
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 9, 8, 3), dtype=np.uint8))
+
+
+def views(image, translate):
+    """Every shifted view of an image (H, W, C), border mirrored, by numpy's own padding."""
+    pad = ((translate, translate), (translate, translate), (0, 0))
+    padded = np.pad(image.numpy(), pad, mode="reflect")
+    height, width = image.shape[:2]
+    steps = range(2 * translate + 1)
+    return [padded[y : y + height, x : x + width] for y in steps for x in steps]
+
+
+@pytest.mark.parametrize("translate", [0, 1, 3])
+@pytest.mark.parametrize("flip", ["none", "random"])
+def test_an_image_is_one_of_its_shifted_and_mirrored_views(pixels, flip, translate):
+    recipe = AugmentRecipe(flip=flip, translate=translate)
+    indices = torch.tensor([3, 3, 17, 0, 5, 5, 5, 11])
+    seen = set()
+    for step in range(200):
+        batch = augment.gather(pixels, indices, recipe, 0, 0, step)
+        assert batch.shape == (8, 9, 8, 3)
+        assert batch.dtype == torch.uint8
+        for image, index in zip(batch.numpy(), indices.tolist(), strict=True):
+            straight = [number for number, view in enumerate(views(pixels[index], translate)) if (view == image).all()]
+            mirrored = [
+                number for number, view in enumerate(views(pixels[index], translate)) if (view == image[:, ::-1]).all()
+            ]
+            assert straight or (mirrored and flip == "random")
+            seen.add((bool(straight), *(straight or mirrored)))
+    assert len(seen) == (2 * translate + 1) ** 2 * (2 if flip == "random" else 1)  # all of them come up
+
+
+def test_alternating_flips_show_an_image_both_ways_in_two_epochs(pixels):
+    recipe, everything = AugmentRecipe(flip="alternating"), torch.arange(20)
+    epochs = [augment.gather(pixels, everything, recipe, 4, epoch, 100 + epoch) for epoch in range(4)]
+    mirrored = [torch.tensor([not torch.equal(a, b) for a, b in zip(e, pixels, strict=True)]) for e in epochs]
+    assert 3 <= mirrored[0].sum() <= 17
+    assert torch.equal(mirrored[0], ~mirrored[1])
+    assert torch.equal(epochs[0], epochs[2])
+    assert torch.equal(epochs[1], epochs[3])
+    other = augment.gather(pixels, everything, recipe, 5, 0, 100)
+    assert not torch.equal(other, epochs[0])
+
+
+def test_a_crop_is_a_part_of_the_image(pixels):
+    recipe, everything = AugmentRecipe(crop=5), torch.arange(20)
+    corners = set()
+    for step in range(40):
+        batch = augment.gather(pixels, everything, recipe, 0, 0, step)
+        assert batch.shape == (20, 5, 5, 3)
+        for crop, image in zip(batch, pixels, strict=True):
+            places = [(y, x) for y in range(5) for x in range(4) if torch.equal(image[y : y + 5, x : x + 5], crop)]
+            assert places
+            corners.update(places)
+    assert len(corners) == 20
+
+
+def test_cutout_zeroes_a_square_around_any_pixel(pixels):
+    images = torch.rand(500, 3, 9, 7) + 1
+    assert augment.cut_out(images, AugmentRecipe(), 0, 0) is images
+    cut = augment.cut_out(images, AugmentRecipe(cutout=4), 0, 3)
+    holes = cut == 0
+    assert torch.equal(cut[~holes], images[~holes])
+    assert torch.equal(holes[:, 0], holes[:, 2])
+    assert holes[:, 0].flatten(1).any(1).all()
+    for hole in holes[:, 0]:
+        rows, columns = hole.any(1).nonzero().flatten(), hole.any(0).nonzero().flatten()
+        square = torch.zeros_like(hole)
+        square[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
+        assert torch.equal(hole, square)
+        assert max(len(rows), len(columns)) <= 4
+    assert holes[:, 0].float().mean(0).min() > 0.05  # no pixel is safe
+
+
+def test_the_same_seed_and_step_give_the_same_images(pixels):
+    recipe, indices = AugmentRecipe(flip="random", translate=2, cutout=3), torch.arange(20)
+    one, same, other_step, other_seed = (
+        augment.gather(pixels, indices, recipe, seed, 0, step) for seed, step in ((1, 7), (1, 7), (1, 8), (2, 7))
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other_step)
+    assert not torch.equal(one, other_seed)
+
+
+def test_without_augmentation_images_are_as_they_are(pixels):
+    indices = torch.tensor([4, 2, 2])
+    assert torch.equal(augment.gather(pixels, indices, AugmentRecipe(), 0, 0, 0), pixels[indices])
+
+
+def test_borders_are_mirrored_as_often_as_needed():
+    places = augment._reflected(torch.arange(-9, 10), 4)
+    expected = np.pad(np.arange(4), (9, 6), mode="reflect")
+    assert places.tolist() == expected.tolist()
+    assert augment._reflected(torch.arange(-3, 4), 1).tolist() == [0] * 7
