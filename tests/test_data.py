@@ -124,6 +124,33 @@ def test_cifar10_is_the_published_one(cifar10_dir):
     assert deviations == pytest.approx([0.2470, 0.2435, 0.2616], abs=5e-5)
 
 
+def test_the_fingerprints_that_the_order_stands_for_are_those_of_the_images(cifar10_dir, monkeypatch):
+    images = load_images("cifar10", data_dir=cifar10_dir)
+    assert images.order_digest() == cifar.CIFAR10_ORDER
+    assert images.fingerprints == {"train": images.train.fingerprint(), "test": images.test.fingerprint()}
+    monkeypatch.setattr(cifar, "CIFAR10_FINGERPRINTS", {"train": "0" * 64, "test": "0" * 64})
+    monkeypatch.setattr(cifar, "CIFAR10_ORDER", "0" * 64)  # nothing is known: the images themselves are looked at
+    found = load_images(cifar10_dir / "cifar-10-batches-bin")
+    assert (found.fingerprints, found.name) == (images.fingerprints, "cifar-10-batches-bin")
+
+
+def test_cifar10_in_another_order_or_with_another_pixel_is_looked_at_image_by_image(cifar10_dir, tmp_path):
+    for source in (cifar10_dir / "cifar-10-batches-bin").iterdir():
+        (tmp_path / source.name).symlink_to(source)
+    first, second = tmp_path / "data_batch_1.bin", tmp_path / "data_batch_2.bin"
+    target = first.readlink(), second.readlink()
+    first.unlink(), second.unlink()
+    first.symlink_to(target[1]), second.symlink_to(target[0])
+    found = load_images("cifar10", data_dir=tmp_path)
+    assert found.fingerprints == cifar.CIFAR10_FINGERPRINTS
+    assert found.order_digest() != cifar.CIFAR10_ORDER
+    content = bytearray(target[0].read_bytes())
+    content[12345] ^= 1
+    second.unlink()
+    second.write_bytes(content)
+    assert "the train images are not CIFAR-10's" in refused("cifar10", data_dir=tmp_path)
+
+
 def test_other_images_are_not_taken_for_cifar10(tmp_path, write_cifar):
     folder = write_cifar(tmp_path / "cifar-10-batches-bin")
     message = refused("cifar10", data_dir=tmp_path)

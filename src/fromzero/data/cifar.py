@@ -13,14 +13,14 @@ import pickle
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fromzero.data import download
-from fromzero.data.images import Images, ImageSet
+from fromzero.data.images import Images, ImageSet, order_digest
 from fromzero.errors import InputError
 
 RECORD_BYTES = 1 + 3 * 32 * 32
@@ -31,9 +31,19 @@ CIFAR10_FINGERPRINTS = {
     "train": "55a61f79a40ece2ceda9fb5f9f7078f6ea2fc4952489cef56682bcf92cfcc260",
     "test": "325704b01eb92e1e2a6215ae6a916bb7db7de054af0c496be1c7be2e0fcfbf5f",
 }
+# The order digest of the published batches, one after the other. It stands for every byte of them in their order, so
+# the fingerprints follow from it, and 60,000 digests need not be taken.
+CIFAR10_ORDER = "8b818dc7632c898cba85f29df82c399a5c3e56fceba3f162efaf4490a40ca959"
 FOLDERS = ("cifar-10-batches-bin", "cifar-10-batches-py")
 ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-python.tar.gz", "cifar-10-batches-py.tar.gz")
 LARGEST_MEMBER_BYTES = 10**9
+
+
+class _Batch(NamedTuple):
+    """A batch as its file has it: pixels uint8 (N, 3072) in the order C, H, W, and labels uint8 (N,)."""
+
+    rows: np.ndarray
+    labels: np.ndarray
 
 
 class _Format(NamedTuple):
@@ -42,7 +52,7 @@ class _Format(NamedTuple):
     train: re.Pattern[str]
     test: str
     names: str
-    read_batch: Callable[[bytes, str], Images]
+    read_batch: Callable[[bytes, str], _Batch]
     read_names: Callable[[bytes, str], tuple[str, ...]]
 
     def members(self, names: Iterable[str]) -> list[str]:
@@ -102,12 +112,11 @@ def load_cifar(path: Path, name: str | None = None) -> ImageSet:
                 f"{inside}/{member}: damaged: expected labels 0 to {len(class_names) - 1}"
                 f" ({layout.names} has {len(class_names)} names), found {batch.labels.max()}"
             )
-    test = batches.pop(layout.test)
-    train = Images(
-        np.concatenate([b.pixels for b in batches.values()]),
-        np.concatenate([b.labels for b in batches.values()]),
-    )
-    fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
+    test, train = _images([batches.pop(layout.test)]), _images(list(batches.values()))
+    if order_digest(train, test) == CIFAR10_ORDER:
+        fingerprints = dict(CIFAR10_FINGERPRINTS)
+    else:
+        fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
     stem = re.sub(r"[^\w-]+", "-", path.name.split(".")[0]).strip("-_") or "images"
     if stem in ("cifar10", "digits"):  # the names of known image sets, which these are not
         stem += "-images"
@@ -208,21 +217,21 @@ def _layout(files: Mapping[str, Callable[[], bytes]], where: Path) -> tuple[_For
     )
 
 
-def _read_binary_batch(data: bytes, label: str) -> Images:
+def _read_binary_batch(data: bytes, label: str) -> _Batch:
     if not data or len(data) % RECORD_BYTES:
         raise InputError(
             f"{label}: damaged or truncated: expected a multiple of {RECORD_BYTES:,} bytes (a whole batch of"
             f" CIFAR-10 has {10_000 * RECORD_BYTES:,}), found {len(data):,}"
         )
     records = np.frombuffer(data, np.uint8).reshape(-1, RECORD_BYTES)
-    return _images(records[:, 1:], records[:, 0])
+    return _Batch(records[:, 1:], records[:, 0])
 
 
 def _read_binary_names(data: bytes, label: str) -> tuple[str, ...]:
     return _names(data.decode("utf-8", "replace").split("\n"), label)
 
 
-def _read_python_batch(data: bytes, label: str) -> Images:
+def _read_python_batch(data: bytes, label: str) -> _Batch:
     content = _unpickle(data, label)
     rows, labels = content.get("data"), content.get("labels", content.get("fine_labels"))
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != RECORD_BYTES - 1:
@@ -232,7 +241,7 @@ def _read_python_batch(data: bytes, label: str) -> Images:
         raise InputError(f"{label}: damaged: expected a list of class numbers under 'labels'")
     if len(labels) != len(rows):
         raise InputError(f"{label}: damaged: expected as many labels as images ({len(rows)}), found {len(labels)}")
-    return _images(rows, np.array(labels, np.uint8))
+    return _Batch(rows, np.array(labels, np.uint8))
 
 
 def _read_python_names(data: bytes, label: str) -> tuple[str, ...]:
@@ -248,9 +257,17 @@ def _names(lines: Any, label: str) -> tuple[str, ...]:
     return names
 
 
-def _images(rows: np.ndarray, labels: np.ndarray) -> Images:
-    pixels = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return Images(np.ascontiguousarray(pixels), labels.astype(np.int64))
+def _images(batches: Sequence[_Batch]) -> Images:
+    """The batches as one, each pixel copied once: a channel at a time is several times as fast as a transposed copy."""
+    labels = np.concatenate([batch.labels for batch in batches]).astype(np.int64)
+    pixels = np.empty((len(labels), 32, 32, 3), np.uint8)
+    start = 0
+    for rows, _ in batches:
+        channels = rows.reshape(-1, 3, 32, 32)
+        for channel in range(3):
+            pixels[start : start + len(rows), :, :, channel] = channels[:, channel]
+        start += len(rows)
+    return Images(pixels, labels)
 
 
 class _Array:
