@@ -9,7 +9,7 @@ SOURCE = Path(fromzero.__file__).parent
 
 # Each module may import modules of the lines above its own, and of its own line where that is said.
 ORDER = [
-    ["errors", "rng", "files"],
+    ["errors", "rng", "files", "fused"],
     ["recipe", "machine", "signals"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],
     ["evaluate", "state", "report"],

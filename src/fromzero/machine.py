@@ -26,7 +26,7 @@ from fromzero.errors import InputError
 Precision = Literal["bfloat16", "float32"]
 
 MAX_THREADS = 1024
-NUMERIC_MODULES = ("augment", "evaluate", "machine", "networks", "optim", "rng", "state", "training")
+NUMERIC_MODULES = ("augment", "evaluate", "fused", "machine", "networks", "optim", "rng", "state", "training")
 
 
 @dataclass(frozen=True)

@@ -3,54 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fromzero import fused
 from fromzero.recipe import OptimizerRecipe, Recipe
 
 # Quintic Newton-Schulz coefficients of Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 3
 
 
-def make_optimizer(recipe: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(recipe: OptimizerRecipe, model: nn.Module) -> fused.Optimizer:
     """The optimizer of `recipe` over all trained weights of `model`, in its fused form (one pass over each tensor).
 
     Every parameter group has `share`: its learning rate over that of the recipe.
     """
     match recipe.name:
         case "sgd":
-            return torch.optim.SGD(
+            return fused.SGD(
                 _groups(recipe, model),
                 lr=recipe.learning_rate,
                 momentum=recipe.momentum,
                 nesterov=recipe.nesterov and recipe.momentum > 0,
                 weight_decay=recipe.weight_decay,
-                fused=True,
             )
         case "adam" | "adamw":
-            kind = torch.optim.Adam if recipe.name == "adam" else torch.optim.AdamW
-            return kind(
+            return fused.Adam(
                 _groups(recipe, model),
                 lr=recipe.learning_rate,
                 betas=(recipe.beta1, recipe.beta2),
                 eps=recipe.epsilon,
                 weight_decay=recipe.weight_decay,
-                fused=True,
+                decoupled=recipe.name == "adamw",
             )
         case "muon":
             return Muon(_groups(recipe, model), recipe)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: fused.Optimizer, rate: float) -> None:
     """Make `rate` the learning rate of the next step, each group's in proportion."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["share"]
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(fused.Optimizer):
     """Momentum made orthogonal, for filters and the weights of hidden dense layers; SGD with Nesterov's momentum for
     all others (Jordan et al., 2024; filters kept at norm √(filters) as in cifar10-airbench).
 
@@ -67,26 +65,20 @@ class Muon(torch.optim.Optimizer):
             group["momentum"] = recipe.momentum
         super().__init__(hidden + rest, {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step of all weights that have a gradient."""
-        for group in self.param_groups:
-            for weight in group["params"]:
-                gradient = weight.grad
-                if gradient is None:
-                    continue
-                hidden = group["kind"] == "hidden"
-                if not hidden:
-                    gradient = gradient.add(weight, alpha=group["weight_decay"])
-                state = self.state[weight]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-                update = gradient.add(momentum, alpha=group["momentum"])
-                if hidden:
-                    weight.mul_(math.sqrt(len(weight)) / weight.norm().clamp(min=1e-7))
-                    update = orthogonalised(update.flatten(1)).view_as(update)
-                weight.add_(update, alpha=-group["lr"])
+    def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        hidden = group["kind"] == "hidden"
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if not hidden:
+                gradient = gradient.add(weight, alpha=group["weight_decay"])
+            state = self.state[weight]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
+            update = gradient.add(momentum, alpha=group["momentum"])
+            if hidden:
+                weight.mul_(math.sqrt(len(weight)) / weight.norm().clamp(min=1e-7))
+                update = orthogonalised(update.flatten(1)).view_as(update)
+            weight.add_(update, alpha=-group["lr"])
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fromzero import networks, optim
 from fromzero.checkpoint import Checkpoint
 from fromzero.errors import FromzeroError, InputError
+from fromzero.fused import Optimizer
 from fromzero.networks import ImageShape, Network
 from fromzero.recipe import Recipe
 
@@ -43,7 +44,7 @@ class State:
     recipe asks for one; `best_weights` are those of the best epoch until they have been written."""
 
     model: Network
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     average: Network | None = None
     counters: Counters = field(default_factory=Counters)
     best_weights: dict[str, Tensor] | None = None

@@ -1,0 +1,133 @@
+"""SGD and Adam by torch's own fused functions, without `torch.optim.Optimizer` around them.
+
+Making one of torch's optimizer objects imports its compiler, which nothing here uses: more than a second at the start
+of a run and half a second at its end. The update itself is torch's, called as its classes call it: the same bits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+
+
+class Optimizer(ABC):
+    """Moves weights along their gradients. `param_groups` are dicts of `params` and the settings for them, which may
+    be changed between steps; `state` holds the tensors that go with each weight. Both as in `torch.optim`."""
+
+    def __init__(self, weights: Groups, defaults: dict[str, Any]):
+        """weights: parameters, or groups of them whose settings differ from `defaults`."""
+        given = list(weights)
+        groups = [group if isinstance(group, dict) else {"params": [group]} for group in given]
+        if not any(isinstance(group, dict) for group in given):
+            groups = [{"params": given}]
+        self.param_groups: list[dict[str, Any]] = [defaults | group for group in groups]
+        self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every weight that has a gradient."""
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if weights:
+                self._move(weights, [weight.grad for weight in weights], group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; or set them to zero."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if set_to_none:
+                    weight.grad = None
+                elif weight.grad is not None:
+                    weight.grad = torch.zeros_like(weight.grad)
+
+    @abstractmethod
+    def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        """One update of `weights` with the settings of their group."""
+
+
+class SGD(Optimizer):
+    """As `torch.optim.SGD(fused=True)`: momentum after Sutskever et al. (2013), weight decay in the gradient."""
+
+    def __init__(
+        self,
+        weights: Groups,
+        lr: float,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
+
+    def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        buffers: list[Tensor | None] = [self.state[weight].get("momentum_buffer") for weight in weights]
+        sgd(
+            weights,
+            gradients,
+            buffers,
+            fused=True,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+        )
+        if group["momentum"]:
+            for weight, buffer in zip(weights, buffers, strict=True):
+                self.state[weight]["momentum_buffer"] = buffer
+
+
+class Adam(Optimizer):
+    """As `torch.optim.Adam(fused=True)` (Kingma and Ba, 2015), weight decay in the gradient; `decoupled`: as `AdamW`
+    (Loshchilov and Hutter, 2019)."""
+
+    def __init__(
+        self,
+        weights: Groups,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+    ):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
+        super().__init__(weights, defaults)
+
+    def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=weight.device),
+                    "exp_avg": torch.zeros_like(weight),
+                    "exp_avg_sq": torch.zeros_like(weight),
+                }
+        first, second, steps = (
+            [self.state[weight][name] for weight in weights] for name in ("exp_avg", "exp_avg_sq", "step")
+        )
+        beta1, beta2 = group["betas"]
+        adam(
+            weights,
+            gradients,
+            first,
+            second,
+            [],
+            steps,
+            fused=True,
+            decoupled_weight_decay=group["decoupled"],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
