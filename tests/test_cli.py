@@ -239,3 +239,19 @@ def test_whoever_stops_reading_does_not_stop_the_training(tmp_path):
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
     assert list(tmp_path.glob("runs/*/summary.json"))
+
+
+def test_garbage_collection_is_as_it_was_after_importing():
+    import gc
+
+    from fromzero.cli import _importing
+
+    before = gc.get_freeze_count()
+    for turn in (gc.disable, gc.enable):
+        turn()
+        was_on = gc.isenabled()
+        with pytest.raises(ImportError), _importing():
+            assert not gc.isenabled()
+            from fromzero import nothing  # noqa: F401
+        assert gc.isenabled() is was_on
+    assert gc.get_freeze_count() > before
