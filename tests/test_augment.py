@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from fromzero import augment
-from fromzero.recipe import AugmentRecipe
+from fromzero import augment, machine, networks
+from fromzero.evaluate import VIEWS, Normalise, evaluate
+from fromzero.recipe import AugmentRecipe, NetworkRecipe
 
 
 @pytest.fixture
@@ -104,3 +106,27 @@ def test_borders_are_mirrored_as_often_as_needed():
     expected = np.pad(np.arange(4), (9, 6), mode="reflect")
     assert places.tolist() == expected.tolist()
     assert augment._reflected(torch.arange(-3, 4), 1).tolist() == [0] * 7
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize(("down", "right"), [(0, 0), (1, 1), (-1, -1), (2, -3)])
+def test_a_view_is_shifted_then_mirrored(pixels, mirrored, down, right):
+    found = augment.view(pixels, mirrored, down, right).numpy()
+    padded = np.pad(pixels.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
+    expected = padded[:, 4 - down : 13 - down, 4 - right : 12 - right]
+    assert (found == (expected[:, :, ::-1] if mirrored else expected)).all()
+
+
+def test_views_are_averaged_with_weights_that_add_up(pixels):
+    here = machine.prepare("float32", device="cpu", threads=1)
+    network = NetworkRecipe(channels=[[4]], dense=[])
+    model = networks.build(network, (9, 8, 3), 5).eval()
+    normalise = Normalise(torch.zeros(3), torch.full((3,), 1 / 255))
+    labels = torch.arange(20) % 5
+    assert VIEWS.keys() == {"none", "mirror", "multicrop"}
+    for name, views in VIEWS.items():
+        assert sum(weight for _, weight in views) == 1
+        logits = sum(weight * model(normalise(augment.view(pixels, *how))) for how, weight in views)
+        found = evaluate(model, pixels, labels, normalise, here, views=name)
+        torch.testing.assert_close(found.losses, F.cross_entropy(logits, labels, reduction="none"))
+        assert torch.equal(found.predictions, logits.argmax(1))

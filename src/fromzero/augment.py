@@ -30,6 +30,14 @@ def gather(pixels: Tensor, indices: Tensor, recipe: AugmentRecipe, seed: int, ep
     return pixels.view(-1, pixels.shape[3])[positions]
 
 
+def view(pixels: Tensor, mirrored: bool, down: int, right: int) -> Tensor:
+    """All images (N, H, W, C) shifted by so many pixels, the border filled by reflection, then perhaps mirrored."""
+    height, width = pixels.shape[1:3]
+    rows = _reflected(torch.arange(height) - down, height).to(pixels.device)
+    columns = _reflected(torch.arange(width) - right, width).to(pixels.device)
+    return pixels[:, rows][:, :, columns.flip(0) if mirrored else columns]
+
+
 def cut_out(images: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> Tensor:
     """Set a square of `images` (B, C, H, W) to zero, its centre anywhere; what lies over the border is lost, as in
     DeVries and Taylor (2017). Zero is the mean where the recipe normalises to `standard`."""

@@ -216,12 +216,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     network = sessions.load_network(run, images, here, arguments.checkpoint)
     data = Data.of(recipe, images, here.device)
     print(f"{run.path}: {recipe.name}, {arguments.checkpoint} weights, {here.device}, {here.precision}")
+    if arguments.tta != "none":
+        print(f"  with test-time augmentation ({arguments.tta}): not to be compared with figures without")
     for label, subset in (
         ("train (clean, fixed subset)", data.clean_train),
         ("val", data.validation),
         ("test", data.test),
     ):
-        found = evaluate(network, *subset, data.normalise, here)
+        found = evaluate(network, *subset, data.normalise, here, views=arguments.tta)
         low, high = _wilson(found.accuracy, len(subset.labels))
         print(
             f"  {label:<28} accuracy {found.accuracy:.4f} ({low:.4f}–{high:.4f}, 95 % for {len(subset.labels):,}"
@@ -380,6 +382,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     evaluate = add("evaluate", _evaluate, "score a run's weights again")
     evaluate.add_argument("RUN", help="a run's folder or name")
     evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (last)")
+    evaluate.add_argument(
+        "--tta",
+        choices=("none", "mirror", "multicrop"),
+        default="none",
+        help="test-time augmentation: average over views of an image (none)",
+    )
     _add_shared(evaluate, "runs", "data", "machine")
 
     runs = add("runs", _runs, "list the runs")

@@ -9,10 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fromzero import augment
 from fromzero.machine import Machine
 from fromzero.recipe import Recipe
 
 BATCH = 500
+
+# Test-time augmentation: the views of an image whose outputs are averaged, (mirrored, pixels down, pixels right) and
+# weight. multicrop is that of cifar10-airbench (Jordan, 2024).
+VIEWS: dict[str, tuple[tuple[tuple[bool, int, int], float], ...]] = {
+    "none": (((False, 0, 0), 1.0),),
+    "mirror": (((False, 0, 0), 0.5), ((True, 0, 0), 0.5)),
+    "multicrop": tuple(
+        ((mirrored, shift, shift), 0.25 if shift == 0 else 0.125) for shift in (0, -1, 1) for mirrored in (False, True)
+    ),
+}
 
 
 class Normalise(NamedTuple):
@@ -72,9 +83,10 @@ def evaluate(
     normalise: Normalise,
     machine: Machine,
     between: Callable[[], None] = lambda: None,
+    views: str = "none",
 ) -> Outcomes:
     """Outcomes of `model` on `pixels` uint8 (N, H, W, C), in evaluation mode; the mode is left as it was found.
-    `between` is called after every batch and may raise to stop."""
+    `between` is called after every batch and may raise to stop. `views`: one of VIEWS, whose outputs are averaged."""
     was_training = model.training
     model.eval()
     losses, predictions = [], []
@@ -82,10 +94,16 @@ def evaluate(
         with torch.inference_mode(), machine.autocast():
             for start in range(0, len(labels), BATCH):
                 part = slice(start, start + BATCH)
-                logits = model(normalise(pixels[part])).float()
+                logits = torch.stack(
+                    [weight * model(normalise(_seen(pixels[part], how))).float() for how, weight in VIEWS[views]]
+                ).sum(0)
                 losses.append(F.cross_entropy(logits, labels[part], reduction="none"))
                 predictions.append(logits.argmax(1))
                 between()
     finally:
         model.train(was_training)
     return Outcomes(torch.cat(losses).float(), torch.cat(predictions), labels)
+
+
+def _seen(pixels: Tensor, how: tuple[bool, int, int]) -> Tensor:
+    return augment.view(pixels, *how) if any(how) else pixels
