@@ -78,7 +78,7 @@ BAD = [
     (["train", "--epohcs", "3"], "unknown option --epohcs; nearest: --epochs"),
     (["train", "--optimizer.lr", "3"], "unknown option --optimizer.lr; nearest: --optimizer.learning_rate"),
     (["train", "digits", "--recipe", "trian2"], "unknown recipe 'trian2'; nearest: train2"),
-    (["train", "digits", "--optimizer.name", "adm"], "'adm' is not one of sgd, adam, adamw; nearest: adam"),
+    (["train", "digits", "--optimizer.name", "adm"], "'adm' is not one of sgd, adam, adamw, muon; nearest: adam"),
     (["train", "digits", "--epochs", "many"], "epochs: 'many'"),
     (["train", "digits", "--epochs"], "argument --epochs: expected one argument"),
     (["train", "digits", "--network.padding", "vald"], "network.padding: 'vald' is not one of same, valid; nearest"),

@@ -140,7 +140,6 @@ def _watch(training: Training) -> None:
     console = Lasting()
     console.print(display.header(training), highlight=False, soft_wrap=not console.is_terminal, markup=False)
     display.watch(training, console)
-    console.print(display.outcome(training), highlight=False, soft_wrap=not console.is_terminal, markup=False)
 
 
 def _summary(arguments: argparse.Namespace) -> None:

@@ -1,9 +1,9 @@
-"""What a training looks like while it runs: a live display on a terminal, one line an epoch elsewhere."""
+"""What a training looks like while it runs: a live display on a terminal; elsewhere a line an epoch or half minute."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -15,17 +15,20 @@ from fromzero.report import validation_label
 from fromzero.runs import Row
 from fromzero.training import Training
 
-REFRESH_SECONDS = 0.25
+REFRESH_SECONDS = 0.25  # of the live display
+LINE_SECONDS = 30.0  # without a terminal: the longest time without a line while steps are made
 
 
 def watch(run: Training, console: Console) -> None:
-    """Train to the end, showing how it goes. Raises what the training raises."""
+    """Train to the end, showing how it goes and what came of it. Raises what the training raises."""
+    progress = _timed(run)
     if console.is_terminal:
-        _watch_live(run, console)
-        return
-    for progress in _timed(run):
-        if progress.row:
-            console.print(epoch_line(progress), highlight=False, soft_wrap=True)
+        _watch_live(progress, console)
+    else:
+        _watch_lines(progress, console)
+    console.print(outcome(run), highlight=False, soft_wrap=not console.is_terminal, markup=False)
+    for _ in progress:  # what is left, drawing, need not be waited for
+        pass
 
 
 def header(run: Training) -> str:
@@ -91,7 +94,7 @@ class Timed(training.Progress):
     seconds_left: float = 0.0
 
 
-def _timed(run: Training) -> Iterable[Timed]:
+def _timed(run: Training) -> Iterator[Timed]:
     first_step, started = run.state.counters.step, time.monotonic()
     images = len(run.data.train.labels)
     for progress in run:
@@ -106,7 +109,43 @@ def _timed(run: Training) -> Iterable[Timed]:
         yield timed
 
 
-def _watch_live(run: Training, console: Console) -> None:
+def _watch_lines(progress: Iterator[Timed], console: Console) -> None:
+    """A line an epoch, one for the first step, and one where nothing has been said for LINE_SECONDS."""
+    said: float | None = None
+    for now in progress:
+        if now.ended:
+            return
+        if now.row:
+            line = epoch_line(now)
+        elif said is None:
+            line = f"  step {_step(now)} of epoch {_epoch(now)} done"
+        elif time.monotonic() - said >= LINE_SECONDS:
+            line = (
+                f"  step {_step(now)} of epoch {_epoch(now)}  running {_running(now):.4f}"
+                f"  {now.images_per_second:,.0f} images/s  {duration(now.seconds_left)} left"
+            )
+        else:
+            continue
+        said = time.monotonic()
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _step(now: Timed) -> str:
+    """Which step of its epoch the training is at: `7/391`."""
+    return f"{now.counters.step - now.counters.epoch * now.steps_per_epoch}/{now.steps_per_epoch}"
+
+
+def _epoch(now: Timed) -> str:
+    """Which epoch is being trained: `2/30`."""
+    return f"{min(now.counters.epoch + 1, now.epochs)}/{now.epochs}"
+
+
+def _running(now: Timed) -> float:
+    """Running train accuracy of the epoch so far."""
+    return now.counters.running_correct / max(now.counters.running_images, 1)
+
+
+def _watch_live(progress: Iterator[Timed], console: Console) -> None:
     columns = (
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         *([BarColumn(bar_width=None)] if console.width > 100 else []),
@@ -116,7 +155,9 @@ def _watch_live(run: Training, console: Console) -> None:
         task = bars.add_task("starting", total=None, info="")
         last: Row | None = None
         shown = 0.0
-        for now in _timed(run):
+        for now in progress:
+            if now.ended:
+                return
             if now.row:
                 last = now.row
                 line = epoch_line(now, narrow=console.width < 115)
@@ -125,17 +166,14 @@ def _watch_live(run: Training, console: Console) -> None:
                 continue
             shown = time.monotonic()
             counters = now.counters
-            step = counters.step - counters.epoch * now.steps_per_epoch
-            running = counters.running_correct / max(counters.running_images, 1)
-            three = f"running {running:.3f}"
+            three = f"running {_running(now):.3f}"
             if last:
                 three += f" train {last['train/accuracy']:.3f} val {last['val/accuracy']:.3f}"
             bars.update(
                 task,
-                description=f"epoch {min(counters.epoch + 1, now.epochs)}/{now.epochs}",
+                description=f"epoch {_epoch(now)}",
                 total=now.steps_per_epoch,
-                completed=step,
-                info=f"{step}/{now.steps_per_epoch} {three} {now.images_per_second:,.0f} images/s"
-                f" {duration(now.seconds_left)} left",
+                completed=counters.step - counters.epoch * now.steps_per_epoch,
+                info=f"{_step(now)} {three} {now.images_per_second:,.0f} images/s {duration(now.seconds_left)} left",
                 refresh=True,
             )

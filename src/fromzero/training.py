@@ -76,12 +76,14 @@ class Data:
 
 
 class Progress(NamedTuple):
-    """Where a training stands after a step, or, with a row of metrics, after the evaluation of an epoch."""
+    """Where a training stands after a step, or, with a row of metrics, after the evaluation of an epoch. The last row
+    comes again, `ended`, when the summary is written and only the curves are still to be drawn."""
 
     counters: Counters
     epochs: int
     steps_per_epoch: int
     row: Row | None = None
+    ended: bool = False
 
 
 @dataclass
@@ -136,6 +138,8 @@ class Training:
                 self._save_if_due(stop.signal)
             self.save()
             self._finish()
+            yield Progress(counters, recipe.epochs, self.steps_per_epoch, self.run.metrics()[-1], ended=True)
+            self._draw()
 
     def _step(self, indices: Tensor) -> None:
         """One optimizer step on the images at `indices`."""
@@ -220,12 +224,10 @@ class Training:
         self.state.counters.saving_seconds += self._save_seconds
 
     def _finish(self) -> None:
-        """Score the test images, once, and write the curves and the summary; the summary, last, says that all is
-        there."""
+        """Score the test images, once, and write the summary, which says that the run has ended."""
         counters, last = self.state.counters, self.run.metrics()[-1]
         test = evaluate(self.state.scored, *self.data.test, self.data.normalise, self.machine)
         self._tick()
-        self._draw()
         self.run.write_summary(
             {
                 "run": self.run.name,

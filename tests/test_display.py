@@ -1,0 +1,58 @@
+"""What is printed while a training runs, and when."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from fromzero import display, load_recipe
+from fromzero.sessions import new_training
+from fromzero.training import Training
+
+
+@pytest.fixture
+def training(tiny_images, tmp_path):
+    """200 train images less a tenth in batches of 48: four steps an epoch, two epochs."""
+    changes = {"epochs": 2, "batch_size": 48, "network.channels": [[4], [8]], "network.pool": 4, "network.dense": [16]}
+    changes |= {"validation.source": "split", "precision": "float32"}
+    return new_training(load_recipe("train1").override(changes), tiny_images, runs_dir=tmp_path, threads=1)
+
+
+def lines(training, **console):
+    out = io.StringIO()
+    display.watch(training, Console(file=out, width=120, **console))
+    return out.getvalue().splitlines()
+
+
+def test_without_a_terminal_the_first_step_and_every_epoch_have_a_line(training):
+    first, *epochs, result, place = lines(training)
+    assert first == "  step 1/4 of epoch 1/2 done"
+    assert [line[:13] for line in epochs] == ["epoch   1/2  ", "epoch   2/2  "]
+    assert result.startswith("train 0.")
+    assert place == f"curves and metrics: {training.run.path}"
+
+
+def test_without_a_terminal_a_long_epoch_has_lines_between(training, monkeypatch):
+    monkeypatch.setattr(display, "LINE_SECONDS", 0.0)
+    found = [line for line in lines(training) if line.startswith("  step")]
+    assert [line.split()[1] for line in found] == [f"{n}/4" for n in (1, 2, 3, 4) * 2]
+    pattern = r"  step 3/4 of epoch 2/2  running [01]\.\d{4}  [\d,]+ images/s  \d+ s left"
+    assert re.fullmatch(pattern, found[6])
+
+
+def test_the_display_on_a_terminal_ends_with_the_result_too(training):
+    *_, result, place = lines(training, force_terminal=True)
+    assert "test 0." in result
+    assert str(training.run.path) in place
+
+
+def test_the_result_is_printed_before_the_curves_are_drawn(training, monkeypatch):
+    out, drawn = io.StringIO(), []
+    draw = Training._draw
+    monkeypatch.setattr(Training, "_draw", lambda self: (drawn.append(out.getvalue()), draw(self)))
+    display.watch(training, Console(file=out, width=120))
+    assert len(drawn) == 1
+    assert drawn[0] == out.getvalue()
+    assert "test 0." in drawn[0]
+    assert (training.run.path / "curves.png").stat().st_size > 1000
