@@ -455,6 +455,21 @@ def test_the_notes_recipes_say_that_they_validate_on_the_test_images(tiny_images
     assert json.loads((run.path / "summary.json").read_text())["val/source"] == "test"
 
 
+@pytest.mark.parametrize(("source", "test_scored"), [("test", 0), ("split", 1)])
+def test_the_test_images_are_not_scored_twice(source, test_scored, small, tiny_images, tmp_path, monkeypatch):
+    from fromzero import training
+
+    scored = []
+    monkeypatch.setattr(training, "evaluate", lambda *given: scored.append(given[2]) or evaluate(*given))
+    recipe = small.override({"validation.source": source, "epochs": 2})
+    run = new_training(recipe, tiny_images, runs_dir=tmp_path)
+    for _ in run:
+        pass
+    assert len(scored) == 2 * 2 + test_scored
+    found = evaluate(run.state.scored, *run.data.test, run.data.normalise, run.machine)
+    assert (run.run.summary["test/accuracy"], run.run.summary["test/loss"]) == (found.accuracy, found.loss)
+
+
 def test_class_with_one_image_cannot_be_split(small, tiny_images):
     part = tiny_images.train.take(np.flatnonzero(tiny_images.train.labels != 3))
     one = tiny_images.train.take(np.flatnonzero(tiny_images.train.labels == 3)[:1])
