@@ -376,6 +376,37 @@ def test_extending_a_constant_rate_says_that_it_stays(small):
         assert "not the run" not in note
 
 
+def test_extending_a_run_in_its_warm_up_says_that_the_rate_still_rises(small):
+    before = small.override({"optimizer.learning_rate": 0.03, "schedule.warmup_epochs": 1.5})
+    note = extension_note(before, before.override({"epochs": 5}), 2, 4)
+    assert note == (
+        "the learning rate is 0.015 at this step, still in its warm-up: it rises to 0.03 by epoch 1.5 and then stays"
+    )
+    assert (
+        extension_note(before, before.override({"epochs": 5}), 6, 4) == "the learning rate is constant: it stays 0.03"
+    )
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize(("warmup", "step", "same"), [(0, 0, True), (0, 1, True), (0, 2, False)])
+def test_extending_a_run_whose_rates_were_the_same_says_so(name, warmup, step, same, small):
+    """Every rate so far, not only the next one, decides whether it is the run that would have been trained at once."""
+    before = small.override({"schedule.name": name, "schedule.warmup_epochs": warmup})
+    note = extension_note(before, before.override({"epochs": 5}), step, 4)
+    assert ("this is the run that 5 epochs at once would have been" in note) is same
+    assert ("this is not the run that 5 epochs at once would have been" in note) is not same
+
+
+@pytest.mark.parametrize(("step", "same"), [(3, True), (4, True), (5, True), (6, False)])
+def test_extending_a_run_around_the_end_of_its_warm_up(step, same, small):
+    """Warm-up for four steps of a linear schedule: the fifth has the peak rate whatever the end."""
+    before = small.override({"schedule.name": "linear", "schedule.warmup_epochs": 1, "optimizer.learning_rate": 0.4})
+    note = extension_note(before, before.override({"epochs": 5}), step, 4)
+    assert ("this is the run that" in note) is same
+    assert ("(as it was, in warm-up)" in note) is (step < 4)
+    assert ("(as it was)" in note) is (step == 4)
+
+
 def test_a_run_extended_under_a_falling_rate_is_not_the_one_trained_at_once(small, tiny_images, tmp_path):
     recipe = small.override({"schedule.name": "linear", "epochs": 2})
     short = fromzero.train(recipe, tiny_images, runs_dir=tmp_path / "short", threads=1)

@@ -185,14 +185,27 @@ def _loaded(
 
 
 def extension_note(before: Recipe, after: Recipe, step: int, steps_per_epoch: int) -> str:
-    """What extending a run does to its learning rate, in words."""
+    """What extending a run at `step` does to its learning rate, in words."""
     old, new = (learning_rate_at(r, step, steps_per_epoch) for r in (before, after))
-    if before.schedule.name == "constant":
+    schedule = after.schedule
+    warming_up = step < schedule.warmup_epochs * steps_per_epoch
+    if schedule.name == "constant":
+        if warming_up:
+            return (
+                f"the learning rate is {new:g} at this step, still in its warm-up: it rises to"
+                f" {after.optimizer.learning_rate:g} by epoch {schedule.warmup_epochs:g} and then stays"
+            )
         return f"the learning rate is constant: it stays {new:g}"
+    same = all(
+        learning_rate_at(before, past, steps_per_epoch) == learning_rate_at(after, past, steps_per_epoch)
+        for past in range(step)
+    )
+    was = "as it was" if new == old else f"it was {old:g}"
+    at_once = f"the run that {after.epochs} epochs at once would have been"
     return (
-        f"the {after.schedule.name} schedule now ends at epoch {after.epochs} instead of {before.epochs}: the learning"
-        f" rate at this step is {new:g} (it was {old:g}), so this is not the run that {after.epochs} epochs at once"
-        " would have been"
+        f"the {schedule.name} schedule now ends at epoch {after.epochs} instead of {before.epochs}: the learning rate"
+        f" at this step is {new:g} ({was}{', in warm-up' if warming_up else ''}), "
+        + (f"and all before were the same too: this is {at_once}" if same else f"so this is not {at_once}")
     )
 
 
