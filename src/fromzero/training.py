@@ -115,7 +115,7 @@ class Training:
     def __post_init__(self) -> None:
         self.steps_per_epoch = math.ceil(len(self.data.train.labels) / self.recipe.batch_size)
         self._saved_at = self._ticked_at = time.monotonic()
-        self._save_seconds = 0.0
+        self._save_seconds = 0.0  # of the last save here; what saves took before a resume says little of this disk
 
     def __iter__(self) -> Iterator[Progress]:
         recipe, counters = self.recipe, self.state.counters
