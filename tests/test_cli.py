@@ -127,6 +127,32 @@ def test_bad_input_is_one_line_with_exit_code_2(arguments, expected, tmp_path, c
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--batch_size", "7", "--optimizer.learning_rate=0.25"],
+        ["--batch-size", "7", "--optimizer.learning-rate=0.25"],
+        ["--batch-size=7", "--optimizer.learning-rate", "0.25"],
+    ],
+)
+def test_options_may_be_written_with_hyphens_or_underscores(arguments):
+    from fromzero.cli import _parse
+
+    found = vars(_parse(["train", "digits", *arguments, "--name", "a_b-c", "--runs_dir", "some_runs-here"]))
+    assert (found["batch_size"], found["optimizer.learning_rate"], found["name"]) == ("7", "0.25", "a_b-c")
+    assert str(found["runs_dir"]) == "some_runs-here"
+
+
+def test_help_shows_one_spelling(capsys):
+    from fromzero import cli
+
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert "--batch_size" in shown
+    assert "--batch-size" not in shown
+
+
 def test_no_network_says_where_to_put_the_file_within_five_seconds(tmp_path):
     """A name server that never answers is the worst case; an address that drops packets is the next."""
     started = time.monotonic()

@@ -9,7 +9,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -332,7 +332,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser, commands = _parsers()
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], commands)}")
-    arguments, left = parser.parse_known_args(argv)
+    arguments, left = parser.parse_known_args(_with_known_spelling(argv, commands))
     if left and not hasattr(arguments, "command"):
         raise InputError(f"unknown option {left[0]} before a command; see: fromzero --help")
     if left:
@@ -346,6 +346,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.print_help()
         raise SystemExit(0)
     return arguments
+
+
+def _with_known_spelling(argv: list[str], commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:
+    """The words with options as they are declared: `--batch-size` is `--batch_size`, `--data_dir` is `--data-dir`."""
+    if not argv or argv[0] not in commands:
+        return argv
+    known = {name.replace("_", "-"): name for name in commands[argv[0]]._option_string_actions}
+    words = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        words.append(known.get(name.replace("_", "-"), name) + equals + value if word.startswith("--") else word)
+    return words
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -366,7 +378,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument("--from", metavar="RUN", help="start from the last weights of that run")
     train.add_argument("--partial", action="store_true", help="with --from: take the weights that fit")
     _add_shared(train, "runs", "data", "machine", "saving")
-    fields = train.add_argument_group("recipe fields", "each overrides one field of the recipe")
+    fields = train.add_argument_group("recipe fields", "each overrides one field of the recipe; - is as good as _")
     for path, (_, description) in field_types().items():
         fields.add_argument(
             f"--{path}", metavar="VALUE", default=argparse.SUPPRESS, help=description.replace("%", "%%")
