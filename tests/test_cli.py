@@ -102,6 +102,8 @@ BAD = [
     (["train", "digits", "--checkpoint-minutes", "nan"], "--checkpoint-minutes: nan"),
     (["train", "digits", "--schedule.warmup_epochs", "1e308"], "schedule.warmup_epochs"),
     (["train", "digits", "--network.dense", "[100000000000]"], "network.dense"),
+    (["train", "digits", "--network.dense", "512"], "network.dense: 512: a list is meant: [512]\n"),
+    (["train", "digits", "--network.dense", "512,256"], "network.dense: '512,256': a list is meant: [512,256]\n"),
     (["train", "digits", "--threads", "99999999999999999999"], "threads: 99999999999999999999"),
     (["runs", "--runs-dir", "nowhere"], "no folder nowhere"),
     (["summary", "train1", "--classes", "0"], "--classes: 0 is less than 1"),

@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import pydantic
 import tomli_w
@@ -370,10 +370,24 @@ def _one_line(error: pydantic.ValidationError) -> str:
         near = nearest(str(first["input"]), choices)
         hint = near if near.startswith("; nearest") else ""
         return f"{path}: {given} is not one of {', '.join(choices)}{hint}"
+    if first["type"] == "tuple_type":
+        missing = _list_depth(known[path][0]) - (len(first["loc"]) - len(parts)) if path in known else 0
+        numbers = re.fullmatch(r"[-+.,\d ]*\d[-+.,\d ]*", str(first["input"]))
+        written = f": {'[' * missing}{first['input']}{']' * missing}" if numbers else ""
+        return f"{path}: {given}: a list is meant{written}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{path}: {message}" if path else message
     return f"{path}: {given}: {message[0].lower()}{message[1:]}"
+
+
+def _list_depth(annotation: Any) -> int:
+    """How many lists a field of this type has inside one another."""
+    if get_origin(annotation) is Annotated:
+        return _list_depth(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
+        return 1 + _list_depth(get_args(annotation)[0])
+    return 0
 
 
 def _plain(value: Any) -> Any:
