@@ -156,6 +156,12 @@ BAD = [
     # values of another type
     ("epochs = 'ten'\n" + NETWORK, "epochs: 'ten': input should be a valid integer"),
     ("epochs = [1]\n" + NETWORK, "epochs: [1]: input should be a valid integer"),
+    ("epochs = true\n" + NETWORK, "epochs: true is not a number"),
+    ("seed = false\n" + NETWORK, "seed: false is not a number"),
+    (NETWORK + "[optimizer]\nlearning_rate = true", "optimizer.learning_rate: true is not a number"),
+    (NETWORK + "pool = true", "network.pool: true is not a number"),
+    (NETWORK + "block_dropout = [0.1, false]", "network.block_dropout: false is not a number"),
+    ("[network]\nchannels = [[3], [true]]", "network.channels: true is not a number"),
     ("epochs = 1.5\n" + NETWORK, "epochs: 1.5: input should be a valid integer"),
     ("epochs = 2020-01-01\n" + NETWORK, "epochs: datetime.date(2020, 1, 1): input should be a valid integer"),
     ("name = 3\n" + NETWORK, "name: 3: input should be a valid string"),

@@ -28,8 +28,31 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
+def _types_in(annotation: Any) -> set[Any]:
+    """All types that a field's type is made of."""
+    if get_origin(annotation) is Annotated:
+        return _types_in(get_args(annotation)[0])
+    return {annotation}.union(*map(_types_in, get_args(annotation)))
+
+
+def _truth_value_in(value: Any) -> bool | None:
+    """The first True or False in `value` or in the lists in it, or None."""
+    if isinstance(value, list | tuple):
+        return next((found for each in value if (found := _truth_value_in(each)) is not None), None)
+    return value if isinstance(value, bool) else None
+
+
 class _Part(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, given: Any, info: pydantic.ValidationInfo) -> Any:
+        """Refuse `epochs = true`, which pydantic would read as 1."""
+        types = _types_in(cls.model_fields[info.field_name or ""].annotation)
+        if types & {int, float} and bool not in types and (found := _truth_value_in(given)) is not None:
+            raise ValueError(f"{str(found).lower()} is not a number")
+        return given
 
 
 class Block(NamedTuple):
