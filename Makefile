@@ -5,10 +5,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-keras soak check bench clean
+.PHONY: help setup demo test test-keras soak check bench bench-precision clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.setup ## make .venv and install fromzero into it
 
@@ -29,11 +29,14 @@ check: .venv/.check ## linter, formatter and type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.setup ## training steps a second beside plain PyTorch, in one run
-	$(BIN)/python benchmarks/steps.py
+bench: .venv/.setup .venv-bench/.setup ## speed beside Keras and PyTorch, in one run of about 40 minutes; writes docs/benchmarks.md
+	$(BIN)/python -m benchmarks $(BENCH)
+
+bench-precision: .venv/.setup ## whether bfloat16 learns as well as float32, in paired seeds, about half an hour
+	$(BIN)/python -m benchmarks.precision $(BENCH)
 
 clean: ## delete the environment and what tools left
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info
+	rm -rf .venv .venv-bench .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info
 
 .venv/.setup: $(INPUTS)
 	$(PYTHON) -m venv .venv
@@ -50,4 +53,9 @@ clean: ## delete the environment and what tools left
 
 .venv/.keras: .venv/.setup
 	$(INSTALL) --editable '.[keras]'
+	@touch $@
+
+.venv-bench/.setup: benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@

@@ -1,0 +1,227 @@
+"""Everything in one run: make bench, or
+
+    python -m benchmarks [--parts steps lifetime cold] [--rounds 5] [--cold quick strong best] [--render]
+
+Prints medians, ratios with their spread and the processor's ceiling, and writes docs/benchmarks.md and
+docs/benchmarks.png. What was measured stays in build/benchmarks.json, part by part; --render writes the page from it
+again. Keras runs in an environment of its own, .venv-bench, which the Makefile makes.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from benchmarks import figures, lifetime, networks, page, precision
+from benchmarks.targets import GOALS, KERAS_FLOAT32, POLICIES, SIDES
+from benchmarks.timing import ROOT, WorkerError, default_data_dir, run_worker
+
+RESULTS = ROOT / "build" / "benchmarks.json"
+PEERS_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
+RECIPES = ("train1", "train2", "train3")
+WAYS = ("fit", "train_on_batch", "fit, XLA", "train_on_batch, XLA")  # of steps_keras, which needs TensorFlow to import
+PATHS = ("--data-dir", "--peers-python", "--output")
+IDLE = 0.5  # the load average up to which nothing else runs
+OPTIMIZER = {"learning_rate": 0.01, "momentum": 0.9}  # SGD, on all sides
+
+
+def main():
+    arguments = parse()
+    started = time.time()
+    results = {"about": about(arguments)}
+    if results["about"]["load_before"] > IDLE:
+        say(
+            f"the load average is {results['about']['load_before']:.2f}: other work runs here, do not trust the figures"
+        )
+    if arguments.render:
+        results = json.loads(RESULTS.read_text("utf-8"))
+    else:
+        parts = {"steps": run_steps, "lifetime": run_lifetime, "cold": run_cold}
+        for name in arguments.parts:
+            parts[name](arguments, results)
+            results["about"] |= {"minutes": (time.time() - started) / 60, "load_after": os.getloadavg()[0]}
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    if precision.OUTPUT.exists():
+        results["precision"] = json.loads(precision.OUTPUT.read_text("utf-8"))
+    for line in page.verdict_lines(results):
+        print(line)
+    for path in page.write(results, arguments.output):
+        print(f"wrote {path}")
+
+
+def run_steps(arguments, results):
+    """Training steps: in every round each side once for each network, and the processor's ceiling beside them."""
+    from fromzero import load_recipe
+
+    descriptions = {name: networks.describe(load_recipe(name).network) for name in arguments.recipes}
+    results["work"] = {
+        name: {"parameters": networks.num_parameters(d), "flop": networks.training_flop(d)}
+        for name, d in descriptions.items()
+    }
+    results["ways"] = {name: {} for name in descriptions}
+    results["steps"] = {name: {side: [] for side in arguments.sides} for name in descriptions}
+    results["ceiling"] = []
+    say("which way of training is fastest for Keras, each tried once")
+    for name, description in descriptions.items():
+        for side in arguments.sides:
+            if side in POLICIES:
+                tried = {way: keras_rate(arguments, description, side, way) for way in arguments.keras_ways}
+                results["ways"][name][side] = tried
+                say(f"  {name}, {side}: " + ", ".join(f"{way} {rate:,.0f}" for way, rate in tried.items()))
+    for number in range(1, arguments.rounds + 1):
+        say(f"round {number} of {arguments.rounds}, images a second")
+        results["ceiling"].append(run_worker("ceiling", {"threads": arguments.threads}))
+        for name, description in descriptions.items():
+            for side in arguments.sides:
+                if side in POLICIES:
+                    rate = keras_rate(arguments, description, side, fastest(results["ways"][name][side]), results)
+                else:
+                    rate = torch_rate(arguments, name, description, side)
+                results["steps"][name][side].append(rate)
+            say(f"  {name}: " + ", ".join(f"{side} {rates[-1]:,.0f}" for side, rates in results["steps"][name].items()))
+    for line in page.step_lines(results):
+        print(line, flush=True)
+
+
+def run_lifetime(arguments, results):
+    """Whether cost grows as the work does."""
+    found = results["lifetime"] = {}
+    say("time with fewer and more images")
+    found["linear"] = run_worker("lifetime", {"what": "linear", "threads": arguments.threads})
+    on_cifar10 = {"data_dir": arguments.data_dir, "threads": arguments.threads}
+    try:
+        say("process start to first step on CIFAR-10")
+        found["start_seconds"] = [
+            run_worker("lifetime", {"what": "start", "started": time.time(), **on_cifar10})["seconds"]
+            for _ in range(arguments.rounds)
+        ]
+        say("an epoch of train 3 on CIFAR-10")
+        found["epoch"] = run_worker("lifetime", {"what": "epoch", **on_cifar10})
+    except WorkerError as error:
+        found["not_measured"] = str(error).splitlines()[-1]
+        say(f"  not measured: {found['not_measured']}")
+
+
+def run_cold(arguments, results):
+    """Cold runs of recipes, in turn with Keras's training steps of train 3: Keras, run, Keras, run …, Keras. A run is
+    compared with the mean of the two beside it."""
+    from fromzero import load_recipe
+    from fromzero.recipe import recipe_names
+
+    description = networks.describe(load_recipe("train3").network)
+    way = fastest(results.get("ways", {}).get("train3", {}).get(KERAS_FLOAT32) or {"fit": 1.0})
+    results["cold"] = {}
+
+    def keras_epoch_seconds():
+        return figures.epoch_seconds(keras_rate(arguments, description, KERAS_FLOAT32, way))
+
+    for name in arguments.cold:
+        if name not in recipe_names():
+            say(f"recipe {name} is not there yet: left out")
+            continue
+        say(f"cold runs of {name}")
+        runs, keras = [], [keras_epoch_seconds()]
+        try:
+            for _ in range(arguments.rounds if name == "quick" else arguments.long_rounds):
+                runs.append(lifetime.cold_run(name, arguments.data_dir, arguments.threads))
+                keras.append(keras_epoch_seconds())
+                say(f"  {runs[-1]['seconds']:.1f} s, test accuracy {runs[-1]['accuracy']:.4f}")
+        except WorkerError as error:
+            say(f"  not measured: {str(error).splitlines()[-1]}")
+            continue
+        results["cold"][name] = {
+            "seconds": [run["seconds"] for run in runs],
+            "accuracy": [run["accuracy"] for run in runs],
+            "keras_epoch_seconds": [(a + b) / 2 for a, b in pairwise(keras)],
+            "keras_way": way,
+        }
+
+
+def keras_rate(arguments, description, side, way, results=None):
+    task = {"description": description, "policy": POLICIES[side], "way": way, **common(arguments)}
+    found = run_worker("steps_keras", task, arguments.peers_python)
+    if results is not None:
+        results["about"]["versions"] |= found["versions"]
+    return found["images_per_second"]
+
+
+def torch_rate(arguments, name, description, side):
+    task = {"side": side, "recipe": name, "description": description, **common(arguments)}
+    return run_worker("steps_torch", task)["images_per_second"]
+
+
+def common(arguments):
+    return {"batch_size": arguments.batch_size, "threads": arguments.threads, "optimizer": OPTIMIZER}
+
+
+def fastest(rates):
+    return max(rates, key=rates.get)
+
+
+def about(arguments):
+    """Machine, versions, date and command, as the page shows them."""
+    from fromzero import machine
+    from fromzero.runs import describe_program
+
+    program, here = describe_program(), machine.prepare(device="cpu", threads=arguments.threads)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "command": command_without_paths(sys.argv[1:]),
+        "commit": program["commit"],
+        "processor": here.processor,
+        "instructions": here.instructions,
+        "precision": here.precision,
+        "cores": cores,
+        "threads": here.threads,
+        "python": program["python"],
+        "versions": {"fromzero": here.fromzero, "torch": here.torch},
+        "rounds": arguments.rounds,
+        "batch_size": arguments.batch_size,
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def command_without_paths(options):
+    """The command line, but for the options that say where things are on this machine."""
+    shown = [
+        option
+        for before, option in pairwise(["", *options])
+        if option.partition("=")[0] not in PATHS and before not in PATHS
+    ]
+    return f"python -m benchmarks {shlex.join(shown)}".strip()
+
+
+def say(line):
+    print(line, flush=True)
+
+
+def parse():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What fromzero costs beside others.")
+    choices = ["steps", "lifetime", "cold"]
+    parser.add_argument("--parts", nargs="+", choices=choices, default=choices)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured, in turn (5)")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, metavar="SIDE", help=", ".join(SIDES))
+    parser.add_argument("--keras-ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=", ".join(WAYS))
+    parser.add_argument("--cold", nargs="*", default=["quick"], help=f"recipes to run from a cold start: {list(GOALS)}")
+    parser.add_argument("--long-rounds", type=int, default=1, help="cold runs of recipes other than quick (1)")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--threads", type=int, help="CPU threads of every side, by default each side's own choice")
+    parser.add_argument("--data-dir", default=default_data_dir(), help="where CIFAR-10 is")
+    parser.add_argument("--peers-python", type=Path, default=PEERS_PYTHON, help="a Python with TensorFlow and Keras")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of benchmarks.md and its picture")
+    parser.add_argument("--render", action="store_true", help="write the page from what the last run measured")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except WorkerError as error:
+        sys.exit(f"benchmarks: {error}")

@@ -1,0 +1,107 @@
+"""Medians, ratios pair by pair, shares of a ceiling, targets and verdicts. Pure functions of measured numbers."""
+
+import math
+import statistics
+from typing import NamedTuple
+
+FALLS_SHORT = "FALLS SHORT"
+
+
+class Spread(NamedTuple):
+    """The median of repeated measurements, the lowest and the highest."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, values):
+        return cls(statistics.median(values), min(values), max(values))
+
+    def text(self, form=",.0f"):
+        if self.lowest == self.highest:
+            return f"{self.median:{form}}"
+        return f"{self.median:{form}} ({self.lowest:{form}}–{self.highest:{form}})"
+
+
+def ratios(ours, theirs):
+    """ours / theirs for each pair: the n-th of both were measured one after the other."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+class Verdict(NamedTuple):
+    """A measured figure beside its target. `at_least` says which side of the target is good; the target itself is
+    good. The median decides; the spread is shown."""
+
+    what: str
+    measured: Spread
+    target: float
+    unit: str
+    at_least: bool
+    form: str = ".2f"
+
+    @property
+    def met(self):
+        if not math.isfinite(self.measured.median):
+            return False
+        return self.measured.median >= self.target if self.at_least else self.measured.median <= self.target
+
+    @property
+    def word(self):
+        return "met" if self.met else FALLS_SHORT
+
+    def line(self):
+        bound, unit = "at least" if self.at_least else "at most", f" {self.unit}" if self.unit else ""
+        return f"{self.what}: {self.measured.text(self.form)}{unit}, target {bound} {self.target:g}: {self.word}"
+
+
+def images_per_second_at(gigaflops, flop_per_image):
+    """The images a second that a rate of computing (GFLOP/s) would allow if nothing else cost time."""
+    return gigaflops * 1e9 / flop_per_image
+
+
+def epoch_seconds(images_per_second, epochs=1.0, images=50_000):
+    """The time that so many epochs of CIFAR-10 take at a rate of training."""
+    return epochs * images / images_per_second
+
+
+def drift(seconds, share=0.2):
+    """Median of the last share of step times over the median of the first: 1 when a step costs the same all along."""
+    count = max(1, round(share * len(seconds)))
+    return statistics.median(seconds[-count:]) / statistics.median(seconds[:count])
+
+
+def unevenness(seconds_of_images):
+    """Seconds an image at the most images over seconds an image at the fewest: 1 when time is linear in images."""
+    fewest, most = min(seconds_of_images), max(seconds_of_images)
+    return (seconds_of_images[most] / most) / (seconds_of_images[fewest] / fewest)
+
+
+class Paired(NamedTuple):
+    """Differences of pairs that share a seed: their mean, the half width of its 95 % t interval, and the standard
+    deviation of the second of each pair over the seeds."""
+
+    mean: float
+    half_width: float
+    seed_deviation: float
+
+    @property
+    def within_noise(self):
+        """Whether the interval contains zero: the difference cannot be told from the seeds' noise."""
+        return abs(self.mean) <= self.half_width
+
+    @classmethod
+    def of(cls, ours, theirs):
+        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+        n = len(differences)
+        if n < 2:
+            raise ValueError("a paired difference needs two seeds at least")
+        half_width = student_t_975(n - 1) * statistics.stdev(differences) / math.sqrt(n)
+        return cls(statistics.mean(differences), half_width, statistics.stdev(theirs))
+
+
+def student_t_975(degrees):
+    """The 97.5 % quantile of Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, degrees))

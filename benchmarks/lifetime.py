@@ -1,0 +1,103 @@
+"""Whole runs of fromzero: a worker for what happens inside a run, and cold starts of the command itself."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from benchmarks import figures
+from benchmarks.timing import ENVIRONMENT, ROOT, WorkerError, main_of_worker
+
+RECIPE = "train3"
+LINEAR_RECIPE, LINEAR_IMAGES, LINEAR_REPEATS = "train1", (3_200, 6_400, 12_800), 3
+
+
+def measure(what, **task):
+    return {"start": start, "epoch": epoch, "linear": linear}[what](**task)
+
+
+def start(started, data_dir, threads):
+    """Seconds from the start of this process (`started`, time.time() of who started it) to the end of the first step
+    on CIFAR-10."""
+    with tempfile.TemporaryDirectory() as folder:
+        training = cifar10_training(folder, data_dir, threads)
+        next(iter(training))
+        seconds = time.time() - started
+        training.close()
+    return {"seconds": seconds}
+
+
+def epoch(data_dir, threads):
+    """An epoch on CIFAR-10 as a run: its step times, what evaluating 10,000 images takes (with the row of metrics
+    that it ends in), the memory that the run says it needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        training = cifar10_training(folder, data_dir, threads)
+        ends, evaluated = [], 0.0
+        for progress in training:
+            if progress.row is None:
+                ends.append(time.perf_counter())
+            else:
+                evaluated = time.perf_counter()
+        summary = training.run.summary
+    return {
+        "recipe": RECIPE,
+        "drift": figures.drift([after - before for before, after in pairwise(ends)]),
+        "epoch_seconds": seconds_of(ends),
+        "evaluation_seconds": evaluated - ends[-1],
+        "peak_bytes": summary["memory/peak_bytes"],
+    }
+
+
+def linear(threads):
+    """Seconds of an epoch's steps with fewer and more images, in turn."""
+    from benchmarks.steps_torch import random_images
+    from fromzero import load_recipe, new_training
+
+    recipe = load_recipe(LINEAR_RECIPE).override({"epochs": 1, "clean_train_images": 10, "validation.source": "test"})
+    seconds = {count: [] for count in LINEAR_IMAGES}
+    for repeat in range(LINEAR_REPEATS + 1):
+        for count in LINEAR_IMAGES:
+            with tempfile.TemporaryDirectory() as folder:
+                training = new_training(recipe, random_images(count), runs_dir=folder, device="cpu", threads=threads)
+                ends = [time.perf_counter() for progress in training if progress.row is None]
+            if repeat:  # the first time round warms up
+                seconds[count].append(seconds_of(ends))
+    return {"recipe": LINEAR_RECIPE, "seconds": seconds}
+
+
+def cifar10_training(folder, data_dir, threads):
+    """An epoch on all train images, validated on the 10,000 test images, about to begin."""
+    from fromzero import load_images, load_recipe, new_training
+
+    changes = {"epochs": 1, "clean_train_images": 10, "validation.source": "test"}
+    images = load_images("cifar10", data_dir=data_dir)
+    return new_training(load_recipe(RECIPE).override(changes), images, runs_dir=folder, device="cpu", threads=threads)
+
+
+def seconds_of(ends):
+    """The time that all steps take, from the moments at which they ended: the first began unseen and counts as the
+    mean of the others."""
+    return (ends[-1] - ends[0]) * len(ends) / (len(ends) - 1)
+
+
+def cold_run(recipe, data_dir, threads):
+    """`fromzero train cifar10 --recipe RECIPE` as a user types it: seconds from the start of its process to its end,
+    and the test accuracy that it printed (as its summary has it)."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "fromzero", "train", "cifar10", "--recipe", recipe, "--runs-dir", folder]
+        command += ["--data-dir", str(Path(data_dir).resolve())] if data_dir else []
+        command += ["--threads", str(threads)] if threads else []
+        began = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        seconds = time.perf_counter() - began
+        if done.returncode != 0:
+            raise WorkerError(f"{recipe}: {done.stderr.strip()[-2000:]}")
+        (summary,) = Path(folder).glob("*/summary.json")
+        return {"seconds": seconds, "accuracy": json.loads(summary.read_text("utf-8"))["test/accuracy"]}
+
+
+if __name__ == "__main__":
+    main_of_worker(measure)

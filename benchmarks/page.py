@@ -1,0 +1,344 @@
+"""docs/benchmarks.md and its picture, from the results of a run."""
+
+from benchmarks import figures, targets
+from benchmarks.figures import FALLS_SHORT, Paired, Spread
+from benchmarks.targets import FROMZERO, KERAS_BF16, KERAS_FLOAT32, PLAIN_BF16, PLAIN_FLOAT32, SIDES
+
+LEARNED = 0.2  # the accuracy below which a network of ten classes has learned next to nothing
+
+COLOURS = {
+    KERAS_FLOAT32: "#f0b27a",
+    KERAS_BF16: "#ca6f1e",
+    PLAIN_FLOAT32: "#aab7c4",
+    PLAIN_BF16: "#5d6d7e",
+    FROMZERO: "#1f4e9c",
+}
+
+
+def write(results, folder):
+    """Write benchmarks.md and, when training steps were measured, benchmarks.png into `folder`; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    if "steps" in results:
+        draw(results, folder / "benchmarks.png")
+        written.append(folder / "benchmarks.png")
+    (folder / "benchmarks.md").write_text(text(results), "utf-8")
+    return [*written, folder / "benchmarks.md"]
+
+
+def text(results):
+    """The page."""
+    parts = [
+        ("", about_lines),
+        ("## Training steps", steps_section),
+        ("## The processor's ceiling", ceiling_section),
+        ("## Cold starts", cold_section),
+        ("## Cost that grows as the work", lifetime_section),
+        ("## bfloat16 and float32", precision_section),
+    ]
+    lines = ["# Benchmarks"]
+    for heading, part in parts:
+        body = part(results)
+        if body:
+            lines += [heading, *body, ""] if heading else [*body, ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def about_lines(results):
+    about, verdicts = results["about"], all_verdicts(results)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    short = [v for v in verdicts if not v.met]
+    commit = about["commit"] or "unknown"
+    commit = commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
+    return [
+        f"From one run of `{about['command']}` (`make bench`) on {about['date']}, {about.get('minutes', 0):.0f}"
+        f" minutes, commit {commit}.",
+        "",
+        f"{about['processor']}, {about['instructions']}; {about['cores']} cores, {about['threads']} threads; Python"
+        f" {about['python']}; {versions}. Load average when it began {about['load_before']:.2f} (what else ran), when"
+        f" it ended {about.get('load_after', 0):.2f}.",
+        "",
+        "Every measurement is a process of its own, the sides in turn (A B A B …), as times on shared machines drift."
+        f" Rounds: {about['rounds']}; figures are medians (lowest–highest), ratios are taken pair by pair within a"
+        " round. Absolute figures move by tens of per cent between machines and hours: only the ratios say something.",
+        "",
+        f"**{len(verdicts) - len(short)} of {len(verdicts)} targets are met**"
+        + (":" if not short else f"; {len(short)} {'falls' if len(short) == 1 else 'fall'} short:"),
+        "",
+        *(f"- {'**' + v.line() + '**' if not v.met else v.line()}" for v in verdicts),
+    ]
+
+
+def all_verdicts(results):
+    return [
+        *targets.step_verdicts(results.get("steps", {})),
+        *targets.cold_verdicts(results.get("cold", {})),
+        *targets.lifetime_verdicts(results.get("lifetime", {})),
+    ]
+
+
+def verdict_lines(results):
+    return [v.line() for v in all_verdicts(results)]
+
+
+def steps_section(results):
+    if "steps" not in results:
+        return []
+    about = results["about"]
+    lines = [
+        f"Batches of {about['batch_size']}, SGD with momentum 0.9, random images of CIFAR-10's size and number in"
+        " memory; images a second. Plain PyTorch is eager, channels_last, with a fused optimizer; Keras runs on"
+        " TensorFlow, as `Sequential`, `compile` and the fastest of the ways below. fromzero's side is the whole step"
+        " of a real training: it starts from uint8 pixels, checks losses and gradients and keeps the running accuracy.",
+        "",
+        "![Training steps](benchmarks.png)",
+        "",
+        *step_lines(results),
+    ]
+    tried = [
+        (name, side, ways) for name, sides in results.get("ways", {}).items() for side, ways in sides.items() if ways
+    ]
+    if tried:
+        ways = list(tried[0][2])
+        lines += [
+            "",
+            "How to train with Keras: each way tried once in the same run, the fastest taken for the rounds"
+            " (images a second). Without XLA is what `compile` chooses on a machine without a GPU.",
+            "",
+            row(["", "", *ways]),
+            row(["---"] * 2 + ["---:"] * len(ways)),
+        ]
+        for name, side, rates in tried:
+            best = max(rates.values())
+            lines.append(row([name, side, *(f"**{r:,.0f}**" if r == best else f"{r:,.0f}" for r in rates.values())]))
+    return lines
+
+
+def step_lines(results):
+    """The table of training steps, in Markdown."""
+    about = results["about"]
+    lines = [
+        row(["network", "side", "images/s", "fromzero ÷ it", "target", "GFLOP/s", "of its precision's ceiling"]),
+        row(["---", "---", "---:", "---:", "---:", "---:", "---:"]),
+    ]
+    for name, sides in results["steps"].items():
+        flop = results["work"][name]["flop"]
+        for side, rates in sides.items():
+            precision = precision_of(side, about)
+            ratio = target = ""
+            if side != FROMZERO and FROMZERO in sides:
+                speedup = targets.speedup(sides, side)
+                ratio = f"{speedup.text('.2f')} ×"
+                least = targets.SPEEDUPS.get(side, {}).get(name)
+                if least is not None:
+                    target = f"≥ {least:g} ×" + ("" if speedup.median >= least else f" **{FALLS_SHORT}**")
+            share = targets.share_of_ceiling(rates, precision, flop, results["ceiling"])
+            speed = Spread.of(rates).median * flop / 1e9
+            cells = [name, side, Spread.of(rates).text(), ratio, target, f"{speed:,.0f}", f"{share.text('.0%')}"]
+            lines.append(row(cells))
+    return lines
+
+
+def ceiling_section(results):
+    if not results.get("ceiling"):
+        return []
+    found = results["ceiling"]
+    lines = [
+        "The fastest that the same library computes here, measured in every round: matrix products of square matrices"
+        " and forward 3×3 convolutions of 128 images, each at its best size. A network's ceiling is the faster of the"
+        " two over its multiply-adds, as if nothing else cost time; no training reaches it.",
+        "",
+        row(["", "matrix product, GFLOP/s", "convolution, GFLOP/s", *results["work"]]),
+        row(["---"] + ["---:"] * (2 + len(results["work"]))),
+    ]
+    for precision in ("bfloat16", "float32"):
+        product, convolution = (
+            Spread.of([f[precision][kind][1] for f in found]).text() for kind in ("product", "convolution")
+        )
+        rate = Spread.of([targets.ceiling_gigaflops(f, precision) for f in found]).median
+        at = [f"{figures.images_per_second_at(rate, work['flop']):,.0f} images/s" for work in results["work"].values()]
+        lines.append(row([precision, product, convolution, *at]))
+    work = ", ".join(
+        f"{name} {w['flop'] / 1e9:.3f} GFLOP ({w['parameters']:,} parameters)" for name, w in results["work"].items()
+    )
+    copy = Spread.of([f["copy_gigabytes_per_second"] for f in found]).text(".1f")
+    gain = Spread.of(
+        [targets.ceiling_gigaflops(f, "bfloat16") / targets.ceiling_gigaflops(f, "float32") for f in found]
+    )
+    return [
+        *lines,
+        "",
+        f"The work of training on an image, forward and backward, two operations a multiply-add: {work}. Copying"
+        f" memory: {copy} GB/s.",
+        "",
+        *room_lines(results),
+        f"bfloat16 computes {gain.text('.1f')} times as fast as float32 here ({feature_note(results['about'])}). That"
+        " decides the ratios to float32: with AMX (`amx_bf16`) the processor multiplies bfloat16 five to eight times as"
+        " fast as float32, with `avx512_bf16` alone about twice, and without either fromzero computes in float32."
+        " Figures from processors that differ in this cannot be compared.",
+    ]
+
+
+def room_lines(results):
+    """How many times as fast as Keras in float32 the ceiling is: a target above that is out of reach here."""
+    precision, ceilings = results["about"]["precision"], results["ceiling"]
+    cells = []
+    for name, sides in results["steps"].items():
+        if KERAS_FLOAT32 in sides:
+            flop = results["work"][name]["flop"]
+            share = targets.share_of_ceiling(sides[KERAS_FLOAT32], precision, flop, ceilings)
+            cells.append(f"{name} {1 / share.median:.1f} ×")
+    if not cells:
+        return []
+    return [
+        f"The ceiling in {precision} over Keras float32, the most that these products allow: {', '.join(cells)}.",
+        "",
+    ]
+
+
+def feature_note(about):
+    instructions = about["instructions"].split()
+    for feature in ("amx_bf16", "avx512_bf16"):
+        if feature in instructions:
+            return f"the processor has {feature}"
+    return "the processor has no bfloat16 instructions"
+
+
+def precision_of(side, about):
+    if side == FROMZERO:
+        return about["precision"]
+    return "float32" if side in (KERAS_FLOAT32, PLAIN_FLOAT32) else "bfloat16"
+
+
+def cold_section(results):
+    if not results.get("cold"):
+        return []
+    lines = [
+        "`fromzero train cifar10 --recipe NAME`, from the start of its process to its end: interpreter, imports,"
+        " reading the images, training, scoring the test images once, curves and checkpoints. In turn with Keras"
+        " float32's training steps of train 3, whose epoch is 50,000 images at the rate measured before and after each"
+        " run; Keras's own start is not counted.",
+        "",
+        row(["recipe", "runs", "seconds", "Keras's epoch, seconds", "epochs of Keras", "target", "test accuracy"]),
+        row(["---"] + ["---:"] * 6),
+    ]
+    for name, found in results["cold"].items():
+        epochs = Spread.of(figures.ratios(found["seconds"], found["keras_epoch_seconds"]))
+        goal = targets.GOALS.get(name)
+        target = ""
+        if goal:
+            target = f"< {goal.keras_epochs:g}" + ("" if epochs.median <= goal.keras_epochs else f" **{FALLS_SHORT}**")
+        cells = [Spread.of(found[key]) for key in ("seconds", "keras_epoch_seconds", "accuracy")]
+        seconds, keras, accuracy = cells[0].text(".1f"), cells[1].text(".1f"), cells[2].text(".4f")
+        lines.append(row([name, str(len(found["seconds"])), seconds, keras, epochs.text(".3f"), target, accuracy]))
+    return lines
+
+
+def lifetime_section(results):
+    found = results.get("lifetime")
+    if not found:
+        return []
+    lines = []
+    if linear := found.get("linear"):
+        cells = [
+            f"{int(images):,} images {Spread.of([1e6 * s / int(images) for s in seconds]).text('.0f')} µs"
+            for images, seconds in linear["seconds"].items()
+        ]
+        lines.append(f"- Training time an image, {linear['recipe']}: " + ", ".join(cells) + ".")
+    if starts := found.get("start_seconds"):
+        lines.append(
+            f"- Process start to the end of the first step, train 3 on CIFAR-10: {Spread.of(starts).text('.1f')} s."
+        )
+    if epoch := found.get("epoch"):
+        lines += [
+            f"- An epoch of {epoch['recipe']} on CIFAR-10: {epoch['epoch_seconds']:.1f} s of steps; evaluating 10,000"
+            f" images {epoch['evaluation_seconds']:.1f} s; the last fifth of the steps takes {epoch['drift']:.2f} times"
+            f" as long as the first; peak memory of the process {epoch['peak_bytes'] / 1e9:.2f} GB.",
+        ]
+    if reason := found.get("not_measured"):
+        lines.append(f"- What needs CIFAR-10 was not measured: {reason}")
+    return lines
+
+
+def precision_section(results):
+    found = results.get("precision")
+    if not found:
+        return []
+    lines = [
+        f"From `python -m benchmarks.precision` on {found['date']}, {found['scale']}; validation accuracy on the 10,000"
+        " test images after the last epoch, in pairs that share weights, order and dropout masks.",
+        "",
+    ]
+    for name, pairs in found["recipes"].items():
+        lines += [f"- {line.strip()}" for line in precision_lines(name, pairs)]
+    return lines
+
+
+def precision_lines(name, pairs):
+    """What the pairs of one network say, in words."""
+    paired = Paired.of(pairs["bfloat16"], pairs["float32"])
+    each = ", ".join(
+        f"seed {seed}: {a:.4f} − {b:.4f} = {100 * (a - b):+.2f}"
+        for seed, a, b in zip(pairs["seeds"], pairs["bfloat16"], pairs["float32"], strict=True)
+    )
+    if max(pairs["float32"]) < LEARNED:
+        verdict = "nothing to compare: neither has learned, take more images or epochs"
+    else:
+        verdict = "within seed noise" if paired.within_noise else f"NOT within seed noise: bfloat16 {FALLS_SHORT}"
+    return [
+        f"{name}, bfloat16 − float32 in points: {each}; mean {100 * paired.mean:+.2f} ± {100 * paired.half_width:.2f}"
+        f" (95 % t interval, n = {len(pairs['seeds'])}); float32's seeds deviate by {100 * paired.seed_deviation:.2f}:"
+        f" {verdict}"
+    ]
+
+
+def row(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def draw(results, path):
+    """Images a second of every side with the ceiling, and fromzero's ratio to each with the targets."""
+    from matplotlib.figure import Figure
+
+    steps, about = results["steps"], results["about"]
+    figure = Figure(figsize=(10, 1.4 + 1.5 * len(steps)), layout="constrained")
+    speeds, speedups = figure.subplots(1, 2)
+    shown = [side for side in SIDES if all(side in sides for sides in steps.values())]
+    peers = [side for side in shown if side != FROMZERO]
+    for axes, sides_shown in ((speeds, shown), (speedups, peers if FROMZERO in shown else [])):
+        height = 0.8 / max(len(sides_shown), 1)
+        for n, (name, sides) in enumerate(steps.items()):
+            for m, side in enumerate(sides_shown):
+                found = Spread.of(sides[side]) if axes is speeds else targets.speedup(sides, side)
+                y = n + (m - (len(sides_shown) - 1) / 2) * height
+                errors = [[found.median - found.lowest], [found.highest - found.median]]
+                label = side if n == 0 else None
+                if axes is speeds:  # no bars on a log scale: it has no zero for them to begin at
+                    axes.errorbar(found.median, y, xerr=errors, fmt="o", color=COLOURS[side], label=label, lw=2)
+                else:
+                    axes.barh(y, found.median, 0.9 * height, color=COLOURS[side], xerr=errors, ecolor="#333")
+                least = targets.SPEEDUPS.get(side, {}).get(name) if axes is speedups else None
+                if least is not None:
+                    axes.plot([least] * 2, [y - height / 2, y + height / 2], color="#c0392b", lw=2)
+        axes.set_yticks(range(len(steps)), steps)
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for n, name in enumerate(steps):
+        rate = Spread.of(
+            [targets.ceiling_gigaflops(f, results["about"].get("precision", "bfloat16")) for f in results["ceiling"]]
+        )
+        allowed = figures.images_per_second_at(rate.median, results["work"][name]["flop"])
+        label = f"the processor's ceiling in {about['precision']}" if n == 0 else None
+        speeds.plot([allowed] * 2, [n - 0.42, n + 0.42], color="#c0392b", ls=":", lw=1.6, label=label)
+    speeds.set_xscale("log")
+    speeds.set_xlabel("training steps, images a second (log scale)")
+    speeds.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    speedups.axvline(1, color="#333", lw=1)
+    speedups.set_xlabel("fromzero ÷ the other side, pair by pair (red: target)")
+    figure.suptitle(
+        f"{about['processor']}, {about['instructions']}, {about['cores']} cores · {about['date'][:10]}"
+        f" · median of {about['rounds']}, lowest to highest",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=110)

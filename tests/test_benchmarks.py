@@ -1,0 +1,185 @@
+"""The arithmetic behind docs/benchmarks.md: work, ratios, ceilings, targets, verdicts, and the page made of them."""
+
+import copy
+import math
+
+import pytest
+
+from benchmarks import figures, networks, page, targets
+from benchmarks.figures import Paired, Spread, Verdict
+from benchmarks.targets import FROMZERO, KERAS_BF16, KERAS_FLOAT32, PLAIN_BF16, SIDES
+from benchmarks.timing import Stopwatch
+from fromzero.networks import num_parameters
+from fromzero.recipe import load_recipe
+
+TRAIN3 = networks.describe(load_recipe("train3").network)
+
+
+@pytest.mark.parametrize("name", ["train1", "train2", "train3"])
+def test_the_described_networks_are_the_recipes(name):
+    network = load_recipe(name).network
+    assert networks.num_parameters(networks.describe(network)) == num_parameters(network, networks.IMAGE_SHAPE, 10)
+
+
+def test_work_of_train3_counted_by_hand():
+    # Multiply-adds: 27·32 and 288·64 on 32×32, 576·128 on 16×16, 1152·256 on 8×8, 2304·512 on 4×4, three dense layers.
+    first = 27 * 32 * 1024
+    rest = 288 * 64 * 1024 + 576 * 128 * 256 + 1152 * 256 * 64 + 2304 * 512 * 16 + 8192 * 1024 + 1024 * 1024 + 1024 * 10
+    assert networks.training_flop(TRAIN3) == 2 * (2 * first + 3 * rest)
+
+
+def test_valid_convolutions_and_pooling_shrink_the_map():
+    shapes = [layer.shape for layer in networks.layers(networks.describe(load_recipe("train2").network))]
+    assert shapes[:3] == [(30, 30, 32), (28, 28, 64), (14, 14, 64)]
+
+
+def test_ratios_are_taken_pair_by_pair():
+    # A slow hour halves both sides of a pair: the ratio stays 2, though medians of the two sides would say otherwise.
+    assert Spread.of(figures.ratios([200, 100, 210], [100, 50, 100])) == (2.0, 2.0, 2.1)
+    with pytest.raises(ValueError, match="zip"):
+        figures.ratios([1, 2], [1])
+
+
+def test_spread_shows_median_lowest_highest():
+    assert Spread.of([3.0, 1.0, 2.0, 10.0]) == (2.5, 1.0, 10.0)
+    assert Spread.of([1234.4, 1000, 2000]).text() == "1,234 (1,000–2,000)"
+    assert Spread.of([0.5]).text(".2f") == "0.50"
+
+
+@pytest.mark.parametrize(
+    ("measured", "at_least", "met"),
+    [(2.0, True, True), (1.99, True, False), (2.01, False, False), (2.0, False, True), (math.nan, True, False)],
+)
+def test_a_figure_that_falls_short_says_so(measured, at_least, met):
+    line = Verdict("a ÷ b", Spread.of([measured]), 2.0, "×", at_least).line()
+    assert ("FALLS SHORT" in line) is not met
+    assert ("met" in line) is met
+    assert f"target {'at least' if at_least else 'at most'} 2:" in line
+
+
+def test_the_median_decides_not_the_best_round():
+    assert not Verdict("a", Spread.of([1.0, 1.9, 9.0]), 2.0, "×", at_least=True).met
+
+
+def test_ceiling_arithmetic():
+    found = {"bfloat16": {"product": ("1024", 500.0), "convolution": ("a", 1000.0)}}
+    assert targets.ceiling_gigaflops(found, "bfloat16") == 1000.0
+    assert figures.images_per_second_at(1000.0, 0.5e9) == 2000.0
+    assert targets.share_of_ceiling([500.0, 1000.0], "bfloat16", 0.5e9, [found, found]) == (0.375, 0.25, 0.5)
+
+
+def test_every_target_of_the_steps_has_a_verdict():
+    sides = {KERAS_FLOAT32: [100.0], KERAS_BF16: [250.0], PLAIN_BF16: [300.0], FROMZERO: [600.0]}
+    verdicts = targets.step_verdicts({name: sides for name in ("train1", "train2", "train3")})
+    words = {v.what: v.word for v in verdicts}
+    assert len(words) == 8
+    assert words["train1, fromzero ÷ Keras float32"] == "met"  # 6 of 4
+    assert words["train3, fromzero ÷ Keras float32"] == "FALLS SHORT"  # 6 of 8
+    assert words["train2, fromzero ÷ plain PyTorch bf16"] == "met"  # 2 of 2
+
+
+def test_cold_starts_are_counted_in_epochs_of_keras():
+    # 250 images a second: an epoch of 200 s, a tenth of it 20 s.
+    assert figures.epoch_seconds(250.0, 0.1) == 20.0
+    cold = {
+        "quick": {"seconds": [19.0, 22.0, 18.0], "keras_epoch_seconds": [200.0, 200.0, 200.0], "accuracy": [0.83] * 3}
+    }
+    time, accuracy = targets.cold_verdicts(cold)
+    assert time.measured.median == pytest.approx(0.095)
+    assert (time.word, accuracy.word) == ("met", "FALLS SHORT")
+    assert targets.cold_verdicts({"other": cold["quick"]}) == []
+
+
+def test_drift_and_unevenness():
+    assert figures.drift([1.0] * 10) == 1.0
+    assert figures.drift([1.0] * 5 + [2.0] * 5) == 2.0
+    assert figures.drift([1.0, 1.0, 9.0, 1.0, 1.0] * 5) == 1.0  # one slow step in five is no drift
+    assert figures.unevenness({100: 1.0, 1000: 10.0}) == 1.0
+    assert figures.unevenness({100: 1.0, 1000: 20.0}) == 2.0
+
+
+def test_paired_differences():
+    # Differences 0.01, 0.02, 0.03: mean 0.02, deviation 0.01, t(2) = 4.303.
+    paired = Paired.of([0.71, 0.74, 0.77], [0.70, 0.72, 0.74])
+    assert paired.mean == pytest.approx(0.02)
+    assert paired.half_width == pytest.approx(4.3027 * 0.01 / math.sqrt(3), rel=1e-4)
+    assert paired.seed_deviation == pytest.approx(0.02)
+    assert paired.within_noise
+    assert not Paired.of([0.75, 0.76, 0.77], [0.70, 0.71, 0.72 - 1e-4]).within_noise
+    with pytest.raises(ValueError, match="two seeds"):
+        Paired.of([0.7], [0.7])
+
+
+def test_the_stopwatch_leaves_out_first_step_and_warm_up():
+    now = iter([100.0, 101.0, 102.0, 103.0, 104.0, 105.0, 106.0, 107.0, 108.0])  # the first step ends at 100
+    watch = Stopwatch(warm_up=2.0, seconds=5.0, clock=lambda: next(now))
+    ticks = 1
+    while not watch.tick(10):
+        ticks += 1
+    assert (ticks, watch.steps, watch.images_per_second) == (7, 5, 10.0)
+
+
+RESULTS = {
+    "about": {
+        "date": "2026-01-02 03:04 UTC", "command": "python -m benchmarks", "commit": "0" * 40, 
+        "cores": 2, "python": "3.11", "versions": {"torch": "2.13.0"}, "rounds": 2, "batch_size": 128,
+        "load_before": 0.1, "load_after": 2.0, "minutes": 3.0, "precision": "bfloat16", "threads": 2,
+        "processor": "P", "instructions": "AVX512 avx512_bf16",
+    },
+    "work": {"train3": {"parameters": 11_018_058, "flop": networks.training_flop(TRAIN3)}},
+    "ways": {"train3": {KERAS_FLOAT32: {"fit": 100.0, "fit, XLA": 10.0}}},
+    "steps": {"train3": {side: [100.0 * (n + 1), 110.0 * (n + 1)] for n, side in enumerate(SIDES)}},
+    "ceiling": [
+        {
+            precision: {"product": ["1024", rate], "convolution": ["a", 2 * rate]}
+            for precision, rate in (("bfloat16", 500.0), ("float32", 200.0))
+        }
+        | {"copy_gigabytes_per_second": 10.0}
+    ] * 2,
+    "cold": {"quick": {"seconds": [30.0], "keras_epoch_seconds": [200.0], "accuracy": [0.85]}},
+    "lifetime": {
+        "linear": {"recipe": "train1", "seconds": {"100": [1.0, 1.1], "200": [2.0, 2.1]}},
+        "start_seconds": [4.0, 5.0],
+        "epoch": {
+            "recipe": "train3", "drift": 1.01, "epoch_seconds": 100.0, "evaluation_seconds": 6.0, "peak_bytes": 1.5e9,
+        },
+    },
+    "precision": {
+        "scale": "1,000 train images, 1 epochs", "date": "2026-01-02",
+        "recipes": {"train3": {"seeds": [0, 1], "bfloat16": [0.7, 0.71], "float32": [0.71, 0.7]}},
+    },
+}  # fmt: skip
+
+
+def test_the_page_shows_every_part_and_what_falls_short(tmp_path):
+    written = page.write(RESULTS, tmp_path)
+    assert [path.name for path in written] == ["benchmarks.png", "benchmarks.md"]
+    assert (tmp_path / "benchmarks.png").stat().st_size < 300_000
+    lines = (tmp_path / "benchmarks.md").read_text("utf-8").splitlines()
+    headings = [line for line in lines if line.startswith("## ")]
+    assert headings == [
+        "## Training steps",
+        "## The processor's ceiling",
+        "## Cold starts",
+        "## Cost that grows as the work",
+        "## bfloat16 and float32",
+    ]
+    text = "\n".join(lines)
+    # 5 × against Keras float32 (8 wanted), 2.5 × and 1.25 × against the bf16 sides, 0.15 epochs, evaluation at 6 %.
+    assert "train3, fromzero ÷ Keras float32: 5.00 ×, target at least 8: FALLS SHORT" in text
+    assert "train3, fromzero ÷ Keras mixed_bfloat16: 2.50 ×, target at least 2: met" in text
+    assert "0.150 epochs of Keras float32, train 3, target at most 0.1: FALLS SHORT" in text
+    assert "6.00 %, target at most 5: FALLS SHORT" in text
+    assert "peak memory on CIFAR-10: 1.50 GB, target at most 2: met" in text
+    assert "| train3 | fromzero | 525 (500–550) |" in text
+    assert "the processor has avx512_bf16" in text
+    # The faster of product and convolution is 1,000 GFLOP/s; Keras float32 trains 100 and 110 images a second.
+    allowed = 1000e9 / networks.training_flop(TRAIN3)
+    assert f"these products allow: train3 {1 / ((100 / allowed + 110 / allowed) / 2):.1f} ×" in text
+
+
+def test_the_page_does_with_the_parts_there_are(tmp_path):
+    results = copy.deepcopy({key: RESULTS[key] for key in ("about", "lifetime")})
+    results["lifetime"] = {"not_measured": "no CIFAR-10"}
+    assert [path.name for path in page.write(results, tmp_path)] == ["benchmarks.md"]
+    assert "not measured: no CIFAR-10" in (tmp_path / "benchmarks.md").read_text("utf-8")
