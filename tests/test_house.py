@@ -9,12 +9,13 @@ SOURCE = Path(fromzero.__file__).parent
 
 # Each module may import modules of the lines above its own, and of its own line where that is said.
 ORDER = [
-    ["errors", "rng", "files", "fused"],
+    ["errors", "rng", "files", "fused", "stats"],
     ["recipe", "machine", "signals"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],
     ["evaluate", "state", "report"],
     ["training"],
     ["sessions", "verify"],
+    ["study"],
     ["display"],
     ["cli"],
 ]
@@ -34,7 +35,8 @@ def imports_of(path):
 def test_imports_run_one_way():
     level = {name: number for number, names in enumerate(ORDER) for name in names}
     modules = {path.stem: [path] for path in SOURCE.glob("*.py") if not path.stem.startswith("__")}
-    modules["data"] = list((SOURCE / "data").glob("*.py"))
+    for package in ("data", "study"):
+        modules[package] = list((SOURCE / package).glob("*.py"))
     assert modules.keys() == level.keys(), "every module has its place in ORDER"
     wrong = [
         f"{name} imports {imported}"

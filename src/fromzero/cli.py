@@ -315,6 +315,62 @@ def _print_verdict(found: Verdict) -> None:
     )
 
 
+def _study(arguments: argparse.Namespace) -> None:
+    from fromzero.study.definition import load_study
+
+    study = load_study(arguments.STUDY, arguments.scale, seeds=arguments.seeds)
+    from rich.console import Console
+
+    from fromzero import display
+    from fromzero.study import page, results
+    from fromzero.study.execution import prepare_study
+
+    execution = prepare_study(
+        study,
+        runs_dir=arguments.runs_dir,
+        jobs=arguments.jobs,
+        threads=arguments.threads,
+        device=arguments.device,
+        place=arguments.on,
+        tune=arguments.tune,
+        keep_weights=arguments.keep_weights,
+        data_dir=arguments.data_dir,
+        offline=arguments.offline,
+    )
+    console = Console()
+    plain: dict[str, Any] = {"highlight": False, "soft_wrap": not console.is_terminal, "markup": False}
+    console.print(display.study_header(execution), **plain)
+    display.watch_study(execution, console)
+    result = results.read_result(execution.folder)
+    page.draw_result(result, execution.folder / "result.png")
+    console.print("\n".join(results.answer(result)), **plain)
+    console.print(f"runs and picture: {execution.folder}", **plain)
+    if not result.is_complete:
+        raise FromzeroError(f"{study.name}: some runs failed; the same command tries them again: {execution.command}")
+
+
+def _lessons(arguments: argparse.Namespace) -> None:
+    from fromzero.study import page
+    from fromzero.study.definition import load_study, study_names
+    from fromzero.study.results import list_results
+
+    results = list_results(arguments.runs_dir)
+    if arguments.write is not None:
+        page.write_lessons(results, arguments.write)
+        print(f"written: {arguments.write}")
+        return
+    own = [r.study.name for r in results if r.study.name not in study_names()]
+    for name in [*study_names(), *dict.fromkeys(own)]:
+        found = [r for r in results if r.study.name == name]
+        claim = found[-1].study.claim if found else load_study(name).claim
+        print(f"{name}: {claim}")
+        for r in found:
+            runs = f"{sum(len(arm.runs) for arm in r.arms.values())} of {r.study.seeds * len(r.arms)} runs"
+            print(f"  {r.study.scale}{', tuned' if r.tuned else ''}: {r.verdict} ({runs})")
+        if not found:
+            print(f"  not run yet: fromzero study {name}")
+
+
 def _recipes(arguments: argparse.Namespace) -> None:
     for name in recipe_names():
         recipe = load_recipe(name)
@@ -411,6 +467,22 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     summary.add_argument("--classes", type=int, default=10, help="number of classes (10)")
 
+    study = add(
+        "study", _study, "run a study: arms that differ in one thing, several seeds, an answer with an interval"
+    )
+    study.add_argument("STUDY", help="a study that comes with fromzero (fromzero lessons lists them) or a TOML file")
+    study.add_argument("--scale", default="screen", help="one of the study's scales: screen, full (screen)")
+    study.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (as the study's scale says)")
+    study.add_argument("--jobs", type=int, metavar="N", help="runs at a time (one a core; one on a GPU)")
+    study.add_argument("--tune", action="store_true", help="first find each arm's best rate, with equal budgets")
+    study.add_argument("--on", choices=("local", "ray"), default="local", help="where the runs compute (local)")
+    study.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of runs that have ended")
+    _add_shared(study, "runs", "data", "machine")
+
+    lessons = add("lessons", _lessons, "list the notes' lessons as studies, with their verdicts so far")
+    lessons.add_argument("--write", type=Path, metavar="FILE", help="write them as a page with pictures, from the runs")
+    _add_shared(lessons, "runs")
+
     add("recipes", _recipes, "list the recipes that come with fromzero")
 
     verify = add("verify-resume", _verify_resume, "show that resuming is exact on this machine, in about a minute")
@@ -434,7 +506,8 @@ def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
     if "machine" in groups:
         default = "as recorded" if command.prog.endswith("resume") else "{}"
         command.add_argument("--device", help=f"cpu, cuda or cuda:N ({default.format('cuda where there is one')})")
-        command.add_argument("--threads", type=int, help=f"CPU threads ({default.format('one a core')})")
+        threads = "one a run" if command.prog.endswith("study") else default.format("one a core")
+        command.add_argument("--threads", type=int, help=f"CPU threads ({threads})")
     if "saving" in groups:
         command.add_argument(
             "--checkpoint-minutes", type=float, metavar="M", help="save every M minutes (1, more where saving is slow)"

@@ -50,6 +50,7 @@ def new_training(
     images: ImageSet | None = None,
     *,
     runs_dir: str | Path = "runs",
+    name: str | None = None,
     start_from: Run | str | Path | None = None,
     partial: bool = False,
     device: str = "auto",
@@ -59,13 +60,14 @@ def new_training(
 ) -> Training:
     """A training about to begin, its run folder made.
 
-    start_from: a run whose last weights to start with ("save weights, then train again"); partial: take those that
-    fit. checkpoint_minutes: how often to save, by default about every minute, at most 2.5 % of the time; keep: how many
-    checkpoints to keep. Raises InputError before the folder is made when something does not fit.
+    name: of the run folder, by default data set and parameter count. start_from: a run whose last weights to start
+    with ("save weights, then train again"); partial: take those that fit. checkpoint_minutes: how often to save, by
+    default about every minute, at most 2.5 % of the time; keep: how many checkpoints to keep. Raises InputError before
+    the folder is made when something does not fit.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     images = images or load_images(recipe.dataset)
-    if images.name in NAMED:  # so that the recipe in the run folder names the images it was given
+    if images.name.partition(":")[0] in NAMED:  # so that the recipe in the run folder names the images it was given
         recipe = recipe.override({"dataset": images.name})
     check_image_set(recipe, images)
     here = machine.prepare(recipe.precision, device=device, threads=threads)
@@ -83,7 +85,7 @@ def new_training(
         origin = {"run": str(source.path), "step": found.state.get("step"), "left": left}
     state.start_average()
     total = networks.num_parameters(recipe.network, images.image_shape, images.num_classes)
-    run = create_run(Path(runs_dir), f"{images.name}-{total}")
+    run = create_run(Path(runs_dir), name or f"{images.name.replace(':', '-')}-{total}")
     described = {
         "name": images.name,
         "source": images.source,
@@ -216,12 +218,13 @@ def recorded_images(
     name. Raises FromzeroError when their fingerprints are not the recorded ones."""
     recorded = run.provenance["data"]
     source = Path(recorded["source"])
-    if images is None and recorded["name"] in NAMED:
+    name, _, count = recorded["name"].partition(":")
+    if images is None and name in NAMED:
         if data_dir is None and source.exists():
             data_dir = source if source.is_dir() else source.parent
         images = load_images(recorded["name"], data_dir=data_dir, offline=offline)
     elif images is None:
-        images = load_images(data_dir or source)
+        images = load_images(f"{data_dir or source}:{count}" if count else data_dir or source)
     if images.fingerprints != recorded["fingerprints"]:
         raise FromzeroError(
             f"{run.path}: the images at {images.source} are not those it was trained on (train fingerprint"

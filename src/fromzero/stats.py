@@ -86,7 +86,7 @@ def compare(arm: ArrayLike, against: ArrayLike, direction: Direction = "higher",
 def t_interval(differences: ArrayLike) -> Interval:
     """Student's 95 % interval of the mean of differences (n,)."""
     low, high = t_intervals(differences)
-    return Interval(float(np.mean(differences)), float(low), float(high))
+    return Interval(float(np.asarray(differences, float).mean()), float(low), float(high))
 
 
 def t_intervals(differences: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -134,15 +134,16 @@ def verdict(n: int, adjusted_p: float, favourable: bool) -> Verdict:
 def correlation(a: ArrayLike, b: ArrayLike) -> float:
     """Pearson's correlation of two arms over their common seeds; NaN where an arm does not vary. The standard
     deviation of a paired difference is √(2(1 - r)) times that of a run: at r = 0 pairing by seed bought nothing."""
-    x, y = (np.asarray(values, float) - np.mean(values) for values in (a, b))
+    x, y = np.asarray(a, float), np.asarray(b, float)
+    x, y = x - x.mean(), y - y.mean()
     scale = math.sqrt(float((x**2).sum() * (y**2).sum()))
     return float((x * y).sum() / scale) if scale > 0 else math.nan
 
 
 def power(effect: float, n: int, level: float = LEVEL) -> float:
     """Chance that the sign-flip test of n normal differences has p ≤ `level`, when their mean is `effect` standard
-    deviations from zero. Up to ten pairs simulated (4,000 studies, fixed seed); beyond, that of the t test, to which the
-    sign-flip test is then close, with the noncentral t of Abramowitz and Stegun, 26.7.10."""
+    deviations from zero. Up to ten pairs simulated (4,000 studies, fixed seed); beyond, that of the t test, to which
+    the sign-flip test is then close, with the noncentral t of Abramowitz and Stegun, 26.7.10."""
     if n <= SIMULATED_PAIRS:
         return float((sign_flip_p(_normal(n) + effect) <= level).mean())
     critical = float(stats.t.ppf(1 - level / 2, n - 1))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from fromzero.data.cifar import load_cifar, load_cifar10
@@ -22,7 +23,8 @@ NAMED = ("cifar10", "digits")  # data sets that are known by name
 def load_images(
     dataset: str | Path = "cifar10", *, data_dir: str | Path | None = None, offline: bool = False
 ) -> ImageSet:
-    """The image set called `dataset`: "cifar10", "digits", or the path of a CIFAR folder or archive.
+    """The image set called `dataset`: "cifar10", "digits", or the path of a CIFAR folder or archive; each may end in
+    `:N` for a fixed stratified N of its train images, as in "cifar10:10000".
 
     cifar10 is looked for under `data_dir`, under `FROMZERO_HOME` and where torchvision and Keras keep it, and is
     downloaded if it is nowhere and `offline` is not set. Raises InputError when there is no such data set, when a
@@ -35,5 +37,7 @@ def load_images(
             return load_digits()
         case path if os.path.exists(path):
             return load_cifar(Path(path))
+        case name if part := re.fullmatch(r"(.+):(\d{1,9})", name):
+            return load_images(part[1], data_dir=data_dir, offline=offline).subset(int(part[2]))
         case name:
             raise InputError(f"unknown data set {name!r}: not a path that exists{nearest(name, NAMED)}")

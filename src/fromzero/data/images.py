@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fromzero.errors import InputError
 from fromzero.rng import permutation
 
 RECORDS_AT_ONCE = 250  # of the fingerprint: small enough to stay in the processor's cache
@@ -55,6 +56,25 @@ class ImageSet:
     def order_digest(self) -> str:
         """SHA-256 (hex) over all images and labels in their order: splits and the order of training depend on it."""
         return order_digest(self.train, self.test)
+
+    def subset(self, count: int) -> ImageSet:
+        """The same with only about `count` of the train images, a fixed stratified choice (exactly `count` where it
+        divides evenly among the classes); the test images stay. Named `NAME:count`. Raises InputError when there are
+        not that many."""
+        if not 2 * self.num_classes <= count <= len(self.train):
+            raise InputError(
+                f"{self.name}:{count}: a part of the {len(self.train):,} train images has from {2 * self.num_classes}"
+                f" to {len(self.train)} of them"
+            )
+        train = self.train
+        if count < len(train):
+            train = train.take(stratified_split(train.labels, count / len(train), "subset")[1])
+        return replace(
+            self,
+            name=f"{self.name}:{count}",
+            train=train,
+            fingerprints=self.fingerprints | {"train": train.fingerprint()},
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

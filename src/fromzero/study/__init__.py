@@ -1,0 +1,1 @@
+"""Studies: arms × seeds, where their cells run, and what the runs say."""

@@ -1,0 +1,190 @@
+"""A cell: one arm with one seed, an ordinary run in its own folder.
+
+`train_cell` does what is still to be done for it and nothing more: a finished cell is left alone, a broken one goes on
+to the bit, one whose recipe has changed is set aside (kept, not counted) and trained anew.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fromzero import machine, sessions
+from fromzero.data import ImageSet
+from fromzero.errors import FromzeroError
+from fromzero.evaluate import evaluate
+from fromzero.files import write_atomically
+from fromzero.recipe import Recipe
+from fromzero.runs import Run
+from fromzero.study.definition import differing_fields
+from fromzero.training import Data, Training
+
+OUTCOMES = "val-correct.bin"  # one byte for each validation image: 1 when it was right
+LOCK_SECONDS = 60.0  # how long a writer whose study was killed may take to save and go
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed. `after`: the cell whose last weights it starts from; `keep_weights`: whether its
+    checkpoints stay once it has ended; `work`: roughly how long it takes, in arbitrary units."""
+
+    arm: str
+    seed: int
+    path: Path
+    recipe: Recipe
+    after: Path | None = None
+    keep_weights: bool = False
+    work: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how the cells of a study compute."""
+
+    dataset: str
+    data_dir: Path | None = None
+    offline: bool = False
+    device: str = "auto"
+    threads: int | None = None
+
+
+def is_finished(cell: Cell, images: ImageSet) -> bool:
+    """Whether the cell has ended, with this recipe, these images and this start."""
+    return (cell.path / "recipe.toml").is_file() and not _differences(cell, images) and _has_ended(cell)
+
+
+def train_cell(
+    cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str], None] = lambda line: None
+) -> Iterator[float]:
+    """Train a cell to its end, yielding the share that is done. Raises what a training raises; StoppedError when asked
+    to stop, the cell saved. `note` is told what a user should know."""
+    yield 0.0
+    if not is_finished(cell, images):
+        with closing(_begun(cell, images, setting, note)) as training:
+            steps = training.recipe.epochs * training.steps_per_epoch
+            for progress in training:
+                yield min(progress.counters.step / steps, 0.999)
+    if not (cell.path / OUTCOMES).exists():
+        _record_outcomes(cell, images)
+    if not cell.keep_weights:
+        shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
+    yield 1.0
+
+
+def read_outcomes(run: Run) -> np.ndarray | None:
+    """Whether each validation image was right after the last epoch, bool (N,), or None where that is not recorded."""
+    try:
+        return np.frombuffer((run.path / OUTCOMES).read_bytes(), np.uint8) == 1
+    except OSError:
+        return None
+
+
+def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str], None]) -> Training:
+    """The cell's training, gone on with where that can be done exactly, else new."""
+    if (cell.path / "recipe.toml").is_file():
+        _wait_for_writer(Run(cell.path))
+        if reasons := _differences(cell, images):
+            note(f"{cell.name}: {'; '.join(reasons)}: trained anew, the old run is {_set_aside(cell).name}")
+        else:
+            try:
+                return sessions.resumed_training(Run(cell.path), images)
+            except FromzeroError as error:
+                if _has_ended(cell):
+                    raise
+                why = str(error).removeprefix(f"{cell.path}: ").partition(", so the result")[0]
+                note(f"{cell.name}: {why}: begun again, what there was is {_set_aside(cell).name}")
+    elif cell.path.exists():  # killed before it was a run
+        shutil.rmtree(cell.path)
+    if cell.after is not None and not ((cell.after / "recipe.toml").is_file() and Run(cell.after).summary):
+        raise FromzeroError(f"{cell.after.name}, from whose weights it starts, has not ended")
+    return sessions.new_training(
+        cell.recipe,
+        images,
+        runs_dir=cell.path.parent,
+        name=cell.name,
+        start_from=None if cell.after is None else Run(cell.after),
+        device=setting.device,
+        threads=setting.threads,
+        keep=1,
+    )
+
+
+def _has_ended(cell: Cell) -> bool:
+    return Run(cell.path).summary is not None
+
+
+def _differences(cell: Cell, images: ImageSet) -> list[str]:
+    """Why the run in the cell's folder is not the one that the study asks for; empty when it is."""
+    run = Run(cell.path)
+    recipe, provenance = run.recipe, run.provenance
+    reasons = []
+    changed = differing_fields(recipe, cell.recipe)
+    if changed:
+        reasons.append(f"its recipe has changed ({', '.join(f'{path} is {value}' for path, value in changed.items())})")
+    if recipe.seed != cell.seed:
+        reasons.append("it has another seed")
+    if provenance["data"]["fingerprints"] != images.fingerprints:
+        reasons.append("it was trained on other images")
+    if _origin(provenance) != (cell.after.name if cell.after else None):
+        reasons.append("it started from other weights")
+    elif cell.after is not None and Run(cell.after).provenance["started"] > provenance["started"]:
+        reasons.append(f"{cell.after.name}, from which it starts, is newer")
+    return reasons
+
+
+def _origin(provenance: dict[str, Any]) -> str | None:
+    origin = provenance["from"]
+    return Path(origin["run"]).name if origin else None
+
+
+def _set_aside(cell: Cell) -> Path:
+    """Move the cell's folder out of the way, to where nothing counts it; returns its new place."""
+    folder = cell.path.parent.with_name("set-aside")
+    folder.mkdir(exist_ok=True)
+    number = 1
+    while (target := folder / f"{cell.name}-{number}").exists():
+        number += 1
+    cell.path.rename(target)
+    return target
+
+
+def _wait_for_writer(run: Run) -> None:
+    """Until nobody writes to the run: a worker whose study was killed notices, saves and goes."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            with run.lock():
+                return
+        except FromzeroError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _record_outcomes(cell: Cell, images: ImageSet) -> None:
+    """Score the validation images once more with the last weights and keep which were right. Left out where the weights
+    are gone or do not give the recorded accuracy: an interval can be done without, a wrong one not."""
+    run = Run(cell.path)
+    recorded = run.provenance["machine"]
+    here = machine.prepare(recorded["precision"], device=recorded["device"], threads=recorded["threads"])
+    try:
+        network = sessions.load_network(run, images, here)
+    except FromzeroError:
+        return
+    data = Data.of(cell.recipe, images, here.device)
+    outcomes = evaluate(network, *data.validation, data.normalise, here)
+    summary = run.summary or {}
+    if outcomes.accuracy == summary["val/accuracy"]:
+        right = (outcomes.predictions == outcomes.labels).cpu().numpy()
+        write_atomically(run.path / OUTCOMES, right.astype(np.uint8).tobytes())

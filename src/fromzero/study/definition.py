@@ -1,0 +1,396 @@
+"""A study as data: one claim, arms that differ in named recipe fields, comparisons, seeds and a scale.
+
+A study is read from TOML and resolved completely before anything runs: every arm is a whole recipe. What does not fit
+is an InputError that names the file and the line.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import pydantic
+from pydantic import Field
+
+from fromzero.errors import InputError, nearest
+from fromzero.recipe import Recipe, field_types, load_recipe
+from fromzero.stats import Direction
+
+METRICS = {  # what a row of metrics records, and what follows from it: key → whether it is a share (shown in points)
+    "val/accuracy": True,
+    "val/loss": False,
+    "train/accuracy": True,
+    "train/loss": False,
+    "train/running_accuracy": True,
+    "train/running_loss": False,
+    "generalisation_gap": True,  # train/accuracy - val/accuracy
+}
+DATA_FIELDS = ("dataset", "seed", "clean_train_images", "validation.source", "validation.fraction")
+CLAIM = "claim"
+Refuse = Callable[[tuple[str, ...], str], NoReturn]  # (where in the file, what is wrong there)
+TUNING_SEEDS_FROM = 1000  # far from the seeds 0, 1, 2 … of the arms
+
+
+class Contrast(NamedTuple):
+    """One comparison of two arms. Holm's correction goes over those of one `group`; the group "claim" decides."""
+
+    arm: str
+    against: str
+    metric: str
+    direction: Direction
+    margin: float
+    group: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: a whole recipe (seed 0), what it changes against the first arm, and the arm, if any, from whose
+    last weights (same seed) it starts."""
+
+    name: str
+    recipe: Recipe
+    changes: dict[str, Any]
+    after: str | None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A sweep: for each arm equally many values of one field, each trained with `seeds` seeds of their own."""
+
+    field: str
+    values: dict[str, tuple[float, ...]]
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study at one scale. `text` is the file, `lines` say where in it a dotted path stands."""
+
+    name: str
+    claim: str
+    notes: str
+    remark: str
+    metric: str
+    arms: dict[str, Arm]
+    contrasts: tuple[Contrast, ...]
+    seeds: int
+    scale: str
+    tuning: Tuning | None
+    base: Recipe
+    text: str
+    label: str
+
+    def refuse(self, path: tuple[str, ...], message: str) -> NoReturn:
+        """Raise the InputError that names the line where `path` stands in the file."""
+        refuse(self.label, lines_of(self.text), path, message)
+
+
+class _Table(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class _Comparison(_Table):
+    arm: str
+    against: str | None = None
+    metric: str | None = None
+    direction: Direction | None = None
+    margin: float | None = Field(None, ge=0)
+    group: str = CLAIM
+
+
+class _Tuning(_Table):
+    field: str = "optimizer.learning_rate"
+    values: dict[str, tuple[float, ...]]
+    seeds: int = Field(2, ge=1, le=1000)
+
+
+class _File(_Table):
+    claim: str = Field(min_length=1)
+    notes: str = ""
+    remark: str = ""
+    base: str
+    metric: str = "val/accuracy"
+    direction: Direction = "higher"
+    margin: float = Field(0.0, ge=0)
+    recipe: dict[str, Any] = {}
+    arms: dict[str, dict[str, Any]]
+    comparisons: tuple[_Comparison, ...] = ()
+    scale: dict[str, dict[str, Any]]
+    tuning: _Tuning | None = None
+
+
+def study_names() -> list[str]:
+    """Names of the studies that come with fromzero."""
+    folder = resources.files("fromzero") / "studies"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def load_study(
+    source: str | Path,
+    scale: str = "screen",
+    *,
+    seeds: int | None = None,
+    name: str | None = None,
+    base: Recipe | None = None,
+    label: str | None = None,
+) -> Study:
+    """The built-in study of that name, or the one in that TOML file, at one of its scales.
+
+    seeds: how many, instead of the scale's; name, base, label: instead of the file's (a study that has run keeps
+    copies; the label is what the user called it). Raises InputError, naming file and line, for anything that does not
+    fit.
+    """
+    text, read_from = _read(source)
+    label = label or read_from
+    lines = lines_of(text)
+    try:
+        tree = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{label}: not valid TOML: {error}") from None
+    try:
+        file = _File.model_validate(tree)
+    except pydantic.ValidationError as error:
+        _refuse_first(label, lines, error)
+
+    def wrong(path: tuple[str, ...], message: str) -> NoReturn:
+        refuse(label, lines, path, message)
+
+    if scale not in file.scale:
+        wrong(("scale",), f"no scale {scale!r}{nearest(scale, file.scale)}")
+    if base is None:
+        beside = Path(source).parent / file.base
+        try:
+            base = load_recipe(beside if beside.is_file() else file.base)
+        except InputError as error:
+            wrong(("base",), str(error))
+    name = name or Path(source).stem
+    settings = dict(file.scale[scale])
+    images, scale_arms = settings.pop("images", None), settings.pop("arms", {})
+    if seeds is None:
+        seeds = settings.pop("seeds", None)
+        if type(seeds) is not int or seeds < 2:
+            wrong(
+                ("scale", scale, "seeds"), f"seeds: expected a number from 2 on, found {seeds!r}: one run says nothing"
+            )
+    elif seeds < 2:
+        raise InputError(f"--seeds: {seeds} is less than 2: one run says nothing")
+    settings.pop("seeds", None)
+    common = _overridden(base, file.recipe, ("recipe",), wrong)
+    common = _overridden(common, settings, ("scale", scale), wrong)
+    if images is not None:
+        if type(images) is not int or images < 1:
+            wrong(("scale", scale, "images"), f"images: expected a number of train images, found {images!r}")
+        common = common.override({"dataset": f"{common.dataset}:{images}"})
+    arms = _arms(name, file.arms, scale_arms, scale, common, wrong)
+    _refuse_unfair(arms, wrong)
+    if file.metric not in METRICS:
+        wrong(("metric",), _unknown_metric(file.metric))
+    study = Study(
+        name=name,
+        claim=file.claim,
+        notes=file.notes,
+        remark=file.remark,
+        metric=file.metric,
+        arms=arms,
+        contrasts=_contrasts(file, arms, wrong),
+        seeds=seeds,
+        scale=scale,
+        tuning=_tuning(file.tuning, arms, wrong),
+        base=base,
+        text=text,
+        label=label,
+    )
+    return study
+
+
+def lines_of(text: str) -> dict[tuple[str, ...], int]:
+    """Line number (from 1) of every table and key of a TOML text by its path; the n-th table of an array of tables has
+    the number n in its path."""
+    found: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    counts: dict[tuple[str, ...], int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\[\s*([^\]]+?)\s*\]\]", line):
+            array = tuple(_path(header[1]))
+            table = (*array, str(counts.get(array, 0)))
+            counts[array] = counts.get(array, 0) + 1
+            found.setdefault(array, number)
+        elif header := re.match(r"\s*\[\s*([^\]\[]+?)\s*\]\s*(#.*)?$", line):
+            table = tuple(_path(header[1]))
+        elif key := re.match(r"\s*((?:[\w-]+|\"[^\"]*\"|'[^']*')(?:\s*\.\s*(?:[\w-]+|\"[^\"]*\"|'[^']*'))*)\s*=", line):
+            found.setdefault((*table, *_path(key[1])), number)
+            continue
+        else:
+            continue
+        found.setdefault(table, number)
+    return found
+
+
+def refuse(label: str, lines: Mapping[tuple[str, ...], int], path: tuple[str, ...], message: str) -> NoReturn:
+    """Raise an InputError with the line of `path`, or of the nearest table around it that has one."""
+    below = [line for known, line in lines.items() if known[: len(path)] == path]
+    while path and path not in lines and not below:
+        path = path[:-1]
+        below = [line for known, line in lines.items() if path and known[: len(path)] == path]
+    line = lines.get(path, min(below, default=0))
+    raise InputError(f"{label}, line {line}: {message}" if line else f"{label}: {message}")
+
+
+def _read(source: str | Path) -> tuple[str, str]:
+    name = str(source)
+    if name in study_names():
+        return (resources.files("fromzero") / "studies" / f"{name}.toml").read_text("utf-8"), name
+    path = Path(source)
+    if path.suffix == ".toml" or path.is_file():
+        try:
+            return path.read_text("utf-8"), name
+        except (OSError, ValueError) as error:
+            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
+            raise InputError(f"study file {name!r}: {reason}") from None
+    raise InputError(f"unknown study {name!r}{nearest(name, study_names())} (or give a .toml file)")
+
+
+def _path(dotted: str) -> list[str]:
+    """The parts of a dotted TOML key."""
+    return [part.strip().strip("\"'") for part in re.findall(r"\"[^\"]*\"|'[^']*'|[^.]+", dotted)]
+
+
+def _refuse_first(label: str, lines: Mapping[tuple[str, ...], int], error: pydantic.ValidationError) -> NoReturn:
+    first = error.errors()[0]
+    path = tuple(str(part) for part in first["loc"])
+    shown = ".".join(path)
+    if first["type"] == "missing":
+        refuse(label, lines, path[:-1], f"{shown!r} is missing")
+    if first["type"] == "extra_forbidden":
+        inner: dict[str, type[_Table]] = {"comparisons": _Comparison, "tuning": _Tuning}
+        model = inner.get(path[0], _File) if len(path) > 1 else _File
+        refuse(label, lines, path, f"unknown key {shown!r}{nearest(path[-1], model.model_fields)}")
+    message = first["msg"]
+    refuse(label, lines, path, f"{shown}: {first['input']!r}: {message[0].lower()}{message[1:]}")
+
+
+def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of every leaf, dotted keys taken apart."""
+    for key, value in tree.items():
+        here = (*path, *key.split("."))
+        if isinstance(value, dict):
+            yield from _flat(value, here)
+        else:
+            yield here, value
+
+
+def _overridden(recipe: Recipe, tree: Mapping[str, Any], where: tuple[str, ...], wrong: Refuse) -> Recipe:
+    """`recipe` with the fields of a table changed; complaints name the line of the field."""
+    changes = {".".join(path): value for path, value in _flat(tree)}
+    for path in changes:
+        if path not in field_types():
+            wrong((*where, *path.split(".")), f"unknown recipe field {path!r}{nearest(path, field_types())}")
+    try:
+        return recipe.override(changes)
+    except InputError as error:
+        said = str(error).removeprefix("recipe: ")
+        named = next((p for p in changes if said.startswith(f"{p}:") or p.rpartition(".")[2] in said), "")
+        wrong((*where, *named.split(".")) if named else where, said)
+
+
+def _arms(
+    study: str, tables: Mapping[str, Any], scale_tables: Any, scale: str, common: Recipe, wrong: Refuse
+) -> dict[str, Arm]:
+    if len(tables) < 2:
+        wrong(("arms",), f"a study compares arms: expected two at least, found {len(tables)}")
+    if not isinstance(scale_tables, dict) or not all(isinstance(table, dict) for table in scale_tables.values()):
+        wrong(("scale", scale, "arms"), "arms: expected a table for each arm")
+    for name in scale_tables:
+        if name not in tables:
+            wrong(("scale", scale, "arms", name), f"no arm {name!r}{nearest(name, tables)}")
+    recipes: dict[str, Recipe] = {}
+    arms: dict[str, Arm] = {}
+    for name, table in tables.items():
+        if not re.fullmatch(r"[\w.+-]+", name):
+            wrong(("arms", name), f"arm {name!r}: a name has letters, digits, '-', '_', '+' and '.' only")
+        differences = dict(table)
+        like, after = differences.pop("like", None), differences.pop("after", None)
+        for key, value in (("like", like), ("after", after)):
+            if value is not None and value not in arms:
+                wrong(("arms", name, key), f"{key}: no arm {value!r} above{nearest(str(value), arms)}")
+        recipe = recipes[like] if like else common
+        recipe = _overridden(recipe, differences, ("arms", name), wrong)
+        recipe = _overridden(recipe, scale_tables.get(name, {}), ("scale", scale, "arms", name), wrong)
+        recipes[name] = recipe
+        first = next(iter(recipes.values()))
+        twin = next((a for a in arms.values() if recipes[a.name] == recipe and a.after == after), None)
+        if twin:
+            wrong(("arms", name), f"arm {name!r} is equal to arm {twin.name!r}: nothing to compare")
+        changes = differing_fields(first, recipe)
+        arms[name] = Arm(name, recipe.override({"name": f"{study}: {name}", "seed": 0}), changes, after)
+    return arms
+
+
+def differing_fields(one: Recipe, two: Recipe) -> dict[str, Any]:
+    """Dotted path → value in `two` of every field in which two recipes differ, name and seed left aside."""
+    a, b = (dict((".".join(path), value) for path, value in _flat(r.model_dump())) for r in (one, two))
+    return {path: value for path, value in b.items() if a[path] != value and path not in ("name", "seed")}
+
+
+def _refuse_unfair(arms: Mapping[str, Arm], wrong: Refuse) -> None:
+    for arm in arms.values():
+        for field in DATA_FIELDS:
+            if field in arm.changes:
+                wrong(
+                    ("arms", arm.name, *field.split(".")),
+                    f"arm {arm.name!r} has other data than the first arm ({field}): arms are compared on the same"
+                    " images and seeds; put the field under [recipe]",
+                )
+
+
+def _contrasts(file: _File, arms: Mapping[str, Arm], wrong: Refuse) -> tuple[Contrast, ...]:
+    first, *others = arms
+    given = file.comparisons or tuple(_Comparison(arm=name) for name in others)
+    contrasts = []
+    for number, row in enumerate(given):
+        here = ("comparisons", str(number))
+        against = row.against or first
+        for key, name in (("arm", row.arm), ("against", against)):
+            if name not in arms:
+                wrong((*here, key), f"{key}: no arm {name!r}{nearest(name, arms)}")
+        if row.arm == against:
+            wrong((*here, "arm"), f"arm {row.arm!r} is compared with itself")
+        metric = row.metric or file.metric
+        if metric not in METRICS:
+            wrong((*here, "metric"), _unknown_metric(metric))
+        margin = file.margin if row.margin is None else row.margin
+        contrasts.append(Contrast(row.arm, against, metric, row.direction or file.direction, margin, row.group))
+    if not any(contrast.group == CLAIM for contrast in contrasts):
+        wrong(("comparisons",), f"no comparison is of the group {CLAIM!r}, which decides")
+    return tuple(contrasts)
+
+
+def _tuning(table: _Tuning | None, arms: Mapping[str, Arm], wrong: Refuse) -> Tuning | None:
+    if table is None:
+        return None
+    if table.field not in field_types():
+        wrong(("tuning", "field"), f"unknown recipe field {table.field!r}{nearest(table.field, field_types())}")
+    for name in table.values:
+        if name not in arms:
+            wrong(("tuning", "values", name), f"no arm {name!r}{nearest(name, arms)}")
+    missing = [name for name in arms if name not in table.values]
+    if missing:
+        wrong(("tuning", "values"), f"no values for arm {missing[0]!r}: every arm gets the same budget")
+    lengths = {len(values) for values in table.values.values()}
+    if len(lengths) > 1 or min(lengths) < 2:
+        wrong(("tuning", "values"), "every arm gets the same budget: equally many values, two at least")
+    for name, values in table.values.items():
+        for value in values:
+            _overridden(arms[name].recipe, {table.field: value}, ("tuning", "values", name), wrong)
+    return Tuning(table.field, {name: tuple(sorted(table.values[name])) for name in arms}, table.seeds)
+
+
+def _unknown_metric(metric: str) -> str:
+    if metric.startswith("test/"):
+        return f"{metric}: test figures decide nothing; they are shown beside. Known: {', '.join(METRICS)}"
+    return f"no run records {metric!r}{nearest(metric, METRICS)}"

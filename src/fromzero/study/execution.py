@@ -1,0 +1,301 @@
+"""Carrying a study out: which cells there are, which are still to be trained, and the folder they live in.
+
+runs/studies/NAME-SCALE/     -tuned added for a study whose arms were tuned first
+  study.toml, base.toml      the study and its base recipe, as they were run
+  study.json                 scale, number of seeds, time spent
+  cells/ARM-seedN/           an ordinary run for each arm and seed
+  tuning/ARM-VALUE-seedN/    the runs of the sweep
+  failures.json              cells that failed, and why
+  set-aside/                 runs of earlier versions of the study; they count no more
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import numpy as np
+import torch
+
+from fromzero.data import ImageSet, load_images, stratified_split
+from fromzero.errors import FromzeroError, InputError, StoppedError
+from fromzero.files import write_atomically
+from fromzero.machine import MAX_THREADS
+from fromzero.networks import num_multiply_adds
+from fromzero.recipe import Recipe
+from fromzero.runs import Run
+from fromzero.study.cells import Cell, Setting, is_finished
+from fromzero.study.definition import TUNING_SEEDS_FROM, Study
+from fromzero.study.pools import Event, on_ray, on_this_machine, usable_cores
+from fromzero.training import check_image_set
+
+Place = Literal["local", "ray"]
+
+# What a forward pass costs an image besides multiplications, and a cell besides images, in multiply-adds: rough, as
+# they serve the estimate of the time left only.
+OVERHEAD_IMAGE, OVERHEAD_CELL = 4_000_000, 20_000_000_000
+
+
+@dataclass
+class Execution:
+    """A study about to be carried out. Iterate over it: it yields what happens to its cells, and leaves their runs in
+    `folder`. Raises StoppedError when asked to stop, every cell saved."""
+
+    study: Study
+    folder: Path
+    images: ImageSet
+    setting: Setting
+    jobs: int
+    place: Place
+    tuned: bool
+    keep_weights: bool = False
+    best: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """A cell for each arm and seed, seed by seed; the arms at their best values once those are known."""
+        starts = {arm.after for arm in self.study.arms.values()}
+        found = []
+        for seed in range(self.study.seeds):
+            for arm in self.study.arms.values():
+                recipe = arm.recipe.override({"seed": seed} | self._best_of(arm.name))
+                path = self.folder / "cells" / cell_name(arm.name, seed)
+                after = None if arm.after is None else path.with_name(cell_name(arm.after, seed))
+                keep = self.keep_weights or arm.name in starts
+                found.append(Cell(arm.name, seed, path, recipe, after, keep, self._work(recipe)))
+        return found
+
+    @property
+    def trials(self) -> list[Cell]:
+        """A cell for each arm, value and seed of the sweep; none when the arms are not to be tuned."""
+        tuning, found = self.study.tuning, []
+        if not self.tuned or tuning is None:
+            return []
+        for seed in range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + tuning.seeds):
+            for arm in self.study.arms.values():
+                for value in tuning.values[arm.name]:
+                    recipe = arm.recipe.override({"seed": seed, tuning.field: value})
+                    path = self.folder / "tuning" / trial_name(arm.name, value, seed)
+                    found.append(Cell(arm.name, seed, path, recipe, work=self._work(recipe)))
+        return found
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every cell has ended."""
+        return not self._open(self.cells)
+
+    def __iter__(self) -> Iterator[Event]:
+        with self._alone():
+            self._write_description()
+            began = time.monotonic()
+            try:
+                yield from self._run(self.trials)
+                if self.tuned:
+                    self.best = best_values(self.study, self.folder)
+                yield from self._run(self.cells)
+            except StoppedError as stopped:
+                number = stopped.exit_code - 128
+                message = f"stopped; every cell is saved; the same command goes on: {self.command}"
+                raise StoppedError(message, number) from None
+            finally:
+                self._write_description(time.monotonic() - began)
+
+    @property
+    def command(self) -> str:
+        """What to type to do this again, or to go on with it."""
+        return command(self.study.label, self.study.scale, self.study.seeds, self.tuned)
+
+    def _run(self, cells: Sequence[Cell]) -> Iterator[Event]:
+        waiting = self._open(cells)
+        for cell in cells:
+            if cell not in waiting:
+                self._note_failure(cell, None)
+                yield Event("finished", cell, 1.0, "done before")
+        if not waiting:
+            return
+        waiting[0].path.parent.mkdir(exist_ok=True)
+        if self.place == "ray":
+            events = on_ray(waiting, self.setting)
+        else:
+            events = on_this_machine(waiting, self.setting, self.jobs, self.folder / "workers.log")
+        for event in events:
+            if event.kind in ("failed", "finished"):
+                self._note_failure(event.cell, event.text or None)
+            yield event
+
+    def _open(self, cells: Sequence[Cell]) -> list[Cell]:
+        def is_open(cell: Cell) -> bool:
+            try:
+                return not is_finished(cell, self.images)
+            except FromzeroError:  # damaged: whoever trains it says how
+                return True
+
+        return [cell for cell in cells if is_open(cell)]
+
+    def _best_of(self, arm: str) -> dict[str, float]:
+        return {self.study.tuning.field: self.best[arm]} if self.study.tuning and arm in self.best else {}
+
+    def _work(self, recipe: Recipe) -> float:
+        size = num_multiply_adds(recipe.network, self.images.image_shape, self.images.num_classes) + OVERHEAD_IMAGE
+        train, validation = _split_sizes(recipe, self.images)
+        clean = min(recipe.clean_train_images, train)
+        each_epoch = 3 * train + validation + clean  # the backward pass costs twice the forward one
+        return float(size * (recipe.epochs * each_epoch + len(self.images.test) + validation) + OVERHEAD_CELL)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the right to write to the study's folder."""
+        lock = filelock.FileLock(self.folder / "lock", timeout=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except filelock.Timeout:
+            raise FromzeroError(f"{self.folder}: another process carries this study out; wait for it") from None
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be written: {error.strerror}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _write_description(self, seconds: float = 0.0) -> None:
+        write_atomically(self.folder / "study.toml", self.study.text.encode())
+        write_atomically(self.folder / "base.toml", self.study.base.to_toml().encode())
+        before = read_json(self.folder / "study.json").get("seconds", 0.0)
+        content = {
+            "name": self.study.name,
+            "label": self.study.label,
+            "scale": self.study.scale,
+            "seeds": self.study.seeds,
+            "tuned": self.tuned,
+            "place": self.place,
+            "jobs": self.jobs,
+            "image_shape": self.images.image_shape,
+            "num_classes": self.images.num_classes,
+            "train_images": len(self.images.train),
+            "seconds": round(before + seconds, 1),
+        }
+        write_atomically(self.folder / "study.json", (json.dumps(content, indent=2) + "\n").encode())
+
+    def _note_failure(self, cell: Cell, why: str | None) -> None:
+        path = self.folder / "failures.json"
+        failures = read_json(path)
+        if failures.get(cell.name) != why:
+            kept = {name: text for name, text in failures.items() if name != cell.name}
+            content = kept if why is None else kept | {cell.name: why}
+            write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def prepare_study(
+    study: Study,
+    *,
+    runs_dir: Path = Path("runs"),
+    jobs: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    place: Place = "local",
+    tune: bool = False,
+    keep_weights: bool = False,
+    data_dir: Path | None = None,
+    offline: bool = False,
+) -> Execution:
+    """Check everything that can be checked before a cell runs. Raises InputError, with the line of the study's file.
+
+    jobs: cells at a time, by default one a core (one on a GPU); threads: of each, by default one on a processor.
+    """
+    if tune and study.tuning is None:
+        raise InputError(f"{study.label}: --tune needs a [tuning] table, and it has none")
+    for option, value, most in (("--jobs", jobs, 1024), ("--threads", threads, MAX_THREADS)):
+        if value is not None and not 1 <= value <= most:
+            raise InputError(f"{option}: {value} is not from 1 to {most}")
+    dataset = next(iter(study.arms.values())).recipe.dataset
+    images = load_images(dataset, data_dir=data_dir, offline=offline)
+    for arm in study.arms.values():
+        try:
+            check_image_set(arm.recipe, images)
+            num_multiply_adds(arm.recipe.network, images.image_shape, images.num_classes)
+        except InputError as error:
+            study.refuse(("arms", arm.name), f"arm {arm.name!r}: {error}")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    cores = len(usable_cores())
+    jobs = jobs or (1 if on_gpu else max(1, cores // (threads or 1)))
+    threads = threads or (max(1, cores // jobs) if on_gpu else 1)
+    setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device or "auto", threads)
+    folder = runs_dir.resolve() / "studies" / f"{study.name}-{study.scale}{'-tuned' if tune else ''}"
+    return Execution(study, folder, images, setting, jobs, place, tune, keep_weights)
+
+
+def command(label: str, scale: str, seeds: int, tuned: bool) -> str:
+    """The command line that carries a study out."""
+    return f"fromzero study {label} --scale {scale} --seeds {seeds}{' --tune' if tuned else ''}"
+
+
+def cell_name(arm: str, seed: int) -> str:
+    """The folder of an arm's run with that seed."""
+    return f"{arm}-seed{seed}"
+
+
+def trial_name(arm: str, value: float, seed: int) -> str:
+    """The folder of a run of the sweep."""
+    return f"{arm}-{value:g}-seed{seed}"
+
+
+def sweep(study: Study, folder: Path) -> dict[str, dict[float, list[float | None]]]:
+    """Arm → value → validation accuracy after the last epoch for each tuning seed, None where a run failed or is not
+    there."""
+    tuning = study.tuning
+    if tuning is None:
+        return {}
+
+    def score(arm: str, value: float, seed: int) -> float | None:
+        run = Run(folder / "tuning" / trial_name(arm, value, seed))
+        summary = run.summary if (run.path / "recipe.toml").is_file() else None
+        return None if summary is None else float(summary["val/accuracy"])
+
+    seeds = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + tuning.seeds)
+    return {
+        arm: {value: [score(arm, value, seed) for seed in seeds] for value in values}
+        for arm, values in tuning.values.items()
+    }
+
+
+def best_values(study: Study, folder: Path) -> dict[str, float]:
+    """Arm → the value with the best mean validation accuracy; a value with which a run failed is out. Raises
+    FromzeroError when that leaves none."""
+    found = {}
+    for arm, scores in sweep(study, folder).items():
+        means = {value: np.mean(row) for value, row in scores.items() if None not in row}  # type: ignore[arg-type]
+        if not means:
+            raise FromzeroError(
+                f"{folder}: with no value of the sweep did all runs of arm {arm!r} end; see failures.json"
+            )
+        found[arm] = max(means, key=lambda value: means[value])
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in that file; empty when there is none. Raises FromzeroError when it is damaged."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise FromzeroError(f"{path}: damaged: {error}") from None
+    except OSError as error:
+        raise FromzeroError(f"{path}: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise FromzeroError(f"{path}: damaged: expected an object")
+    return content
+
+
+def _split_sizes(recipe: Recipe, images: ImageSet) -> tuple[int, int]:
+    if recipe.validation.source == "test":
+        return len(images.train), len(images.test)
+    kept, held = stratified_split(images.train.labels, recipe.validation.fraction, "validation")
+    return len(kept), len(held)

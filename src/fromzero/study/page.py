@@ -1,0 +1,291 @@
+"""The lessons as a page: claim, arms, picture, comparisons and verdict of each, from the run folders alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fromzero import stats
+from fromzero.errors import InputError
+from fromzero.files import write_atomically
+from fromzero.study.definition import CLAIM, METRICS, TUNING_SEEDS_FROM, Study, load_study, study_names
+from fromzero.study.results import ArmResult, ContrastResult, Result, claimed, figure, unit
+
+COLORS = ("#1f4e9c", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd")
+MOST_CURVES = len(COLORS)  # arms beyond which curves would only hide each other
+
+HOW_TO_READ = """\
+Each lesson of the notes was seen once, in one run. Here each is a claim that could fail: arms that differ in what the
+claim names and in nothing else, on the same images, with the same seeds.
+
+- **Figures** are of the last epoch, on validation images held out of the train images. Best-epoch figures are chosen
+  among many and flatter; they stand in a column of their own. Test figures stand beside and decide nothing.
+- **±** is the standard deviation over seeds. A **difference** is the mean over pairs of runs with the same seed, with
+  Student's 95 % interval over seeds. *New images* is the interval for other seeds and other images of the same kind.
+- **p** is that of the exact two-sided sign-flip test, adjusted by Holm where a claim has several comparisons. The
+  verdict is *supported* or *contradicted*, by the sign, when that p is 0.05 or less, else *undecided*. With fewer than
+  six pairs it is always undecided; with six, only all six pairs on one side settle anything.
+- **Correlation** says what pairing by seed bought: at 0 nothing. **Seen** is the smallest true difference that so many
+  pairs find four times out of five. **To settle** is how many more seeds would find a difference of the size seen;
+  seeds added after looking make p too small, so start anew with that many.
+"""
+
+
+def write_lessons(results: Sequence[Result], path: Path) -> None:
+    """Write the page, and its pictures into a folder of the same name beside it. Raises InputError when it cannot be
+    written."""
+    pictures = path.with_suffix("")
+    names = [*study_names(), *dict.fromkeys(r.study.name for r in results if r.study.name not in study_names())]
+    parts = ["# The notes' lessons as experiments\n\n" + HOW_TO_READ, _overview(names, results)]
+    try:
+        pictures.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            parts.append(_lesson(name, [r for r in results if r.study.name == name], pictures))
+        write_atomically(path, "\n".join(parts).encode())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def draw_result(result: Result, path: Path) -> None:
+    """The claim's metric over the epochs (mean and range of the seeds), where the arms are few, and the differences
+    with their pairs and intervals, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    curves = len(result.arms) <= MOST_CURVES
+    rows = len(result.contrasts)
+    picture = Figure(figsize=(9 if curves else 7, max(2.6, 0.9 + 0.36 * rows)), layout="constrained")
+    axes = picture.subplots(1, 2 if curves else 1, squeeze=False)[0]
+    if curves:
+        metric = result.study.metric
+        scale = 100 if METRICS[metric] else 1
+        for color, arm in zip(COLORS, result.arms.values(), strict=False):
+            if not arm.runs:
+                continue
+            values = scale * arm.curves(metric)
+            epochs = np.arange(1, values.shape[1] + 1)
+            axes[0].fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
+            marker = "o" if len(epochs) == 1 else None
+            axes[0].plot(epochs, values.mean(0), color=color, lw=1.6, label=arm.arm.name, marker=marker)
+        axes[0].set_xlabel("epoch")
+        axes[0].set_ylabel(f"{metric}{' (%)' if METRICS[metric] else ' (nats)'}")
+        axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axes[0].get_legend_handles_labels()[0]:
+            axes[0].legend(fontsize=8, frameon=False)
+    _draw_differences(axes[-1], result.contrasts)
+    for one in axes:
+        one.grid(alpha=0.25)
+        one.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    picture.savefig(buffer, dpi=80, metadata={"Software": None})
+    write_atomically(path, buffer.getvalue())
+
+
+def _draw_differences(axes: object, contrasts: Sequence[ContrastResult]) -> None:
+    from matplotlib.axes import Axes
+
+    assert isinstance(axes, Axes)
+    heights = range(len(contrasts), 0, -1)
+    for height, found in zip(heights, contrasts, strict=True):
+        scale = 100 if METRICS[found.contrast.metric] else 1
+        pairs = [scale * d for d in found.pairs.values()]
+        color = COLORS[0] if found.contrast.group == CLAIM else "#777777"
+        axes.plot(pairs, [height] * len(pairs), "|", color=color, ms=9, alpha=0.6)
+        if found.comparison is not None:
+            mean, low, high = (scale * x for x in found.comparison.difference)
+            axes.plot([low, high], [height, height], color=color, lw=2)
+            axes.plot(mean, height, "o", color=color, ms=5)
+    axes.axvline(0, color="#333333", lw=0.8)
+    labels = [f"{c.contrast.arm} − {c.contrast.against}" for c in contrasts]
+    axes.set_yticks(list(heights), labels, fontsize=8)
+    axes.set_ylim(0.4, len(contrasts) + 0.6)
+    metrics = list(dict.fromkeys(c.contrast.metric for c in contrasts))
+    axes.set_xlabel("; ".join(f"{metric} ({unit(metric)})" for metric in metrics), fontsize=9)
+
+
+def _overview(names: Sequence[str], results: Sequence[Result]) -> str:
+    lines = ["| lesson | claim | verdicts |", "|---|---|---|"]
+    for name in names:
+        found = [r for r in results if r.study.name == name]
+        claim = found[-1].study.claim if found else load_study(name).claim
+        said = "; ".join(f"{_title(r)}: **{r.verdict}**" for r in found) or "not run yet"
+        lines.append(f"| [{name}](#{name}) | {claim} | {said} |")
+    machines = sorted({machine for r in results for machine in r.machines})
+    commits = sorted({commit for r in results for commit in r.commits})
+    if machines:
+        lines.append(f"\nTrained on: {'; '.join(machines)}. fromzero at {', '.join(commits)}.")
+    return "\n".join(lines) + "\n"
+
+
+def _lesson(name: str, results: Sequence[Result], pictures: Path) -> str:
+    study = results[-1].study if results else load_study(name)
+    parts = [f"## {name}\n", f"**{study.claim}**\n"]
+    if study.notes:
+        parts.append(f"The notes: “{study.notes}”.\n")
+    if study.remark:
+        parts.append(study.remark.strip() + "\n")
+    if not results:
+        parts.append(f"Not run yet: `fromzero study {name}`\n")
+    for result in results:
+        picture = pictures / f"{result.folder.name}.png"
+        draw_result(result, picture)
+        parts += [_section(result), f"![{name}, {_title(result)}]({pictures.name}/{picture.name})\n"]
+    return "\n".join(parts)
+
+
+def _section(result: Result) -> str:
+    study = result.study
+    minutes = f"{result.cell_seconds / 60:.0f} min of runs, {result.seconds / 60:.0f} min by the clock"
+    lines = [
+        f"### {name_of(result)}: {result.verdict}\n",
+        f"`{result.command}` · n = {study.seeds} seeds · {result.train_images:,} train images, "
+        f"{_common(study)} · {minutes}\n",
+    ]
+    lines += [_arms_table(result), _contrasts_table(result)]
+    if result.tuned:
+        lines.append(_sweep_table(result))
+    for arm in result.arms.values():
+        if len(arm.runs) < arm.seeds:
+            why = "; ".join(f"{cell}: {text}" for cell, text in arm.failures.items()) or "not run to the end yet"
+            lines.append(f"**{arm.arm.name}: n = {arm.n}** ({why}).\n")
+    return "\n".join(lines)
+
+
+def name_of(result: Result) -> str:
+    """The heading of a result within its lesson."""
+    return f"{result.study.name}, {_title(result)}"
+
+
+def _title(result: Result) -> str:
+    return result.study.scale + (", tuned" if result.tuned else "")
+
+
+def _common(study: Study) -> str:
+    recipe = next(iter(study.arms.values())).recipe
+    held = (
+        "validated on the test images"
+        if recipe.validation.source == "test"
+        else (f"{recipe.validation.fraction:.0%} of them for validation")
+    )
+    return f"{held}, {recipe.epochs} epochs, batches of {recipe.batch_size}"
+
+
+def _arms_table(result: Result) -> str:
+    metric = result.study.metric
+    extra = [] if metric == "val/accuracy" else [metric]
+    head = ["arm", "differs in", "parameters", "M multiply-adds", "n", *extra, "val, last", "val, best epoch"]
+    lines = [_row([*head, "train", "test"]), _row(["---"] * (len(head) + 2))]
+    for arm in result.arms.values():
+        changes = ", ".join(f"`{path} = {_short(value)}`" for path, value in arm.arm.changes.items()) or "–"
+        if arm.arm.after:
+            changes += f"; starts from the weights of {arm.arm.after}"
+        if arm.value is not None and result.study.tuning:
+            changes += f"; tuned: `{result.study.tuning.field} = {arm.value:g}`"
+        cells = [arm.arm.name, changes, f"{arm.parameters:,}", f"{arm.multiply_adds / 1e6:.1f}", arm.n]
+        for key in extra:
+            cells.append(_spread(arm, key))
+        for key in ("val/accuracy", "best/val/accuracy", "train/accuracy", "test/accuracy"):
+            found = arm.summary(key)
+            cells.append("–" if found is None else f"{100 * found.mean:.2f} ± {100 * found.sd:.2f}")
+        lines.append(_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def _spread(arm: ArmResult, metric: str) -> str:
+    values = list(arm.values(metric).values())
+    if not values:
+        return "–"
+    scale, digits = (100, 2) if METRICS[metric] else (1, 4)
+    sd = f"{scale * np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "–"
+    return f"{scale * np.mean(values):.{digits}f} ± {sd}".replace("-", "−")
+
+
+def _contrasts_table(result: Result) -> str:
+    head = [
+        "comparison",
+        "claimed",
+        "difference (95 %)",
+        "new images",
+        "pairs",
+        "p",
+        "correlation",
+        "seen",
+        "to settle",
+    ]
+    lines = [_row([*head, "says"]), _row(["---"] * (len(head) + 1))]
+    groups = list(dict.fromkeys(c.contrast.group for c in result.contrasts))
+    for group in groups:
+        members = [c for c in result.contrasts if c.contrast.group == group]
+        for found in members:
+            c, x = found.contrast, found.comparison
+            name = f"{c.arm} − {c.against}" + ("" if group == CLAIM else f" ({group})")
+            what = f"{c.metric}{claimed(c)}"
+            if x is None:
+                cells = [name, what, "–", "–", str(len(found.pairs)), "–", "–", "–", "–", found.verdict]
+                lines.append(_row(cells))
+                continue
+            p = f"{found.adjusted_p:.3g}" if x.exact else f"≈ {found.adjusted_p:.3g}"
+            p += f" (one of {len(members)})" if len(members) > 1 else ""
+            seen = (
+                figure(found.smallest, c.metric)
+                if np.isfinite(found.smallest)
+                else (f"nothing: {stats.fewest_pairs(len(members))} pairs at least")
+            )
+            settle = (
+                "–"
+                if found.verdict != "undecided"
+                else ("over 10,000 more" if found.more_seeds is None else f"{found.more_seeds} more")
+            )
+            wide = "–" if found.new_images is None else _interval(*found.new_images[1:], c.metric)
+            mean = figure(x.difference.mean, c.metric, sign=True)
+            low_high = _interval(x.difference.low, x.difference.high, c.metric)
+            correlation = f"{x.correlation:.2f}".replace("-", "−")
+            cells = [name, what, f"**{mean}** ({low_high})", wide, str(x.n), p, correlation, seen, settle]
+            lines.append(_row([*cells, f"**{found.verdict}**"]))
+    return "\n".join(lines) + "\n"
+
+
+def _sweep_table(result: Result) -> str:
+    """Every value tried with its validation accuracy, the best in bold, and whether it lies on the edge."""
+    tuning = result.study.tuning
+    assert tuning is not None
+    lines = [
+        f"The sweep: `{tuning.field}`, {tuning.seeds} seeds from {TUNING_SEEDS_FROM} on for each value, validation"
+        " accuracy after the last epoch.\n",
+        _row(["arm", "value: mean (each seed)", "best"]),
+        _row(["---"] * 3),
+    ]
+    for arm, scores in result.sweep.items():
+        best = result.arms[arm].value
+        tried = []
+        for value, row in scores.items():
+            ended = [x for x in row if x is not None]
+            text = (
+                "diverged or missing"
+                if len(ended) < len(row)
+                else (f"{100 * np.mean(ended):.2f} ({', '.join(f'{100 * x:.2f}' for x in ended)})")
+            )
+            tried.append(f"**{value:g}: {text}**" if value == best else f"{value:g}: {text}")
+        if best is None:
+            said = "not swept to the end"
+        else:
+            edge = best in (min(scores), max(scores))
+            said = f"{best:g}" + (", **on the edge of what was tried**" if edge else ", inside what was tried")
+        lines.append(_row([arm, "; ".join(tried), said]))
+    return "\n".join(lines) + "\n"
+
+
+def _interval(low: float, high: float, metric: str) -> str:
+    return f"{figure(low, metric, sign=True)} to {figure(high, metric, sign=True)}"
+
+
+def _short(value: object) -> str:
+    text = str(value).replace("(", "[").replace(",)", "]").replace(")", "]")
+    return f"{value:g}" if isinstance(value, float) else text
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,323 @@
+"""What the run folders of a study say: figures of the arms, comparisons, a verdict. Reads folders, trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fromzero import stats
+from fromzero.errors import FromzeroError
+from fromzero.networks import num_multiply_adds, num_parameters
+from fromzero.recipe import Recipe, load_recipe
+from fromzero.runs import Row, Run
+from fromzero.stats import Comparison, Interval, Verdict
+from fromzero.study.cells import read_outcomes
+from fromzero.study.definition import CLAIM, METRICS, Arm, Contrast, Study, load_study
+from fromzero.study.execution import best_values, cell_name, command, read_json, sweep
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over an arm's seeds."""
+
+    mean: float
+    sd: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"))
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What became of an arm: `runs` by seed, those that ended. `failures`: cell → why. `value`: the tuned one."""
+
+    arm: Arm
+    parameters: int
+    multiply_adds: int
+    seeds: int
+    runs: dict[int, Run]
+    failures: dict[str, str]
+    value: float | None
+
+    @property
+    def n(self) -> str:
+        """`6`, or `5 of 6` when runs failed or are missing."""
+        return f"{self.seeds}" if len(self.runs) == self.seeds else f"{len(self.runs)} of {self.seeds}"
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed → the metric after the last epoch."""
+        return {seed: metric_of(run.metrics()[-1], metric) for seed, run in self.runs.items()}
+
+    def curves(self, metric: str) -> np.ndarray:
+        """The metric after every epoch, (runs, epochs)."""
+        return np.array([[metric_of(row, metric) for row in run.metrics()] for run in self.runs.values()])
+
+    def summary(self, key: str) -> Spread | None:
+        """Spread of a figure of the summaries; None without runs."""
+        values = [(run.summary or {})[key] for run in self.runs.values()]
+        return Spread.of(values) if values else None
+
+
+@dataclass(frozen=True)
+class ContrastResult:
+    """A comparison and what it says. Without two pairs there is no `comparison`. smallest: the true difference that
+    this many runs find four times out of five; more_seeds: how many more would find the one seen, None when more than
+    10,000; new_images: the interval for new images as well."""
+
+    contrast: Contrast
+    comparison: Comparison | None
+    adjusted_p: float
+    verdict: Verdict
+    smallest: float
+    more_seeds: int | None
+    new_images: Interval | None
+    pairs: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a study has found so far."""
+
+    study: Study
+    folder: Path
+    tuned: bool
+    arms: dict[str, ArmResult]
+    contrasts: tuple[ContrastResult, ...]
+    sweep: dict[str, dict[float, list[float | None]]]
+    train_images: int
+    seconds: float
+    machines: tuple[str, ...]
+    commits: tuple[str, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of the claim: supported when all its comparisons are, contradicted when one is."""
+        said = [c.verdict for c in self.contrasts if c.contrast.group == CLAIM]
+        if "contradicted" in said:
+            return "contradicted"
+        return "supported" if all(v == "supported" for v in said) else "undecided"
+
+    @property
+    def is_complete(self) -> bool:
+        return all(len(arm.runs) == arm.seeds for arm in self.arms.values())
+
+    @property
+    def command(self) -> str:
+        return command(self.study.label, self.study.scale, self.study.seeds, self.tuned)
+
+    @property
+    def cell_seconds(self) -> float:
+        """Time that the runs took, one after the other."""
+        return float(
+            sum((run.summary or {})["time/seconds"] for arm in self.arms.values() for run in arm.runs.values())
+        )
+
+
+def list_results(runs_dir: Path) -> list[Result]:
+    """What all studies under that runs folder have found, by name. Raises FromzeroError where a folder is damaged."""
+    folder = runs_dir / "studies"
+    if not folder.is_dir():
+        return []
+    return [read_result(path) for path in sorted(folder.iterdir()) if (path / "study.json").is_file()]
+
+
+def read_result(folder: Path) -> Result:
+    """What the study in that folder has found so far."""
+    described = read_json(folder / "study.json")
+    try:
+        name, scale, seeds, tuned = (described[key] for key in ("name", "scale", "seeds", "tuned"))
+        shape, num_classes = tuple(described["image_shape"]), described["num_classes"]
+        train_images, label, seconds = (described[key] for key in ("train_images", "label", "seconds"))
+    except KeyError as error:
+        raise FromzeroError(f"{folder}/study.json: damaged: {error} not there") from None
+    base = load_recipe(folder / "base.toml")
+    study = load_study(folder / "study.toml", scale, seeds=seeds, name=name, base=base, label=label)
+    failures = read_json(folder / "failures.json")
+    swept = sweep(study, folder) if tuned else {}
+    try:
+        best = best_values(study, folder) if tuned else {}
+    except FromzeroError:  # not swept to the end yet
+        best = {}
+    arms = {
+        arm.name: _arm_result(arm, study, folder, failures, best.get(arm.name), shape, num_classes)
+        for arm in study.arms.values()
+    }
+    provenances = [run.provenance for arm in arms.values() for run in arm.runs.values()]
+    return Result(
+        study=study,
+        folder=folder,
+        tuned=tuned,
+        arms=arms,
+        contrasts=_contrasts(study, arms),
+        sweep=swept,
+        train_images=train_images,
+        seconds=seconds,
+        machines=tuple(sorted({_machine(p) for p in provenances})),
+        commits=tuple(sorted({(p["commit"] or "installed")[:7] for p in provenances})),
+    )
+
+
+def metric_of(row: Row, metric: str) -> float:
+    """A metric of one epoch."""
+    if metric == "generalisation_gap":
+        return float(row["train/accuracy"] - row["val/accuracy"])
+    return float(row[metric])
+
+
+def answer(result: Result) -> list[str]:
+    """What the study says, in words: a line for the verdict, one for each comparison, one for each failure."""
+    study = result.study
+    lines = [f"{study.name} ({study.scale}{', tuned' if result.tuned else ''}): {result.verdict}. {study.claim}"]
+    lines += [f"  {sentence(c, len(_group(result, c.contrast.group)))}" for c in result.contrasts]
+    for arm in result.arms.values():
+        lines += [f"  failed: {cell}: {why}" for cell, why in arm.failures.items()]
+        if len(arm.runs) < arm.seeds:
+            lines.append(f"  arm {arm.arm.name}: n = {arm.n}")
+    return lines
+
+
+def sentence(found: ContrastResult, comparisons: int) -> str:
+    """A comparison in one line."""
+    c, x = found.contrast, found.comparison
+    head = f"{c.arm} against {c.against}, {c.metric}{claimed(c)}: "
+    if x is None:
+        return head + f"{found.verdict}; n = {len(found.pairs)} pairs, too few for an interval"
+    low, high = figure(x.difference.low, c.metric, sign=True), figure(x.difference.high, c.metric, sign=True)
+    approximately = "" if x.exact else "about "
+    text = head + (
+        f"{found.verdict}; {figure(x.difference.mean, c.metric, sign=True)} ({low} to {high}) {unit(c.metric)},"
+        f" n = {x.n}, p {approximately}{x.p:.3g}"
+    )
+    if comparisons > 1:
+        text += f" ({found.adjusted_p:.3g} among {comparisons}, Holm)"
+    text += f", correlation of pairs {x.correlation:.2f}"
+    if np.isfinite(found.smallest):
+        text += f"; {x.n} pairs see {figure(found.smallest, c.metric)} four times of five"
+    else:
+        text += f"; {x.n} pairs can settle nothing: {stats.fewest_pairs(comparisons)} at least"
+    if found.verdict == "undecided":
+        more = "more than 10,000" if found.more_seeds is None else f"about {found.more_seeds}"
+        text += f"; to settle a difference of this size: {more} more seeds"
+    return text
+
+
+def claimed(contrast: Contrast) -> str:
+    """The direction claimed, in words."""
+    margin = figure(contrast.margin, contrast.metric)
+    match contrast.direction, contrast.margin > 0:
+        case "higher", True:
+            return f" not lower by {margin} or more"
+        case "lower", True:
+            return f" not higher by {margin} or more"
+        case "different", True:
+            return f" different by more than {margin}"
+    return f" {contrast.direction}"
+
+
+def figure(value: float, metric: str, *, sign: bool = False) -> str:
+    """A difference of that metric: shares in points, losses in nats."""
+    text = f"{100 * value:{'+' if sign else ''}.2f}" if METRICS[metric] else f"{value:{'+' if sign else ''}.4f}"
+    return text.replace("-", "−")
+
+
+def unit(metric: str) -> str:
+    """In what `figure` shows that metric."""
+    return "points" if METRICS[metric] else "nats"
+
+
+def _group(result: Result, group: str) -> list[ContrastResult]:
+    return [c for c in result.contrasts if c.contrast.group == group]
+
+
+def _arm_result(
+    arm: Arm,
+    study: Study,
+    folder: Path,
+    failures: dict[str, Any],
+    value: float | None,
+    shape: tuple[int, int, int],
+    num_classes: int,
+) -> ArmResult:
+    runs, failed = {}, {}
+    for seed in range(study.seeds):
+        name = cell_name(arm.name, seed)
+        run = Run(folder / "cells" / name)
+        if (run.path / "recipe.toml").is_file() and run.summary is not None and _is_of(run.recipe, arm, study, value):
+            runs[seed] = run
+        elif name in failures:
+            failed[name] = failures[name]
+    return ArmResult(
+        arm=arm,
+        parameters=num_parameters(arm.recipe.network, shape, num_classes),
+        multiply_adds=num_multiply_adds(arm.recipe.network, shape, num_classes),
+        seeds=study.seeds,
+        runs=runs,
+        failures=failed,
+        value=value,
+    )
+
+
+def _is_of(recipe: Recipe, arm: Arm, study: Study, value: float | None) -> bool:
+    """Whether a finished run is one of this arm as the study now has it, not one of an earlier version."""
+    changes: dict[str, Any] = {"seed": recipe.seed}
+    if value is not None and study.tuning is not None:
+        changes[study.tuning.field] = value
+    return recipe == arm.recipe.override(changes)
+
+
+def _contrasts(study: Study, arms: dict[str, ArmResult]) -> tuple[ContrastResult, ...]:
+    compared: list[tuple[Contrast, dict[int, float], Comparison | None]] = []
+    for contrast in study.contrasts:
+        one, two = (arms[name].values(contrast.metric) for name in (contrast.arm, contrast.against))
+        seeds = sorted(one.keys() & two.keys())
+        pairs = {seed: one[seed] - two[seed] for seed in seeds}
+        comparison = None
+        if len(seeds) >= 2:
+            values = [one[s] for s in seeds], [two[s] for s in seeds]
+            comparison = stats.compare(*values, contrast.direction, contrast.margin)
+        compared.append((contrast, pairs, comparison))
+    found = []
+    for contrast, pairs, comparison in compared:
+        group = [(c, x) for c, _, x in compared if c.group == contrast.group]
+        if comparison is None:
+            found.append(ContrastResult(contrast, None, 1.0, "undecided", np.inf, None, None, pairs))
+            continue
+        adjusted = stats.holm([1.0 if x is None else x.p for _, x in group])
+        p = float(adjusted[[c for c, _ in group].index(contrast)])
+        level = stats.LEVEL / len(group)
+        needed = stats.pairs_needed(comparison.effect, level)
+        found.append(
+            ContrastResult(
+                contrast=contrast,
+                comparison=comparison,
+                adjusted_p=p,
+                verdict=stats.verdict(comparison.n, p, comparison.favourable),
+                smallest=stats.detectable_effect(comparison.n, level) * comparison.sd,
+                more_seeds=None if needed is None else max(needed - comparison.n, 1),
+                new_images=_new_images(contrast, sorted(pairs), arms),
+                pairs=pairs,
+            )
+        )
+    return tuple(found)
+
+
+def _new_images(contrast: Contrast, seeds: list[int], arms: dict[str, ArmResult]) -> Interval | None:
+    """The interval over seeds and images, where the metric is an accuracy whose outcomes image by image are kept."""
+    if contrast.metric != "val/accuracy":
+        return None
+    rows = [[read_outcomes(arms[name].runs[seed]) for seed in seeds] for name in (contrast.arm, contrast.against)]
+    lengths = {None if row is None else len(row) for part in rows for row in part}
+    if None in lengths or len(lengths) > 1:
+        return None
+    return stats.seeds_and_images_interval(*(np.array(part) for part in rows))
+
+
+def _machine(provenance: dict[str, Any]) -> str:
+    here = [provenance, *provenance["resumed"]][-1]["machine"]
+    threads = f"{here['threads']} thread{'s' if here['threads'] > 1 else ''}"
+    kind, version = here.get("processor", "?"), here.get("torch", "?")
+    return f"{kind}, {here['device']}, {threads}, {here['precision']}, torch {version}"
