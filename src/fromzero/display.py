@@ -192,7 +192,11 @@ def study_header(execution: Execution) -> str:
     for arm in study.arms.values():
         parameters = num_parameters(arm.recipe.network, shape, num_classes)
         cost = num_multiply_adds(arm.recipe.network, shape, num_classes)
-        changes = ", ".join(f"{path} = {value}" for path, value in arm.changes.items()) or "the first arm"
+        changes = ", ".join(f"{path} = {value}" for path, value in arm.changes.items())
+        if not changes:
+            changes = study.base.name
+        elif arm.like != next(iter(study.arms)):
+            changes = f"like {arm.like}, {changes}"
         after = f"; starts from the weights of {arm.after}" if arm.after else ""
         lines.append(f"  {arm.name}: {parameters:,} parameters, {cost / 1e6:.1f} M multiply-adds; {changes}{after}")
     runs = f"{len(study.arms)} arms × {study.seeds} seeds"

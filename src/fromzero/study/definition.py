@@ -30,7 +30,7 @@ METRICS = {  # what a row of metrics records, and what follows from it: key → 
     "train/running_loss": False,
     "generalisation_gap": True,  # train/accuracy - val/accuracy
 }
-DATA_FIELDS = ("dataset", "seed", "clean_train_images", "validation.source", "validation.fraction")
+DATA_FIELDS = ("dataset", "clean_train_images", "validation.source", "validation.fraction")
 CLAIM = "claim"
 Refuse = Callable[[tuple[str, ...], str], NoReturn]  # (where in the file, what is wrong there)
 TUNING_SEEDS_FROM = 1000  # far from the seeds 0, 1, 2 … of the arms
@@ -49,11 +49,12 @@ class Contrast(NamedTuple):
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train: a whole recipe (seed 0), what it changes against the first arm, and the arm, if any, from whose
-    last weights (same seed) it starts."""
+    """A way to train: a whole recipe (seed 0), the arm it is described by (the first, or the one it is `like`) and
+    what it changes against that one, and the arm, if any, from whose last weights (same seed) it starts."""
 
     name: str
     recipe: Recipe
+    like: str
     changes: dict[str, Any]
     after: str | None
 
@@ -318,16 +319,18 @@ def _arms(
         for key, value in (("like", like), ("after", after)):
             if value is not None and value not in arms:
                 wrong(("arms", name, key), f"{key}: no arm {value!r} above{nearest(str(value), arms)}")
+        if "seed" in differences:
+            wrong(("arms", name, "seed"), "seed: every arm is trained with the same seeds; how many, say under [scale]")
         recipe = recipes[like] if like else common
         recipe = _overridden(recipe, differences, ("arms", name), wrong)
         recipe = _overridden(recipe, scale_tables.get(name, {}), ("scale", scale, "arms", name), wrong)
         recipes[name] = recipe
-        first = next(iter(recipes.values()))
+        reference = like or next(iter(recipes))
         twin = next((a for a in arms.values() if recipes[a.name] == recipe and a.after == after), None)
         if twin:
             wrong(("arms", name), f"arm {name!r} is equal to arm {twin.name!r}: nothing to compare")
-        changes = differing_fields(first, recipe)
-        arms[name] = Arm(name, recipe.override({"name": f"{study}: {name}", "seed": 0}), changes, after)
+        named = recipe.override({"name": f"{study}: {name}", "seed": 0})
+        arms[name] = Arm(name, named, reference, differing_fields(recipes[reference], recipe), after)
     return arms
 
 
@@ -338,14 +341,15 @@ def differing_fields(one: Recipe, two: Recipe) -> dict[str, Any]:
 
 
 def _refuse_unfair(arms: Mapping[str, Arm], wrong: Refuse) -> None:
+    first = next(iter(arms.values()))
     for arm in arms.values():
-        for field in DATA_FIELDS:
-            if field in arm.changes:
-                wrong(
-                    ("arms", arm.name, *field.split(".")),
-                    f"arm {arm.name!r} has other data than the first arm ({field}): arms are compared on the same"
-                    " images and seeds; put the field under [recipe]",
-                )
+        differing = differing_fields(first.recipe, arm.recipe)
+        if field := next((field for field in DATA_FIELDS if field in differing), None):
+            wrong(
+                ("arms", arm.name, *field.split(".")),
+                f"arm {arm.name!r} has other data than arm {first.name!r} ({field}): arms are compared on the same"
+                " images and seeds; put the field under [recipe]",
+            )
 
 
 def _contrasts(file: _File, arms: Mapping[str, Arm], wrong: Refuse) -> tuple[Contrast, ...]:

@@ -176,10 +176,14 @@ def _common(study: Study) -> str:
 def _arms_table(result: Result) -> str:
     metric = result.study.metric
     extra = [] if metric == "val/accuracy" else [metric]
-    head = ["arm", "differs in", "parameters", "M multiply-adds", "n", *extra, "val, last", "val, best epoch"]
+    head = ["arm", "what it is", "parameters", "M multiply-adds", "n", *extra, "val, last", "val, best epoch"]
     lines = [_row([*head, "train", "test"]), _row(["---"] * (len(head) + 2))]
     for arm in result.arms.values():
-        changes = ", ".join(f"`{path} = {_short(value)}`" for path, value in arm.arm.changes.items()) or "–"
+        changes = ", ".join(f"`{path} = {_short(value)}`" for path, value in arm.arm.changes.items())
+        if not changes:
+            changes = f"{result.study.base.name}, as said above"
+        elif arm.arm.like != next(iter(result.arms)):
+            changes = f"like {arm.arm.like}: {changes}"
         if arm.arm.after:
             changes += f"; starts from the weights of {arm.arm.after}"
         if arm.value is not None and result.study.tuning:

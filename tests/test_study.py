@@ -1,0 +1,621 @@
+"""Studies: what a file may say, which cells run, that stopping changes no answer, and what the answers are."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fromzero
+from fromzero import networks, stats
+from fromzero.data import load_images
+from fromzero.errors import FromzeroError, InputError, StoppedError
+from fromzero.recipe import load_recipe, recipe_names
+from fromzero.sessions import last_checkpoint
+from fromzero.study import pools
+from fromzero.study.cells import Cell, Setting, is_finished, read_outcomes, train_cell
+from fromzero.study.definition import lines_of, load_study, study_names
+from fromzero.study.execution import best_values, prepare_study, sweep
+from fromzero.study.page import write_lessons
+from fromzero.study.results import answer, list_results, read_result
+from fromzero.verify import first_difference
+
+LESSONS = [
+    "early-dropout",
+    "early-pooling",
+    "ladder",
+    "padding",
+    "plateau",
+    "save-and-continue",
+    "sgd-vs-adam",
+    "two-dense",
+    "wide-dense-overfits",
+]
+
+STUDY = """\
+claim = "More units reach more."
+base = "train1"
+
+[recipe]
+dataset = "{dataset}"
+network.channels = [[4], [8]]
+network.pool = 4
+optimizer.learning_rate = 0.01
+clean_train_images = 40
+validation.source = "split"
+validation.fraction = 0.3
+
+[arms.narrow]
+network.dense = [2]
+
+[arms.wide]
+network.dense = [32]
+
+[scale.screen]
+seeds = 6
+epochs = 3
+batch_size = 20
+
+[scale.half]
+images = 100
+seeds = 2
+epochs = 2
+batch_size = 20
+"""
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory, write_cifar):
+    return write_cifar(tmp_path_factory.mktemp("study") / "tiny", per_batch=40)
+
+
+@pytest.fixture(scope="module")
+def text(data_folder):
+    return STUDY.format(dataset=data_folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text):
+    """(its file, its execution, the runs folder) of a study that was carried out without a stop."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "units.toml").write_text(text)
+    execution = prepare_study(load_study(folder / "units.toml"), runs_dir=folder / "runs", keep_weights=True)
+    events = list(execution)
+    assert [e for e in events if e.kind in ("failed", "note")] == []
+    return folder / "units.toml", execution, folder / "runs"
+
+
+def written(tmp_path, text, name="units.toml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def rows_of(folder):
+    """Every cell's rows of metrics, times left aside."""
+    rows = {}
+    for path in sorted((folder / "cells").glob("*/metrics.jsonl")):
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[path.parent.name] = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in found]
+    return rows
+
+
+# ---- what a file may say
+
+
+def test_the_nine_lessons_are_there_at_both_scales():
+    assert study_names() == LESSONS
+    for name in LESSONS:
+        for scale in ("screen", "full"):
+            study = load_study(name, scale)
+            assert study.claim.endswith(".")
+            assert study.notes
+            assert study.seeds >= stats.FEWEST_PAIRS
+            claims = [c for c in study.contrasts if c.group == "claim"]
+            assert study.seeds >= stats.fewest_pairs(len(claims)), f"{name}: the claim could not be settled"
+            for arm in study.arms.values():
+                networks.layers(arm.recipe.network, (32, 32, 3), 10)
+                assert arm.recipe.validation.source == "split"
+
+
+@pytest.mark.parametrize("scale", ["screen", "full"])
+@pytest.mark.parametrize(
+    ("name", "one", "two"),
+    [
+        ("padding", "valid", "same-matched"),
+        ("two-dense", "two", "one-matched"),
+        ("early-pooling", "early", "twice"),
+    ],
+)
+def test_arms_that_are_called_matched_have_as_many_parameters(name, one, two, scale):
+    arms = load_study(name, scale).arms
+    a, b = (networks.num_parameters(arms[arm].recipe.network, (32, 32, 3), 10) for arm in (one, two))
+    assert a == pytest.approx(b, rel=2e-4)
+
+
+def test_the_ladder_goes_up_one_change_at_a_time_and_each_is_left_out_once():
+    study = load_study("ladder", "full")
+    steps = [c for c in study.contrasts if c.group == "in order"]
+    assert steps[0].against == "start"
+    assert [c.against for c in steps[1:]] == [c.arm for c in steps[:-1]]
+    top = study.arms[steps[-1].arm]
+    left_out = [c.against for c in study.contrasts if c.group == "left out"]
+    assert left_out == [f"no-{c.arm}" for c in steps[:-1]]  # the last step is left out in the arm before it
+    for step in steps:
+        assert study.arms[step.arm].changes, step
+        assert study.arms[step.arm].like == step.against
+    for name in left_out:
+        assert study.arms[name].like == top.name
+    start = load_recipe("train3")
+    assert study.arms["start"].recipe.network == start.network
+    assert study.arms["start"].recipe.optimizer == start.optimizer
+    if "strong" in recipe_names():
+        strong = load_recipe("strong")
+        for part in ("network", "augment", "optimizer", "schedule", "label_smoothing", "normalise", "batch_size"):
+            assert getattr(top.recipe, part) == getattr(strong, part), part
+
+
+def test_the_same_seed_gives_arms_the_same_first_weights_where_shapes_agree():
+    arms = load_study("padding", "full").arms
+    one, two = (networks.build(arms[a].recipe.network, (32, 32, 3), 10, seed=3).state_dict() for a in ("valid", "same"))
+    alike = [name for name in one if one[name].shape == two[name].shape]
+    assert sum(name.startswith("conv2d") for name in alike) == 10
+    assert all((one[name] == two[name]).all() for name in alike)
+
+
+def test_lines_of_a_file():
+    lines = lines_of('a = 1\n\n[b.c]\n"d.e" = 2\nf . g = [\n  3,\n]\n[[h]]\ni = 4\n[[h]]\ni = 5\n')
+    assert lines[("a",)] == 1
+    assert lines[("b", "c")] == 3
+    assert lines[("b", "c", "d.e")] == 4
+    assert lines[("b", "c", "f", "g")] == 5
+    assert (lines[("h", "0", "i")], lines[("h", "1", "i")]) == (9, 11)
+
+
+COMPARISON = "\n[[comparisons]]\narm = {arm}\n"
+TUNING = "\n[tuning.values]\nnarrow = [0.1, 0.2]\nwide = {wide}\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "says"),
+    [
+        (
+            "network.dense = [32]",
+            "network.dens = [32]",
+            17,
+            "unknown recipe field 'network.dens'; nearest: network.dense",
+        ),
+        ("network.dense = [32]", "network.dense = [2]", 16, "arm 'wide' is equal to arm 'narrow'"),
+        ("network.dense = [32]", "network.dense = [0]", 17, "network.dense: 0: input should be greater than"),
+        ("network.dense = [32]", "validation.fraction = 0.2", 17, "other data than arm 'narrow' (validation.fraction)"),
+        ("network.dense = [32]", 'dataset = "digits"', 17, "other data than arm 'narrow' (dataset)"),
+        ("network.dense = [32]", "seed = 3", 17, "every arm is trained with the same seeds"),
+        ("network.dense = [32]", 'after = "wider"\nepochs = 2', 17, "after: no arm 'wider' above"),
+        ("network.dense = [32]", 'like = "wide"', 17, "like: no arm 'wide' above"),
+        ('base = "train1"', 'base = "train9"', 2, "unknown recipe 'train9'"),
+        (
+            'base = "train1"',
+            'base = "train1"\nmetric = "val/acuracy"',
+            3,
+            "no run records 'val/acuracy'; nearest: val/acc",
+        ),
+        ('base = "train1"', 'base = "train1"\nmetric = "test/accuracy"', 3, "test figures decide nothing"),
+        ('base = "train1"', 'base = "train1"\ndirection = "up"', 3, "direction: 'up'"),
+        ('base = "train1"', 'base = "train1"\nmarginn = 1', 3, "unknown key 'marginn'; nearest: margin"),
+        ("seeds = 6", "seeds = 1", 20, "one run says nothing"),
+        ("seeds = 6", "", 19, "one run says nothing"),
+        ("seeds = 6", "seeds = 6\nlearning_rat = 1", 21, "unknown recipe field 'learning_rat'"),
+        ("seeds = 6", 'seeds = 6\nimages = "all"', 21, "expected a number of train images"),
+        ("seeds = 6", "seeds = 6\narms.thin.epochs = 2", 21, "no arm 'thin'"),
+        ("[arms.wide]\nnetwork.dense = [32]\n", "", 13, "two at least"),
+        ("[scale.half]", COMPARISON.format(arm='"wider"') + "[scale.half]", 26, "arm: no arm 'wider'; nearest: wide"),
+        ("[scale.half]", COMPARISON.format(arm='"narrow"') + "[scale.half]", 26, "compared with itself"),
+        ("[scale.half]", TUNING.format(wide="[0.1]") + "[scale.half]", 25, "same budget"),
+        ("[scale.half]", TUNING.format(wide="[0.1, -1.0]") + "[scale.half]", 27, "optimizer.learning_rate: -1.0"),
+        ("[scale.half]", "[scale.half", 24, "not valid TOML"),
+    ],
+)
+def test_bad_studies_are_refused_with_the_line(tmp_path, text, old, new, line, says):
+    assert old in text
+    path = written(tmp_path, text.replace(old, new))
+    with pytest.raises(InputError) as caught:
+        load_study(path)
+    message = str(caught.value)
+    assert says in message
+    assert re.search(rf"units\.toml(, line {line}:|: not valid TOML.*line {line}\b)", message), message
+    assert "\n" not in message
+
+
+def test_what_else_is_refused(tmp_path, text, data_folder):
+    path = written(tmp_path, text)
+    for arguments, says in (
+        ((path, "huge"), "no scale 'huge'"),
+        (("paddin",), "unknown study 'paddin'; nearest: padding"),
+        ((tmp_path / "none.toml",), "No such file"),
+    ):
+        with pytest.raises(InputError, match=re.escape(says)):
+            load_study(*arguments)
+    with pytest.raises(InputError, match="--seeds: 1 is less than 2"):
+        load_study(path, seeds=1)
+    study = load_study(path)
+    for options, says in (
+        ({"tune": True}, "--tune needs a [tuning] table"),
+        ({"jobs": 0}, "--jobs: 0 is not from 1"),
+        ({"threads": 9999}, "--threads: 9999 is not from 1"),
+    ):
+        with pytest.raises(InputError, match=re.escape(says)):
+            prepare_study(study, runs_dir=tmp_path, **options)
+    too_many = written(tmp_path, text.replace("images = 100", "images = 201"), "many.toml")
+    with pytest.raises(InputError, match="a part of the 200 train images"):
+        prepare_study(load_study(too_many, "half"), runs_dir=tmp_path)
+    shrunk = text.replace("network.dense = [32]", "network.pool = [8, 8]")
+    with pytest.raises(InputError, match=r"line 16: arm 'wide': .* leaves no pixel"):
+        prepare_study(load_study(written(tmp_path, shrunk)), runs_dir=tmp_path)
+    assert not (tmp_path / "studies").exists(), "nothing was started"
+
+
+# ---- a fixed part of the train images
+
+
+def test_a_part_of_the_train_images_is_fixed_and_stratified(data_folder):
+    whole, part = load_images(str(data_folder)), load_images(f"{data_folder}:100")
+    assert part.name == f"{whole.name}:100"
+    assert np.bincount(part.train.labels).tolist() == [10] * 10
+    assert part.fingerprints["test"] == whole.fingerprints["test"]
+    assert part.fingerprints["train"] not in (whole.fingerprints["train"], None)
+    assert part.fingerprints == load_images(f"{data_folder}:100").fingerprints
+    records = {image.tobytes() for image in whole.train.pixels}
+    assert all(image.tobytes() in records for image in part.train.pixels)
+    with pytest.raises(InputError, match="a part of the 200 train images has from 20 to 200"):
+        load_images(f"{data_folder}:12")
+
+
+def test_a_run_on_a_part_is_resumed_by_its_folder_alone(data_folder, tmp_path):
+    recipe = load_study(written(tmp_path, STUDY.format(dataset=data_folder)), "half").arms["wide"].recipe
+    assert recipe.dataset == f"{data_folder}:100"
+    straight = fromzero.train(recipe.override({"epochs": 3}), load_images(recipe.dataset), runs_dir=tmp_path / "a")
+    assert ":" not in straight.name
+    run = fromzero.train(recipe, runs_dir=tmp_path / "b")
+    assert first_difference(fromzero.resume(run, epochs=3), straight) is None
+
+
+# ---- cells
+
+
+def test_a_cell_in_a_lasting_worker_is_the_run_that_the_command_line_trains(finished, tmp_path):
+    """To the bit: weights, optimizer, metrics. Seed 5's cells come last, after others in the same processes."""
+    _, execution, _ = finished
+    cell = next(c for c in execution.cells if c.name == "wide-seed5")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(cell.recipe.to_toml())
+    command = [sys.executable, "-m", "fromzero", "train", "--recipe", recipe, "--threads", "1", "--runs-dir", tmp_path]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    alone = fromzero.list_runs(tmp_path)[0]
+    assert first_difference(fromzero.Run(cell.path), alone) is None
+    assert fromzero.Run(cell.path).recipe == alone.recipe.override({"name": cell.recipe.name})
+
+
+def test_a_study_done_before_is_left_alone(finished):
+    file, execution, runs_dir = finished
+    before = {p: p.stat().st_mtime_ns for p in (execution.folder / "cells").rglob("*") if p.is_file()}
+    events = list(prepare_study(load_study(file), runs_dir=runs_dir))
+    assert [e.kind for e in events] == ["finished"] * 12
+    assert before == {p: p.stat().st_mtime_ns for p in (execution.folder / "cells").rglob("*") if p.is_file()}
+
+
+def test_outcomes_are_those_of_the_last_epoch(finished):
+    _, execution, _ = finished
+    for cell in execution.cells:
+        run = fromzero.Run(cell.path)
+        outcomes = read_outcomes(run)
+        assert len(outcomes) == 60
+        assert outcomes.mean() == pytest.approx(run.summary["val/accuracy"])
+
+
+def test_a_cell_whose_recipe_has_changed_is_set_aside_and_trained_anew(data_folder, tmp_path, text):
+    study = load_study(written(tmp_path, text), "half")
+    execution = prepare_study(study, runs_dir=tmp_path)
+    list(execution)
+    kept = (execution.folder / "cells" / "wide-seed1" / "summary.json").stat().st_mtime_ns
+    changed = text.replace("network.dense = [2]", "network.dense = [3]")
+    again = prepare_study(load_study(written(tmp_path, changed), "half"), runs_dir=tmp_path)
+    notes = [e.text for e in again if e.kind == "note"]
+    assert len(notes) == 2
+    assert "narrow-seed0: its recipe has changed (network.dense is (3,)): trained anew, the old run is" in notes[0]
+    assert (execution.folder / "set-aside" / "narrow-seed0-1" / "summary.json").exists()
+    assert (execution.folder / "cells" / "wide-seed1" / "summary.json").stat().st_mtime_ns == kept
+    result = read_result(execution.folder)
+    assert result.arms["narrow"].n == "2"
+    assert result.arms["narrow"].arm.recipe.network.dense == (3,)
+
+
+def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_folder, tmp_path, text):
+    arms = '[arms.half]\n\n[arms.again]\nafter = "half"\n'
+    path = written(tmp_path, text[: text.index("[arms.narrow]")] + arms + text[text.index("[scale.screen]") :])
+    execution = prepare_study(load_study(path, "half"), runs_dir=tmp_path)
+    order = [e.cell.name for e in execution if e.kind == "finished"]
+    for seed in (0, 1):
+        assert order.index(f"half-seed{seed}") < order.index(f"again-seed{seed}")
+        again = fromzero.Run(execution.folder / "cells" / f"again-seed{seed}")
+        assert Path(again.provenance["from"]["run"]).name == f"half-seed{seed}"
+        assert not again.checkpoints.exists()
+        assert (execution.folder / "cells" / f"half-seed{seed}" / "checkpoints" / "last.safetensors").exists()
+    images = load_images(f"{data_folder}:100")
+    assert all(is_finished(cell, images) for cell in execution.cells)
+
+
+def test_a_cell_does_not_start_from_weights_that_are_not_finished(data_folder, tmp_path, text):
+    recipe = load_study(written(tmp_path, text), "half").arms["wide"].recipe
+    cell = Cell("again", 0, tmp_path / "cells" / "again-seed0", recipe, after=tmp_path / "cells" / "half-seed0")
+    with pytest.raises(FromzeroError, match="half-seed0, from whose weights it starts, has not ended"):
+        list(train_cell(cell, load_images(recipe.dataset), Setting(recipe.dataset)))
+
+
+def test_a_failed_cell_is_reported_and_counted(tmp_path, text):
+    wild = text.replace("network.dense = [32]", 'optimizer.name = "sgd"\noptimizer.learning_rate = 1e30')
+    execution = prepare_study(load_study(written(tmp_path, wild), "half"), runs_dir=tmp_path)
+    failed = [e for e in execution if e.kind == "failed"]
+    assert {e.cell.name for e in failed} == {"wide-seed0", "wide-seed1"}
+    assert "the loss is nan" in failed[0].text or "not finite" in failed[0].text
+    result = read_result(execution.folder)
+    assert result.arms["wide"].n == "0 of 2"
+    assert result.verdict == "undecided"
+    said = "\n".join(answer(result))
+    assert "arm wide: n = 0 of 2" in said
+    assert "failed: wide-seed0: step" in said
+    write_lessons([result], tmp_path / "page.md")
+    assert "**wide: n = 0 of 2** (wide-seed0: step" in (tmp_path / "page.md").read_text()
+
+
+def test_a_worker_that_dies_is_replaced_and_its_cell_ends_in_the_same_bits(finished, tmp_path, monkeypatch):
+    file, whole, _ = finished
+    workers = []
+    start = pools._Worker.__init__
+
+    def noted(self, *arguments):
+        start(self, *arguments)
+        workers.append(self)
+
+    monkeypatch.setattr(pools._Worker, "__init__", noted)
+    execution = prepare_study(load_study(file, seeds=2), runs_dir=tmp_path, jobs=1)
+    killed = 0
+    notes = []
+    for event in execution:
+        if event.kind == "note":
+            notes.append(event.text)
+        if event.kind == "progress" and event.share > 0 and killed < 2:
+            workers[-1].process.kill()
+            killed += 1
+    assert killed == 2
+    assert notes
+    assert all("its process ended with signal 9: going on with it" in note for note in notes)
+    assert rows_of(execution.folder) == {k: v for k, v in rows_of(whole.folder).items() if k[-1] in "01"}
+
+
+def test_two_processes_do_not_carry_out_the_same_study(tmp_path, text):
+    study = load_study(written(tmp_path, text), "half")
+    one, two = (prepare_study(study, runs_dir=tmp_path) for _ in range(2))
+    events = iter(one)
+    next(events)
+    with pytest.raises(FromzeroError, match="another process carries this study out"):
+        next(iter(two))
+    events.close()
+
+
+def test_stopping_saves_every_cell(tmp_path, text):
+    long = text.replace("epochs = 2", "epochs = 500")
+    execution = prepare_study(load_study(written(tmp_path, long), "half"), runs_dir=tmp_path)
+    seen = set()
+    with pytest.raises(StoppedError, match=r"every cell is saved; the same command goes on: fromzero study") as caught:
+        for event in execution:
+            if event.kind == "progress" and event.share > 0:
+                seen.add(event.cell.name)
+            if seen:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.exit_code == 143
+    cell = fromzero.Run(execution.folder / "cells" / seen.pop())
+    assert last_checkpoint(cell).state["step"] > 0
+
+
+def cli(*arguments):
+    return [sys.executable, "-W", "ignore", "-m", "fromzero", *map(str, arguments)]
+
+
+def test_a_study_killed_at_random_five_times_ends_with_the_same_answer(finished, tmp_path):
+    file, whole, _ = finished
+    rng = random.Random(os.environ.get("FROMZERO_KILLS", "1"))
+    command = cli("study", file, "--runs-dir", tmp_path, "--keep-weights")
+    folder = tmp_path / "studies" / "units-screen"
+    kills, deadline = [], time.monotonic() + 300
+    while len(kills) < 5:
+        assert time.monotonic() < deadline
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        done = len(list(folder.glob("cells/*/summary.json")))
+        limit = time.monotonic() + 60
+        while len(list(folder.glob("cells/*/metrics.jsonl"))) <= done and time.monotonic() < limit:
+            time.sleep(0.01)  # until a cell is under way that was not before
+        time.sleep(rng.uniform(0, 0.3))
+        number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        if len(list(folder.glob("cells/*/summary.json"))) == 12:
+            pytest.fail("it was over before it could be killed five times")
+        assert process.returncode in (-number, 128 + number), errors
+        kills.append(number)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert rows_of(folder) == rows_of(whole.folder)
+    for cell in whole.cells:
+        assert first_difference(fromzero.Run(cell.path), fromzero.Run(folder / "cells" / cell.name)) is None
+    assert answer(read_result(folder)) == answer(read_result(whole.folder))
+
+
+# ---- answers
+
+
+def test_the_answer_is_what_the_run_folders_say(finished):
+    _, execution, runs_dir = finished
+    result = read_result(execution.folder)
+    rows = rows_of(execution.folder)
+    wide, narrow = ([rows[f"{arm}-seed{s}"][-1]["val/accuracy"] for s in range(6)] for arm in ("wide", "narrow"))
+    differences = np.subtract(wide, narrow)
+    found = result.contrasts[0]
+    assert found.comparison.n == 6
+    assert found.comparison.difference.mean == pytest.approx(differences.mean())
+    assert found.comparison.p == stats.sign_flip_p(differences)
+    assert found.comparison.correlation == pytest.approx(np.corrcoef(wide, narrow)[0, 1])
+    assert list(found.pairs.values()) == pytest.approx(list(differences))
+    assert found.verdict == "supported", "32 units against 2, the arms of this test, are told apart by any seed"
+    assert result.verdict == "supported"
+    assert found.new_images.mean == pytest.approx(differences.mean())
+    assert found.smallest == pytest.approx(stats.detectable_effect(6) * differences.std(ddof=1))
+    assert result.is_complete
+    assert [r.folder for r in list_results(runs_dir)] == [execution.folder]
+    said = answer(result)
+    assert said[0].startswith("units (screen): supported. More units reach more.")
+    assert f"{100 * differences.mean():+.2f}" in said[1]
+    assert "n = 6" in said[1]
+
+
+def test_fewer_than_six_pairs_read_undecided_however_clear(finished):
+    _, execution, _ = finished
+    described = json.loads((execution.folder / "study.json").read_text())
+    try:
+        (execution.folder / "study.json").write_text(json.dumps(described | {"seeds": 5}))
+        result = read_result(execution.folder)
+    finally:
+        (execution.folder / "study.json").write_text(json.dumps(described))
+    assert result.verdict == "undecided"
+    assert "5 pairs can settle nothing: 6 at least" in answer(result)[1]
+
+
+def test_the_generalisation_gap_and_losses_are_metrics(finished, tmp_path, text):
+    _, execution, _ = finished
+    gap = text.replace('base = "train1"', 'base = "train1"\nmetric = "generalisation_gap"\ndirection = "lower"')
+    (execution.folder / "study.toml").write_text(gap)
+    try:
+        found = read_result(execution.folder).contrasts[0]
+    finally:
+        (execution.folder / "study.toml").write_text(text)
+    rows = rows_of(execution.folder)
+    gaps = {name: r[-1]["train/accuracy"] - r[-1]["val/accuracy"] for name, r in rows.items()}
+    expected = [gaps[f"wide-seed{s}"] - gaps[f"narrow-seed{s}"] for s in range(6)]
+    assert list(found.pairs.values()) == pytest.approx(expected)
+    assert found.new_images is None
+
+
+def test_the_page_is_written_from_the_folders(finished, tmp_path):
+    _, _, runs_dir = finished
+    results = list_results(runs_dir)
+    write_lessons(results, tmp_path / "docs" / "lessons.md")
+    page = (tmp_path / "docs" / "lessons.md").read_text()
+    for name in LESSONS:
+        assert f"## {name}" in page
+        assert f"`fromzero study {name}`" in page
+    mean = 100 * results[0].contrasts[0].comparison.difference.mean
+    assert f"**{mean:+.2f}**" in page
+    assert "### units, screen: supported" in page
+    assert "--scale screen --seeds 6" in page
+    picture = tmp_path / "docs" / "lessons" / "units-screen.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size < 100_000
+    assert "](lessons/units-screen.png)" in page
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_lessons(results, blocked / "page.md")
+
+
+def test_tuning_gives_every_arm_the_same_budget_and_shows_all_of_it(tmp_path, text):
+    values = '[tuning]\nfield = "optimizer.learning_rate"\nseeds = 2\n'
+    values += "[tuning.values]\nnarrow = [1e-5, 1e-2]\nwide = [1e-2, 1e30]\n\n"
+    tuned = text.replace("[scale.screen]", values + "[scale.screen]")
+    tuned = tuned.replace("[recipe]", '[recipe]\noptimizer.name = "sgd"')
+    study = load_study(written(tmp_path, tuned), "half")
+    execution = prepare_study(study, runs_dir=tmp_path, tune=True)
+    assert len(execution.trials) == 8
+    events = list(execution)
+    assert execution.folder.name == "units-half-tuned"
+    scores = sweep(study, execution.folder)
+    assert scores["wide"][1e30] == [None, None]
+    assert {e.cell.name for e in events if e.kind == "failed"} == {"wide-1e+30-seed1000", "wide-1e+30-seed1001"}
+    best = best_values(study, execution.folder)
+    assert best["wide"] == 1e-2
+    assert best["narrow"] == max((1e-5, 1e-2), key=lambda v: np.mean(scores["narrow"][v]))
+    for cell in execution.cells:
+        assert cell.seed < 1000
+        assert fromzero.Run(cell.path).recipe.optimizer.learning_rate == best[cell.arm]
+    result = read_result(execution.folder)
+    assert result.tuned
+    assert result.is_complete
+    write_lessons([result], tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "**on the edge of what was tried**" in page
+    assert "1e+30: diverged or missing" in page
+    assert "tuned: `optimizer.learning_rate = 0.01`" in page
+
+
+# ---- the command line
+
+
+def test_the_command_line(finished, tmp_path):
+    file, _, runs_dir = finished
+    command = cli("study", file, "--runs-dir", runs_dir, "--seeds", "6")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "wide: 1,794 parameters" in done.stdout
+    assert "units (screen): supported." in done.stdout
+    assert "\x1b" not in done.stdout
+    listed = subprocess.run(cli("lessons", "--runs-dir", runs_dir), capture_output=True, text=True)
+    assert "units: More units reach more.\n  screen: supported (12 of 12 runs)" in listed.stdout
+    assert "not run yet: fromzero study padding" in listed.stdout
+    page = tmp_path / "lessons.md"
+    subprocess.run(cli("lessons", "--runs-dir", runs_dir, "--write", page), check=True)
+    assert "### units, screen: supported" in page.read_text()
+    wrong = subprocess.run(cli("study", "paddin"), capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip().count("\n") == 0
+
+
+# ---- Ray
+
+
+def test_two_ray_workers_one_killed_end_with_the_same_bits(finished, tmp_path):
+    """In a process of its own: Ray keeps threads, sockets and warnings to itself there."""
+    pytest.importorskip("ray")
+    file, whole, _ = finished
+    script = f"""
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from fromzero.study.definition import load_study
+from fromzero.study.execution import prepare_study
+execution = prepare_study(load_study({str(file)!r}), runs_dir=Path({str(tmp_path)!r}), place="ray", keep_weights=True)
+killed = 0
+failed = []
+for event in execution:
+    if event.kind == "failed":
+        failed.append(event.text)
+    if not killed and event.kind == "progress" and event.share > 0:
+        writer = Path(event.cell.path, "writer.json")
+        if writer.exists():
+            import json
+            os.kill(json.loads(writer.read_text())["pid"], signal.SIGKILL)
+            killed += 1
+print("killed", killed, "failed", failed, "complete", execution.is_complete)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "killed 1 failed [] complete True" in done.stdout
+    assert rows_of(tmp_path / "studies" / "units-screen") == rows_of(whole.folder)
+    for cell in whole.cells:
+        other = fromzero.Run(tmp_path / "studies" / "units-screen" / "cells" / cell.name)
+        assert first_difference(fromzero.Run(cell.path), other) is None
