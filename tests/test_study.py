@@ -47,6 +47,7 @@ base = "train1"
 dataset = "{dataset}"
 network.channels = [[4], [8]]
 network.pool = 4
+network.dense_dropout = 0.0
 optimizer.learning_rate = 0.01
 clean_train_images = 40
 validation.source = "split"
@@ -60,7 +61,7 @@ network.dense = [32]
 
 [scale.screen]
 seeds = 6
-epochs = 3
+epochs = 5
 batch_size = 20
 
 [scale.half]
@@ -170,6 +171,16 @@ def test_the_same_seed_gives_arms_the_same_first_weights_where_shapes_agree():
     assert all((one[name] == two[name]).all() for name in alike)
 
 
+def test_the_example_in_the_readme_is_a_study(tmp_path):
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text("utf-8")
+    example = next(part for part in re.findall(r"```toml\n(.*?)```", readme, re.DOTALL) if "claim" in part)
+    study = load_study(written(tmp_path, example))
+    assert study.arms["two"].recipe.network.dense == (1024, 1024)
+    assert (study.seeds, study.arms["one"].recipe.dataset) == (6, "cifar10:14000")
+    with pytest.raises(InputError, match=r"line 5: unknown recipe field 'network\.dens'"):
+        load_study(written(tmp_path, example.replace("two.network.dense", "two.network.dens")))
+
+
 def test_lines_of_a_file():
     lines = lines_of('a = 1\n\n[b.c]\n"d.e" = 2\nf . g = [\n  3,\n]\n[[h]]\ni = 4\n[[h]]\ni = 5\n')
     assert lines[("a",)] == 1
@@ -189,16 +200,18 @@ TUNING = "\n[tuning.values]\nnarrow = [0.1, 0.2]\nwide = {wide}\n"
         (
             "network.dense = [32]",
             "network.dens = [32]",
-            17,
+            18,
             "unknown recipe field 'network.dens'; nearest: network.dense",
         ),
-        ("network.dense = [32]", "network.dense = [2]", 16, "arm 'wide' is equal to arm 'narrow'"),
-        ("network.dense = [32]", "network.dense = [0]", 17, "network.dense: 0: input should be greater than"),
-        ("network.dense = [32]", "validation.fraction = 0.2", 17, "other data than arm 'narrow' (validation.fraction)"),
-        ("network.dense = [32]", 'dataset = "digits"', 17, "other data than arm 'narrow' (dataset)"),
-        ("network.dense = [32]", "seed = 3", 17, "every arm is trained with the same seeds"),
-        ("network.dense = [32]", 'after = "wider"\nepochs = 2', 17, "after: no arm 'wider' above"),
-        ("network.dense = [32]", 'like = "wide"', 17, "like: no arm 'wide' above"),
+        ("network.dense = [32]", "network.dense = [2]", 17, "arm 'wide' is equal to arm 'narrow'"),
+        ("network.dense = [32]", "network.dense = [0]", 18, "network.dense: 0: input should be greater than"),
+        ("network.dense = [32]", "validation.fraction = 0.2", 18, "other data than arm 'narrow' (validation.fraction)"),
+        ("network.dense = [32]", 'dataset = "digits"', 18, "other data than arm 'narrow' (dataset)"),
+        ("network.dense = [32]", "seed = 3", 18, "every arm is trained with the same seeds"),
+        ("network.dense = [32]", 'after = "wider"\nepochs = 2', 18, "after: no arm 'wider' above"),
+        ("network.dense = [32]", 'like = "wide"', 18, "like: no arm 'wide' above"),
+        ('validation.source = "split"', 'validation.source = "test"', 11, "the test images decide nothing"),
+        ('validation.source = "split"\n', "", 11, "the test images decide nothing"),
         ('base = "train1"', 'base = "train9"', 2, "unknown recipe 'train9'"),
         (
             'base = "train1"',
@@ -209,17 +222,17 @@ TUNING = "\n[tuning.values]\nnarrow = [0.1, 0.2]\nwide = {wide}\n"
         ('base = "train1"', 'base = "train1"\nmetric = "test/accuracy"', 3, "test figures decide nothing"),
         ('base = "train1"', 'base = "train1"\ndirection = "up"', 3, "direction: 'up'"),
         ('base = "train1"', 'base = "train1"\nmarginn = 1', 3, "unknown key 'marginn'; nearest: margin"),
-        ("seeds = 6", "seeds = 1", 20, "one run says nothing"),
-        ("seeds = 6", "", 19, "one run says nothing"),
-        ("seeds = 6", "seeds = 6\nlearning_rat = 1", 21, "unknown recipe field 'learning_rat'"),
-        ("seeds = 6", 'seeds = 6\nimages = "all"', 21, "expected a number of train images"),
-        ("seeds = 6", "seeds = 6\narms.thin.epochs = 2", 21, "no arm 'thin'"),
-        ("[arms.wide]\nnetwork.dense = [32]\n", "", 13, "two at least"),
-        ("[scale.half]", COMPARISON.format(arm='"wider"') + "[scale.half]", 26, "arm: no arm 'wider'; nearest: wide"),
-        ("[scale.half]", COMPARISON.format(arm='"narrow"') + "[scale.half]", 26, "compared with itself"),
-        ("[scale.half]", TUNING.format(wide="[0.1]") + "[scale.half]", 25, "same budget"),
-        ("[scale.half]", TUNING.format(wide="[0.1, -1.0]") + "[scale.half]", 27, "optimizer.learning_rate: -1.0"),
-        ("[scale.half]", "[scale.half", 24, "not valid TOML"),
+        ("seeds = 6", "seeds = 1", 21, "one run says nothing"),
+        ("seeds = 6", "", 20, "one run says nothing"),
+        ("seeds = 6", "seeds = 6\nlearning_rat = 1", 22, "unknown recipe field 'learning_rat'"),
+        ("seeds = 6", 'seeds = 6\nimages = "all"', 22, "expected a number of train images"),
+        ("seeds = 6", "seeds = 6\narms.thin.epochs = 2", 22, "no arm 'thin'"),
+        ("[arms.wide]\nnetwork.dense = [32]\n", "", 14, "two at least"),
+        ("[scale.half]", COMPARISON.format(arm='"wider"') + "[scale.half]", 27, "arm: no arm 'wider'; nearest: wide"),
+        ("[scale.half]", COMPARISON.format(arm='"narrow"') + "[scale.half]", 27, "compared with itself"),
+        ("[scale.half]", TUNING.format(wide="[0.1]") + "[scale.half]", 26, "same budget"),
+        ("[scale.half]", TUNING.format(wide="[0.1, -1.0]") + "[scale.half]", 28, "optimizer.learning_rate: -1.0"),
+        ("[scale.half]", "[scale.half", 25, "not valid TOML"),
     ],
 )
 def test_bad_studies_are_refused_with_the_line(tmp_path, text, old, new, line, says):
@@ -256,7 +269,7 @@ def test_what_else_is_refused(tmp_path, text, data_folder):
     with pytest.raises(InputError, match="a part of the 200 train images"):
         prepare_study(load_study(too_many, "half"), runs_dir=tmp_path)
     shrunk = text.replace("network.dense = [32]", "network.pool = [8, 8]")
-    with pytest.raises(InputError, match=r"line 16: arm 'wide': .* leaves no pixel"):
+    with pytest.raises(InputError, match=r"line 17: arm 'wide': .* leaves no pixel"):
         prepare_study(load_study(written(tmp_path, shrunk)), runs_dir=tmp_path)
     assert not (tmp_path / "studies").exists(), "nothing was started"
 
@@ -321,12 +334,12 @@ def test_outcomes_are_those_of_the_last_epoch(finished):
 
 def test_a_cell_whose_recipe_has_changed_is_set_aside_and_trained_anew(data_folder, tmp_path, text):
     study = load_study(written(tmp_path, text), "half")
-    execution = prepare_study(study, runs_dir=tmp_path)
+    execution = prepare_study(study, runs_dir=tmp_path, jobs=1)
     list(execution)
     kept = (execution.folder / "cells" / "wide-seed1" / "summary.json").stat().st_mtime_ns
     changed = text.replace("network.dense = [2]", "network.dense = [3]")
-    again = prepare_study(load_study(written(tmp_path, changed), "half"), runs_dir=tmp_path)
-    notes = [e.text for e in again if e.kind == "note"]
+    again = prepare_study(load_study(written(tmp_path, changed), "half"), runs_dir=tmp_path, jobs=1)
+    notes = sorted(e.text for e in again if e.kind == "note")
     assert len(notes) == 2
     assert "narrow-seed0: its recipe has changed (network.dense is (3,)): trained anew, the old run is" in notes[0]
     assert (execution.folder / "set-aside" / "narrow-seed0-1" / "summary.json").exists()
@@ -339,7 +352,7 @@ def test_a_cell_whose_recipe_has_changed_is_set_aside_and_trained_anew(data_fold
 def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_folder, tmp_path, text):
     arms = '[arms.half]\n\n[arms.again]\nafter = "half"\n'
     path = written(tmp_path, text[: text.index("[arms.narrow]")] + arms + text[text.index("[scale.screen]") :])
-    execution = prepare_study(load_study(path, "half"), runs_dir=tmp_path)
+    execution = prepare_study(load_study(path, "half"), runs_dir=tmp_path, jobs=1)
     order = [e.cell.name for e in execution if e.kind == "finished"]
     for seed in (0, 1):
         assert order.index(f"half-seed{seed}") < order.index(f"again-seed{seed}")
@@ -348,6 +361,13 @@ def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_fol
         assert not again.checkpoints.exists()
         assert (execution.folder / "cells" / f"half-seed{seed}" / "checkpoints" / "last.safetensors").exists()
     images = load_images(f"{data_folder}:100")
+    assert all(is_finished(cell, images) for cell in execution.cells)
+    last_checkpoint = execution.cells[0].path / "checkpoints" / "last.safetensors"
+    last_checkpoint.unlink()
+    assert not is_finished(execution.cells[0], images)
+    notes = [e.text for e in prepare_study(load_study(path, "half"), runs_dir=tmp_path, jobs=1) if e.kind == "note"]
+    assert "half-seed0: its weights, from which another arm starts, are gone: trained anew" in notes[0]
+    assert "again-seed0: half-seed0, from which it starts, is newer: trained anew" in notes[1]
     assert all(is_finished(cell, images) for cell in execution.cells)
 
 
@@ -360,7 +380,7 @@ def test_a_cell_does_not_start_from_weights_that_are_not_finished(data_folder, t
 
 def test_a_failed_cell_is_reported_and_counted(tmp_path, text):
     wild = text.replace("network.dense = [32]", 'optimizer.name = "sgd"\noptimizer.learning_rate = 1e30')
-    execution = prepare_study(load_study(written(tmp_path, wild), "half"), runs_dir=tmp_path)
+    execution = prepare_study(load_study(written(tmp_path, wild), "half"), runs_dir=tmp_path, jobs=1)
     failed = [e for e in execution if e.kind == "failed"]
     assert {e.cell.name for e in failed} == {"wide-seed0", "wide-seed1"}
     assert "the loss is nan" in failed[0].text or "not finite" in failed[0].text
@@ -539,7 +559,7 @@ def test_tuning_gives_every_arm_the_same_budget_and_shows_all_of_it(tmp_path, te
     tuned = text.replace("[scale.screen]", values + "[scale.screen]")
     tuned = tuned.replace("[recipe]", '[recipe]\noptimizer.name = "sgd"')
     study = load_study(written(tmp_path, tuned), "half")
-    execution = prepare_study(study, runs_dir=tmp_path, tune=True)
+    execution = prepare_study(study, runs_dir=tmp_path, tune=True, jobs=1)
     assert len(execution.trials) == 8
     events = list(execution)
     assert execution.folder.name == "units-half-tuned"

@@ -202,17 +202,25 @@ def study_header(execution: Execution) -> str:
     runs = f"{len(study.arms)} arms × {study.seeds} seeds"
     if execution.trials:
         runs += f" after {len(execution.trials)} runs of tuning"
-    where = "on Ray" if execution.place == "ray" else f"{execution.jobs} at a time, {setting.threads} threads each"
+    where = (
+        "on Ray"
+        if execution.place == "ray"
+        else f"{execution.jobs} at a time, {_counted(setting.threads or 1, 'thread')} each"
+    )
     lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, validation held out of them")
     for group in dict.fromkeys(c.group for c in study.contrasts):
         comparisons = sum(c.group == group for c in study.contrasts)
         fewest = fewest_pairs(comparisons)
         if study.seeds < fewest:
             lines.append(
-                f"  note: with {study.seeds} seeds, {comparisons} comparisons ({group}) can only read undecided;"
-                f" with --seeds {fewest} or more they can be settled"
+                f"  note: with {study.seeds} seeds, {_counted(comparisons, 'comparison')} ({group}) can only read"
+                f" undecided; from --seeds {fewest} on something can be settled"
             )
     return "\n".join(lines)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def watch_study(execution: Execution, console: Console) -> None:
@@ -259,8 +267,8 @@ class _StudyProgress:
             return f"note: {event.text}"
         if event.kind in ("started", "progress"):
             self.running[cell.path] = cell.name
-            if event.share:
-                self.before.setdefault(cell.path, event.share if event.share > 0.1 else 0.0)
+            if event.kind == "progress":
+                self.before.setdefault(cell.path, event.share)
                 self.shares[cell.path] = max(event.share, self.shares[cell.path])
             return None
         self.running.pop(cell.path, None)

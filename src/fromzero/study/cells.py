@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fromzero import machine, sessions
+from fromzero import checkpoint, machine, sessions
 from fromzero.data import ImageSet
 from fromzero.errors import FromzeroError
 from fromzero.evaluate import evaluate
@@ -32,14 +32,16 @@ LOCK_SECONDS = 60.0  # how long a writer whose study was killed may take to save
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm with one seed. `after`: the cell whose last weights it starts from; `keep_weights`: whether its
-    checkpoints stay once it has ended; `work`: roughly how long it takes, in arbitrary units."""
+    """One arm with one seed. `after`: the cell whose last weights it starts from; `is_start`: whether others start from
+    its own; `keep_weights`: whether its checkpoints stay all the same once it has ended; `work`: roughly how long it
+    takes, in arbitrary units."""
 
     arm: str
     seed: int
     path: Path
     recipe: Recipe
     after: Path | None = None
+    is_start: bool = False
     keep_weights: bool = False
     work: float = 1.0
 
@@ -67,17 +69,17 @@ def is_finished(cell: Cell, images: ImageSet) -> bool:
 def train_cell(
     cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str], None] = lambda line: None
 ) -> Iterator[float]:
-    """Train a cell to its end, yielding the share that is done. Raises what a training raises; StoppedError when asked
-    to stop, the cell saved. `note` is told what a user should know."""
-    yield 0.0
+    """Train a cell to its end, yielding the share that is done, first that from before. Raises what a training raises;
+    StoppedError when asked to stop, the cell saved. `note` is told what a user should know."""
     if not is_finished(cell, images):
         with closing(_begun(cell, images, setting, note)) as training:
             steps = training.recipe.epochs * training.steps_per_epoch
+            yield training.state.counters.step / steps
             for progress in training:
                 yield min(progress.counters.step / steps, 0.999)
     if not (cell.path / OUTCOMES).exists():
         _record_outcomes(cell, images)
-    if not cell.keep_weights:
+    if not (cell.keep_weights or cell.is_start):
         shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
     yield 1.0
 
@@ -136,6 +138,8 @@ def _differences(cell: Cell, images: ImageSet) -> list[str]:
         reasons.append("it has another seed")
     if provenance["data"]["fingerprints"] != images.fingerprints:
         reasons.append("it was trained on other images")
+    if cell.is_start and not (run.checkpoints / checkpoint.LAST).exists():
+        reasons.append("its weights, from which another arm starts, are gone")
     if _origin(provenance) != (cell.after.name if cell.after else None):
         reasons.append("it started from other weights")
     elif cell.after is not None and Run(cell.after).provenance["started"] > provenance["started"]:

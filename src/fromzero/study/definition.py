@@ -342,6 +342,11 @@ def differing_fields(one: Recipe, two: Recipe) -> dict[str, Any]:
 
 def _refuse_unfair(arms: Mapping[str, Arm], wrong: Refuse) -> None:
     first = next(iter(arms.values()))
+    if first.recipe.validation.source == "test":
+        wrong(
+            ("recipe", "validation", "source"),
+            'validation.source is test: the test images decide nothing; put validation.source = "split" under [recipe]',
+        )
     for arm in arms.values():
         differing = differing_fields(first.recipe, arm.recipe)
         if field := next((field for field in DATA_FIELDS if field in differing), None):

@@ -15,7 +15,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ import filelock
 import numpy as np
 import torch
 
-from fromzero.data import ImageSet, load_images, stratified_split
+from fromzero.data import ImageSet, load_images
 from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.files import write_atomically
 from fromzero.machine import MAX_THREADS
@@ -67,8 +67,8 @@ class Execution:
                 recipe = arm.recipe.override({"seed": seed} | self._best_of(arm.name))
                 path = self.folder / "cells" / cell_name(arm.name, seed)
                 after = None if arm.after is None else path.with_name(cell_name(arm.after, seed))
-                keep = self.keep_weights or arm.name in starts
-                found.append(Cell(arm.name, seed, path, recipe, after, keep, self._work(recipe)))
+                cell = Cell(arm.name, seed, path, recipe, after, arm.name in starts, self.keep_weights)
+                found.append(replace(cell, work=self._work(recipe)))
         return found
 
     @property
@@ -109,7 +109,8 @@ class Execution:
     @property
     def command(self) -> str:
         """What to type to do this again, or to go on with it."""
-        return command(self.study.label, self.study.scale, self.study.seeds, self.tuned)
+        text = command(self.study.label, self.study.scale, self.study.seeds, self.tuned)
+        return text + (" --on ray" if self.place == "ray" else "")
 
     def _run(self, cells: Sequence[Cell]) -> Iterator[Event]:
         waiting = self._open(cells)
@@ -136,14 +137,17 @@ class Execution:
             except FromzeroError:  # damaged: whoever trains it says how
                 return True
 
-        return [cell for cell in cells if is_open(cell)]
+        found = {cell.path for cell in cells if is_open(cell)}
+        return [cell for cell in cells if cell.path in found or cell.after in found]
 
     def _best_of(self, arm: str) -> dict[str, float]:
         return {self.study.tuning.field: self.best[arm]} if self.study.tuning and arm in self.best else {}
 
     def _work(self, recipe: Recipe) -> float:
         size = num_multiply_adds(recipe.network, self.images.image_shape, self.images.num_classes) + OVERHEAD_IMAGE
-        train, validation = _split_sizes(recipe, self.images)
+        held = recipe.validation.fraction if recipe.validation.source == "split" else 0.0
+        validation = round(held * len(self.images.train))
+        train = len(self.images.train) - validation
         clean = min(recipe.clean_train_images, train)
         each_epoch = 3 * train + validation + clean  # the backward pass costs twice the forward one
         return float(size * (recipe.epochs * each_epoch + len(self.images.test) + validation) + OVERHEAD_CELL)
@@ -292,10 +296,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FromzeroError(f"{path}: damaged: expected an object")
     return content
-
-
-def _split_sizes(recipe: Recipe, images: ImageSet) -> tuple[int, int]:
-    if recipe.validation.source == "test":
-        return len(images.train), len(images.test)
-    kept, held = stratified_split(images.train.labels, recipe.validation.fraction, "validation")
-    return len(kept), len(held)

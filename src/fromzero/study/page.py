@@ -165,11 +165,7 @@ def _title(result: Result) -> str:
 
 def _common(study: Study) -> str:
     recipe = next(iter(study.arms.values())).recipe
-    held = (
-        "validated on the test images"
-        if recipe.validation.source == "test"
-        else (f"{recipe.validation.fraction:.0%} of them for validation")
-    )
+    held = f"{recipe.validation.fraction:.0%} of them for validation"
     return f"{held}, {recipe.epochs} epochs, batches of {recipe.batch_size}"
 
 

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import queue
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -194,6 +196,11 @@ def on_ray(cells: Sequence[Cell], setting: Setting) -> Iterator[Event]:
     except ImportError:
         raise InputError("--on ray needs Ray: pip install 'fromzero[ray]'") from None
     address = os.environ.get("RAY_ADDRESS")
+    if place := re.fullmatch(r"(?:ray://)?([^/]+):(\d+)", address or ""):
+        try:  # Ray itself would try for minutes
+            socket.create_connection((place[1], int(place[2])), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise FromzeroError(f"no Ray cluster at {address}, which RAY_ADDRESS names: {error}") from None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not address:
         options |= {"num_cpus": len(usable_cores()), "include_dashboard": False}
