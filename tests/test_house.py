@@ -1,11 +1,15 @@
 """The shape of the project: imports run one way, and the public names are pinned."""
 
 import ast
+import re
 from pathlib import Path
+
+import pytest
 
 import fromzero
 
 SOURCE = Path(fromzero.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 # Each module may import modules of the lines above its own, and of its own line where that is said.
 ORDER = [
@@ -76,3 +80,27 @@ def test_the_public_names():
     ]
     for name in fromzero.__all__:
         assert (getattr(fromzero, name).__doc__ or "").strip(), name
+
+
+def test_the_readme_lists_what_is_in_a_run_folder(tiny_images, tmp_path):
+    recipe = fromzero.load_recipe("train1").override({"epochs": 1, "network.channels": [[2]], "network.pool": 8})
+    training = fromzero.new_training(recipe, tiny_images, runs_dir=tmp_path, threads=1)
+    found = {path.name for path in training.run.path.iterdir()}
+    for _ in training:
+        pass
+    found |= {path.name for path in training.run.path.iterdir()}
+    assert {"lock", "writer.json", "curves.png"} <= found
+    listing = (ROOT / "README.md").read_text("utf-8").split("## The run folder")[1].split("```")[1]
+    assert found == set(re.findall(r"[\w.]+", " ".join(line[:28] for line in listing.splitlines()[2:])))
+
+
+@pytest.mark.parametrize("name", ["train1", "train2", "train3"])
+def test_a_recipes_header_says_what_came_of_it(name):
+    header = (SOURCE / "recipes" / f"{name}.toml").read_text("utf-8").partition("\nname =")[0].replace("\n# ", " ")
+    lines = (ROOT / "docs" / "results.md").read_text("utf-8").splitlines()
+    row = next(line for line in lines if line.startswith(f"| train {name[-1]} |"))
+    running, _, validation, _, last_ten, _, time = (cell.strip("* ") for cell in row.strip("|").split("|")[-7:])
+    assert f"Result: running {running}, validation {validation} (last ten epochs {last_ten.split()[0]})" in header
+    assert "n = 1, seed 0." in header
+    assert time.replace(" min", " minutes") in header
+    assert f"Command: fromzero train cifar10 --recipe {name}" in header

@@ -6,6 +6,7 @@
     summary.json      the outcome, flat, once the run has ended
     checkpoints/      last, the one before, best
     curves.png        the learning curves
+    lock              held by the process that writes; writer.json says which one, while it does
 
 A folder is never overwritten, and one process at a time writes to it.
 """
