@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fromzero.data import download
-from fromzero.data.images import Images, ImageSet, order_digest
+from fromzero.data.images import Images, ImageSet
 from fromzero.errors import InputError
 
 RECORD_BYTES = 1 + 3 * 32 * 32
@@ -113,10 +113,11 @@ def load_cifar(path: Path, name: str | None = None) -> ImageSet:
                 f" ({layout.names} has {len(class_names)} names), found {batch.labels.max()}"
             )
     test, train = _images([batches.pop(layout.test)]), _images(list(batches.values()))
-    if order_digest(train, test) == CIFAR10_ORDER:
-        fingerprints = dict(CIFAR10_FINGERPRINTS)
-    else:
-        fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
+    source = str(inside.resolve())
+    supposed = ImageSet(name or "cifar10", train, test, class_names, source, dict(CIFAR10_FINGERPRINTS))
+    if supposed.order_digest() == CIFAR10_ORDER:
+        return supposed
+    fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
     stem = re.sub(r"[^\w-]+", "-", path.name.split(".")[0]).strip("-_") or "images"
     if stem in ("cifar10", "digits"):  # the names of known image sets, which these are not
         stem += "-images"
@@ -125,7 +126,7 @@ def load_cifar(path: Path, name: str | None = None) -> ImageSet:
         train=train,
         test=test,
         class_names=class_names,
-        source=str(inside.resolve()),
+        source=source,
         fingerprints=fingerprints,
     )
 

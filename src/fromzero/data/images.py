@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -55,7 +56,15 @@ class ImageSet:
 
     def order_digest(self) -> str:
         """SHA-256 (hex) over all images and labels in their order: splits and the order of training depend on it."""
-        return order_digest(self.train, self.test)
+        return self._order_digest
+
+    @cached_property
+    def _order_digest(self) -> str:
+        digest = hashlib.sha256()
+        for part in (self.train, self.test):
+            digest.update(np.ascontiguousarray(part.pixels).data)
+            digest.update(np.ascontiguousarray(part.labels, dtype="<i8").data)
+        return digest.hexdigest()
 
     def subset(self, count: int) -> ImageSet:
         """The same with only about `count` of the train images, a fixed stratified choice (exactly `count` where it
@@ -85,15 +94,6 @@ class ImageSet:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
-
-
-def order_digest(train: Images, test: Images) -> str:
-    """SHA-256 (hex) over the pixels and labels of `train`, then of `test`, in their order."""
-    digest = hashlib.sha256()
-    for part in (train, test):
-        digest.update(np.ascontiguousarray(part.pixels).data)
-        digest.update(np.ascontiguousarray(part.labels, dtype="<i8").data)
-    return digest.hexdigest()
 
 
 def stratified_split(labels: np.ndarray, fraction: float, purpose: str) -> tuple[np.ndarray, np.ndarray]:
