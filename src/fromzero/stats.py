@@ -3,6 +3,9 @@
 Differences are arrays whose last axis is the pair; leading axes are independent comparisons, so that a simulation of
 ten thousand studies is one call. What decides is the exact sign-flip test (Fisher, "The Design of Experiments", 1935,
 section 21): it assumes only that a difference is as likely to have either sign when there is nothing to find.
+
+scipy is imported where it is used: the command line imports this module for every training, and scipy.stats takes about
+as long as half of torch.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize, stats
 
 Direction = Literal["higher", "lower", "different"]
 Verdict = Literal["supported", "contradicted", "undecided"]
@@ -91,6 +93,8 @@ def t_interval(differences: ArrayLike) -> Interval:
 
 def t_intervals(differences: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper ends of Student's 95 % intervals, differences (…, n) → (…)."""
+    from scipy import stats
+
     d = np.asarray(differences, float)
     n = d.shape[-1]
     half = stats.t.ppf(1 - LEVEL / 2, n - 1) * d.std(axis=-1, ddof=1) / math.sqrt(n)
@@ -144,6 +148,8 @@ def power(effect: float, n: int, level: float = LEVEL) -> float:
     """Chance that the sign-flip test of n normal differences has p ≤ `level`, when their mean is `effect` standard
     deviations from zero. Up to ten pairs simulated (4,000 studies, fixed seed); beyond, that of the t test, to which
     the sign-flip test is then close, with the noncentral t of Abramowitz and Stegun, 26.7.10."""
+    from scipy import stats
+
     if n <= SIMULATED_PAIRS:
         return float((sign_flip_p(_normal(n) + effect) <= level).mean())
     critical = float(stats.t.ppf(1 - level / 2, n - 1))
@@ -156,6 +162,8 @@ def power(effect: float, n: int, level: float = LEVEL) -> float:
 def detectable_effect(n: int, level: float = LEVEL) -> float:
     """The smallest true difference, in standard deviations of a paired difference, that n pairs find four times out of
     five; infinite where n pairs cannot find anything (2 / 2**n > level)."""
+    from scipy import optimize
+
     if 2.0 ** (1 - n) > level:
         return math.inf
     return float(optimize.bisect(lambda effect: power(effect, n, level) - POWER, 0.0, 50.0, xtol=1e-3))
@@ -186,6 +194,8 @@ def seeds_and_images_interval(arm: ArrayLike, against: ArrayLike) -> Interval:
     degrees of freedom by Satterthwaite (1946). The interval over seeds alone asks what other seeds would give on these
     very images; this one, what they would give on others.
     """
+    from scipy import stats
+
     d = np.asarray(arm, float) - np.asarray(against, float)
     seeds, images = d.shape
     mean = float(d.mean())
