@@ -632,7 +632,7 @@ print("killed", killed, "failed", failed, "complete", execution.is_complete)
 """
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     command = [sys.executable, "-W", "ignore", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "killed 1 failed [] complete True" in done.stdout
     assert rows_of(tmp_path / "studies" / "units-screen") == rows_of(whole.folder)
