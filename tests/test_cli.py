@@ -9,7 +9,18 @@ import time
 
 import pytest
 
-FAST = ["--epochs", "2", "--network.channels", "[[4], [8]]", "--network.pool", "4", "--network.block_dropout", "0.1"]
+FAST = [
+    "--recipe",
+    "train3",
+    "--epochs",
+    "2",
+    "--network.channels",
+    "[[4], [8]]",
+    "--network.pool",
+    "4",
+    "--network.block_dropout",
+    "0.1",
+]
 FAST += ["--network.activation_layers", "true", "--network.dense", "[16]", "--validation.source", "split"]
 
 
