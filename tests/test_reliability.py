@@ -52,10 +52,12 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(optimizer, t
         }
     )
     straight = fromzero.train(recipe, tiny_images, runs_dir=tmp_path / "straight", threads=1)
+    interruptions = 0
     for seed in range(2):
         run, interrupted, lost = faults.train_through_kills(
-            recipe, tiny_images, tmp_path / str(seed), random.Random(seed), kills=3, seconds=0.4
+            recipe, tiny_images, tmp_path / str(seed), random.Random(seed), kills=4, seconds=0.15
         )
         assert not lost
         assert first_difference(straight, run) is None
-    assert interrupted
+        interruptions += interrupted
+    assert interruptions

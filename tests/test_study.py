@@ -176,7 +176,7 @@ def test_the_example_in_the_readme_is_a_study(tmp_path):
     example = next(part for part in re.findall(r"```toml\n(.*?)```", readme, re.DOTALL) if "claim" in part)
     study = load_study(written(tmp_path, example))
     assert study.arms["two"].recipe.network.dense == (1024, 1024)
-    assert (study.seeds, study.arms["one"].recipe.dataset) == (6, "cifar10:14000")
+    assert (study.seeds, study.arms["one"].recipe.dataset) == (6, "cifar10:8000")
     with pytest.raises(InputError, match=r"line 5: unknown recipe field 'network\.dens'"):
         load_study(written(tmp_path, example.replace("two.network.dense", "two.network.dens")))
 

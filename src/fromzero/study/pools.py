@@ -143,9 +143,12 @@ class _Worker:
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
-    """Have every cell saved."""
+    """Have every cell saved: a worker whose input ends stops its training, or goes if it has none. A signal would be
+    lost on one that is just ending a training."""
     for w in workers:
-        w.process.terminate()
+        if w.process.stdin:
+            with contextlib.suppress(OSError):
+                w.process.stdin.close()
     for w in workers:
         with contextlib.suppress(subprocess.TimeoutExpired):
             w.process.wait(STOP_SECONDS)

@@ -45,11 +45,12 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
     tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-    busy = threading.Event()
+    busy, ending = threading.Event(), threading.Event()
 
     def read() -> None:
         for line in sys.stdin:
             tasks.put(TASKS.validate_json(line))
+        ending.set()
         tasks.put(None)
         if busy.is_set():
             os.kill(os.getpid(), signal.SIGTERM)  # the training saves and stops
@@ -57,7 +58,7 @@ def serve() -> None:
     threading.Thread(target=read, daemon=True).start()
     while (task := tasks.get()) is not None:
         busy.set()
-        if not _train(task, answers):
+        if ending.is_set() or not _train(task, answers):
             return
         busy.clear()
 
