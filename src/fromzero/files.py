@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old content or the new, never a part.
+"""Where fromzero keeps files, and writing them so that a reader finds the old content or the new, never a part.
 
 Order of `write_atomically`: write, flush, fsync the file, rename, fsync the folder. When it returns, the content
 survives a power loss; when it raises, the old content is untouched.
@@ -9,6 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+
+import platformdirs
+
+
+def home() -> Path:
+    """Where fromzero keeps data and compiled kernels: `FROMZERO_HOME`, else the platform's cache folder."""
+    named = os.environ.get("FROMZERO_HOME")
+    return Path(named) if named else Path(platformdirs.user_cache_dir("fromzero", appauthor=False))
 
 
 def write_atomically(path: Path, data: bytes) -> None:

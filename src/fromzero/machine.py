@@ -21,12 +21,25 @@ from typing import Any, Literal
 
 import torch
 
+from fromzero import kernels
 from fromzero.errors import InputError
 
 Precision = Literal["bfloat16", "float32"]
+ELEMENTS: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # to compute in
 
 MAX_THREADS = 1024
-NUMERIC_MODULES = ("augment", "evaluate", "fused", "machine", "networks", "optim", "rng", "state", "training")
+NUMERIC_MODULES = (
+    "augment",
+    "evaluate",
+    "fused",
+    "kernels/__init__",
+    "machine",
+    "networks",
+    "optim",
+    "rng",
+    "state",
+    "training",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class Machine:
     instructions: str
     threads: int
     precision: Precision
+    kernels: str
     torch: str
     fromzero: str
 
@@ -45,6 +59,7 @@ class Machine:
         """Make this process compute as this machine says."""
         torch.set_num_threads(self.threads)
         keep_large_buffers()
+        kernels.use(self.kernels, ELEMENTS[self.precision])
         if torch.device(self.device).type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -99,6 +114,7 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
         instructions=_instructions(),
         threads=threads or _usable_cores(),
         precision=chosen,
+        kernels=_kernels(kind.type, chosen),
         torch=torch.__version__,
         fromzero=f"{metadata.version('fromzero')} ({_source_digest()})",
     )
@@ -122,6 +138,14 @@ def keep_large_buffers() -> bool:
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # names and numbers of malloc.h
     settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20))
     return all([mallopt(name, value) == 1 for name, value in settings])
+
+
+def _kernels(device: str, precision: Precision) -> str:
+    """Which compiled kernels to use: those of bfloat16 need AVX512-BF16, and where there is AMX, oneDNN is faster."""
+    features = _bfloat16_features()
+    if device != "cpu" or (precision == "bfloat16" and ("avx512_bf16" not in features or "amx_bf16" in features)):
+        return kernels.NONE
+    return kernels.find(ELEMENTS[precision])
 
 
 def peak_memory_bytes() -> int | None:
@@ -157,7 +181,7 @@ def _source_digest() -> str:
     """Short digest of the modules that decide the bits of a result, so that another fromzero is not taken for this."""
     digest = hashlib.sha256()
     for name in NUMERIC_MODULES:
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fromzero import kernels
 from fromzero.errors import InputError
 from fromzero.recipe import NetworkRecipe
 from fromzero.rng import derive, generator
@@ -26,6 +27,7 @@ from fromzero.rng import derive, generator
 ImageShape = tuple[int, int, int]
 
 SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
+WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 5, 16  # output pixels and channels from which compiled kernels are faster
 
 
 class Layer(NamedTuple):
@@ -263,12 +265,22 @@ class Convolution(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = (size + 2 * int(self.padding[0]) - 2 for size in x.shape[2:])
+        padding = int(self.padding[0])
+        height, width = (size + 2 * padding - 2 for size in x.shape[2:])
+        if kernel := self._kernel(x, height * width):
+            y: Tensor = kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, kernel)
+            return y
         if x.device.type != "cpu" or height * width > SMALL_MAP_PIXELS or min(height, width) < 1:
             return super().forward(x)
-        columns = _Columns.apply(x, int(self.padding[0]))
+        columns = _Columns.apply(x, padding)
         y = F.linear(columns, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
         return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
+
+    def _kernel(self, x: Tensor, pixels: int) -> kernels.Winograd | None:
+        """The compiled kernels, where they are in use and worth it."""
+        if x.device.type != "cpu" or pixels < WINOGRAD_PIXELS or min(self.weight.shape[:2]) < WINOGRAD_CHANNELS:
+            return None
+        return kernels.winograd(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
 
 
 class _Columns(torch.autograd.Function):

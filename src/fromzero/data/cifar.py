@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fromzero import files
 from fromzero.data import download
 from fromzero.data.images import Images, ImageSet
 from fromzero.errors import InputError
@@ -71,7 +72,7 @@ def load_cifar10(data_dir: str | Path | None = None, *, offline: bool = False) -
                 f"no CIFAR-10 under {data_dir}: expected a folder {' or '.join(FOLDERS)},"
                 f" or an archive {' or '.join(ARCHIVES[:2])}"
             )
-        archive = download.fetch_cifar10(download.home(), offline=offline)
+        archive = download.fetch_cifar10(files.home(), offline=offline)
         found = unpack(archive)
     image_set = load_cifar(found, name="cifar10")
     for split, expected in CIFAR10_FINGERPRINTS.items():
@@ -88,7 +89,7 @@ def usual_places() -> list[Path]:
     """Folders where CIFAR-10 is looked for: fromzero's own, torchvision's usual ones, Keras's."""
     keras = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "datasets"
     # Keras 3 unpacks into a folder named after its archive.
-    return [download.home(), Path("data"), Path.home() / "data", keras, keras / "cifar-10-batches-py-target"]
+    return [files.home(), Path("data"), Path.home() / "data", keras, keras / "cifar-10-batches-py-target"]
 
 
 def load_cifar(path: Path, name: str | None = None) -> ImageSet:

@@ -11,8 +11,6 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-import platformdirs
-
 from fromzero.errors import InputError
 
 BINARY_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -23,12 +21,6 @@ MIRRORS = (
 )
 REACH_SECONDS = 3.0  # for all mirrors together: without a network the answer comes within 5 seconds
 SILENCE_SECONDS = 30.0  # a mirror that sends nothing for so long is given up
-
-
-def home() -> Path:
-    """Where fromzero keeps data: `FROMZERO_HOME`, else the platform's cache folder."""
-    named = os.environ.get("FROMZERO_HOME")
-    return Path(named) if named else Path(platformdirs.user_cache_dir("fromzero", appauthor=False))
 
 
 def fetch_cifar10(folder: Path, *, offline: bool = False) -> Path:

@@ -1,0 +1,428 @@
+/* 3x3 convolutions of stride 1 by Winograd's minimal filtering F(4x4, 3x3): 36 multiplications where 16 outputs of a
+   channel pair take 144. Winograd, "Arithmetic Complexity of Computations" (1980); Lavin and Gray, "Fast Algorithms for
+   Convolutional Neural Networks" (2016, arXiv:1509.09308), whose names are used here:
+
+       Y = A^T [ (G g G^T) . (B^T d B) ] A
+
+   d is a 6x6 tile of the input, g a filter, Y a 4x4 tile of the output. For each of the 36 positions of the
+   transformed tiles, the sum over channels is a matrix product. Tiles overlap by two pixels.
+
+   The interpolation points are 0, +-3/4, +-3/2 and infinity: in bfloat16 their error is about half of that of the usual
+   0, +-1, +-2 (docs/log.md). Transforms are computed in float32; only what goes into the matrix products is rounded to
+   `element`, and products are summed in float32.
+
+   Images are (N, H, W, C), filters (O, 3, 3, C) in float32. Every sum is taken in an order that depends on shapes alone,
+   so the results do not depend on the number of threads.
+
+   Compiled with -DBFLOAT16 (needs AVX512-BF16), elements are bfloat16, else float32. */
+
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+/* Registers: a product of ROWS x COLUMNS vectors accumulates in 24 of 32 vector registers, or in 12 of 16. */
+#define ROWS 6
+#if defined(__AVX512F__)
+#define LANES 16
+#define COLUMNS 4
+#elif defined(__AVX__)
+#define LANES 8
+#define COLUMNS 2
+#else
+#define LANES 4
+#define COLUMNS 4
+#endif
+#define WIDE (COLUMNS * LANES) /* channels that one product computes side by side */
+
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* A unit is what one lane of a matrix product takes at a time: four bytes, one float or two bfloat16. Of these, PAIR
+   share a unit. */
+#ifdef BFLOAT16
+#include <immintrin.h>
+#define PAIR 2
+typedef uint16_t element;
+typedef __m256i narrow; /* LANES elements */
+
+static inline __mmask16 first(long count) { return count >= LANES ? 0xFFFF : (__mmask16)((1u << count) - 1); }
+
+static inline vector load(const element *from, long count) {
+    __m256i bits = _mm256_maskz_loadu_epi16(first(count), from);
+    return (vector)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+static inline narrow rounded(vector v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
+
+static inline void store(element *to, vector v, long count) { _mm256_mask_storeu_epi16(to, first(count), rounded(v)); }
+
+/* Two vectors as one of units: lanes of `low` and `high` side by side. */
+static inline void store_units(float *to, narrow low, narrow high) {
+    __m512i bits = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+    _mm512_storeu_si512(to, bits);
+}
+
+static inline vector multiply_add(vector sum, float unit, vector other) {
+    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(unit), (__m512bh)other);
+}
+#else
+#define PAIR 1
+typedef float element;
+typedef vector narrow;
+
+static inline vector load(const element *from, long count) {
+    if (count >= LANES) return *(const loose *)from;
+    vector v = {0};
+    memcpy(&v, from, 4 * count);
+    return v;
+}
+
+static inline narrow rounded(vector v) { return v; }
+
+static inline void store(element *to, vector v, long count) {
+    if (count >= LANES) *(loose *)to = v;
+    else memcpy(to, &v, 4 * count);
+}
+
+static inline void store_units(float *to, narrow low, narrow high) {
+    (void)high;
+    *(loose *)to = low;
+}
+
+static inline vector multiply_add(vector sum, float unit, vector other) { return sum + unit * other; }
+#endif
+
+static inline long min(long a, long b) { return a < b ? a : b; }
+static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
+
+/* The one-dimensional transforms. `a` and `b` are the points, `from` and `to` walk in strides of vectors. */
+static const float a1 = 0.75f, a2 = 0.5625f, a3 = 0.421875f, b1 = 1.5f, b2 = 2.25f, b3 = 3.375f;
+static const float a2b2 = 1.265625f, a2_b2 = 2.8125f;                       /* a^2 b^2, a^2 + b^2 */
+static const float s0 = 0.790123456790f, sa = -0.526748971193f, sb = 0.131687242798f; /* 1/(a^2 b^2), 1/(2a^2(a^2-b^2)), 1/(2b^2(b^2-a^2)) */
+
+/* B^T: six pixels of an input tile. */
+static inline void input_transform(const vector *d, long from, vector *v, long to) {
+    vector even_a = d[4 * from] - b2 * d[2 * from], odd_a = a1 * (d[3 * from] - b2 * d[from]);
+    vector even_b = d[4 * from] - a2 * d[2 * from], odd_b = b1 * (d[3 * from] - a2 * d[from]);
+    v[0] = a2b2 * d[0] - a2_b2 * d[2 * from] + d[4 * from];
+    v[to] = even_a + odd_a, v[2 * to] = even_a - odd_a;
+    v[3 * to] = even_b + odd_b, v[4 * to] = even_b - odd_b;
+    v[5 * to] = a2b2 * d[from] - a2_b2 * d[3 * from] + d[5 * from];
+}
+
+/* A^T: six products to four pixels of an output tile. */
+static inline void output_transform(const vector *m, long from, vector *y, long to) {
+    vector sum_a = m[from] + m[2 * from], difference_a = m[from] - m[2 * from];
+    vector sum_b = m[3 * from] + m[4 * from], difference_b = m[3 * from] - m[4 * from];
+    y[0] = m[0] + sum_a + sum_b;
+    y[to] = a1 * difference_a + b1 * difference_b;
+    y[2 * to] = a2 * sum_a + b2 * sum_b;
+    y[3 * to] = a3 * difference_a + b3 * difference_b + m[5 * from];
+}
+
+/* A: four pixels of an output's gradient. */
+static inline void gradient_transform(const vector *y, long from, vector *e, long to) {
+    vector even_a = y[0] + a2 * y[2 * from], odd_a = a1 * y[from] + a3 * y[3 * from];
+    vector even_b = y[0] + b2 * y[2 * from], odd_b = b1 * y[from] + b3 * y[3 * from];
+    e[0] = y[0];
+    e[to] = even_a + odd_a, e[2 * to] = even_a - odd_a;
+    e[3 * to] = even_b + odd_b, e[4 * to] = even_b - odd_b;
+    e[5 * to] = y[3 * from];
+}
+
+/* G: three weights of a filter. */
+static inline void filter_transform(const vector *g, long from, vector *u, long to) {
+    vector even_a = g[0] + a2 * g[2 * from], odd_a = a1 * g[from];
+    vector even_b = g[0] + b2 * g[2 * from], odd_b = b1 * g[from];
+    u[0] = s0 * g[0];
+    u[to] = sa * (even_a + odd_a), u[2 * to] = sa * (even_a - odd_a);
+    u[3 * to] = sb * (even_b + odd_b), u[4 * to] = sb * (even_b - odd_b);
+    u[5 * to] = g[2 * from];
+}
+
+/* G^T: six products to the gradient of three weights. */
+static inline void filter_gradient_transform(const vector *u, long from, vector *g, long to) {
+    vector sum_a = sa * (u[from] + u[2 * from]), sum_b = sb * (u[3 * from] + u[4 * from]);
+    g[0] = s0 * u[0] + sum_a + sum_b;
+    g[to] = sa * a1 * (u[from] - u[2 * from]) + sb * b1 * (u[3 * from] - u[4 * from]);
+    g[2 * to] = a2 * sum_a + b2 * sum_b + u[5 * from];
+}
+
+/* Matrix product in registers: c (ROWS, columns x LANES) = or += sum over k of a[row, k] * b[k, :]. */
+static inline __attribute__((always_inline)) void product_of(const int columns, const float *a, long a_row, long a_k,
+                                                             const float *b, long b_k, long depth, float *c, long c_row,
+                                                             int add) {
+    vector sums[ROWS][COLUMNS];
+    for (int row = 0; row < ROWS; row++)
+        for (int column = 0; column < columns; column++)
+            sums[row][column] = add ? (vector)*(const loose *)(c + row * c_row + column * LANES) : (vector){0};
+    for (long k = 0; k < depth; k++) {
+        vector others[COLUMNS];
+        for (int column = 0; column < columns; column++) others[column] = *(const loose *)(b + k * b_k + column * LANES);
+        for (int row = 0; row < ROWS; row++) {
+            float unit = a[row * a_row + k * a_k];
+            for (int column = 0; column < columns; column++)
+                sums[row][column] = multiply_add(sums[row][column], unit, others[column]);
+        }
+    }
+    for (int row = 0; row < ROWS; row++)
+        for (int column = 0; column < columns; column++)
+            *(loose *)(c + row * c_row + column * LANES) = sums[row][column];
+}
+
+static void product(long columns, const float *a, long a_row, long a_k, const float *b, long b_k, long depth, float *c,
+                    long c_row, int add) {
+    switch (columns) {
+        case 1: product_of(1, a, a_row, a_k, b, b_k, depth, c, c_row, add); break;
+#if COLUMNS > 1
+        case 2: product_of(2, a, a_row, a_k, b, b_k, depth, c, c_row, add); break;
+#endif
+#if COLUMNS > 2
+        case 3: product_of(3, a, a_row, a_k, b, b_k, depth, c, c_row, add); break;
+        case 4: product_of(4, a, a_row, a_k, b, b_k, depth, c, c_row, add); break;
+#endif
+    }
+}
+
+/* From one of the 36 positions to the next lie so many floats: a cache line more than a position holds, since strides that
+   are powers of two would put all positions into the same few sets of the cache. */
+static inline long apart(long floats) { return round_up(floats, 16) + 16; }
+
+/* Where a tile lies: image, row and column of its first output pixel. */
+typedef struct {
+    long image, row, column;
+} place;
+
+static inline place place_of(long tile, long down, long across) {
+    return (place){tile / (down * across), tile / across % down * 4, tile % across * 4};
+}
+
+/* B^T d B for LANES channels from `channel` on: 36 vectors. */
+static inline void transformed_input(const element *x, long h, long w, long c, long pad, place at, long channel,
+                                     vector v[36]) {
+    vector d[36], half[36];
+    long count = c - channel;
+    for (long i = 0; i < 6; i++)
+        for (long j = 0; j < 6; j++) {
+            long row = at.row + i - pad, column = at.column + j - pad;
+            int inside = row >= 0 && row < h && column >= 0 && column < w;
+            d[6 * i + j] = inside ? load(x + ((at.image * h + row) * w + column) * c + channel, count) : (vector){0};
+        }
+    for (long j = 0; j < 6; j++) input_transform(d + j, 6, half + j, 6);
+    for (long i = 0; i < 6; i++) input_transform(half + 6 * i, 1, v + 6 * i, 1);
+}
+
+/* y (N, H', W', O) = x (N, H, W, C) convolved, H' = H + 2 pad - 2, plus `bias` (O) where there is one.
+
+   u: filters from `transform_filters`. scratch: so many floats as `convolve_scratch` says. block: tiles that are computed
+   together, a multiple of ROWS. */
+void convolve(const element *x, const float *u, const float *bias, element *y, float *scratch, long n, long h, long w,
+              long c, long o, long pad, long block, long threads) {
+    long height = h + 2 * pad - 2, width = w + 2 * pad - 2;
+    long down = (height + 3) / 4, across = (width + 3) / 4, tiles = n * down * across;
+    long c_units = round_up(c, LANES) / PAIR, o_lanes = round_up(o, LANES);
+    long v_apart = apart(block * c_units), m_apart = apart(block * WIDE), u_apart = apart(o_lanes * c_units);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long start = 0; start < tiles; start += block) {
+        float *v = scratch + omp_get_thread_num() * 36 * (v_apart + m_apart), *m = v + 36 * v_apart;
+        long count = min(block, tiles - start);
+        for (long t = 0; t < count; t++)
+            for (long channel = 0; channel < c; channel += LANES) {
+                vector tile[36];
+                transformed_input(x, h, w, c, pad, place_of(start + t, down, across), channel, tile);
+                for (long position = 0; position < 36; position++)
+                    store((element *)(v + position * v_apart + t * c_units) + channel, tile[position], LANES);
+            }
+        for (long out = 0; out < o; out += WIDE) {
+            long wide = min(WIDE, o_lanes - out);
+            for (long position = 0; position < 36; position++)
+                for (long row = 0; row < count; row += ROWS)
+                    product(wide / LANES, v + position * v_apart + row * c_units, c_units, 1,
+                            u + position * u_apart + out * c_units, wide, c_units, m + position * m_apart + row * WIDE,
+                            WIDE, 0);
+            for (long t = 0; t < count; t++) {
+                place at = place_of(start + t, down, across);
+                long bottom = min(4, height - at.row), right = min(4, width - at.column);
+                for (long lane = 0; lane < min(wide, o - out); lane += LANES) {
+                    vector half[24], pixels[16], shift = {0};
+                    const vector *products = (const vector *)(m + t * WIDE + lane);
+                    long step = m_apart / LANES, left = o - out - lane;
+                    for (long j = 0; j < 6; j++) output_transform(products + j * step, 6 * step, half + j, 6);
+                    for (long i = 0; i < 4; i++) output_transform(half + 6 * i, 1, pixels + 4 * i, 1);
+                    if (bias) memcpy(&shift, bias + out + lane, 4 * min(left, LANES));
+                    for (long i = 0; i < bottom; i++)
+                        for (long j = 0; j < right; j++)
+                            store(y + ((at.image * height + at.row + i) * width + at.column + j) * o + out + lane,
+                                  pixels[4 * i + j] + shift, left);
+                }
+            }
+        }
+    }
+}
+
+/* Floats of scratch that `convolve` needs. */
+long convolve_scratch(long c, long block, long threads) {
+    return threads * 36 * (apart(block * (round_up(c, LANES) / PAIR)) + apart(block * WIDE));
+}
+
+/* G g G^T for LANES channels from `channel` on of filter `out`, turned by 180 degrees for the gradient of the input. */
+static inline void transformed_filter(const float *weights, long c, long out, long channel, int turned, vector u[36]) {
+    vector g[9], half[18];
+    for (long i = 0; i < 9; i++) {
+        g[i] = (vector){0};
+        memcpy(&g[i], weights + (out * 9 + (turned ? 8 - i : i)) * c + channel, 4 * min(c - channel, LANES));
+    }
+    for (long j = 0; j < 3; j++) filter_transform(g + j, 3, half + j, 3);
+    for (long i = 0; i < 6; i++) filter_transform(half + 3 * i, 1, u + 6 * i, 1);
+}
+
+/* Floats of the transformed filters from `c` to `o` channels. */
+long filters_size(long c, long o) { return 36 * apart(round_up(o, LANES) * (round_up(c, LANES) / PAIR)); }
+
+/* Filters (O, 3, 3, C) as `convolve` wants them: 36 matrices of units, (C, O) in blocks of WIDE columns. */
+void transform_filters(const float *weights, float *u, long c, long o, long threads) {
+    long c_lanes = round_up(c, LANES), c_units = c_lanes / PAIR, o_lanes = round_up(o, LANES);
+    long u_apart = apart(o_lanes * c_units);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long group = 0; group < o_lanes; group += LANES) {
+        long start = group / WIDE * WIDE, wide = min(WIDE, o_lanes - start);
+        for (long channel = 0; channel < c_lanes; channel += LANES)
+            for (long out = group; out < group + LANES; out++) {
+                vector tile[36];
+                memset(tile, 0, sizeof tile);
+                if (out < o) transformed_filter(weights, c, out, channel, 0, tile);
+                for (long position = 0; position < 36; position++) {
+                    float units[LANES / PAIR];
+                    store((element *)units, tile[position], LANES);
+                    float *to = u + position * u_apart + start * c_units + channel / PAIR * wide + out - start;
+                    for (long k = 0; k < LANES / PAIR; k++) to[k * wide] = units[k];
+                }
+            }
+    }
+}
+
+/* The filters of the gradient of the input: 36 matrices of units, (O, C) in blocks of WIDE columns. */
+void transform_turned_filters(const float *weights, float *u, long c, long o, long threads) {
+    long c_lanes = round_up(c, LANES), o_units = round_up(o, LANES) / PAIR, u_apart = apart(c_lanes * o_units);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long unit = 0; unit < o_units; unit++)
+        for (long channel = 0; channel < c_lanes; channel += LANES) {
+            long start = channel / WIDE * WIDE, wide = min(WIDE, c_lanes - start);
+            vector tiles[PAIR][36];
+            memset(tiles, 0, sizeof tiles);
+            for (long each = 0; each < PAIR; each++)
+                if (unit * PAIR + each < o)
+                    transformed_filter(weights, c, unit * PAIR + each, channel, 1, tiles[each]);
+            for (long position = 0; position < 36; position++)
+                store_units(u + position * u_apart + start * o_units + unit * wide + channel - start,
+                            rounded(tiles[0][position]), rounded(tiles[PAIR - 1][position]));
+        }
+}
+
+/* The gradient of the filters is summed for OUT x WIDE channels at a time, over DEPTH units, and over CHUNK units in all
+   before the next tiles are transformed: so sums stay in a core's cache, transformed tiles in that of all cores. */
+#define OUT (8 * ROWS)
+#define DEPTH 256
+
+typedef struct {
+    long down, across, tiles, depth, chunk, c_lanes, o_lanes, v_apart, e_apart, blocks, tasks;
+} plan;
+
+static plan plan_of(long n, long h, long w, long c, long o, long pad) {
+    plan p;
+    p.down = (h + 2 * pad + 1) / 4, p.across = (w + 2 * pad + 1) / 4, p.tiles = n * p.down * p.across;
+    p.c_lanes = round_up(c, LANES), p.o_lanes = round_up(o, LANES), p.depth = (p.tiles + PAIR - 1) / PAIR;
+    p.chunk = min(p.depth, round_up((1 << 16) / (p.c_lanes + p.o_lanes), DEPTH)); /* about 2^16 floats a position */
+    p.v_apart = apart(p.chunk * p.c_lanes), p.e_apart = apart(p.chunk * p.o_lanes + OUT);
+    p.blocks = (p.c_lanes + WIDE - 1) / WIDE, p.tasks = p.blocks * ((o + OUT - 1) / OUT);
+    return p;
+}
+
+/* Floats of scratch that `filter_gradient` needs. */
+long filter_gradient_scratch(long n, long h, long w, long c, long o, long pad, long threads) {
+    plan p = plan_of(n, h, w, c, o, pad);
+    long slots = p.chunk < p.depth ? p.tasks : threads;
+    return 36 * (p.v_apart + p.e_apart) + slots * 36 * apart(OUT * WIDE);
+}
+
+/* Transform the input and the output's gradient of one unit of tiles. */
+static void transform_unit(const element *x, const element *dy, float *v, float *e, long h, long w, long c, long o,
+                           long pad, const plan *p, long unit, long k) {
+    long height = h + 2 * pad - 2, width = w + 2 * pad - 2;
+    vector tile[36];
+    narrow both[2][36];
+    memset(both, 0, sizeof both);
+    for (long channel = 0; channel < c; channel += LANES) {
+        long start = channel / WIDE * WIDE, wide = min(WIDE, p->c_lanes - start);
+        for (long each = 0; each < PAIR; each++) {
+            memset(tile, 0, sizeof tile);
+            if (unit * PAIR + each < p->tiles)
+                transformed_input(x, h, w, c, pad, place_of(unit * PAIR + each, p->down, p->across), channel, tile);
+            for (long position = 0; position < 36; position++) both[each][position] = rounded(tile[position]);
+        }
+        for (long position = 0; position < 36; position++)
+            store_units(v + position * p->v_apart + start * p->chunk + k * wide + channel - start, both[0][position],
+                        both[1][position]);
+    }
+    for (long out = 0; out < o; out += LANES) {
+        for (long each = 0; each < PAIR; each++) {
+            vector pixels[16], half[24];
+            memset(pixels, 0, sizeof pixels);
+            if (unit * PAIR + each < p->tiles) {
+                place at = place_of(unit * PAIR + each, p->down, p->across);
+                for (long i = 0; i < min(4, height - at.row); i++)
+                    for (long j = 0; j < min(4, width - at.column); j++)
+                        pixels[4 * i + j] =
+                            load(dy + ((at.image * height + at.row + i) * width + at.column + j) * o + out, o - out);
+            }
+            for (long j = 0; j < 4; j++) gradient_transform(pixels + j, 4, half + j, 4);
+            for (long i = 0; i < 6; i++) gradient_transform(half + 4 * i, 1, tile + 6 * i, 1);
+            for (long position = 0; position < 36; position++) both[each][position] = rounded(tile[position]);
+        }
+        for (long position = 0; position < 36; position++)
+            store_units(e + position * p->e_apart + k * p->o_lanes + out, both[0][position], both[1][position]);
+    }
+}
+
+/* gradient (O, 3, 3, C) of the filters from that of the output, dy (N, H', W', O):
+   G^T [ sum over tiles of (A dy A^T) (B^T d B) ] G. */
+void filter_gradient(const element *x, const element *dy, float *gradient, float *scratch, long n, long h, long w,
+                     long c, long o, long pad, long threads) {
+    plan p = plan_of(n, h, w, c, o, pad);
+    float *v = scratch, *e = v + 36 * p.v_apart, *all_sums = e + 36 * p.e_apart;
+    long sums_apart = apart(OUT * WIDE), step = sums_apart / LANES;
+    for (long done = 0; done < p.depth; done += p.chunk) {
+        long depth = min(p.chunk, p.depth - done), last = done + depth == p.depth;
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp for schedule(static)
+            for (long k = 0; k < depth; k++) transform_unit(x, dy, v, e, h, w, c, o, pad, &p, done + k, k);
+#pragma omp for schedule(static)
+            for (long task = 0; task < p.tasks; task++) {
+                long start = task % p.blocks * WIDE, wide = min(WIDE, p.c_lanes - start), out = task / p.blocks * OUT;
+                float *sums = all_sums + (p.chunk < p.depth ? task : omp_get_thread_num()) * 36 * sums_apart;
+                for (long position = 0; position < 36; position++)
+                    for (long k = 0; k < depth; k += DEPTH)
+                        for (long row = 0; row < min(OUT, o - out); row += ROWS)
+                            product(wide / LANES, e + position * p.e_apart + k * p.o_lanes + out + row, 1, p.o_lanes,
+                                    v + position * p.v_apart + start * p.chunk + k * wide, wide, min(DEPTH, depth - k),
+                                    sums + position * sums_apart + row * WIDE, WIDE, done + k > 0);
+                for (long row = 0; last && row < min(OUT, o - out); row++)
+                    for (long lane = 0; lane < min(wide, c - start); lane += LANES) {
+                        vector half[18], g[9];
+                        const vector *products = (const vector *)(sums + row * WIDE + lane);
+                        for (long j = 0; j < 6; j++)
+                            filter_gradient_transform(products + j * step, 6 * step, half + j, 6);
+                        for (long i = 0; i < 3; i++) filter_gradient_transform(half + 6 * i, 1, g + 3 * i, 1);
+                        for (long i = 0; i < 9; i++)
+                            memcpy(gradient + ((out + row) * 9 + i) * c + start + lane, &g[i],
+                                   4 * min(c - start - lane, LANES));
+                    }
+            }
+        }
+    }
+}
