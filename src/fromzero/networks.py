@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 5, 16  # output pixels and channels from wh
 class Layer(NamedTuple):
     """One row of the summary: `shape` is the output's, (H, W, C) or (units,), without the batch. Of `parameters`,
     `fixed` are not trained. `kernel` is the side of a convolution's window. Rows with the same `branch` above 0 are
-    the residual branch of one block."""
+    the residual branch of one block. A pooling that is `activated` has a ReLU behind it."""
 
     kind: str
     name: str
@@ -46,6 +45,7 @@ class Layer(NamedTuple):
     fixed: int = 0
     kernel: int = 3
     branch: int = 0
+    activated: bool = False
 
 
 STEMS = {
@@ -155,7 +155,7 @@ def build(
     modules: dict[str, nn.Module] = {}
     masks = Masks(torch.Generator(device))
     channels, features = image_shape[2], 0
-    for row in _pool_before_activation(layers(network, image_shape, num_classes), network.activation):
+    for row in _activated_by_pooling(layers(network, image_shape, num_classes), network.activation):
         into = modules
         if row.branch:
             into = modules.setdefault(f"residual_{row.branch}", Residual())._modules  # type: ignore[assignment]
@@ -168,7 +168,7 @@ def build(
                 into[row.name] = kind(channels, row.shape[-1], row.kernel, padding=padding, bias=bias)
                 channels = row.shape[-1]
             case "MaxPooling2D":
-                into[row.name] = nn.MaxPool2d(row.pool)
+                into[row.name] = MaxPool(row.pool, row.activated)
             case "BatchNormalization":
                 into[row.name] = BatchNorm(channels)
             case "Flatten":
@@ -267,20 +267,14 @@ class Convolution(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         padding = int(self.padding[0])
         height, width = (size + 2 * padding - 2 for size in x.shape[2:])
-        if kernel := self._kernel(x, height * width):
-            y: Tensor = kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, kernel)
-            return y
+        worth_it = height * width >= WINOGRAD_PIXELS and min(self.weight.shape[:2]) >= WINOGRAD_CHANNELS
+        if worth_it and (kernel := kernels.in_use(x)):
+            return kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, kernel)
         if x.device.type != "cpu" or height * width > SMALL_MAP_PIXELS or min(height, width) < 1:
             return super().forward(x)
         columns = _Columns.apply(x, padding)
         y = F.linear(columns, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
         return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
-
-    def _kernel(self, x: Tensor, pixels: int) -> kernels.Winograd | None:
-        """The compiled kernels, where they are in use and worth it."""
-        if x.device.type != "cpu" or pixels < WINOGRAD_PIXELS or min(self.weight.shape[:2]) < WINOGRAD_CHANNELS:
-            return None
-        return kernels.winograd(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
 
 
 class _Columns(torch.autograd.Function):
@@ -309,6 +303,23 @@ class _Columns(torch.autograd.Function):
         p = ctx.padding
         inner = padded[:, p : height - p, p : width - p].to(windows.dtype)
         return inner.permute(0, 3, 1, 2), None
+
+
+class MaxPool(nn.MaxPool2d):
+    """Max pooling, followed by a ReLU where it has been given one."""
+
+    def __init__(self, window: int, relu: bool):
+        super().__init__(window)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_size == 2 and (kernel := kernels.in_use(x)):
+            return kernels.MaxPool2x2.apply(x, self.relu, kernel)
+        y = super().forward(x)
+        return F.relu(y) if self.relu else y
+
+    def extra_repr(self) -> str:
+        return f"{self.kernel_size}, relu={self.relu}"
 
 
 class Dropout(nn.Module):
@@ -403,14 +414,16 @@ def _check_size(height: int, width: int, image_shape: ImageShape, where: str) ->
         )
 
 
-def _pool_before_activation(rows: Iterable[Layer], activation: str) -> list[Layer]:
-    """Swap ReLU and the pooling behind it: max(relu(x)) = relu(max(x)), so values and gradients are the same, and
-    the ReLU has a quarter of the work. GELU falls before it rises, so it stays where it is."""
-    ordered = list(rows)
-    for i, (first, second) in enumerate(pairwise(ordered)):
-        if activation == "relu" and first.kind == "Activation" and second.kind == "MaxPooling2D":
-            ordered[i], ordered[i + 1] = second, first
-    return ordered
+def _activated_by_pooling(rows: Iterable[Layer], activation: str) -> list[Layer]:
+    """The rows with each ReLU before a pooling drawn behind it and into it: max(relu(x)) = relu(max(x)), so values and
+    gradients are the same, and the ReLU has a quarter of the work. GELU falls before it rises, so it stays."""
+    found: list[Layer] = []
+    for row in rows:
+        if activation == "relu" and row.kind == "MaxPooling2D" and found and found[-1].kind == "Activation":
+            found[-1] = row._replace(activated=True)
+        else:
+            found.append(row)
+    return found
 
 
 @torch.no_grad()

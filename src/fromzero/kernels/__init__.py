@@ -1,8 +1,9 @@
-"""Kernels that are compiled for this processor: 3×3 convolutions by Winograd's method, twice as fast as oneDNN's.
+"""Kernels that are compiled for this processor: 3×3 convolutions by Winograd's method, twice as fast as oneDNN's, and
+pooling with the ReLU behind it.
 
-The C source lies beside this file. It is compiled by the machine's own C compiler the first time it is needed, checked
-against PyTorch, and kept under `FROMZERO_HOME`. Where there is no compiler, or what it made computes anything else,
-PyTorch's convolutions are used: the same function, other bits. So what is used has a name, and `Machine` records it.
+Their C source lies beside this file. It is compiled by the machine's own C compiler the first time it is needed,
+checked against PyTorch, and kept under `FROMZERO_HOME`. Where there is no compiler, or what it made computes anything
+else, PyTorch's own are used: the same functions, other bits. So what is used has a name, and `Machine` records it.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ from torch import Tensor
 from fromzero import files
 
 NONE = "none"
-SOURCE = Path(__file__).with_name("winograd.c")
+SOURCE_FOLDER = Path(__file__).parent
+SOURCES = ("winograd.c", "pointwise.c")
+HEADER = "vectors.h"
 # Compiled and linked apart, so that OpenMP is the one that torch has loaded, with its threads, and not a second.
 COMPILE = ("-O3", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared",)
 NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native"}  # elsewhere -mcpu=native
 COMPILE_SECONDS = 60.0
+SUM_PARTS = 64  # PARTS of pointwise.c
 TOLERANCE = {
     torch.float32: 1e-4,
     torch.bfloat16: 0.05,
 }  # of the check, over the largest value; errors are a tenth of it
 
-_loaded: dict[torch.dtype, Winograd] = {}
+_loaded: dict[torch.dtype, Kernels] = {}
 
 
 def find(element: torch.dtype) -> str:
@@ -47,20 +51,22 @@ def find(element: torch.dtype) -> str:
 
 
 def use(name: str, element: torch.dtype) -> None:
-    """From now on compute convolutions in `element` by the kernels of that name; NONE: by PyTorch's."""
+    """From now on compute in `element` by the kernels of that name; NONE: by PyTorch's."""
     _loaded.pop(element, None)
     if name != NONE and find(element) == name:
         _loaded[element] = _made(element)[1]  # type: ignore[assignment]
 
 
-def winograd(element: torch.dtype) -> Winograd | None:
-    """The kernels in use for `element`, if any."""
-    return _loaded.get(element)
+def in_use(x: Tensor) -> Kernels | None:
+    """The kernels that compute on `x`, if any: those of the type that autocast would give it."""
+    if x.device.type != "cpu":
+        return None
+    return _loaded.get(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
 
 
-class Winograd:
-    """3×3 convolutions of stride 1 with zero padding on images (N, H, W, C) of `element`; filters (O, 3, 3, C) are
-    float32. All tensors are contiguous."""
+class Kernels:
+    """Functions on images (N, H, W, C) of `element`: 3×3 convolutions of stride 1 with zero padding, filters
+    (O, 3, 3, C) in float32; 2×2 max pooling. All tensors are contiguous."""
 
     def __init__(self, library: Path, element: torch.dtype):
         """Raises OSError if the library cannot be loaded."""
@@ -71,6 +77,9 @@ class Winograd:
             ("transform_turned_filters", 2, 3, None),
             ("convolve", 5, 8, None),
             ("filter_gradient", 4, 7, None),
+            ("max_pool", 2, 6, None),
+            ("max_pool_gradient", 4, 6, None),
+            ("channel_sums", 3, 3, None),
             ("filters_size", 0, 2, ctypes.c_long),
             ("convolve_scratch", 0, 3, ctypes.c_long),
             ("filter_gradient_scratch", 0, 7, ctypes.c_long),
@@ -103,6 +112,28 @@ class Winograd:
         self._call.filter_gradient(x.data_ptr(), gradient.data_ptr(), filters.data_ptr(), scratch.data_ptr(), *sizes)
         return filters
 
+    def max_pool(self, x: Tensor, relu: bool) -> Tensor:
+        """The maximum of each 2×2 window, (N, H/2, W/2, C), at least zero with `relu`."""
+        images, height, width, channels = x.shape
+        y = torch.empty(images, height // 2, width // 2, channels, dtype=self.element)
+        self._call.max_pool(x.data_ptr(), y.data_ptr(), *x.shape, relu, torch.get_num_threads())
+        return y
+
+    def max_pool_gradient(self, x: Tensor, y: Tensor, gradient: Tensor, relu: bool) -> Tensor:
+        """The gradient of `max_pool`'s x from that of its result y."""
+        of_x = torch.empty_like(x)
+        pointers = (x.data_ptr(), y.data_ptr(), gradient.data_ptr(), of_x.data_ptr())
+        self._call.max_pool_gradient(*pointers, *x.shape, relu, torch.get_num_threads())
+        return of_x
+
+    def channel_sums(self, x: Tensor) -> Tensor:
+        """Sums over all but the last dimension, float32 (C,)."""
+        channels = x.shape[-1]
+        sums, parts = torch.empty(channels), torch.empty(SUM_PARTS, channels)
+        sizes = (x.numel() // channels, channels, torch.get_num_threads())
+        self._call.channel_sums(x.data_ptr(), sums.data_ptr(), parts.data_ptr(), *sizes)
+        return sums
+
     def _convolve(self, x: Tensor, transformed: Tensor, bias: Tensor | None, outputs: int, padding: int) -> Tensor:
         images, height, width, channels = x.shape
         height_out, width_out = height + 2 * padding - 2, width + 2 * padding - 2
@@ -133,7 +164,7 @@ class Convolve3x3(torch.autograd.Function):
     channels-last memory and of the kernels' element type, weight and bias float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, kernels: Winograd) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, kernels: Kernels) -> Tensor:
         images = x.to(kernels.element).permute(0, 2, 3, 1).contiguous()
         filters = weight.float().permute(0, 2, 3, 1).contiguous()
         ctx.save_for_backward(images, filters)
@@ -151,12 +182,31 @@ class Convolve3x3(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weight = kernels.filter_gradient(images, gradient, padding).permute(0, 3, 1, 2)
         if ctx.needs_input_grad[2]:
-            of_bias = gradient.sum((0, 1, 2), dtype=torch.float32)
+            of_bias = kernels.channel_sums(gradient)
         return of_x, of_weight, of_bias, None, None
 
 
+class MaxPool2x2(torch.autograd.Function):
+    """`F.max_pool2d(x, 2)`, with `relu` at least zero, by `kernels`; x (N, C, H, W) in channels-last memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, relu: bool, kernels: Kernels) -> Tensor:
+        images = x.to(kernels.element).permute(0, 2, 3, 1).contiguous()
+        y = kernels.max_pool(images, relu)
+        ctx.save_for_backward(images, y)
+        ctx.relu, ctx.kernels, ctx.dtype = relu, kernels, x.dtype
+        return y.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        images, y = ctx.saved_tensors
+        gradient = gradients[0].to(ctx.kernels.element).permute(0, 2, 3, 1).contiguous()
+        of_x = ctx.kernels.max_pool_gradient(images, y, gradient, ctx.relu)
+        return of_x.permute(0, 3, 1, 2).to(ctx.dtype), None, None
+
+
 @cache
-def _made(element: torch.dtype) -> tuple[str, Winograd | None]:
+def _made(element: torch.dtype) -> tuple[str, Kernels | None]:
     """Name and kernels for `element`, compiled unless they are there already; (NONE, None) where that fails."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -166,42 +216,60 @@ def _made(element: torch.dtype) -> tuple[str, Winograd | None]:
         flags.append("-DBFLOAT16")
     try:
         version = _run([compiler, "--version"]).splitlines()[0]
-        identity = "\0".join([SOURCE.read_text("utf-8"), *flags, *LINK, version, _processor()])
+        identity = "\0".join(
+            [
+                *((SOURCE_FOLDER / name).read_text("utf-8") for name in (*SOURCES, HEADER)),
+                *flags,
+                *LINK,
+                version,
+                _processor(),
+            ]
+        )
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         with tempfile.TemporaryDirectory() as nowhere:
             folder = _writable(files.home() / "kernels") or Path(nowhere)
-            library = folder / f"winograd-{digest}.so"
+            library = folder / f"{digest}.so"
             if library.exists():
-                return f"winograd {digest}", Winograd(library, element)
+                return digest, Kernels(library, element)
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 fresh = Path(place) / library.name
-                _run([compiler, *flags, str(SOURCE), "-o", f"{fresh}.o"])
-                _run([compiler, *LINK, f"{fresh}.o", "-o", str(fresh)])
-                kernels = Winograd(fresh, element)
+                objects = [str(Path(place) / f"{name}.o") for name in SOURCES]
+                for name, made in zip(SOURCES, objects, strict=True):
+                    _run([compiler, *flags, str(SOURCE_FOLDER / name), "-o", made])
+                _run([compiler, *LINK, *objects, "-o", str(fresh)])
+                kernels = Kernels(fresh, element)
                 if not agrees(kernels):
                     return NONE, None
                 os.replace(fresh, library)
-            return f"winograd {digest}", kernels
+            return digest, kernels
     except (OSError, subprocess.SubprocessError, AttributeError):
         return NONE, None
 
 
-def agrees(kernels: Winograd) -> bool:
-    """Whether a small convolution and its gradients come out as PyTorch's."""
+def agrees(kernels: Kernels) -> bool:
+    """Whether a small convolution and a pooling, with their gradients, come out as PyTorch's."""
     element = kernels.element
     draws = torch.Generator().manual_seed(0)
     x = torch.rand(3, 7, 6, 33, generator=draws).to(element)
     filters, bias = torch.rand(19, 3, 3, 33, generator=draws) - 0.5, torch.rand(19, generator=draws)
     gradient = (torch.rand(3, 7, 6, 19, generator=draws) - 0.5).to(element)
+    of_pool = (torch.rand(3, 3, 3, 33, generator=draws) - 0.5).to(element)
+    pooled = kernels.max_pool(x, relu=True)
     ours = (
         kernels.forward(x, filters, bias, 1),
         kernels.input_gradient(gradient, filters, 1),
         kernels.filter_gradient(x, gradient, 1),
+        pooled,
+        kernels.max_pool_gradient(x, pooled, of_pool, relu=True),
+        kernels.channel_sums(x).expand(1, 1, 1, -1),
     )
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         leaves = [t.detach().float().permute(0, 3, 1, 2).requires_grad_() for t in (x, filters)]
         y = F.conv2d(leaves[0], leaves[1], bias, padding=1)
-        theirs = (y, *torch.autograd.grad(y, leaves, gradient.float().permute(0, 3, 1, 2)))
+        theirs = [y, *torch.autograd.grad(y, leaves, gradient.float().permute(0, 3, 1, 2))]
+        y = F.relu(F.max_pool2d(leaves[0], 2))
+        theirs += [y, *torch.autograd.grad(y, leaves[:1], of_pool.float().permute(0, 3, 1, 2))]
+        theirs.append(leaves[0].sum((0, 2, 3), keepdim=True))
     return all(
         bool((a.float() - b.detach().permute(0, 2, 3, 1)).abs().max() <= TOLERANCE[element] * b.abs().max())
         for a, b in zip(ours, theirs, strict=True)

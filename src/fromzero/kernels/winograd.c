@@ -12,92 +12,9 @@
    `element`, and products are summed in float32.
 
    Images are (N, H, W, C), filters (O, 3, 3, C) in float32. Every sum is taken in an order that depends on shapes alone,
-   so the results do not depend on the number of threads.
+   so the results do not depend on the number of threads. */
 
-   Compiled with -DBFLOAT16 (needs AVX512-BF16), elements are bfloat16, else float32. */
-
-#include <stdint.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-#endif
-
-/* Registers: a product of ROWS x COLUMNS vectors accumulates in 24 of 32 vector registers, or in 12 of 16. */
-#define ROWS 6
-#if defined(__AVX512F__)
-#define LANES 16
-#define COLUMNS 4
-#elif defined(__AVX__)
-#define LANES 8
-#define COLUMNS 2
-#else
-#define LANES 4
-#define COLUMNS 4
-#endif
-#define WIDE (COLUMNS * LANES) /* channels that one product computes side by side */
-
-typedef float vector __attribute__((vector_size(4 * LANES)));
-typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-/* A unit is what one lane of a matrix product takes at a time: four bytes, one float or two bfloat16. Of these, PAIR
-   share a unit. */
-#ifdef BFLOAT16
-#include <immintrin.h>
-#define PAIR 2
-typedef uint16_t element;
-typedef __m256i narrow; /* LANES elements */
-
-static inline __mmask16 first(long count) { return count >= LANES ? 0xFFFF : (__mmask16)((1u << count) - 1); }
-
-static inline vector load(const element *from, long count) {
-    __m256i bits = _mm256_maskz_loadu_epi16(first(count), from);
-    return (vector)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-static inline narrow rounded(vector v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
-
-static inline void store(element *to, vector v, long count) { _mm256_mask_storeu_epi16(to, first(count), rounded(v)); }
-
-/* Two vectors as one of units: lanes of `low` and `high` side by side. */
-static inline void store_units(float *to, narrow low, narrow high) {
-    __m512i bits = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-    _mm512_storeu_si512(to, bits);
-}
-
-static inline vector multiply_add(vector sum, float unit, vector other) {
-    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(unit), (__m512bh)other);
-}
-#else
-#define PAIR 1
-typedef float element;
-typedef vector narrow;
-
-static inline vector load(const element *from, long count) {
-    if (count >= LANES) return *(const loose *)from;
-    vector v = {0};
-    memcpy(&v, from, 4 * count);
-    return v;
-}
-
-static inline narrow rounded(vector v) { return v; }
-
-static inline void store(element *to, vector v, long count) {
-    if (count >= LANES) *(loose *)to = v;
-    else memcpy(to, &v, 4 * count);
-}
-
-static inline void store_units(float *to, narrow low, narrow high) {
-    (void)high;
-    *(loose *)to = low;
-}
-
-static inline vector multiply_add(vector sum, float unit, vector other) { return sum + unit * other; }
-#endif
-
-static inline long min(long a, long b) { return a < b ? a : b; }
-static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
+#include "vectors.h"
 
 /* The one-dimensional transforms. `a` and `b` are the points, `from` and `to` walk in strides of vectors. */
 static const float a1 = 0.75f, a2 = 0.5625f, a3 = 0.421875f, b1 = 1.5f, b2 = 2.25f, b3 = 3.375f;
@@ -192,28 +109,49 @@ static void product(long columns, const float *a, long a_row, long a_k, const fl
    are powers of two would put all positions into the same few sets of the cache. */
 static inline long apart(long floats) { return round_up(floats, 16) + 16; }
 
-/* Where a tile lies: image, row and column of its first output pixel. */
+/* Where a tile meets an image (N, H, W, C): its first element, and which of its rows and columns lie inside. */
 typedef struct {
-    long image, row, column;
+    long offset, top, bottom, left, right, row_apart, pixel_apart;
 } place;
 
-static inline place place_of(long tile, long down, long across) {
-    return (place){tile / (down * across), tile / across % down * 4, tile % across * 4};
+/* The tile of `side` x `side` pixels that begins `pad` pixels above and to the left of a 4x4 tile of the output. */
+static inline place place_of(long tile, long down, long across, long h, long w, long c, long side, long pad) {
+    long row = tile / across % down * 4 - pad, column = tile % across * 4 - pad, image = tile / (down * across);
+    return (place){((image * h + row) * w + column) * c,
+                   row < 0 ? -row : 0,
+                   min(side, h - row),
+                   column < 0 ? -column : 0,
+                   min(side, w - column),
+                   w * c,
+                   c};
 }
 
-/* B^T d B for LANES channels from `channel` on: 36 vectors. */
-static inline void transformed_input(const element *x, long h, long w, long c, long pad, place at, long channel,
-                                     vector v[36]) {
-    vector d[36], half[36];
-    long count = c - channel;
-    for (long i = 0; i < 6; i++)
-        for (long j = 0; j < 6; j++) {
-            long row = at.row + i - pad, column = at.column + j - pad;
-            int inside = row >= 0 && row < h && column >= 0 && column < w;
-            d[6 * i + j] = inside ? load(x + ((at.image * h + row) * w + column) * c + channel, count) : (vector){0};
+/* The pixels of a tile, `which` of LANES channels, zero outside of the image. */
+static inline __attribute__((always_inline)) void load_tile(const element *x, place at, lanes which, int side,
+                                                            vector *d) {
+    lanes inside[6];
+    for (int j = 0; j < side; j++) inside[j] = j >= at.left && j < at.right ? which : lanes_of(0);
+    for (int i = 0; i < side; i++)
+        for (int j = 0; j < side; j++) {
+            lanes here = i >= at.top && i < at.bottom ? inside[j] : lanes_of(0);
+            d[side * i + j] = load(x + at.offset + i * at.row_apart + j * at.pixel_apart, here);
         }
-    for (long j = 0; j < 6; j++) input_transform(d + j, 6, half + j, 6);
-    for (long i = 0; i < 6; i++) input_transform(half + 6 * i, 1, v + 6 * i, 1);
+}
+
+/* B^T d B: 36 vectors. */
+static inline void transformed_input(const element *x, place at, lanes which, vector v[36]) {
+    vector d[36], half[36];
+    load_tile(x, at, which, 6, d);
+    for (int j = 0; j < 6; j++) input_transform(d + j, 6, half + j, 6);
+    for (int i = 0; i < 6; i++) input_transform(half + 6 * i, 1, v + 6 * i, 1);
+}
+
+/* A dy A^T: 36 vectors. */
+static inline void transformed_gradient(const element *dy, place at, lanes which, vector e[36]) {
+    vector pixels[16], half[24];
+    load_tile(dy, at, which, 4, pixels);
+    for (int j = 0; j < 4; j++) gradient_transform(pixels + j, 4, half + j, 4);
+    for (int i = 0; i < 6; i++) gradient_transform(half + 4 * i, 1, e + 6 * i, 1);
 }
 
 /* y (N, H', W', O) = x (N, H, W, C) convolved, H' = H + 2 pad - 2, plus `bias` (O) where there is one.
@@ -230,13 +168,15 @@ void convolve(const element *x, const float *u, const float *bias, element *y, f
     for (long start = 0; start < tiles; start += block) {
         float *v = scratch + omp_get_thread_num() * 36 * (v_apart + m_apart), *m = v + 36 * v_apart;
         long count = min(block, tiles - start);
-        for (long t = 0; t < count; t++)
+        for (long t = 0; t < count; t++) {
+            place at = place_of(start + t, down, across, h, w, c, 6, pad);
             for (long channel = 0; channel < c; channel += LANES) {
                 vector tile[36];
-                transformed_input(x, h, w, c, pad, place_of(start + t, down, across), channel, tile);
+                transformed_input(x + channel, at, lanes_of(c - channel), tile);
                 for (long position = 0; position < 36; position++)
-                    store((element *)(v + position * v_apart + t * c_units) + channel, tile[position], LANES);
+                    store((element *)(v + position * v_apart + t * c_units) + channel, tile[position], lanes_of(LANES));
             }
+        }
         for (long out = 0; out < o; out += WIDE) {
             long wide = min(WIDE, o_lanes - out);
             for (long position = 0; position < 36; position++)
@@ -245,19 +185,18 @@ void convolve(const element *x, const float *u, const float *bias, element *y, f
                             u + position * u_apart + out * c_units, wide, c_units, m + position * m_apart + row * WIDE,
                             WIDE, 0);
             for (long t = 0; t < count; t++) {
-                place at = place_of(start + t, down, across);
-                long bottom = min(4, height - at.row), right = min(4, width - at.column);
-                for (long lane = 0; lane < min(wide, o - out); lane += LANES) {
+                place at = place_of(start + t, down, across, height, width, o, 4, 0);
+                for (long lane = out; lane < min(out + wide, o); lane += LANES) {
                     vector half[24], pixels[16], shift = {0};
-                    const vector *products = (const vector *)(m + t * WIDE + lane);
-                    long step = m_apart / LANES, left = o - out - lane;
-                    for (long j = 0; j < 6; j++) output_transform(products + j * step, 6 * step, half + j, 6);
-                    for (long i = 0; i < 4; i++) output_transform(half + 6 * i, 1, pixels + 4 * i, 1);
-                    if (bias) memcpy(&shift, bias + out + lane, 4 * min(left, LANES));
-                    for (long i = 0; i < bottom; i++)
-                        for (long j = 0; j < right; j++)
-                            store(y + ((at.image * height + at.row + i) * width + at.column + j) * o + out + lane,
-                                  pixels[4 * i + j] + shift, left);
+                    const vector *products = (const vector *)(m + t * WIDE + lane - out);
+                    long step = m_apart / LANES;
+                    lanes which = lanes_of(o - lane);
+                    for (int j = 0; j < 6; j++) output_transform(products + j * step, 6 * step, half + j, 6);
+                    for (int i = 0; i < 4; i++) output_transform(half + 6 * i, 1, pixels + 4 * i, 1);
+                    if (bias) memcpy(&shift, bias + lane, 4 * min(o - lane, LANES));
+                    for (long i = 0; i < at.bottom; i++)
+                        for (long j = 0; j < at.right; j++)
+                            store(y + at.offset + i * at.row_apart + j * o + lane, pixels[4 * i + j] + shift, which);
                 }
             }
         }
@@ -297,7 +236,7 @@ void transform_filters(const float *weights, float *u, long c, long o, long thre
                 if (out < o) transformed_filter(weights, c, out, channel, 0, tile);
                 for (long position = 0; position < 36; position++) {
                     float units[LANES / PAIR];
-                    store((element *)units, tile[position], LANES);
+                    store((element *)units, tile[position], lanes_of(LANES));
                     float *to = u + position * u_apart + start * c_units + channel / PAIR * wide + out - start;
                     for (long k = 0; k < LANES / PAIR; k++) to[k * wide] = units[k];
                 }
@@ -319,7 +258,7 @@ void transform_turned_filters(const float *weights, float *u, long c, long o, lo
                     transformed_filter(weights, c, unit * PAIR + each, channel, 1, tiles[each]);
             for (long position = 0; position < 36; position++)
                 store_units(u + position * u_apart + start * o_units + unit * wide + channel - start,
-                            rounded(tiles[0][position]), rounded(tiles[PAIR - 1][position]));
+                            tiles[0][position], tiles[PAIR - 1][position]);
         }
 }
 
@@ -352,39 +291,28 @@ long filter_gradient_scratch(long n, long h, long w, long c, long o, long pad, l
 /* Transform the input and the output's gradient of one unit of tiles. */
 static void transform_unit(const element *x, const element *dy, float *v, float *e, long h, long w, long c, long o,
                            long pad, const plan *p, long unit, long k) {
-    long height = h + 2 * pad - 2, width = w + 2 * pad - 2;
-    vector tile[36];
-    narrow both[2][36];
-    memset(both, 0, sizeof both);
+    vector tiles[PAIR][36];
+    place of_x[PAIR], of_dy[PAIR];
+    for (int each = 0; each < PAIR; each++) {
+        long tile = unit * PAIR + each;
+        of_x[each] = place_of(tile, p->down, p->across, h, w, c, 6, pad);
+        of_dy[each] = place_of(tile, p->down, p->across, h + 2 * pad - 2, w + 2 * pad - 2, o, 4, 0);
+        if (tile >= p->tiles) of_x[each].bottom = of_dy[each].bottom = 0; /* the last unit may be half empty */
+    }
     for (long channel = 0; channel < c; channel += LANES) {
         long start = channel / WIDE * WIDE, wide = min(WIDE, p->c_lanes - start);
-        for (long each = 0; each < PAIR; each++) {
-            memset(tile, 0, sizeof tile);
-            if (unit * PAIR + each < p->tiles)
-                transformed_input(x, h, w, c, pad, place_of(unit * PAIR + each, p->down, p->across), channel, tile);
-            for (long position = 0; position < 36; position++) both[each][position] = rounded(tile[position]);
-        }
+        for (int each = 0; each < PAIR; each++)
+            transformed_input(x + channel, of_x[each], lanes_of(c - channel), tiles[each]);
         for (long position = 0; position < 36; position++)
-            store_units(v + position * p->v_apart + start * p->chunk + k * wide + channel - start, both[0][position],
-                        both[1][position]);
+            store_units(v + position * p->v_apart + start * p->chunk + k * wide + channel - start, tiles[0][position],
+                        tiles[PAIR - 1][position]);
     }
     for (long out = 0; out < o; out += LANES) {
-        for (long each = 0; each < PAIR; each++) {
-            vector pixels[16], half[24];
-            memset(pixels, 0, sizeof pixels);
-            if (unit * PAIR + each < p->tiles) {
-                place at = place_of(unit * PAIR + each, p->down, p->across);
-                for (long i = 0; i < min(4, height - at.row); i++)
-                    for (long j = 0; j < min(4, width - at.column); j++)
-                        pixels[4 * i + j] =
-                            load(dy + ((at.image * height + at.row + i) * width + at.column + j) * o + out, o - out);
-            }
-            for (long j = 0; j < 4; j++) gradient_transform(pixels + j, 4, half + j, 4);
-            for (long i = 0; i < 6; i++) gradient_transform(half + 4 * i, 1, tile + 6 * i, 1);
-            for (long position = 0; position < 36; position++) both[each][position] = rounded(tile[position]);
-        }
+        for (int each = 0; each < PAIR; each++)
+            transformed_gradient(dy + out, of_dy[each], lanes_of(o - out), tiles[each]);
         for (long position = 0; position < 36; position++)
-            store_units(e + position * p->e_apart + k * p->o_lanes + out, both[0][position], both[1][position]);
+            store_units(e + position * p->e_apart + k * p->o_lanes + out, tiles[0][position],
+                        tiles[PAIR - 1][position]);
     }
 }
 

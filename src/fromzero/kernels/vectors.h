@@ -1,0 +1,96 @@
+/* What all kernels stand on: vectors of the processor's width, and elements, which are bfloat16 where this is compiled with
+   -DBFLOAT16 (needs AVX512-BF16), else float32. Arithmetic is in float32. */
+
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+/* Vectors as wide as the processor's registers. A matrix product of ROWS x COLUMNS vectors accumulates in 24 of 32
+   registers, or in 12 of 16. */
+#define ROWS 6
+#if defined(__AVX512F__)
+#define LANES 16
+#define COLUMNS 4
+#elif defined(__AVX__)
+#define LANES 8
+#define COLUMNS 2
+#else
+#define LANES 4
+#define COLUMNS 4
+#endif
+#define WIDE (COLUMNS * LANES) /* channels that one product computes side by side */
+
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* Of `lanes` of a vector alone something is loaded or stored; zero is loaded into the others. */
+#ifdef __AVX512F__
+#include <immintrin.h>
+typedef __mmask16 lanes;
+static inline lanes lanes_of(long count) { return count >= LANES ? 0xFFFF : count > 0 ? (1u << count) - 1 : 0; }
+#else
+typedef long lanes;
+static inline lanes lanes_of(long count) { return count >= LANES ? LANES : count > 0 ? count : 0; }
+#endif
+
+/* A unit is what one lane of a matrix product takes at a time: four bytes, one float or two bfloat16. Of these, PAIR
+   share a unit. `store_units` stores two vectors as one of units, their lanes side by side. */
+#ifdef BFLOAT16
+#define PAIR 2
+typedef uint16_t element;
+
+static inline vector load(const element *from, lanes which) {
+    return (vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, from)), 16);
+}
+
+static inline void store(element *to, vector v, lanes which) {
+    _mm256_mask_storeu_epi16(to, which, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+
+static inline void store_units(float *to, vector low, vector high) {
+    const __m512i side_by_side = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                  6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512i bits = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(side_by_side, bits));
+}
+
+static inline vector multiply_add(vector sum, float unit, vector other) {
+    return (vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(unit), (__m512bh)other);
+}
+#else
+#define PAIR 1
+typedef float element;
+
+#ifdef __AVX512F__
+static inline vector load(const element *from, lanes which) { return (vector)_mm512_maskz_loadu_ps(which, from); }
+
+static inline void store(element *to, vector v, lanes which) { _mm512_mask_storeu_ps(to, which, (__m512)v); }
+#else
+static inline vector load(const element *from, lanes which) {
+    if (which == LANES) return *(const loose *)from;
+    vector v = {0};
+    memcpy(&v, from, 4 * which);
+    return v;
+}
+
+static inline void store(element *to, vector v, lanes which) {
+    if (which == LANES) *(loose *)to = v;
+    else memcpy(to, &v, 4 * which);
+}
+#endif
+
+static inline void store_units(float *to, vector low, vector high) {
+    (void)high;
+    *(loose *)to = low;
+}
+
+static inline vector multiply_add(vector sum, float unit, vector other) { return sum + unit * other; }
+#endif
+
+static inline long min(long a, long b) { return a < b ? a : b; }
+static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }

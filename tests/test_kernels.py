@@ -1,0 +1,179 @@
+"""Compiled kernels: the same functions as PyTorch's, whatever the shapes, the threads and the instruction set."""
+
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fromzero import kernels, load_recipe, machine, networks
+
+ELEMENTS = [torch.float32, torch.bfloat16]
+# Images, rows, columns, channels in and out, padding: tiles cut off on either side, channels that fill no vector.
+SHAPES = [
+    (3, 9, 7, 24, 40, 1),
+    (2, 8, 8, 64, 128, 1),
+    (5, 6, 6, 17, 33, 0),
+    (1, 3, 3, 16, 16, 1),
+    (4, 16, 13, 32, 16, 0),
+    (130, 4, 4, 70, 50, 1),
+]
+ERRORS = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # root mean square over standard deviation
+
+
+@pytest.fixture(params=ELEMENTS, ids=str)
+def made(request):
+    """The kernels for an element type, in use."""
+    here = machine.prepare("bfloat16" if request.param == torch.bfloat16 else "float32", device="cpu", threads=2)
+    if here.kernels == kernels.NONE:
+        pytest.skip(f"no kernels for {request.param} on this machine")
+    return kernels._loaded[request.param]
+
+
+def error(ours, exact):
+    return ((ours.double() - exact).square().mean().sqrt() / exact.std()).item()
+
+
+@pytest.mark.parametrize(("images", "height", "width", "inputs", "outputs", "padding"), SHAPES)
+def test_a_convolution_and_its_gradients_are_those_of_pytorch(made, images, height, width, inputs, outputs, padding):
+    torch.manual_seed(0)
+    x = torch.randn(images, inputs, height, width).to(made.element).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(outputs, inputs, 3, 3) / (9 * inputs) ** 0.5, torch.randn(outputs)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = F.conv2d(*exact, padding=padding)
+    gradient = torch.randn(expected.shape).to(made.element)
+    expected.backward(gradient.double())
+    ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    y = kernels.Convolve3x3.apply(*ours, padding, made)
+    y.backward(gradient)
+    assert y.dtype == made.element
+    assert error(y, expected.detach()) < ERRORS[made.element]
+    for a, b in zip(ours, exact, strict=True):
+        assert a.grad.dtype == a.dtype
+        assert error(a.grad, b.grad) < ERRORS[made.element]
+
+
+def test_threads_do_not_change_the_bits(made):
+    torch.manual_seed(0)
+    x, gradient = torch.randn(7, 11, 10, 48).to(made.element), torch.randn(7, 11, 10, 80).to(made.element)
+    filters = torch.randn(80, 3, 3, 48)
+    found = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        found.append(
+            (
+                made.forward(x, filters, None, 1),
+                made.input_gradient(gradient, filters, 1),
+                made.filter_gradient(x, gradient, 1),
+                made.channel_sums(gradient),
+            )
+        )
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("height", "width", "channels"), [(8, 8, 32), (7, 9, 20), (2, 3, 5), (31, 31, 16)])
+def test_pooling_and_its_gradient_are_those_of_pytorch(made, height, width, channels, relu):
+    torch.manual_seed(0)
+    x = torch.randint(-3, 4, (3, channels, height, width)).to(made.element)  # many windows have two maxima
+    x = x.contiguous(memory_format=torch.channels_last)
+    plain, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = F.max_pool2d(plain, 2)
+    expected = F.relu(expected) if relu else expected
+    gradient = torch.randn(expected.shape).to(made.element)
+    expected.backward(gradient)
+    y = kernels.MaxPool2x2.apply(ours, relu, made)
+    y.backward(gradient)
+    assert torch.equal(y, expected)
+    assert torch.equal(ours.grad, plain.grad)
+
+
+def test_what_is_not_finite_stays_so(made):
+    x = torch.zeros(2, 8, 8, 16).to(made.element)
+    x[1, 5, 5, 3] = torch.nan
+    assert made.forward(x, torch.ones(16, 3, 3, 16), None, 1)[1].isnan().any()
+    assert made.max_pool(x, True).isnan().sum() == made.max_pool(x, False).isnan().sum() == 1
+    assert made.channel_sums(x).isnan().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("name", ["train1", "train3", "quick"])
+def test_a_network_learns_the_same_with_and_without_kernels(name, tiny_images):
+    """In float32 the first losses agree to four digits; later ones do not, since rounding errors grow with each step."""
+    here = machine.prepare("float32", device="cpu", threads=2)
+    if here.kernels == kernels.NONE:
+        pytest.skip("no kernels on this machine")
+    recipe = load_recipe(name).network
+    pixels = torch.from_numpy(tiny_images.train.pixels[:50]).permute(0, 3, 1, 2).float() / 255
+    labels = torch.from_numpy(tiny_images.train.labels[:50])
+    curves = []
+    for used in (here.kernels, kernels.NONE):
+        kernels.use(used, torch.float32)
+        model = networks.build(recipe, (32, 32, 3), 10, seed=0)
+        networks.whiten(model, pixels)
+        losses = []
+        for step in range(5):
+            model.reseed(0, step)
+            loss = F.cross_entropy(model(pixels), labels)
+            loss.backward()
+            losses.append(loss.item())
+            with torch.no_grad():
+                for weight in model.parameters():
+                    if weight.grad is not None:
+                        weight -= 0.01 * weight.grad
+                        weight.grad = None
+        curves.append(losses)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert curves[0] != curves[1], "the kernels were not used"
+
+
+@pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-march=x86-64"]])
+def test_other_instruction_sets_compute_the_same(flags, tmp_path, monkeypatch):
+    if kernels.find(torch.float32) == kernels.NONE or "-march=native" not in kernels.NATIVE.values():
+        pytest.skip("no kernels on this machine")
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("needs a processor with AVX2")
+    objects = []
+    for name in kernels.SOURCES:
+        objects.append(str(tmp_path / f"{name}.o"))
+        source = kernels.SOURCE_FOLDER / name
+        subprocess.run(["cc", *kernels.COMPILE, *flags, str(source), "-o", objects[-1]], check=True)
+    subprocess.run(["cc", *kernels.LINK, *objects, "-o", str(tmp_path / "other.so")], check=True)
+    assert kernels.agrees(kernels.Kernels(tmp_path / "other.so", torch.float32))
+
+
+def broken_compiler(folder):
+    folder.mkdir()
+    compiler = folder / "cc"
+    compiler.write_text("#!/bin/sh\n[ $1 = --version ] && echo broken && exit 0\nexit 1\n")
+    compiler.chmod(0o755)
+    return compiler
+
+
+def test_without_a_compiler_pytorch_computes(tmp_path, monkeypatch):
+    monkeypatch.setenv("FROMZERO_HOME", str(tmp_path / "home"))
+    for setting, value in (("PATH", str(tmp_path)), ("CC", str(broken_compiler(tmp_path / "bin")))):
+        with monkeypatch.context() as patch:
+            patch.delenv("CC", raising=False)
+            patch.setenv(setting, value)
+            assert kernels._made.__wrapped__(torch.float32) == (kernels.NONE, None)
+
+
+def test_kernels_that_compute_something_else_are_not_used(tmp_path, monkeypatch):
+    if kernels.find(torch.float32) == kernels.NONE:
+        pytest.skip("no kernels on this machine")
+    monkeypatch.setenv("FROMZERO_HOME", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "agrees", lambda made: False)
+        assert kernels._made.__wrapped__(torch.float32) == (kernels.NONE, None)
+    assert list((tmp_path / "kernels").iterdir()) == []
+    name, made = kernels._made.__wrapped__(torch.float32)
+    assert name == kernels.find(torch.float32)
+    assert kernels.agrees(made)
+    assert [path.name for path in (tmp_path / "kernels").iterdir()] == [f"{name}.so"]
+
+
+def test_kernels_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("FROMZERO_KERNELS", "off")
+    assert machine.prepare(device="cpu", threads=1).kernels == kernels.NONE
+    assert kernels.in_use(torch.zeros(1)) is None
