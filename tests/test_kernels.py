@@ -98,15 +98,16 @@ def test_what_is_not_finite_stays_so(made):
 
 
 @pytest.mark.parametrize("name", ["train1", "train3", "quick"])
-def test_a_network_learns_the_same_with_and_without_kernels(name, tiny_images):
-    """In float32 the first losses agree to four digits; later ones do not, since rounding errors grow with each step."""
+def test_a_network_learns_the_same_with_and_without_kernels(name, tiny_images, monkeypatch):
+    """In float32 the first losses agree to four digits; later ones do not: rounding errors grow with each step."""
     here = machine.prepare("float32", device="cpu", threads=2)
     if here.kernels == kernels.NONE:
         pytest.skip("no kernels on this machine")
     recipe = load_recipe(name).network
     pixels = torch.from_numpy(tiny_images.train.pixels[:50]).permute(0, 3, 1, 2).float() / 255
     labels = torch.from_numpy(tiny_images.train.labels[:50])
-    curves = []
+    curves, calls, forward = [], [], kernels.Kernels.forward
+    monkeypatch.setattr(kernels.Kernels, "forward", lambda *given: calls.append(given) or forward(*given))
     for used in (here.kernels, kernels.NONE):
         kernels.use(used, torch.float32)
         model = networks.build(recipe, (32, 32, 3), 10, seed=0)
@@ -124,7 +125,7 @@ def test_a_network_learns_the_same_with_and_without_kernels(name, tiny_images):
                         weight.grad = None
         curves.append(losses)
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    assert curves[0] != curves[1], "the kernels were not used"
+    assert len(calls) >= 5, "the kernels were not used"
 
 
 @pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-march=x86-64"]])
