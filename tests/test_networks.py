@@ -221,6 +221,19 @@ def test_a_fast_network_is_what_its_fields_say(head):
     assert "Non-trainable params: " + f"{sum(row.fixed for row in rows):,}" in networks.summary(network, (20, 18, 3), 7)
 
 
+@pytest.mark.parametrize("side", [1, 2, 3, 4])
+def test_a_whitening_layer_with_same_padding_keeps_the_size(side):
+    network = NetworkRecipe(channels=[[6]], whitening=side, whitening_padding="same")
+    model = networks.build(network, (20, 18, 3), 7)
+    images = torch.randn(2, 3, 20, 18)
+    networks.whiten(model, images)
+    before, after = (side - 1) // 2, side // 2
+    expected = F.conv2d(F.pad(images, (before, after, before, after)), model.whitening.weight)
+    torch.testing.assert_close(model.whitening(images), expected)
+    assert expected.shape == (2, 6 * side**2, 20, 18)
+    assert networks.layers(network, (20, 18, 3), 7)[0].shape == (20, 18, 6 * side**2)
+
+
 def test_a_whitening_layer_makes_patches_uncorrelated_with_variance_one():
     images = torch.randn(50, 3, 12, 12).cumsum(2).cumsum(3) / 8
     model = networks.build(NetworkRecipe(**FAST), (12, 12, 3), 7)

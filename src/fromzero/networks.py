@@ -81,13 +81,15 @@ def layers(network: NetworkRecipe, image_shape: ImageShape, num_classes: int) ->
             add("MaxPooling2D", (height, width, channels), pool=size)
 
     if side := network.whitening:
-        height, width = height - side + 1, width - side + 1
+        if network.whitening_padding == "valid":
+            height, width = height - side + 1, width - side + 1
         _check_size(height, width, image_shape, "the whitening")
         inputs = side * side * channels
         channels = 2 * inputs
         fixed = inputs * channels
         shape = (height, width, channels)
-        rows.append(Layer("Conv2D", "whitening", shape, fixed, padding="valid", fixed=fixed, kernel=side))
+        padding = network.whitening_padding
+        rows.append(Layer("Conv2D", "whitening", shape, fixed, padding=padding, fixed=fixed, kernel=side))
         add("Activation", shape, shown=False)
     for i, block in enumerate(network.blocks()):
         for j, out in enumerate(block.channels):
@@ -161,11 +163,12 @@ def build(
             into = modules.setdefault(f"residual_{row.branch}", Residual())._modules  # type: ignore[assignment]
         match row.kind:
             case "Conv2D":
-                padding = row.kernel // 2 if row.padding == "same" else 0
-                fixed = row.name == "whitening"
-                kind = nn.Conv2d if fixed else Convolution
-                bias = not fixed and not network.batch_norm
-                into[row.name] = kind(channels, row.shape[-1], row.kernel, padding=padding, bias=bias)
+                same = row.padding == "same"
+                if row.name == "whitening":
+                    into[row.name] = Whitening(channels, row.shape[-1], row.kernel, same)
+                else:
+                    bias = not network.batch_norm
+                    into[row.name] = Convolution(channels, row.shape[-1], row.kernel, padding=int(same), bias=bias)
                 channels = row.shape[-1]
             case "MaxPooling2D":
                 into[row.name] = MaxPool(row.pool, row.activated)
@@ -236,6 +239,19 @@ class BatchNorm(nn.BatchNorm2d):
         alone = x.shape[0] * x.shape[2] * x.shape[3] == 1
         training = self.training and not alone
         return F.batch_norm(x, self.running_mean, self.running_var, None, self.bias, training, 0.4, self.eps)
+
+
+class Whitening(nn.Conv2d):
+    """The whitening layer. With `same` padding an even window sees one more row and column below and to the right, as
+    in Keras."""
+
+    def __init__(self, inputs: int, outputs: int, side: int, same: bool):
+        super().__init__(inputs, outputs, side, bias=False)
+        before, after = ((side - 1) // 2, side // 2) if same else (0, 0)
+        self.border = (before, after, before, after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, self.border) if any(self.border) else x)
 
 
 @torch.no_grad()

@@ -100,6 +100,9 @@ class NetworkRecipe(_Part):
         le=4,
         description="side of a fixed first convolution that whitens the patches of the train images; 0 is none",
     )
+    whitening_padding: Padding = Field(
+        "valid", description="valid, or same: the whitened map is as large as the image (zeros below and to the right)"
+    )
     initial: Literal["glorot", "dirac"] = Field(
         "glorot", description="first weights: glorot, as in Keras; dirac, filters that hand their input on"
     )
