@@ -177,6 +177,7 @@ def about(arguments):
         "processor": here.processor,
         "instructions": here.instructions,
         "precision": here.precision,
+        "kernels": here.kernels,
         "cores": cores,
         "threads": here.threads,
         "python": program["python"],

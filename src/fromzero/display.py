@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from fromzero import training
+from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.report import validation_label
 from fromzero.runs import Row, Run
@@ -41,11 +42,12 @@ def header(run: Training) -> str:
     here, recipe = run.machine, run.recipe
     parameters = num_parameters(run.recipe.network, run.images.image_shape, run.images.num_classes)
     counters = run.state.counters
+    kernels = "" if here.kernels == NONE else " by its own kernels"
     lines = [
         f"{run.run.path}: {recipe.name} on {run.images.name}, {parameters:,} parameters, seed {recipe.seed}",
         f"  {len(run.data.train.labels):,} train images from {run.images.source}; {validation_label(recipe)}"
         f" ({len(run.data.validation.labels):,})",
-        f"  {here.device}, {here.threads} threads, {here.precision}; {recipe.optimizer.name} at"
+        f"  {here.device}, {here.threads} threads, {here.precision}{kernels}; {recipe.optimizer.name} at"
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {recipe.epochs} epochs",
     ]
     if counters.step:
