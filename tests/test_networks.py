@@ -154,7 +154,7 @@ def test_images_that_are_too_small_are_refused_by_name():
 @pytest.mark.parametrize(
     ("height", "width", "padding"), [(4, 4, 1), (2, 2, 1), (3, 5, 1), (1, 1, 1), (5, 4, 0), (3, 3, 0)]
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.04)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.07)])
 def test_small_maps_as_matrix_products_are_the_same_convolution(height, width, padding, dtype, tolerance):
     torch.manual_seed(0)
     layer = networks.Convolution(6, 7, 3, padding=padding).to(dtype).to(memory_format=torch.channels_last)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from fromzero.rng import derive, generator
 
 ImageShape = tuple[int, int, int]
 
+TINY_MAP_PIXELS = 4  # input pixels up to which a convolution is computed as a dense layer
 SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
 WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 5, 16  # output pixels and channels from which compiled kernels are faster
 
@@ -274,7 +276,8 @@ def whiten(model: Network, images: Tensor) -> None:
 
 
 class Convolution(nn.Conv2d):
-    """A 3×3 convolution that is computed as one matrix product where the map is small and the device a processor.
+    """A 3×3 convolution that is computed by compiled kernels where there are some, and on a processor as one matrix
+    product where the map is small.
 
     oneDNN's convolutions reach a small part of the processor's speed on maps of a few pixels, above all in the
     gradient of the weights (docs/log.md); a matrix product over the 9 × C columns of each output pixel does not.
@@ -288,9 +291,49 @@ class Convolution(nn.Conv2d):
             return kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, kernel)
         if x.device.type != "cpu" or height * width > SMALL_MAP_PIXELS or min(height, width) < 1:
             return super().forward(x)
+        if x.shape[2] * x.shape[3] <= TINY_MAP_PIXELS:
+            matrix = _Unrolled.apply(self.weight, *x.shape[2:], padding)
+            pixels = x.permute(0, 2, 3, 1).flatten(1)
+            y = F.linear(pixels, matrix, None if self.bias is None else self.bias.repeat(height * width))
+            return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
         columns = _Columns.apply(x, padding)
         y = F.linear(columns, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
         return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
+
+
+class _Unrolled(torch.autograd.Function):
+    """Filters (O, C, 3, 3) as the matrix (H'·W'·O, H·W·C) of a dense layer from all pixels of a map (H, W) to all of
+    its convolution. On a map of 2×2 that takes 16 products a channel pair; over columns it takes 36, most of them with
+    the padding's zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, height: int, width: int, padding: int) -> Tensor:
+        outputs, inputs = weight.shape[:2]
+        shape = (height + 2 * padding - 2, width + 2 * padding - 2, outputs, height, width, inputs)
+        ctx.padding, ctx.shape = padding, shape
+        computed_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        matrix = torch.zeros(shape, dtype=computed_in)
+        for (y, x, row, column), (down, right) in _taps(shape, padding):
+            matrix[y, x, :, row, column] = weight[:, :, down, right]
+        return matrix.flatten(3).flatten(0, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        matrix = gradients[0].view(ctx.shape)
+        precise = torch.promote_types(matrix.dtype, torch.float32)
+        weight = torch.zeros(3, 3, ctx.shape[2], ctx.shape[5], dtype=precise)
+        for (y, x, row, column), (down, right) in _taps(ctx.shape, ctx.padding):
+            weight[down, right] += matrix[y, x, :, row, column]
+        return weight.permute(2, 3, 0, 1), None, None, None
+
+
+def _taps(shape: Sequence[int], padding: int) -> Iterator[tuple[tuple[int, ...], tuple[int, int]]]:
+    """((row, column of the output, of the input), which of the 3×3 weights joins them) of a convolution whose matrix
+    has `shape` (H', W', O, H, W, C)."""
+    for places in product(*(range(shape[axis]) for axis in (0, 1, 3, 4))):
+        down, right = places[2] - places[0] + padding, places[3] - places[1] + padding
+        if 0 <= down < 3 and 0 <= right < 3:
+            yield places, (down, right)
 
 
 class _Columns(torch.autograd.Function):

@@ -265,7 +265,7 @@ void transform_turned_filters(const float *weights, float *u, long c, long o, lo
 /* The gradient of the filters is summed for OUT x WIDE channels at a time, over DEPTH units, and over CHUNK units in all
    before the next tiles are transformed: so sums stay in a core's cache, transformed tiles in that of all cores. */
 #define OUT (8 * ROWS)
-#define DEPTH 256
+#define DEPTH 128
 
 typedef struct {
     long down, across, tiles, depth, chunk, c_lanes, o_lanes, v_apart, e_apart, blocks, tasks;
@@ -275,7 +275,7 @@ static plan plan_of(long n, long h, long w, long c, long o, long pad) {
     plan p;
     p.down = (h + 2 * pad + 1) / 4, p.across = (w + 2 * pad + 1) / 4, p.tiles = n * p.down * p.across;
     p.c_lanes = round_up(c, LANES), p.o_lanes = round_up(o, LANES), p.depth = (p.tiles + PAIR - 1) / PAIR;
-    p.chunk = min(p.depth, round_up((1 << 16) / (p.c_lanes + p.o_lanes), DEPTH)); /* about 2^16 floats a position */
+    p.chunk = min(p.depth, round_up((1 << 14) / (p.c_lanes + p.o_lanes), DEPTH)); /* about 2^14 floats a position */
     p.v_apart = apart(p.chunk * p.c_lanes), p.e_apart = apart(p.chunk * p.o_lanes + OUT);
     p.blocks = (p.c_lanes + WIDE - 1) / WIDE, p.tasks = p.blocks * ((o + OUT - 1) / OUT);
     return p;
