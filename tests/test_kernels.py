@@ -1,12 +1,14 @@
 """Compiled kernels: the same functions as PyTorch's, whatever the shapes, the threads and the instruction set."""
 
+import platform
 import subprocess
+import tomllib
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fromzero import kernels, load_recipe, machine, networks
+from fromzero import FromzeroError, kernels, load_recipe, machine, networks
 
 ELEMENTS = [torch.float32, torch.bfloat16]
 # Images, rows, columns, channels in and out, padding: tiles cut off on either side, channels that fill no vector.
@@ -130,7 +132,7 @@ def test_a_network_learns_the_same_with_and_without_kernels(name, tiny_images, m
 
 @pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-march=x86-64"]])
 def test_other_instruction_sets_compute_the_same(flags, tmp_path, monkeypatch):
-    if kernels.find(torch.float32) == kernels.NONE or "-march=native" not in kernels.NATIVE.values():
+    if kernels.find(torch.float32) == kernels.NONE or platform.machine() not in kernels.NATIVE:
         pytest.skip("no kernels on this machine")
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("needs a processor with AVX2")
@@ -171,7 +173,72 @@ def test_kernels_that_compute_something_else_are_not_used(tmp_path, monkeypatch)
     name, made = kernels._made.__wrapped__(torch.float32)
     assert name == kernels.find(torch.float32)
     assert kernels.agrees(made)
-    assert [path.name for path in (tmp_path / "kernels").iterdir()] == [f"{name}.so"]
+    (library,) = (tmp_path / "kernels").iterdir()
+    assert library.name == f"{name}-{kernels._content_digest(library)}.so"
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:9000], lambda content: content[::-1]])
+def test_damaged_kernels_are_made_again(damage, tmp_path, monkeypatch):
+    if kernels.find(torch.float32) == kernels.NONE:
+        pytest.skip("no kernels on this machine")
+    monkeypatch.setenv("FROMZERO_HOME", str(tmp_path))
+    kernels._made.__wrapped__(torch.float32)
+    (library,) = (tmp_path / "kernels").iterdir()
+    whole = library.read_bytes()
+    library.unlink()  # it is loaded
+    library.write_bytes(damage(whole))
+    name, made = kernels._made.__wrapped__(torch.float32)
+    assert name == kernels.find(torch.float32)
+    assert kernels.agrees(made)
+    assert any(kernels._content_digest(path) in path.name for path in (tmp_path / "kernels").iterdir())
+
+
+def test_kernels_that_are_not_there_are_not_replaced_silently():
+    with pytest.raises(FromzeroError, match="the kernels 123 are not on this machine"):
+        kernels.use("123", torch.float32)
+
+
+def test_other_types_of_weights_and_a_changed_default_type(made):
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 8, 8).to(made.element)
+    exact = networks.Convolution(16, 32, 3, padding=1).double()
+    expected = F.conv2d(x.double(), exact.weight, exact.bias, padding=1).detach()
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        weight, bias = exact.weight.detach().to(dtype), exact.bias.detach().to(dtype)
+        y = kernels.Convolve3x3.apply(x, weight, bias, 1, made)
+        assert error(y, expected) < ERRORS[torch.bfloat16]
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert kernels.agrees(made)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        assert kernels.agrees(made)
+
+
+def test_what_kernels_cannot_do_pytorch_does(made):
+    layer = networks.Convolution(16, 32, 3, padding=1).to(made.element)
+    assert layer(torch.zeros(0, 16, 8, 8, dtype=made.element)).shape == (0, 32, 8, 8)
+    with pytest.raises(RuntimeError):
+        networks.MaxPool(2, relu=False)(torch.zeros(1, 16, 1, 4, dtype=made.element))
+    double = torch.randn(1, 16, 8, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.in_use(double) is None
+    x = torch.randn(1, 16, 8, 8).to(made.element).requires_grad_()
+    y = kernels.Convolve3x3.apply(x, layer.weight, layer.bias, 1, made)
+    (gradient,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.float().sum().backward()
+
+
+def test_their_sources_are_part_of_the_package():
+    root = kernels.SOURCE_FOLDER.parents[2]
+    if not (root / "pyproject.toml").exists():
+        pytest.skip("installed without its sources")
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fromzero"]
+    packed = {path for pattern in patterns for path in (root / "src" / "fromzero").glob(pattern)}
+    assert packed >= {kernels.SOURCE_FOLDER / name for name in (*kernels.SOURCES, kernels.HEADER)}
 
 
 def test_kernels_can_be_turned_off(monkeypatch):

@@ -286,10 +286,10 @@ class Convolution(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         padding = int(self.padding[0])
         height, width = (size + 2 * padding - 2 for size in x.shape[2:])
-        worth_it = height * width >= WINOGRAD_PIXELS and min(self.weight.shape[:2]) >= WINOGRAD_CHANNELS
-        if worth_it and (kernel := kernels.in_use(x)):
+        large = height * width >= WINOGRAD_PIXELS and min(self.weight.shape[:2]) >= WINOGRAD_CHANNELS
+        if large and len(x) > 0 and (kernel := kernels.in_use(x)):
             return kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, kernel)
-        if x.device.type != "cpu" or height * width > SMALL_MAP_PIXELS or min(height, width) < 1:
+        if x.device.type != "cpu" or height * width > SMALL_MAP_PIXELS or min(height, width, len(x)) < 1:
             return super().forward(x)
         if x.shape[2] * x.shape[3] <= TINY_MAP_PIXELS:
             matrix = _Unrolled.apply(self.weight, *x.shape[2:], padding)
@@ -372,7 +372,7 @@ class MaxPool(nn.MaxPool2d):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size == 2 and (kernel := kernels.in_use(x)):
+        if self.kernel_size == 2 and min(x.shape[2:]) >= 2 and (kernel := kernels.in_use(x)):
             return kernels.MaxPool2x2.apply(x, self.relu, kernel)
         y = super().forward(x)
         return F.relu(y) if self.relu else y

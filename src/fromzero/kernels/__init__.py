@@ -22,8 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fromzero import files
+from fromzero.errors import FromzeroError
 
 NONE = "none"
 SOURCE_FOLDER = Path(__file__).parent
@@ -35,10 +37,8 @@ LINK = ("-shared",)
 NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native"}  # elsewhere -mcpu=native
 COMPILE_SECONDS = 60.0
 SUM_PARTS = 64  # PARTS of pointwise.c
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 0.05,
-}  # of the check, over the largest value; errors are a tenth of it
+# Of the check, over the largest value. Errors are a tenth of it.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 _loaded: dict[torch.dtype, Kernels] = {}
 
@@ -51,15 +51,20 @@ def find(element: torch.dtype) -> str:
 
 
 def use(name: str, element: torch.dtype) -> None:
-    """From now on compute in `element` by the kernels of that name; NONE: by PyTorch's."""
-    _loaded.pop(element, None)
-    if name != NONE and find(element) == name:
-        _loaded[element] = _made(element)[1]  # type: ignore[assignment]
+    """From now on compute in `element` by the kernels of that name, and in other types by PyTorch's; NONE: all by
+    PyTorch's. Raises FromzeroError where those kernels are not."""
+    _loaded.clear()
+    if name == NONE:
+        return
+    found, kernels = _made(element)
+    if kernels is None or found != name:
+        raise FromzeroError(f"the kernels {name} are not on this machine; it has: {found}")
+    _loaded[element] = kernels
 
 
 def in_use(x: Tensor) -> Kernels | None:
     """The kernels that compute on `x`, if any: those of the type that autocast would give it."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or x.dtype == torch.float64:  # which autocast leaves as it is
         return None
     return _loaded.get(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
 
@@ -91,7 +96,7 @@ class Kernels:
     def forward(self, x: Tensor, filters: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         """x (N, H, W, C) → (N, H', W', O), H' = H + 2 padding - 2; bias float32 (O,) or None."""
         outputs, _, _, channels = filters.shape
-        transformed = torch.empty(self._call.filters_size(channels, outputs))
+        transformed = _floats(self._call.filters_size(channels, outputs))
         threads = torch.get_num_threads()
         self._call.transform_filters(filters.data_ptr(), transformed.data_ptr(), channels, outputs, threads)
         return self._convolve(x, transformed, bias, outputs, padding)
@@ -99,7 +104,7 @@ class Kernels:
     def input_gradient(self, gradient: Tensor, filters: Tensor, padding: int) -> Tensor:
         """The gradient of `forward`'s x from that of its result."""
         outputs, _, _, channels = filters.shape
-        transformed = torch.empty(self._call.filters_size(outputs, channels))
+        transformed = _floats(self._call.filters_size(outputs, channels))
         threads = torch.get_num_threads()
         self._call.transform_turned_filters(filters.data_ptr(), transformed.data_ptr(), channels, outputs, threads)
         return self._convolve(gradient, transformed, None, channels, 2 - padding)
@@ -107,15 +112,15 @@ class Kernels:
     def filter_gradient(self, x: Tensor, gradient: Tensor, padding: int) -> Tensor:
         """The gradient of `forward`'s filters, float32 (O, 3, 3, C), from that of its result."""
         sizes = (*x.shape, gradient.shape[3], padding, torch.get_num_threads())
-        scratch = torch.empty(self._call.filter_gradient_scratch(*sizes))
-        filters = torch.empty(gradient.shape[3], 3, 3, x.shape[3])
+        scratch = _floats(self._call.filter_gradient_scratch(*sizes))
+        filters = _floats(gradient.shape[3], 3, 3, x.shape[3])
         self._call.filter_gradient(x.data_ptr(), gradient.data_ptr(), filters.data_ptr(), scratch.data_ptr(), *sizes)
         return filters
 
     def max_pool(self, x: Tensor, relu: bool) -> Tensor:
         """The maximum of each 2×2 window, (N, H/2, W/2, C), at least zero with `relu`."""
         images, height, width, channels = x.shape
-        y = torch.empty(images, height // 2, width // 2, channels, dtype=self.element)
+        y = torch.empty(images, height // 2, width // 2, channels, dtype=self.element, device="cpu")
         self._call.max_pool(x.data_ptr(), y.data_ptr(), *x.shape, relu, torch.get_num_threads())
         return y
 
@@ -129,7 +134,7 @@ class Kernels:
     def channel_sums(self, x: Tensor) -> Tensor:
         """Sums over all but the last dimension, float32 (C,)."""
         channels = x.shape[-1]
-        sums, parts = torch.empty(channels), torch.empty(SUM_PARTS, channels)
+        sums, parts = _floats(channels), _floats(SUM_PARTS, channels)
         sizes = (x.numel() // channels, channels, torch.get_num_threads())
         self._call.channel_sums(x.data_ptr(), sums.data_ptr(), parts.data_ptr(), *sizes)
         return sums
@@ -139,8 +144,8 @@ class Kernels:
         height_out, width_out = height + 2 * padding - 2, width + 2 * padding - 2
         threads = torch.get_num_threads()
         block = self._tiles_at_once(channels, images * -(-height_out // 4) * -(-width_out // 4), threads)
-        scratch = torch.empty(self._call.convolve_scratch(channels, block, threads))
-        y = torch.empty(images, height_out, width_out, outputs, dtype=self.element)
+        scratch = _floats(self._call.convolve_scratch(channels, block, threads))
+        y = torch.empty(images, height_out, width_out, outputs, dtype=self.element, device="cpu")
         self._call.convolve(
             x.data_ptr(),
             transformed.data_ptr(),
@@ -167,11 +172,13 @@ class Convolve3x3(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, kernels: Kernels) -> Tensor:
         images = x.to(kernels.element).permute(0, 2, 3, 1).contiguous()
         filters = weight.float().permute(0, 2, 3, 1).contiguous()
+        bias = None if bias is None else bias.float().contiguous()
         ctx.save_for_backward(images, filters)
         ctx.padding, ctx.kernels, ctx.dtype = padding, kernels, x.dtype
         return kernels.forward(images, filters, bias, padding).permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         images, filters = ctx.saved_tensors
         kernels, padding = ctx.kernels, ctx.padding
@@ -198,6 +205,7 @@ class MaxPool2x2(torch.autograd.Function):
         return y.permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         images, y = ctx.saved_tensors
         gradient = gradients[0].to(ctx.kernels.element).permute(0, 2, 3, 1).contiguous()
@@ -215,70 +223,95 @@ def _made(element: torch.dtype) -> tuple[str, Kernels | None]:
     if element == torch.bfloat16:
         flags.append("-DBFLOAT16")
     try:
-        version = _run([compiler, "--version"]).splitlines()[0]
-        identity = "\0".join(
-            [
-                *((SOURCE_FOLDER / name).read_text("utf-8") for name in (*SOURCES, HEADER)),
-                *flags,
-                *LINK,
-                version,
-                _processor(),
-            ]
-        )
+        _, _, version = _run([compiler, "--version"]).partition("\n")[0].partition(" ")  # the name is how it was called
+        sources = [(SOURCE_FOLDER / name).read_text("utf-8") for name in (*SOURCES, HEADER)]
+        identity = "\0".join([*sources, *flags, *LINK, version, _processor()])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        kept = files.home() / "kernels"
+        kernels = _kept(kept, digest, element)
         with tempfile.TemporaryDirectory() as nowhere:
-            folder = _writable(files.home() / "kernels") or Path(nowhere)
-            library = folder / f"{digest}.so"
-            if library.exists():
-                return digest, Kernels(library, element)
-            with tempfile.TemporaryDirectory(dir=folder) as place:
-                fresh = Path(place) / library.name
-                objects = [str(Path(place) / f"{name}.o") for name in SOURCES]
-                for name, made in zip(SOURCES, objects, strict=True):
-                    _run([compiler, *flags, str(SOURCE_FOLDER / name), "-o", made])
-                _run([compiler, *LINK, *objects, "-o", str(fresh)])
-                kernels = Kernels(fresh, element)
-                if not agrees(kernels):
-                    return NONE, None
-                os.replace(fresh, library)
-            return digest, kernels
+            if kernels is None:
+                kernels = _compiled(compiler, flags, _writable(kept) or Path(nowhere), digest, element)
+        return (NONE, None) if kernels is None else (digest, kernels)
     except (OSError, subprocess.SubprocessError, AttributeError):
         return NONE, None
 
 
+def _kept(folder: Path, digest: str, element: torch.dtype) -> Kernels | None:
+    """Kernels that were compiled before. A damaged library is no reason to stop, and must not be loaded: its name holds
+    the digest of its content."""
+    for library in sorted(folder.glob(f"{digest}-*.so")):
+        try:
+            if library.stem == f"{digest}-{_content_digest(library)}" and agrees(kernels := Kernels(library, element)):
+                return kernels
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _compiled(compiler: str, flags: list[str], folder: Path, digest: str, element: torch.dtype) -> Kernels | None:
+    """Kernels compiled into `folder`; None where they compute something else than PyTorch."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        fresh = Path(place) / "kernels.so"
+        objects = [str(Path(place) / f"{name}.o") for name in SOURCES]
+        for name, made in zip(SOURCES, objects, strict=True):
+            _run([compiler, *flags, str(SOURCE_FOLDER / name), "-o", made])
+        _run([compiler, *LINK, *objects, "-o", str(fresh)])
+        kernels = Kernels(fresh, element)
+        if not agrees(kernels):
+            return None
+        os.replace(fresh, folder / f"{digest}-{_content_digest(fresh)}.so")
+        return kernels
+
+
+def _content_digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def agrees(kernels: Kernels) -> bool:
     """Whether a small convolution and a pooling, with their gradients, come out as PyTorch's."""
-    element = kernels.element
-    draws = torch.Generator().manual_seed(0)
-    x = torch.rand(3, 7, 6, 33, generator=draws).to(element)
-    filters, bias = torch.rand(19, 3, 3, 33, generator=draws) - 0.5, torch.rand(19, generator=draws)
-    gradient = (torch.rand(3, 7, 6, 19, generator=draws) - 0.5).to(element)
-    of_pool = (torch.rand(3, 3, 3, 33, generator=draws) - 0.5).to(element)
-    pooled = kernels.max_pool(x, relu=True)
-    ours = (
-        kernels.forward(x, filters, bias, 1),
-        kernels.input_gradient(gradient, filters, 1),
-        kernels.filter_gradient(x, gradient, 1),
-        pooled,
-        kernels.max_pool_gradient(x, pooled, of_pool, relu=True),
-        kernels.channel_sums(x).expand(1, 1, 1, -1),
-    )
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        leaves = [t.detach().float().permute(0, 3, 1, 2).requires_grad_() for t in (x, filters)]
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        element, draws = kernels.element, torch.Generator().manual_seed(0)
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=draws, dtype=torch.float32, device="cpu") - 0.5
+
+        x, filters, bias = drawn(3, 7, 6, 33).to(element), drawn(19, 3, 3, 33), drawn(19)
+        gradient, of_pool = drawn(3, 7, 6, 19).to(element), drawn(3, 3, 3, 33).to(element)
+        pooled = kernels.max_pool(x, relu=True)
+        ours = (
+            kernels.forward(x, filters, bias, 1),
+            kernels.input_gradient(gradient, filters, 1),
+            kernels.filter_gradient(x, gradient, 1),
+            pooled,
+            kernels.max_pool_gradient(x, pooled, of_pool, relu=True),
+            kernels.channel_sums(x).expand(1, 1, 1, -1),
+        )
+        leaves = [t.float().permute(0, 3, 1, 2).detach().requires_grad_() for t in (x, filters)]
         y = F.conv2d(leaves[0], leaves[1], bias, padding=1)
         theirs = [y, *torch.autograd.grad(y, leaves, gradient.float().permute(0, 3, 1, 2))]
         y = F.relu(F.max_pool2d(leaves[0], 2))
         theirs += [y, *torch.autograd.grad(y, leaves[:1], of_pool.float().permute(0, 3, 1, 2))]
         theirs.append(leaves[0].sum((0, 2, 3), keepdim=True))
-    return all(
-        bool((a.float() - b.detach().permute(0, 2, 3, 1)).abs().max() <= TOLERANCE[element] * b.abs().max())
-        for a, b in zip(ours, theirs, strict=True)
-    )
+        return all(
+            bool((a.float() - b.detach().permute(0, 2, 3, 1)).abs().max() <= TOLERANCE[element] * b.abs().max())
+            for a, b in zip(ours, theirs, strict=True)
+        )
 
 
 def _run(command: list[str]) -> str:
     return subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS, stdin=subprocess.DEVNULL
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=COMPILE_SECONDS,
+        stdin=subprocess.DEVNULL,
     ).stdout
 
 

@@ -275,7 +275,8 @@ static plan plan_of(long n, long h, long w, long c, long o, long pad) {
     plan p;
     p.down = (h + 2 * pad + 1) / 4, p.across = (w + 2 * pad + 1) / 4, p.tiles = n * p.down * p.across;
     p.c_lanes = round_up(c, LANES), p.o_lanes = round_up(o, LANES), p.depth = (p.tiles + PAIR - 1) / PAIR;
-    p.chunk = min(p.depth, round_up((1 << 14) / (p.c_lanes + p.o_lanes), DEPTH)); /* about 2^14 floats a position */
+    long units = (1 << 14) / (p.c_lanes + p.o_lanes); /* about 2^14 floats a position */
+    p.chunk = min(p.depth, round_up(units > 0 ? units : 1, DEPTH));
     p.v_apart = apart(p.chunk * p.c_lanes), p.e_apart = apart(p.chunk * p.o_lanes + OUT);
     p.blocks = (p.c_lanes + WIDE - 1) / WIDE, p.tasks = p.blocks * ((o + OUT - 1) / OUT);
     return p;
