@@ -127,8 +127,8 @@ def run_cold(arguments, results):
         say(f"cold runs of {name}")
         runs, keras = [], [keras_epoch_seconds()]
         try:
-            for _ in range(arguments.rounds if name == "quick" else arguments.long_rounds):
-                runs.append(lifetime.cold_run(name, arguments.data_dir, arguments.threads))
+            for seed in range(arguments.rounds if name == "quick" else arguments.long_rounds):
+                runs.append(lifetime.cold_run(name, seed, arguments.data_dir, arguments.threads))
                 keras.append(keras_epoch_seconds())
                 say(f"  {runs[-1]['seconds']:.1f} s, test accuracy {runs[-1]['accuracy']:.4f}")
         except WorkerError as error:

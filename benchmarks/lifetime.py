@@ -83,11 +83,12 @@ def seconds_of(ends):
     return (ends[-1] - ends[0]) * len(ends) / (len(ends) - 1)
 
 
-def cold_run(recipe, data_dir, threads):
-    """`fromzero train cifar10 --recipe RECIPE` as a user types it: seconds from the start of its process to its end,
+def cold_run(recipe, seed, data_dir, threads):
+    """`fromzero train cifar10 --recipe RECIPE --seed SEED` as a user types it: seconds from the start of its process to its end,
     and the test accuracy that it printed (as its summary has it)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fromzero", "train", "cifar10", "--recipe", recipe, "--runs-dir", folder]
+        command += ["--seed", str(seed)]
         command += ["--data-dir", str(Path(data_dir).resolve())] if data_dir else []
         command += ["--threads", str(threads)] if threads else []
         began = time.perf_counter()
