@@ -84,8 +84,8 @@ def seconds_of(ends):
 
 
 def cold_run(recipe, seed, data_dir, threads):
-    """`fromzero train cifar10 --recipe RECIPE --seed SEED` as a user types it: seconds from the start of its process to its end,
-    and the test accuracy that it printed (as its summary has it)."""
+    """`fromzero train cifar10 --recipe RECIPE --seed SEED` as a user types it: seconds from the start of its process
+    to its end, and the test accuracy that it printed (as its summary has it)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fromzero", "train", "cifar10", "--recipe", recipe, "--runs-dir", folder]
         command += ["--seed", str(seed)]

@@ -175,7 +175,7 @@ def test_the_page_shows_every_part_and_what_falls_short(tmp_path):
     assert "the processor has avx512_bf16" in text
     # The faster of product and convolution is 1,000 GFLOP/s; Keras float32 trains 100 and 110 images a second.
     allowed = 1000e9 / networks.training_flop(TRAIN3)
-    assert f"these products allow: train3 {1 / ((100 / allowed + 110 / allowed) / 2):.1f} ×" in text
+    assert f"the library's products allow: train3 {1 / ((100 / allowed + 110 / allowed) / 2):.1f} ×" in text
 
 
 def test_the_page_does_with_the_parts_there_are(tmp_path):
