@@ -228,8 +228,8 @@ def cold_section(results):
     lines = [
         "`fromzero train cifar10 --recipe NAME --seed N`, N from 0, from the start of its process to its end:"
         " interpreter, imports, reading the images, training, scoring the test images once, curves and checkpoints."
-        " In turn with Keras float32's training steps of train 3, whose epoch is 50,000 images at the rate measured before and after each"
-        " run; Keras's own start is not counted.",
+        " In turn with Keras float32's training steps of train 3, whose epoch is 50,000 images at the rate measured"
+        " before and after each run; Keras's own start is not counted.",
         "",
         row(["recipe", "runs", "seconds", "Keras's epoch, seconds", "epochs of Keras", "target", "test accuracy"]),
         row(["---"] + ["---:"] * 6),
