@@ -430,7 +430,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     train = add("train", _train, "train a network from a recipe; leaves a run folder")
     train.add_argument("DATASET", nargs="?", help="cifar10, digits, or a CIFAR folder or archive")
-    train.add_argument("--recipe", default="quick", help=f"{', '.join(recipe_names())} or a TOML file (quick)")
+    train.add_argument("--recipe", default="strong", help=f"{', '.join(recipe_names())} or a TOML file (strong)")
     train.add_argument("--from", metavar="RUN", help="start from the last weights of that run")
     train.add_argument("--partial", action="store_true", help="with --from: take the weights that fit")
     _add_shared(train, "runs", "data", "machine", "saving")

@@ -159,7 +159,7 @@ class Kernels:
     def _tiles_at_once(self, channels: int, tiles: int, threads: int) -> int:
         """How many tiles are transformed before they are multiplied: so many that they stay in a core's cache, and
         that all threads have as much to do; a multiple of 6."""
-        most = min(max(400_000 // (36 * max(channels, 16) * self.element.itemsize), 6), 24)
+        most = min(max(600_000 // (36 * max(channels, 16) * self.element.itemsize), 12), 24)
         rounds = -(-tiles // (most * threads))
         return -(-tiles // (rounds * threads * 6)) * 6
 
