@@ -33,14 +33,15 @@ VARIANTS = {
         {"name": "muon", "learning_rate": 0.1, "bias_learning_rate": 0.05},
     ),
     "network": (
-        {"channels": [[8], [12]], "block_dropout": 0.2, "dense": [16], "dense_dropout": 0.3},
+        {"channels": [[16], [24]], "block_dropout": 0.2, "dense": [16], "dense_dropout": 0.3},
         {
-            "channels": [[8, 8], [12, 12]],
+            "channels": [[16, 16], [24, 24]],  # from 16 on compiled kernels are used
             "pool_after": "first",
             "activation": "gelu",
             "batch_norm": True,
             "residual": True,
             "whitening": 2,
+            "whitening_padding": "same",
             "initial": "dirac",
             "head": "max",
             "dense": [],
