@@ -344,6 +344,10 @@ def draw(results, path):
         label = f"the processor's ceiling in {about['precision']}" if n == 0 else None
         speeds.plot([allowed] * 2, [n - 0.42, n + 0.42], color="#c0392b", ls=":", lw=1.6, label=label)
     speeds.set_xscale("log")
+    low, high = speeds.get_xlim()
+    ticks = [digit * 10**power for power in range(7) for digit in (1, 2, 5) if low <= digit * 10**power <= high]
+    speeds.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    speeds.minorticks_off()
     speeds.set_xlabel("training steps, images a second (log scale)")
     speeds.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     speedups.axvline(1, color="#333", lw=1)
