@@ -292,10 +292,11 @@ def agrees(kernels: Kernels) -> bool:
             kernels.channel_sums(x).expand(1, 1, 1, -1),
         )
         leaves = [t.float().permute(0, 3, 1, 2).detach().requires_grad_() for t in (x, filters)]
+        # Gradients of sums, since a gradient handed to autograd imports sympy: a second at the start of every run.
         y = F.conv2d(leaves[0], leaves[1], bias, padding=1)
-        theirs = [y, *torch.autograd.grad(y, leaves, gradient.float().permute(0, 3, 1, 2))]
+        theirs = [y, *torch.autograd.grad((y * gradient.float().permute(0, 3, 1, 2)).sum(), leaves)]
         y = F.relu(F.max_pool2d(leaves[0], 2))
-        theirs += [y, *torch.autograd.grad(y, leaves[:1], of_pool.float().permute(0, 3, 1, 2))]
+        theirs += [y, *torch.autograd.grad((y * of_pool.float().permute(0, 3, 1, 2)).sum(), leaves[:1])]
         theirs.append(leaves[0].sum((0, 2, 3), keepdim=True))
         return all(
             bool((a.float() - b.detach().permute(0, 2, 3, 1)).abs().max() <= TOLERANCE[element] * b.abs().max())
