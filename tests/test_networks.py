@@ -154,9 +154,11 @@ def test_images_that_are_too_small_are_refused_by_name():
 @pytest.mark.parametrize(
     ("height", "width", "padding"), [(4, 4, 1), (2, 2, 1), (3, 5, 1), (1, 1, 1), (5, 4, 0), (3, 3, 0)]
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.07)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.04)])
 def test_small_maps_as_matrix_products_are_the_same_convolution(height, width, padding, dtype, tolerance):
     torch.manual_seed(0)
+    if dtype == torch.bfloat16 and height * width <= networks.TINY_MAP_PIXELS:
+        tolerance = 0.0625  # gradients of about 9 are rounded once a pair of pixels: bfloat16's step there
     layer = networks.Convolution(6, 7, 3, padding=padding).to(dtype).to(memory_format=torch.channels_last)
     weights = [layer.weight, layer.bias]
     x = torch.randn(5, 6, height, width, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()

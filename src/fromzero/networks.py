@@ -28,7 +28,7 @@ ImageShape = tuple[int, int, int]
 
 TINY_MAP_PIXELS = 4  # input pixels up to which a convolution is computed as a dense layer
 SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
-WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 5, 16  # output pixels and channels from which compiled kernels are faster
+WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 5, 16  # output pixels and channels from which compiled kernels are used
 
 
 class Layer(NamedTuple):
