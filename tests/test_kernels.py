@@ -46,7 +46,7 @@ def test_a_convolution_and_its_gradients_are_those_of_pytorch(made, images, heig
     gradient = torch.randn(expected.shape).to(made.element)
     expected.backward(gradient.double())
     ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    y = kernels.Convolve3x3.apply(*ours, padding, made)
+    y = kernels.Convolve3x3.apply(*ours, padding, "", made)
     y.backward(gradient)
     assert y.dtype == made.element
     assert error(y, expected.detach()) < ERRORS[made.element]
@@ -65,13 +65,76 @@ def test_threads_do_not_change_the_bits(made):
         found.append(
             (
                 made.forward(x, filters, None, 1),
-                made.input_gradient(gradient, filters, 1),
+                made.input_gradient(gradient, filters, 1, x.shape),
                 made.filter_gradient(x, gradient, 1),
                 made.channel_sums(gradient),
+                *made.moments(gradient),
+                *made.normalise_gradient(gradient, gradient, torch.zeros(80), torch.ones(80), torch.ones(80), "gelu"),
             )
         )
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("pooled", ["pool", "relu"])
+@pytest.mark.parametrize(("images", "height", "width", "inputs", "outputs", "padding"), [*SHAPES, (2, 4, 5, 16, 16, 0)])
+def test_a_convolution_with_the_pooling_behind_it(made, images, height, width, inputs, outputs, padding, pooled):
+    """The same as the convolution and then the pooling; in gradients to the bit, once the same pixels are picked."""
+    torch.manual_seed(0)
+    x = torch.randn(images, height, width, inputs).to(made.element)
+    filters, bias = torch.randn(outputs, 3, 3, inputs) / (9 * inputs) ** 0.5, torch.randn(outputs) / 4
+    whole = made.forward(x, filters, bias, padding)
+    y, picked = made.forward_pooled(x, filters, bias, padding, pooled == "relu")
+    assert torch.equal(y, made.max_pool(whole, pooled == "relu"))
+    assert picked.unique().tolist() == [0, 1, 2, 3, *([4] if pooled == "relu" else [])]
+    gradient = torch.randn(y.shape).to(made.element)
+    spread = torch.zeros_like(whole)
+    for pixel in range(4):
+        window = spread[:, pixel // 2 :: 2, pixel % 2 :: 2][:, : y.shape[1], : y.shape[2]]
+        window.copy_(torch.where(picked == pixel, gradient, 0))
+        values = whole[:, pixel // 2 :: 2, pixel % 2 :: 2][:, : y.shape[1], : y.shape[2]]
+        assert torch.equal(y[picked == pixel], values[picked == pixel])
+    of_x = made.input_gradient(spread, filters, padding, x.shape)
+    assert torch.equal(made.input_gradient(gradient, filters, padding, x.shape, picked), of_x)
+    assert torch.equal(made.filter_gradient(x, gradient, padding, picked), made.filter_gradient(x, spread, padding))
+    torch.testing.assert_close(made.channel_sums(gradient, picked), made.channel_sums(spread), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(3, 5, 7, 20), (1, 3, 2, 5), (40, 9, 9, 64)])
+def test_batch_normalisation_with_its_activation_and_gradients(made, shape, activation):
+    torch.manual_seed(0)
+    x = (torch.randn(shape) * 3 + torch.linspace(-100, 100, shape[-1])).to(made.element).permute(0, 3, 1, 2)
+    gradient = torch.randn(x.shape).to(made.element).contiguous(memory_format=torch.channels_last)
+    layer = networks.BatchNorm(shape[-1], activation)
+    torch.nn.init.normal_(layer.bias)
+    exact = networks.BatchNorm(shape[-1], activation).double()
+    exact.load_state_dict(layer.state_dict())
+    results = []
+    for module, images in ((layer, x.detach().requires_grad_()), (exact, x.double().detach().requires_grad_())):
+        y = module.train()(images)
+        y.backward(gradient.to(y.dtype))
+        with torch.no_grad():
+            scored = module.eval()(images)
+        results.append((y, images.grad, module.bias.grad, module.running_mean, module.running_var, scored))
+    assert results[0][0].dtype == made.element
+    for ours, theirs in zip(*results, strict=True):
+        tolerance = 1e-4 if ours.dtype == torch.float32 and made.element == torch.float32 else 0.02
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_the_activations_are_those_of_pytorch():
+    """GELU by a formula of our own: everywhere, and its slope."""
+    here = machine.prepare("float32", device="cpu", threads=1)
+    if here.kernels == kernels.NONE:
+        pytest.skip("no kernels on this machine")
+    made, zero, one = kernels._loaded[torch.float32], torch.zeros(1), torch.ones(1)
+    x = torch.cat([torch.linspace(-20, 20, 100_001), torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30])])
+    for name, function in (("relu", F.relu), ("gelu", F.gelu), ("", lambda z: z)):
+        ours = made.normalise(x[:, None], zero, one, zero, name)[:, 0]
+        assert ((ours - function(x)).abs() <= 2e-6 * x.abs().clamp(min=1)).all()
+    assert made.normalise(torch.full((1, 1), torch.nan), zero, one, zero, "gelu").isnan().all()
+    assert made.normalise(torch.full((1, 1), torch.nan), zero, one, zero, "relu").isnan().all()
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -97,6 +160,8 @@ def test_what_is_not_finite_stays_so(made):
     assert made.forward(x, torch.ones(16, 3, 3, 16), None, 1)[1].isnan().any()
     assert made.max_pool(x, True).isnan().sum() == made.max_pool(x, False).isnan().sum() == 1
     assert made.channel_sums(x).isnan().nonzero().tolist() == [[3]]
+    assert made.forward_pooled(x, torch.ones(16, 3, 3, 16), None, 1, True)[0][1].isnan().any()
+    assert all(moment.isnan().nonzero().tolist() == [[3]] for moment in made.moments(x))
 
 
 @pytest.mark.parametrize("name", ["train1", "train3", "quick"])
@@ -108,8 +173,8 @@ def test_a_network_learns_the_same_with_and_without_kernels(name, tiny_images, m
     recipe = load_recipe(name).network
     pixels = torch.from_numpy(tiny_images.train.pixels[:50]).permute(0, 3, 1, 2).float() / 255
     labels = torch.from_numpy(tiny_images.train.labels[:50])
-    curves, calls, forward = [], [], kernels.Kernels.forward
-    monkeypatch.setattr(kernels.Kernels, "forward", lambda *given: calls.append(given) or forward(*given))
+    curves, calls, convolve = [], [], kernels.Kernels._convolve
+    monkeypatch.setattr(kernels.Kernels, "_convolve", lambda *given: calls.append(given) or convolve(*given))
     for used in (here.kernels, kernels.NONE):
         kernels.use(used, torch.float32)
         model = networks.build(recipe, (32, 32, 3), 10, seed=0)
@@ -201,11 +266,11 @@ def test_kernels_that_are_not_there_are_not_replaced_silently():
 def test_other_types_of_weights_and_a_changed_default_type(made):
     torch.manual_seed(0)
     x = torch.randn(2, 16, 8, 8).to(made.element)
-    exact = networks.Convolution(16, 32, 3, padding=1).double()
+    exact = networks.Convolution(16, 32, 1, bias=True).double()
     expected = F.conv2d(x.double(), exact.weight, exact.bias, padding=1).detach()
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         weight, bias = exact.weight.detach().to(dtype), exact.bias.detach().to(dtype)
-        y = kernels.Convolve3x3.apply(x, weight, bias, 1, made)
+        y = kernels.Convolve3x3.apply(x, weight, bias, 1, "", made)
         assert error(y, expected) < ERRORS[torch.bfloat16]
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
@@ -218,7 +283,7 @@ def test_other_types_of_weights_and_a_changed_default_type(made):
 
 
 def test_what_kernels_cannot_do_pytorch_does(made):
-    layer = networks.Convolution(16, 32, 3, padding=1).to(made.element)
+    layer = networks.Convolution(16, 32, 1, bias=True).to(made.element)
     assert layer(torch.zeros(0, 16, 8, 8, dtype=made.element)).shape == (0, 32, 8, 8)
     with pytest.raises(RuntimeError):
         networks.MaxPool(2, relu=False)(torch.zeros(1, 16, 1, 4, dtype=made.element))
@@ -226,7 +291,7 @@ def test_what_kernels_cannot_do_pytorch_does(made):
     with torch.autocast("cpu", torch.bfloat16):
         assert kernels.in_use(double) is None
     x = torch.randn(1, 16, 8, 8).to(made.element).requires_grad_()
-    y = kernels.Convolve3x3.apply(x, layer.weight, layer.bias, 1, made)
+    y = kernels.Convolve3x3.apply(x, layer.weight, layer.bias, 1, "", made)
     (gradient,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.float().sum().backward()

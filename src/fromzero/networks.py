@@ -169,11 +169,15 @@ def build(
                 if row.name == "whitening":
                     into[row.name] = Whitening(channels, row.shape[-1], row.kernel, same)
                 else:
-                    bias = not network.batch_norm
-                    into[row.name] = Convolution(channels, row.shape[-1], row.kernel, padding=int(same), bias=bias)
+                    into[row.name] = Convolution(channels, row.shape[-1], int(same), not network.batch_norm)
                 channels = row.shape[-1]
             case "MaxPooling2D":
-                into[row.name] = MaxPool(row.pool, row.activated)
+                pooling = MaxPool(row.pool, row.activated)
+                before = next(reversed(into.values()), None)
+                if isinstance(before, Convolution):
+                    before.pooling = pooling
+                else:
+                    into[row.name] = pooling
             case "BatchNormalization":
                 into[row.name] = BatchNorm(channels)
             case "Flatten":
@@ -188,7 +192,11 @@ def build(
             case "Dropout":
                 into[row.name] = Dropout(row.rate, masks)
             case "Activation":
-                into[f"{network.activation}_{len(into)}"] = nn.ReLU() if network.activation == "relu" else nn.GELU()
+                before = next(reversed(into.values()), None)
+                if isinstance(before, BatchNorm):
+                    before.activation = network.activation
+                else:
+                    into[f"{network.activation}_{len(into)}"] = _Activation(network.activation)
             case "Rescaling":
                 into[row.name] = _Scale(row.rate)
     model = Network(modules, masks)
@@ -227,20 +235,43 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"": lambda x: x, "relu": F.relu, "gelu": F.gelu}
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation with a trained shift and no scale, which the next filters have already; its statistics
-    follow fast (0.4 of each batch), as suits short trainings (Jordan, 2024, arXiv:2404.00498)."""
+    follow fast (0.4 of each batch), as suits short trainings (Jordan, 2024, arXiv:2404.00498). Behind it comes its
+    `activation`, one of ACTIVATIONS."""
 
-    def __init__(self, channels: int):
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, activation: str = ""):
         super().__init__(channels, eps=1e-5, momentum=0.4)
         self.register_parameter("weight", None)
         self.register_buffer("num_batches_tracked", None)  # counted for the sake of momentum=None only
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         # One value a channel has no variance: an epoch's last batch of one image, on a map of one pixel.
-        alone = x.shape[0] * x.shape[2] * x.shape[3] == 1
-        training = self.training and not alone
-        return F.batch_norm(x, self.running_mean, self.running_var, None, self.bias, training, 0.4, self.eps)
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        training = self.training and count != 1
+        kernel = kernels.in_use(x)
+        if kernel is None or count == 0 or (torch.is_grad_enabled() and not training):
+            y = F.batch_norm(x, self.running_mean, self.running_var, None, self.bias, training, 0.4, self.eps)
+            return ACTIVATIONS[self.activation](y)
+        x = x.to(kernel.element).contiguous(memory_format=torch.channels_last)
+        mean, variance = self.running_mean, self.running_var
+        if training:
+            with torch.no_grad():
+                mean, variance = kernel.moments(x.permute(0, 2, 3, 1))
+                self.running_mean.lerp_(mean, 0.4)
+                self.running_var.lerp_(variance * (count / (count - 1)), 0.4)
+        scale = (variance + self.eps).rsqrt()
+        return kernels.BatchNorm.apply(x, mean, scale, self.bias, self.activation, kernel)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, activation={self.activation!r}"
 
 
 class Whitening(nn.Conv2d):
@@ -276,19 +307,35 @@ def whiten(model: Network, images: Tensor) -> None:
 
 
 class Convolution(nn.Conv2d):
-    """A 3×3 convolution that is computed by compiled kernels where there are some, and on a processor as one matrix
-    product where the map is small.
+    """A 3×3 convolution, with the `pooling` behind it, if any. It is computed by compiled kernels where there are some,
+    and on a processor as one matrix product where the map is small.
 
     oneDNN's convolutions reach a small part of the processor's speed on maps of a few pixels, above all in the
     gradient of the weights (docs/log.md); a matrix product over the 9 × C columns of each output pixel does not.
     """
 
+    pooling: MaxPool | None
+
+    def __init__(self, inputs: int, outputs: int, padding: int, bias: bool):
+        super().__init__(inputs, outputs, 3, padding=padding, bias=bias)
+        self.pooling = None
+
     def forward(self, x: Tensor) -> Tensor:
         padding = int(self.padding[0])
         height, width = (size + 2 * padding - 2 for size in x.shape[2:])
         large = height * width >= WINOGRAD_PIXELS and min(self.weight.shape[:2]) >= WINOGRAD_CHANNELS
-        if large and len(x) > 0 and (kernel := kernels.in_use(x)):
-            return kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, kernel)
+        kernel = kernels.in_use(x) if large and len(x) > 0 else None
+        if kernel and self.pooling and self.pooling.kernel_size == 2 and min(height, width) >= 2:
+            pooled: kernels.Pooled = "relu" if self.pooling.relu else "pool"
+            return kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, pooled, kernel)
+        if kernel:
+            y = kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, "", kernel)
+        else:
+            y = self._convolved(x, padding, height, width)
+        return self.pooling(y) if self.pooling else y
+
+    def _convolved(self, x: Tensor, padding: int, height: int, width: int) -> Tensor:
+        """By PyTorch: its own convolution to a map of height × width, or a matrix product."""
         if x.device.type != "cpu" or height * width > SMALL_MAP_PIXELS or min(height, width, len(x)) < 1:
             return super().forward(x)
         if x.shape[2] * x.shape[3] <= TINY_MAP_PIXELS:
@@ -429,6 +476,18 @@ class _GlobalPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.reduce(x, (2, 3))
+
+
+class _Activation(nn.Module):
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.name](x)
+
+    def extra_repr(self) -> str:
+        return self.name
 
 
 class _Scale(nn.Module):

@@ -1,12 +1,7 @@
-/* Pooling and sums over images (N, H, W, C): work that is limited by memory, done in one pass over it. */
+/* Pooling, normalisation and sums over images (N, H, W, C): work that is limited by memory, done in as few passes over it as
+   can be. */
 
 #include "vectors.h"
-
-typedef int32_t whole __attribute__((vector_size(4 * LANES)));
-
-static inline vector choose(whole which, vector yes, vector no) {
-    return (vector)((which & (whole)yes) | (~which & (whole)no));
-}
 
 /* The greater one; a NaN stays. */
 static inline vector greater(vector a, vector b) { return choose((whole)(b > a) | (whole)(b != b), b, a); }
@@ -59,17 +54,21 @@ void max_pool_gradient(const element *x, const element *y, const element *dy, el
     }
 }
 
-/* sums (C) over all rows of x (rows, C). `parts` are PARTS x C floats: rows are summed in as many parts, whatever the number
-   of threads. */
+/* sums (C) over all rows of x (rows, C), or, where `picked` (rows, C) is not NULL, over those elements of which it is below 4.
+   `parts` are PARTS x C floats: rows are summed in as many parts, whatever the number of threads. */
 #define PARTS 64
-void channel_sums(const element *x, float *sums, float *parts, long rows, long c, long threads) {
+void channel_sums(const element *x, const uint8_t *picked, float *sums, float *parts, long rows, long c, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long part = 0; part < PARTS; part++) {
         long begin = rows * part / PARTS, end = rows * (part + 1) / PARTS;
         for (long channel = 0; channel < c; channel += LANES) {
             lanes which = lanes_of(c - channel);
             vector sum = {0};
-            for (long row = begin; row < end; row++) sum += load(x + row * c + channel, which);
+            for (long row = begin; row < end; row++) {
+                vector value = load(x + row * c + channel, which);
+                if (picked) value = (vector)((whole)value & (load_bytes(picked + row * c + channel, which) < 4));
+                sum += value;
+            }
             memcpy(parts + part * c + channel, &sum, 4 * min(c - channel, LANES));
         }
     }
@@ -77,5 +76,151 @@ void channel_sums(const element *x, float *sums, float *parts, long rows, long c
         float sum = 0;
         for (long part = 0; part < PARTS; part++) sum += parts[part * c + channel];
         sums[channel] = sum;
+    }
+}
+
+/* For each channel of x (rows, C) its mean and variance (C). Parts of the rows are summed apart, from their first row on, so
+   that a mean far from zero costs no digits, then joined (Chan, Golub and LeVeque, 1983). `parts` are 2 PARTS x C floats. */
+#define AT_ONCE 64 /* rows whose channels stay in a core's cache */
+void moments(const element *x, float *mean, float *variance, float *parts, long rows, long c, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long part = 0; part < PARTS; part++) {
+        long begin = rows * part / PARTS, end = rows * (part + 1) / PARTS;
+        float *sums = parts + 2 * part * c, *squares = sums + c;
+        memset(sums, 0, 2 * c * sizeof(float));
+        for (long block = begin; block < end; block += AT_ONCE)
+            for (long channel = 0; channel < c; channel += LANES) {
+                lanes which = lanes_of(c - channel);
+                vector origin = load(x + begin * c + channel, which);
+                vector sum = load_floats(sums + channel, which), square = load_floats(squares + channel, which);
+                for (long row = block; row < min(block + AT_ONCE, end); row++) {
+                    vector apart = load(x + row * c + channel, which) - origin;
+                    sum += apart, square += apart * apart;
+                }
+                store_floats(sums + channel, sum, which), store_floats(squares + channel, square, which);
+            }
+    }
+    for (long channel = 0; channel < c; channel++) {
+        double middle = 0, squares = 0, count = 0;
+        for (long part = 0; part < PARTS; part++) {
+            long begin = rows * part / PARTS, n = rows * (part + 1) / PARTS - begin;
+            if (n == 0) continue;
+            double sum = parts[2 * part * c + channel], square = parts[(2 * part + 1) * c + channel];
+            double away = load_one(x + begin * c + channel) + sum / n - middle;
+            squares += square - sum * sum / n + away * away * count * n / (count + n);
+            middle += away * n / (count + n);
+            count += n;
+        }
+        mean[channel] = middle, variance[channel] = squares > 0 ? squares / rows : squares * 0;
+    }
+}
+
+/* e^x for x <= 0, to about a float's precision: 2^n e^r, where r lies within half of ln 2 of zero. */
+static inline vector exponential(vector x) {
+    x = choose((whole)(x < -87), (vector){0} - 87, x);
+    vector shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: n stands in its low bits */
+    vector n = shifted - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vector power = 1 + r * (1 + r * (0.5f + r * (1.66666667e-1f + r * (4.16666667e-2f + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
+    return (vector)((whole)power + ((whole)shifted << 23));
+}
+
+/* The standard normal distribution at z, and its density: Abramowitz and Stegun (1964), 7.1.26, error below 1e-7. */
+static inline vector normal(vector z, vector *density) {
+    vector far = (vector)((whole)z & 0x7FFFFFFF), bell = exponential(-0.5f * z * z);
+    vector t = 1 / (1 + 0.231641888f * far);
+    vector tail = 0.5f * bell * t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    *density = 0.398942280f * bell;
+    return choose((whole)(z > 0), 1 - tail, tail);
+}
+
+enum { LINEAR, RELU, GELU };
+
+static inline vector activated(vector z, long activation) {
+    vector density;
+    if (activation == GELU) return z * normal(z, &density);
+    return activation == RELU ? choose((whole)(z < 0), (vector){0}, z) : z;
+}
+
+static inline vector slope(vector z, long activation) {
+    vector density;
+    if (activation == GELU) {
+        vector below = normal(z, &density);
+        return below + z * density;
+    }
+    return activation == RELU ? choose((whole)(z > 0), (vector){0} + 1, (vector){0}) : (vector){0} + 1;
+}
+
+/* y (rows, C) = activation((x - mean) * scale + shift), the last three (C). */
+static inline __attribute__((always_inline)) void normalise_as(const int activation, const element *x, element *y, const float *mean,
+                                                               const float *scale, const float *shift, long rows, long c,
+                                                               long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long row = 0; row < rows; row++)
+        for (long channel = 0; channel < c; channel += LANES) {
+            lanes which = lanes_of(c - channel);
+            vector centred = load(x + row * c + channel, which) - load_floats(mean + channel, which);
+            vector z = centred * load_floats(scale + channel, which) + load_floats(shift + channel, which);
+            store(y + row * c + channel, activated(z, activation), which);
+        }
+}
+
+void normalise(const element *x, element *y, const float *mean, const float *scale, const float *shift, long rows, long c,
+               long activation, long threads) {
+    switch (activation) {
+        case LINEAR: normalise_as(LINEAR, x, y, mean, scale, shift, rows, c, threads); break;
+        case RELU: normalise_as(RELU, x, y, mean, scale, shift, rows, c, threads); break;
+        case GELU: normalise_as(GELU, x, y, mean, scale, shift, rows, c, threads); break;
+    }
+}
+
+/* dx (rows, C) and the gradient of `shift` (C) from dy, where mean and scale are those of the rows themselves: Ioffe and Szegedy
+   (2015). The first pass leaves the gradient before the activation in dx. `parts` are 2 PARTS x C floats. */
+static inline __attribute__((always_inline)) void normalise_gradient_as(
+    const int activation, const element *x, const element *dy, element *dx, const float *mean, const float *scale,
+    const float *shift, float *of_shift, float *parts, long rows, long c, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long part = 0; part < PARTS; part++) {
+        long begin = rows * part / PARTS, end = rows * (part + 1) / PARTS;
+        float *sums = parts + 2 * part * c, *products = sums + c;
+        memset(sums, 0, 2 * c * sizeof(float));
+        for (long block = begin; block < end; block += AT_ONCE)
+            for (long channel = 0; channel < c; channel += LANES) {
+                lanes which = lanes_of(c - channel);
+                vector middle = load_floats(mean + channel, which), by = load_floats(scale + channel, which);
+                vector up = load_floats(shift + channel, which);
+                vector sum = load_floats(sums + channel, which), product = load_floats(products + channel, which);
+                for (long row = block; row < min(block + AT_ONCE, end); row++) {
+                    vector normal = (load(x + row * c + channel, which) - middle) * by;
+                    vector gradient = load(dy + row * c + channel, which) * slope(normal + up, activation);
+                    sum += gradient, product += gradient * normal;
+                    store(dx + row * c + channel, gradient, which);
+                }
+                store_floats(sums + channel, sum, which), store_floats(products + channel, product, which);
+            }
+    }
+    for (long part = 1; part < PARTS; part++)
+        for (long each = 0; each < 2 * c; each++) parts[each] += parts[2 * part * c + each];
+    memcpy(of_shift, parts, c * sizeof(float));
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long row = 0; row < rows; row++)
+        for (long channel = 0; channel < c; channel += LANES) {
+            lanes which = lanes_of(c - channel);
+            vector by = load_floats(scale + channel, which);
+            vector normal = (load(x + row * c + channel, which) - load_floats(mean + channel, which)) * by;
+            vector sum = load_floats(parts + channel, which), product = load_floats(parts + c + channel, which);
+            vector gradient = load(dx + row * c + channel, which) - (sum + normal * product) * (1.0f / rows);
+            store(dx + row * c + channel, gradient * by, which);
+        }
+}
+
+void normalise_gradient(const element *x, const element *dy, element *dx, const float *mean, const float *scale,
+                        const float *shift, float *of_shift, float *parts, long rows, long c, long activation,
+                        long threads) {
+    switch (activation) {
+        case LINEAR:
+            normalise_gradient_as(LINEAR, x, dy, dx, mean, scale, shift, of_shift, parts, rows, c, threads);
+            break;
+        case RELU: normalise_gradient_as(RELU, x, dy, dx, mean, scale, shift, of_shift, parts, rows, c, threads); break;
+        case GELU: normalise_gradient_as(GELU, x, dy, dx, mean, scale, shift, of_shift, parts, rows, c, threads); break;
     }
 }

@@ -13,7 +13,7 @@ static int omp_get_thread_num(void) { return 0; }
 /* Vectors as wide as the processor's registers. A matrix product of ROWS x COLUMNS vectors accumulates in 24 of 32
    registers, or in 12 of 16. */
 #define ROWS 6
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
 #define LANES 16
 #define COLUMNS 4
 #elif defined(__AVX__)
@@ -28,14 +28,56 @@ static int omp_get_thread_num(void) { return 0; }
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+static inline long min(long a, long b) { return a < b ? a : b; }
+static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
+
+typedef int32_t whole __attribute__((vector_size(4 * LANES)));
+
+static inline vector choose(whole which, vector yes, vector no) {
+    return (vector)((which & (whole)yes) | (~which & (whole)no));
+}
+
 /* Of `lanes` of a vector alone something is loaded or stored; zero is loaded into the others. */
-#ifdef __AVX512F__
+#if LANES == 16
 #include <immintrin.h>
 typedef __mmask16 lanes;
 static inline lanes lanes_of(long count) { return count >= LANES ? 0xFFFF : count > 0 ? (1u << count) - 1 : 0; }
+
+static inline vector load_floats(const float *from, lanes which) { return (vector)_mm512_maskz_loadu_ps(which, from); }
+static inline void store_floats(float *to, vector v, lanes which) { _mm512_mask_storeu_ps(to, which, (__m512)v); }
+
+static inline whole load_bytes(const uint8_t *from, lanes which) {
+    return (whole)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(which, from));
+}
+
+static inline void store_bytes(uint8_t *to, whole v, lanes which) {
+    _mm512_mask_cvtepi32_storeu_epi8(to, which, (__m512i)v);
+}
 #else
 typedef long lanes;
 static inline lanes lanes_of(long count) { return count >= LANES ? LANES : count > 0 ? count : 0; }
+
+static inline vector load_floats(const float *from, lanes which) {
+    if (which == LANES) return *(const loose *)from;
+    vector v = {0};
+    memcpy(&v, from, 4 * which);
+    return v;
+}
+
+static inline void store_floats(float *to, vector v, lanes which) {
+    if (which == LANES) *(loose *)to = v;
+    else memcpy(to, &v, 4 * which);
+}
+
+static inline whole load_bytes(const uint8_t *from, lanes which) {
+    whole v = {0};
+    for (long lane = 0; lane < which; lane++) v[lane] = from[lane];
+    return v;
+}
+
+static inline void store_bytes(uint8_t *to, whole v, lanes which) {
+    for (long lane = 0; lane < which; lane++) to[lane] = v[lane];
+}
 #endif
 
 /* A unit is what one lane of a matrix product takes at a time: four bytes, one float or two bfloat16. Of these, PAIR
@@ -46,6 +88,13 @@ typedef uint16_t element;
 
 static inline vector load(const element *from, lanes which) {
     return (vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, from)), 16);
+}
+
+static inline float load_one(const element *from) {
+    uint32_t bits = (uint32_t)*from << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
 }
 
 static inline void store(element *to, vector v, lanes which) {
@@ -66,23 +115,9 @@ static inline vector multiply_add(vector sum, float unit, vector other) {
 #define PAIR 1
 typedef float element;
 
-#ifdef __AVX512F__
-static inline vector load(const element *from, lanes which) { return (vector)_mm512_maskz_loadu_ps(which, from); }
-
-static inline void store(element *to, vector v, lanes which) { _mm512_mask_storeu_ps(to, which, (__m512)v); }
-#else
-static inline vector load(const element *from, lanes which) {
-    if (which == LANES) return *(const loose *)from;
-    vector v = {0};
-    memcpy(&v, from, 4 * which);
-    return v;
-}
-
-static inline void store(element *to, vector v, lanes which) {
-    if (which == LANES) *(loose *)to = v;
-    else memcpy(to, &v, 4 * which);
-}
-#endif
+static inline vector load(const element *from, lanes which) { return load_floats(from, which); }
+static inline void store(element *to, vector v, lanes which) { store_floats(to, v, which); }
+static inline float load_one(const element *from) { return *from; }
 
 static inline void store_units(float *to, vector low, vector high) {
     (void)high;
@@ -91,6 +126,3 @@ static inline void store_units(float *to, vector low, vector high) {
 
 static inline vector multiply_add(vector sum, float unit, vector other) { return sum + unit * other; }
 #endif
-
-static inline long min(long a, long b) { return a < b ? a : b; }
-static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }

@@ -16,6 +16,8 @@
 
 #include "vectors.h"
 
+#include <stddef.h>
+
 /* The one-dimensional transforms. `a` and `b` are the points, `from` and `to` walk in strides of vectors. */
 static const float a1 = 0.75f, a2 = 0.5625f, a3 = 0.421875f, b1 = 1.5f, b2 = 2.25f, b3 = 3.375f;
 static const float a2b2 = 1.265625f, a2_b2 = 2.8125f;                       /* a^2 b^2, a^2 + b^2 */
@@ -114,9 +116,11 @@ typedef struct {
     long offset, top, bottom, left, right, row_apart, pixel_apart;
 } place;
 
-/* The tile of `side` x `side` pixels that begins `pad` pixels above and to the left of a 4x4 tile of the output. */
-static inline place place_of(long tile, long down, long across, long h, long w, long c, long side, long pad) {
-    long row = tile / across % down * 4 - pad, column = tile % across * 4 - pad, image = tile / (down * across);
+/* The tile of `side` x `side` pixels that begins `pad` pixels above and to the left of a tile of the output; of these there
+   are `down` x `across` in an image, `stride` pixels from one to the next. */
+static inline place place_of(long tile, long down, long across, long h, long w, long c, long stride, long side, long pad) {
+    long row = tile / across % down * stride - pad, column = tile % across * stride - pad;
+    long image = tile / (down * across);
     return (place){((image * h + row) * w + column) * c,
                    row < 0 ? -row : 0,
                    min(side, h - row),
@@ -138,28 +142,72 @@ static inline __attribute__((always_inline)) void load_tile(const element *x, pl
         }
 }
 
-/* B^T d B: 36 vectors. */
-static inline void transformed_input(const element *x, place at, lanes which, vector v[36]) {
+/* The same of a gradient that reaches a map through the 2x2 max pooling behind it: `dy` is that of the pooled map, `picked`
+   says to which pixel of its window a value goes (0 to 3, or none), and `at` where the tile's windows are. With `second` the
+   tile begins with the second row and column of a window. */
+static inline __attribute__((always_inline)) void load_unpooled_tile(const element *dy, const uint8_t *picked, place at,
+                                                                     lanes which, int side, int second, vector *d) {
+    for (int down = 0; 2 * down < side + second; down++)
+        for (int across = 0; 2 * across < side + second; across++) {
+            lanes here = down >= at.top && down < at.bottom && across >= at.left && across < at.right ? which : lanes_of(0);
+            long offset = at.offset + down * at.row_apart + across * at.pixel_apart;
+            whole gradient = (whole)load(dy + offset, here), pick = load_bytes(picked + offset, here);
+            for (int pixel = 0; pixel < 4; pixel++) {
+                int i = 2 * down + pixel / 2 - second, j = 2 * across + pixel % 2 - second;
+                if (i >= 0 && i < side && j >= 0 && j < side) d[side * i + j] = (vector)((pick == pixel) & gradient);
+            }
+        }
+}
+
+/* B^T d B: 36 vectors. `picked`: as of `load_unpooled_tile`, where x is such a gradient, else NULL. */
+static inline void transformed_input(const element *x, const uint8_t *picked, int second, place at, lanes which,
+                                     vector v[36]) {
     vector d[36], half[36];
-    load_tile(x, at, which, 6, d);
+    if (!picked) load_tile(x, at, which, 6, d);
+    else if (second) load_unpooled_tile(x, picked, at, which, 6, 1, d);
+    else load_unpooled_tile(x, picked, at, which, 6, 0, d);
     for (int j = 0; j < 6; j++) input_transform(d + j, 6, half + j, 6);
     for (int i = 0; i < 6; i++) input_transform(half + 6 * i, 1, v + 6 * i, 1);
 }
 
-/* A dy A^T: 36 vectors. */
-static inline void transformed_gradient(const element *dy, place at, lanes which, vector e[36]) {
+/* A dy A^T: 36 vectors. `picked`: as of `load_unpooled_tile`, or NULL. */
+static inline void transformed_gradient(const element *dy, const uint8_t *picked, place at, lanes which, vector e[36]) {
     vector pixels[16], half[24];
-    load_tile(dy, at, which, 4, pixels);
+    if (picked) load_unpooled_tile(dy, picked, at, which, 4, 0, pixels);
+    else load_tile(dy, at, which, 4, pixels);
     for (int j = 0; j < 4; j++) gradient_transform(pixels + j, 4, half + j, 4);
     for (int i = 0; i < 6; i++) gradient_transform(half + 4 * i, 1, e + 6 * i, 1);
 }
 
+/* 2x2 max pooling of a tile's four windows, at least zero with `relu`. `where` is the first of the window's pixels that has
+   its maximum, 0 to 3, or 4 where `relu` has made a zero of it. A NaN stays. */
+static inline void pool_tile(const vector pixels[16], vector shift, long relu, vector most[4], whole where[4]) {
+    for (int window = 0; window < 4; window++) {
+        const vector *first = pixels + window / 2 * 8 + window % 2 * 2;
+        most[window] = *first, where[window] = (whole){0};
+        for (int pixel = 1; pixel < 4; pixel++) {
+            vector other = first[pixel / 2 * 4 + pixel % 2];
+            whole more = (whole)(other > most[window]) | (whole)(other != other);
+            most[window] = choose(more, other, most[window]);
+            where[window] = (more & pixel) | (~more & where[window]);
+        }
+        most[window] += shift;
+        if (relu) {
+            whole kept = (whole)(most[window] > 0);
+            where[window] = (kept & where[window]) | (~kept & 4);
+            most[window] = choose((whole)(most[window] < 0), (vector){0}, most[window]);
+        }
+    }
+}
+
 /* y (N, H', W', O) = x (N, H, W, C) convolved, H' = H + 2 pad - 2, plus `bias` (O) where there is one.
 
+   y_picked: where it is not NULL, y is pooled, (N, H'/2, W'/2, O), as `pool_tile` says, which also says what goes here.
+   x_picked: where it is not NULL, x is the gradient (N, H/2, W/2, C) of a map so pooled.
    u: filters from `transform_filters`. scratch: so many floats as `convolve_scratch` says. block: tiles that are computed
    together, a multiple of ROWS. */
-void convolve(const element *x, const float *u, const float *bias, element *y, float *scratch, long n, long h, long w,
-              long c, long o, long pad, long block, long threads) {
+void convolve(const element *x, const uint8_t *x_picked, const float *u, const float *bias, element *y, uint8_t *y_picked,
+              float *scratch, long n, long h, long w, long c, long o, long pad, long relu, long block, long threads) {
     long height = h + 2 * pad - 2, width = w + 2 * pad - 2;
     long down = (height + 3) / 4, across = (width + 3) / 4, tiles = n * down * across;
     long c_units = round_up(c, LANES) / PAIR, o_lanes = round_up(o, LANES);
@@ -169,10 +217,12 @@ void convolve(const element *x, const float *u, const float *bias, element *y, f
         float *v = scratch + omp_get_thread_num() * 36 * (v_apart + m_apart), *m = v + 36 * v_apart;
         long count = min(block, tiles - start);
         for (long t = 0; t < count; t++) {
-            place at = place_of(start + t, down, across, h, w, c, 6, pad);
+            place at = x_picked ? place_of(start + t, down, across, h / 2, w / 2, c, 2, 3 + pad % 2, (pad + 1) / 2)
+                                : place_of(start + t, down, across, h, w, c, 4, 6, pad);
             for (long channel = 0; channel < c; channel += LANES) {
                 vector tile[36];
-                transformed_input(x + channel, at, lanes_of(c - channel), tile);
+                transformed_input(x + channel, x_picked ? x_picked + channel : NULL, pad % 2, at, lanes_of(c - channel),
+                                  tile);
                 for (long position = 0; position < 36; position++)
                     store((element *)(v + position * v_apart + t * c_units) + channel, tile[position], lanes_of(LANES));
             }
@@ -185,7 +235,8 @@ void convolve(const element *x, const float *u, const float *bias, element *y, f
                             u + position * u_apart + out * c_units, wide, c_units, m + position * m_apart + row * WIDE,
                             WIDE, 0);
             for (long t = 0; t < count; t++) {
-                place at = place_of(start + t, down, across, height, width, o, 4, 0);
+                place at = y_picked ? place_of(start + t, down, across, height / 2, width / 2, o, 2, 2, 0)
+                                    : place_of(start + t, down, across, height, width, o, 4, 4, 0);
                 for (long lane = out; lane < min(out + wide, o); lane += LANES) {
                     vector half[24], pixels[16], shift = {0};
                     const vector *products = (const vector *)(m + t * WIDE + lane - out);
@@ -194,9 +245,21 @@ void convolve(const element *x, const float *u, const float *bias, element *y, f
                     for (int j = 0; j < 6; j++) output_transform(products + j * step, 6 * step, half + j, 6);
                     for (int i = 0; i < 4; i++) output_transform(half + 6 * i, 1, pixels + 4 * i, 1);
                     if (bias) memcpy(&shift, bias + lane, 4 * min(o - lane, LANES));
+                    if (!y_picked) {
+                        for (long i = 0; i < at.bottom; i++)
+                            for (long j = 0; j < at.right; j++)
+                                store(y + at.offset + i * at.row_apart + j * o + lane, pixels[4 * i + j] + shift, which);
+                        continue;
+                    }
+                    vector most[4];
+                    whole where[4];
+                    pool_tile(pixels, shift, relu, most, where);
                     for (long i = 0; i < at.bottom; i++)
-                        for (long j = 0; j < at.right; j++)
-                            store(y + at.offset + i * at.row_apart + j * o + lane, pixels[4 * i + j] + shift, which);
+                        for (long j = 0; j < at.right; j++) {
+                            long to = at.offset + i * at.row_apart + j * o + lane;
+                            store(y + to, most[2 * i + j], which);
+                            store_bytes(y_picked + to, where[2 * i + j], which);
+                        }
                 }
             }
         }
@@ -290,37 +353,39 @@ long filter_gradient_scratch(long n, long h, long w, long c, long o, long pad, l
 }
 
 /* Transform the input and the output's gradient of one unit of tiles. */
-static void transform_unit(const element *x, const element *dy, float *v, float *e, long h, long w, long c, long o,
-                           long pad, const plan *p, long unit, long k) {
+static void transform_unit(const element *x, const element *dy, const uint8_t *picked, float *v, float *e, long h, long w,
+                           long c, long o, long pad, const plan *p, long unit, long k) {
     vector tiles[PAIR][36];
     place of_x[PAIR], of_dy[PAIR];
     for (int each = 0; each < PAIR; each++) {
-        long tile = unit * PAIR + each;
-        of_x[each] = place_of(tile, p->down, p->across, h, w, c, 6, pad);
-        of_dy[each] = place_of(tile, p->down, p->across, h + 2 * pad - 2, w + 2 * pad - 2, o, 4, 0);
+        long tile = unit * PAIR + each, height = h + 2 * pad - 2, width = w + 2 * pad - 2;
+        of_x[each] = place_of(tile, p->down, p->across, h, w, c, 4, 6, pad);
+        of_dy[each] = picked ? place_of(tile, p->down, p->across, height / 2, width / 2, o, 2, 2, 0)
+                             : place_of(tile, p->down, p->across, height, width, o, 4, 4, 0);
         if (tile >= p->tiles) of_x[each].bottom = of_dy[each].bottom = 0; /* the last unit may be half empty */
     }
     for (long channel = 0; channel < c; channel += LANES) {
         long start = channel / WIDE * WIDE, wide = min(WIDE, p->c_lanes - start);
         for (int each = 0; each < PAIR; each++)
-            transformed_input(x + channel, of_x[each], lanes_of(c - channel), tiles[each]);
+            transformed_input(x + channel, NULL, 0, of_x[each], lanes_of(c - channel), tiles[each]);
         for (long position = 0; position < 36; position++)
             store_units(v + position * p->v_apart + start * p->chunk + k * wide + channel - start, tiles[0][position],
                         tiles[PAIR - 1][position]);
     }
     for (long out = 0; out < o; out += LANES) {
         for (int each = 0; each < PAIR; each++)
-            transformed_gradient(dy + out, of_dy[each], lanes_of(o - out), tiles[each]);
+            transformed_gradient(dy + out, picked ? picked + out : NULL, of_dy[each], lanes_of(o - out), tiles[each]);
         for (long position = 0; position < 36; position++)
             store_units(e + position * p->e_apart + k * p->o_lanes + out, tiles[0][position],
                         tiles[PAIR - 1][position]);
     }
 }
 
-/* gradient (O, 3, 3, C) of the filters from that of the output, dy (N, H', W', O):
+/* gradient (O, 3, 3, C) of the filters from that of the output, dy (N, H', W', O), or, where `picked` is not NULL, from that of
+   the pooled output:
    G^T [ sum over tiles of (A dy A^T) (B^T d B) ] G. */
-void filter_gradient(const element *x, const element *dy, float *gradient, float *scratch, long n, long h, long w,
-                     long c, long o, long pad, long threads) {
+void filter_gradient(const element *x, const element *dy, const uint8_t *picked, float *gradient, float *scratch, long n,
+                     long h, long w, long c, long o, long pad, long threads) {
     plan p = plan_of(n, h, w, c, o, pad);
     float *v = scratch, *e = v + 36 * p.v_apart, *all_sums = e + 36 * p.e_apart;
     long sums_apart = apart(OUT * WIDE), step = sums_apart / LANES;
@@ -329,7 +394,7 @@ void filter_gradient(const element *x, const element *dy, float *gradient, float
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for schedule(static)
-            for (long k = 0; k < depth; k++) transform_unit(x, dy, v, e, h, w, c, o, pad, &p, done + k, k);
+            for (long k = 0; k < depth; k++) transform_unit(x, dy, picked, v, e, h, w, c, o, pad, &p, done + k, k);
 #pragma omp for schedule(static)
             for (long task = 0; task < p.tasks; task++) {
                 long start = task % p.blocks * WIDE, wide = min(WIDE, p.c_lanes - start), out = task / p.blocks * OUT;
