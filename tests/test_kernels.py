@@ -123,6 +123,23 @@ def test_batch_normalisation_with_its_activation_and_gradients(made, shape, acti
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(64, 33, 5, 7), (3, 1), (301, 77)])
+def test_dropout_keeps_what_it_keeps_without_kernels(made, shape):
+    x = torch.randn(shape).to(made.element)
+    results = []
+    for used in (True, False):
+        if not used:
+            kernels.use(kernels.NONE, made.element)
+        layer = networks.Dropout(0.25, networks.Masks(torch.Generator().manual_seed(3)))
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(x)
+        results.append((y.detach(), leaf.grad))
+    for ours, plain in zip(*results, strict=True):
+        assert torch.equal(ours == 0, plain == 0)
+        torch.testing.assert_close(ours, plain)
+
+
 def test_the_activations_are_those_of_pytorch():
     """GELU by a formula of our own: everywhere, and its slope."""
     here = machine.prepare("float32", device="cpu", threads=1)

@@ -68,7 +68,11 @@ class SGD(Optimizer):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
 
     def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        for weight in weights if group["momentum"] else ():
+            if not self.state[weight]:
+                self.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
         buffers: list[Tensor | None] = [self.state[weight].get("momentum_buffer") for weight in weights]
+        weights, gradients, buffers = _in_memory_order(weights, gradients, buffers)
         sgd(
             weights,
             gradients,
@@ -81,9 +85,6 @@ class SGD(Optimizer):
             nesterov=group["nesterov"],
             maximize=False,
         )
-        if group["momentum"]:
-            for weight, buffer in zip(weights, buffers, strict=True):
-                self.state[weight]["momentum_buffer"] = buffer
 
 
 class Adam(Optimizer):
@@ -114,6 +115,7 @@ class Adam(Optimizer):
             [self.state[weight][name] for weight in weights] for name in ("exp_avg", "exp_avg_sq", "step")
         )
         beta1, beta2 = group["betas"]
+        weights, gradients, first, second = _in_memory_order(weights, gradients, first, second)
         adam(
             weights,
             gradients,
@@ -131,3 +133,16 @@ class Adam(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _in_memory_order(*lists: list[Any]) -> list[list[Any]]:
+    """The same tensors, those of filters in channels-last memory as views (O, H, W, I), which are contiguous: others
+    torch copies before each update."""
+
+    def views(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        present = [t for t in tensors if t is not None]
+        if all(t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in present):
+            return tuple(None if t is None else t.permute(0, 2, 3, 1) for t in tensors)
+        return tensors
+
+    return list(map(list, zip(*map(views, zip(*lists, strict=True)), strict=True)))

@@ -453,7 +453,10 @@ class Dropout(nn.Module):
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
         # random_() alone leaves out the sign bit, so the top byte would never reach 128: name the whole range.
         words.random_(-(2**63), None, generator=self.masks.generator)
-        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
+        draws = words.view(torch.uint8)[: x.numel()].view(x.shape)
+        if (kernel := kernels.in_use(x)) and x.dtype == kernel.element:
+            return kernels.Drop.apply(x, draws, self.threshold, kernel)
+        kept = draws >= self.threshold
         return x * kept.to(x.dtype).mul_(256 / (256 - self.threshold))
 
     def extra_repr(self) -> str:

@@ -87,6 +87,7 @@ class Kernels:
             ("max_pool", 2, 6, None),
             ("max_pool_gradient", 4, 6, None),
             ("channel_sums", 4, 3, None),
+            ("drop", 3, 3, None),
             ("moments", 4, 3, None),
             ("normalise", 5, 4, None),
             ("normalise_gradient", 8, 4, None),
@@ -130,10 +131,12 @@ class Kernels:
         return of_x
 
     def filter_gradient(self, x: Tensor, gradient: Tensor, padding: int, picked: Tensor | None = None) -> Tensor:
-        """The gradient of the filters, float32 (O, 3, 3, C), from that of the result, as `input_gradient`."""
+        """The gradient of the filters, float32 (O, C, 3, 3) in channels-last memory, from that of the result, as
+        `input_gradient`."""
         sizes = (*x.shape, gradient.shape[3], padding, torch.get_num_threads())
         scratch = _floats(self._call.filter_gradient_scratch(*sizes))
-        filters = _floats(gradient.shape[3], 3, 3, x.shape[3])
+        shape = (gradient.shape[3], x.shape[3], 3, 3)
+        filters = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
         pointers = (x.data_ptr(), gradient.data_ptr(), _pointer(picked), filters.data_ptr(), scratch.data_ptr())
         self._call.filter_gradient(*pointers, *sizes)
         return filters
@@ -159,6 +162,13 @@ class Kernels:
         sizes = (x.numel() // channels, channels, torch.get_num_threads())
         self._call.channel_sums(x.data_ptr(), _pointer(picked), sums.data_ptr(), parts.data_ptr(), *sizes)
         return sums
+
+    def drop(self, x: Tensor, draws: Tensor, threshold: int) -> Tensor:
+        """x, times 256 / (256 - threshold), where a byte of `draws` is at least `threshold`, else zero."""
+        y = torch.empty_like(x)
+        sizes = (x.numel(), threshold, torch.get_num_threads())
+        self._call.drop(x.data_ptr(), draws.data_ptr(), y.data_ptr(), *sizes)
+        return y
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance over all but the last dimension, float32 (C,) each; there is at least one row."""
@@ -260,7 +270,7 @@ class Convolve3x3(torch.autograd.Function):
             of_x = kernels.input_gradient(gradient, filters, padding, images.shape, picked)
             of_x = of_x.permute(0, 3, 1, 2).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            of_weight = kernels.filter_gradient(images, gradient, padding, picked).permute(0, 3, 1, 2)
+            of_weight = kernels.filter_gradient(images, gradient, padding, picked)
         if ctx.needs_input_grad[2]:
             of_bias = kernels.channel_sums(gradient, picked)
         return of_x, of_weight, of_bias, None, None, None
@@ -306,6 +316,23 @@ class BatchNorm(torch.autograd.Function):
         gradient = gradients[0].to(ctx.kernels.element).permute(0, 2, 3, 1).contiguous()
         of_x, of_shift = ctx.kernels.normalise_gradient(images, gradient, mean, scale, shift, ctx.activation)
         return of_x.permute(0, 3, 1, 2), None, None, of_shift, None, None
+
+
+class Drop(torch.autograd.Function):
+    """Dropout by `kernels`: of what the bytes `draws` (uint8, of x's size) let pass, scaled so that its mean stays."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, draws: Tensor, threshold: int, kernels: Kernels) -> Tensor:
+        ctx.save_for_backward(draws)
+        ctx.threshold, ctx.kernels = threshold, kernels
+        return kernels.drop(x.contiguous(), draws, threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (draws,) = ctx.saved_tensors
+        gradient = gradients[0].to(ctx.kernels.element).contiguous()
+        return ctx.kernels.drop(gradient, draws, ctx.threshold), None, None, None
 
 
 @cache
@@ -393,6 +420,7 @@ def agrees(kernels: Kernels) -> bool:
         normal = mean, (variance + 1e-5).rsqrt(), shift.detach(), "gelu"
         convolved, picked = kernels.forward_pooled(x, filters, bias, 1, relu=True)
         of_convolved = drawn(*convolved.shape).to(element)
+        draws_of_x = torch.randint(0, 256, x.shape, generator=draws, dtype=torch.uint8, device="cpu")
         # A gradient as the pooling hands it back: the pooled map's, where it was picked.
         places = (picked[..., None] == torch.arange(4)) * of_convolved[..., None]
         spread = torch.zeros_like(gradient)
@@ -400,16 +428,17 @@ def agrees(kernels: Kernels) -> bool:
         ours = (
             kernels.forward(x, filters, bias, 1),
             kernels.input_gradient(gradient, filters, 1, x.shape),
-            kernels.filter_gradient(x, gradient, 1),
+            kernels.filter_gradient(x, gradient, 1).permute(0, 2, 3, 1),
             pooled,
             kernels.max_pool_gradient(x, pooled, of_pool, relu=True),
             kernels.channel_sums(x).expand(1, 1, 1, -1),
             convolved,
             kernels.input_gradient(of_convolved, filters, 1, x.shape, picked),
-            kernels.filter_gradient(x, of_convolved, 1, picked),
+            kernels.filter_gradient(x, of_convolved, 1, picked).permute(0, 2, 3, 1),
             kernels.channel_sums(of_convolved, picked).expand(1, 1, 1, -1),
             kernels.normalise(x, *normal),
             kernels.normalise_gradient(x, x, *normal)[0],
+            kernels.drop(x, draws_of_x, 64),
         )
         y = F.conv2d(leaf, leaf_filters, bias, padding=1)
         theirs = [y, *of(y, gradient, leaf, leaf_filters)]
@@ -418,7 +447,7 @@ def agrees(kernels: Kernels) -> bool:
         theirs += [F.relu(F.max_pool2d(y, 2)), *of(y, spread, leaf, leaf_filters)]
         theirs.append(spread.float().sum((0, 1, 2)).view(1, -1, 1, 1))
         z = F.gelu(F.batch_norm(leaf, None, None, None, shift, training=True, eps=1e-5))
-        theirs += [z, *of(z, x, leaf)]
+        theirs += [z, *of(z, x, leaf), leaf * (draws_of_x.permute(0, 3, 1, 2) >= 64) / 0.75]
         return all(
             bool((a.float() - b.detach().permute(0, 2, 3, 1)).abs().max() <= TOLERANCE[element] * b.abs().max())
             for a, b in zip(ours, theirs, strict=True)

@@ -79,6 +79,17 @@ void channel_sums(const element *x, const uint8_t *picked, float *sums, float *p
     }
 }
 
+/* y = x / (1 - threshold / 256) where a random byte is at least `threshold`, else zero: dropout, and its gradient. */
+void drop(const element *x, const uint8_t *draws, element *y, long count, long threshold, long threads) {
+    const float scale = 256.0f / (256 - threshold);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < count; i += LANES) {
+        lanes which = lanes_of(count - i);
+        whole kept = load_bytes(draws + i, which) >= (int32_t)threshold;
+        store(y + i, scale * load(x + i, which) * choose(kept, (vector){0} + 1, (vector){0}), which);
+    }
+}
+
 /* For each channel of x (rows, C) its mean and variance (C). Parts of the rows are summed apart, from their first row on, so
    that a mean far from zero costs no digits, then joined (Chan, Golub and LeVeque, 1983). `parts` are 2 PARTS x C floats. */
 #define AT_ONCE 64 /* rows whose channels stay in a core's cache */
