@@ -149,9 +149,9 @@ def test_bad_input_is_one_line_with_exit_code_2(arguments, expected, tmp_path, c
     ],
 )
 def test_options_may_be_written_with_hyphens_or_underscores(arguments):
-    from fromzero.cli import _parse
+    from fromzero.arguments import parse
 
-    found = vars(_parse(["train", "digits", *arguments, "--name", "a_b-c", "--runs_dir", "some_runs-here"]))
+    found = vars(parse(["train", "digits", *arguments, "--name", "a_b-c", "--runs_dir", "some_runs-here"]))
     assert (found["batch_size"], found["optimizer.learning_rate"], found["name"]) == ("7", "0.25", "a_b-c")
     assert str(found["runs_dir"]) == "some_runs-here"
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fromzero
-from fromzero import checkpoint, machine, networks, training
+from fromzero import checkpoint, machine, modules, networks, training
 from fromzero.optim import make_optimizer
 from fromzero.recipe import Recipe
 from fromzero.rng import permutation
@@ -313,7 +313,7 @@ def masks_of(recipe, images, folder):
         if layer.training:
             steps.setdefault(run.state.counters.step, []).append(kept.detach() != 0)
 
-    layers = [module for module in run.state.model.modules() if isinstance(module, networks.Dropout)]
+    layers = [module for module in run.state.model.modules() if isinstance(module, modules.Dropout)]
     for layer in layers:
         layer.register_forward_pre_hook(lambda layer, given: (torch.ones_like(given[0]),))
         layer.register_forward_hook(record)

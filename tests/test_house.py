@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     ["errors", "rng", "files", "fused", "stats"],
     ["recipe", "kernels", "signals"],
-    ["machine"],
+    ["machine", "modules", "arguments"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],
     ["evaluate", "state", "report"],
     ["training"],

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fromzero import FromzeroError, kernels, load_recipe, machine, networks
+from fromzero import FromzeroError, kernels, load_recipe, machine, modules, networks
 
 ELEMENTS = [torch.float32, torch.bfloat16]
 # Images, rows, columns, channels in and out, padding: tiles cut off on either side, channels that fill no vector.
@@ -106,9 +106,9 @@ def test_batch_normalisation_with_its_activation_and_gradients(made, shape, acti
     torch.manual_seed(0)
     x = (torch.randn(shape) * 3 + torch.linspace(-100, 100, shape[-1])).to(made.element).permute(0, 3, 1, 2)
     gradient = torch.randn(x.shape).to(made.element).contiguous(memory_format=torch.channels_last)
-    layer = networks.BatchNorm(shape[-1], activation)
+    layer = modules.BatchNorm(shape[-1], activation)
     torch.nn.init.normal_(layer.bias)
-    exact = networks.BatchNorm(shape[-1], activation).double()
+    exact = modules.BatchNorm(shape[-1], activation).double()
     exact.load_state_dict(layer.state_dict())
     results = []
     for module, images in ((layer, x.detach().requires_grad_()), (exact, x.double().detach().requires_grad_())):
@@ -130,7 +130,7 @@ def test_dropout_keeps_what_it_keeps_without_kernels(made, shape):
     for used in (True, False):
         if not used:
             kernels.use(kernels.NONE, made.element)
-        layer = networks.Dropout(0.25, networks.Masks(torch.Generator().manual_seed(3)))
+        layer = modules.Dropout(0.25, modules.Masks(torch.Generator().manual_seed(3)))
         leaf = x.clone().requires_grad_()
         y = layer(leaf)
         y.backward(x)
@@ -195,7 +195,7 @@ def test_a_network_learns_the_same_with_and_without_kernels(name, tiny_images, m
     for used in (here.kernels, kernels.NONE):
         kernels.use(used, torch.float32)
         model = networks.build(recipe, (32, 32, 3), 10, seed=0)
-        networks.whiten(model, pixels)
+        modules.whiten(model, pixels)
         losses = []
         for step in range(5):
             model.reseed(0, step)
@@ -283,7 +283,7 @@ def test_kernels_that_are_not_there_are_not_replaced_silently():
 def test_other_types_of_weights_and_a_changed_default_type(made):
     torch.manual_seed(0)
     x = torch.randn(2, 16, 8, 8).to(made.element)
-    exact = networks.Convolution(16, 32, 1, bias=True).double()
+    exact = modules.Convolution(16, 32, 1, bias=True).double()
     expected = F.conv2d(x.double(), exact.weight, exact.bias, padding=1).detach()
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         weight, bias = exact.weight.detach().to(dtype), exact.bias.detach().to(dtype)
@@ -300,10 +300,10 @@ def test_other_types_of_weights_and_a_changed_default_type(made):
 
 
 def test_what_kernels_cannot_do_pytorch_does(made):
-    layer = networks.Convolution(16, 32, 1, bias=True).to(made.element)
+    layer = modules.Convolution(16, 32, 1, bias=True).to(made.element)
     assert layer(torch.zeros(0, 16, 8, 8, dtype=made.element)).shape == (0, 32, 8, 8)
     with pytest.raises(RuntimeError):
-        networks.MaxPool(2, relu=False)(torch.zeros(1, 16, 1, 4, dtype=made.element))
+        modules.MaxPool(2, relu=False)(torch.zeros(1, 16, 1, 4, dtype=made.element))
     double = torch.randn(1, 16, 8, 8, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert kernels.in_use(double) is None

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fromzero import networks
+from fromzero import modules, networks
 from fromzero.errors import InputError
 from fromzero.recipe import NetworkRecipe, load_recipe
 
@@ -127,7 +127,7 @@ def test_same_seed_same_weights_wherever_layers_agree():
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(64, 33, 5, 7), (301, 77)])
 def test_dropout_drops_its_rate_keeps_the_mean_and_repeats_by_seed(rate, shape):
-    layer = networks.Dropout(rate, networks.Masks(torch.Generator().manual_seed(3)))
+    layer = modules.Dropout(rate, modules.Masks(torch.Generator().manual_seed(3)))
     x = torch.ones(shape)
     first = layer(x)
     dropped = (first == 0).float().mean().item()
@@ -140,7 +140,7 @@ def test_dropout_drops_its_rate_keeps_the_mean_and_repeats_by_seed(rate, shape):
 
 
 def test_the_dropout_mask_does_not_depend_on_memory_format_or_precision():
-    layer = networks.Dropout(0.4, networks.Masks(torch.Generator().manual_seed(0)))
+    layer = modules.Dropout(0.4, modules.Masks(torch.Generator().manual_seed(0)))
     x = torch.ones(8, 16, 6, 6)
     masks = []
     for y in (x, x.to(memory_format=torch.channels_last), x.bfloat16()):
@@ -169,9 +169,9 @@ def test_images_that_are_too_small_are_refused_by_name():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 0.04)])
 def test_small_maps_as_matrix_products_are_the_same_convolution(height, width, padding, dtype, tolerance):
     torch.manual_seed(0)
-    if dtype == torch.bfloat16 and height * width <= networks.TINY_MAP_PIXELS:
+    if dtype == torch.bfloat16 and height * width <= modules.TINY_MAP_PIXELS:
         tolerance = 0.0625  # gradients of about 9 are rounded once a pair of pixels: bfloat16's step there
-    layer = networks.Convolution(6, 7, padding, bias=True).to(dtype).to(memory_format=torch.channels_last)
+    layer = modules.Convolution(6, 7, padding, bias=True).to(dtype).to(memory_format=torch.channels_last)
     weights = [layer.weight, layer.bias]
     x = torch.randn(5, 6, height, width, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
     fast, plain = layer(x), F.conv2d(x, *weights, padding=padding)
@@ -205,7 +205,7 @@ def test_a_fast_network_is_what_its_fields_say(head):
     network = NetworkRecipe(**{**FAST, "head": head})
     model = networks.build(network, (20, 18, 3), 7, seed=3).train()
     images = torch.randn(6, 3, 20, 18)
-    networks.whiten(model, images)
+    modules.whiten(model, images)
     weights = {name.removeprefix("residual_1.").removeprefix("residual_2."): t for name, t in model.named_parameters()}
 
     def norm(x, n):
@@ -240,7 +240,7 @@ def test_a_whitening_layer_with_same_padding_keeps_the_size(side):
     network = NetworkRecipe(channels=[[6]], whitening=side, whitening_padding="same")
     model = networks.build(network, (20, 18, 3), 7)
     images = torch.randn(2, 3, 20, 18)
-    networks.whiten(model, images)
+    modules.whiten(model, images)
     before, after = (side - 1) // 2, side // 2
     expected = F.conv2d(F.pad(images, (before, after, before, after)), model.whitening.weight)
     torch.testing.assert_close(model.whitening(images), expected)
@@ -251,7 +251,7 @@ def test_a_whitening_layer_with_same_padding_keeps_the_size(side):
 def test_a_whitening_layer_makes_patches_uncorrelated_with_variance_one():
     images = torch.randn(50, 3, 12, 12).cumsum(2).cumsum(3) / 8
     model = networks.build(NetworkRecipe(**FAST), (12, 12, 3), 7)
-    networks.whiten(model, images)
+    modules.whiten(model, images)
     seen = model.whitening(images)[:, :12].permute(0, 2, 3, 1).flatten(0, 2).double()
     covariance = seen.T @ seen / len(seen)
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
@@ -271,7 +271,7 @@ def test_filters_that_start_as_the_identity_hand_their_input_on():
 
 
 def test_batch_norm_takes_a_batch_of_one_value():
-    layer = networks.BatchNorm(4).train()
+    layer = modules.BatchNorm(4).train()
     x = torch.randn(1, 4, 1, 1)
     torch.testing.assert_close(layer(x), x, rtol=1e-4, atol=1e-4)  # by its statistics: mean 0, variance 1
     assert layer.running_mean.abs().max() == 0

@@ -9,12 +9,12 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from fromzero.errors import FromzeroError, InputError, nearest
+from fromzero.arguments import parse
+from fromzero.errors import FromzeroError, InputError
 from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        arguments = _parse(list(sys.argv[1:] if argv is None else argv))
-        arguments.command(arguments)
+        arguments = parse(list(sys.argv[1:] if argv is None else argv))
+        COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
         return 0
     except FromzeroError as error:
@@ -377,144 +377,6 @@ def _recipes(arguments: argparse.Namespace) -> None:
         print(f"{name:<10} {recipe.epochs} epochs, {recipe.optimizer.name}; fromzero summary {name}")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Complains in one line, as everything here does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see: {self.prog} --help")
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser, commands = _parsers()
-    if argv and not argv[0].startswith("-") and argv[0] not in commands:
-        raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], commands)}")
-    arguments, left = parser.parse_known_args(_with_known_spelling(argv, commands))
-    if left and not hasattr(arguments, "command"):
-        raise InputError(f"unknown option {left[0]} before a command; see: fromzero --help")
-    if left:
-        known = [s for action in commands[argv[0]]._actions for s in action.option_strings if s.startswith("--")]
-        word = left[0].partition("=")[0]
-        if word.startswith("-"):
-            hint = nearest(word.lstrip("-"), [name.lstrip("-") for name in known])
-            raise InputError(f"unknown option {word}{hint.replace('nearest: ', 'nearest: --')}")
-        raise InputError(f"unexpected argument {left[0]!r}; see: fromzero {argv[0]} --help")
-    if not hasattr(arguments, "command"):
-        parser.print_help()
-        raise SystemExit(0)
-    return arguments
-
-
-def _with_known_spelling(argv: list[str], commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:
-    """The words with options as they are declared: `--batch-size` is `--batch_size`, `--data_dir` is `--data-dir`."""
-    if not argv or argv[0] not in commands:
-        return argv
-    known = {name.replace("_", "-"): name for name in commands[argv[0]]._option_string_actions}
-    words = []
-    for word in argv:
-        name, equals, value = word.partition("=")
-        words.append(known.get(name.replace("_", "-"), name) + equals + value if word.startswith("--") else word)
-    return words
-
-
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    parser = _Parser(prog="fromzero", description=metadata.metadata("fromzero")["Summary"], allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"fromzero {metadata.version('fromzero')}")
-    adder = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
-    commands: dict[str, argparse.ArgumentParser] = {}
-
-    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        command = adder.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.set_defaults(command=run)
-        commands[name] = command
-        return command
-
-    train = add("train", _train, "train a network from a recipe; leaves a run folder")
-    train.add_argument("DATASET", nargs="?", help="cifar10, digits, or a CIFAR folder or archive")
-    train.add_argument("--recipe", default="strong", help=f"{', '.join(recipe_names())} or a TOML file (strong)")
-    train.add_argument("--from", metavar="RUN", help="start from the last weights of that run")
-    train.add_argument("--partial", action="store_true", help="with --from: take the weights that fit")
-    _add_shared(train, "runs", "data", "machine", "saving")
-    fields = train.add_argument_group("recipe fields", "each overrides one field of the recipe; - is as good as _")
-    for path, (_, description) in field_types().items():
-        fields.add_argument(
-            f"--{path}", metavar="VALUE", default=argparse.SUPPRESS, help=description.replace("%", "%%")
-        )
-
-    resume = add("resume", _resume, "go on with a stopped run, to the bit; or extend one with --epochs")
-    resume.add_argument("RUN", help="a run's folder or name")
-    resume.add_argument("--epochs", type=int, help="a new total of epochs")
-    resume.add_argument("--allow-inexact", action="store_true", help="go on although the machine differs")
-    _add_shared(resume, "runs", "data", "machine", "saving")
-
-    evaluate = add("evaluate", _evaluate, "score a run's weights again")
-    evaluate.add_argument("RUN", help="a run's folder or name")
-    evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (last)")
-    evaluate.add_argument(
-        "--tta",
-        choices=("none", "mirror", "multicrop"),
-        default="none",
-        help="test-time augmentation: average over views of an image (none)",
-    )
-    _add_shared(evaluate, "runs", "data", "machine")
-
-    runs = add("runs", _runs, "list the runs")
-    _add_shared(runs, "runs")
-
-    summary = add("summary", _summary, "print a recipe's network as Keras's summary() does")
-    summary.add_argument("recipe", help=f"{', '.join(recipe_names())} or a TOML file")
-    summary.add_argument(
-        "--image-shape", type=int, nargs=3, default=(32, 32, 3), metavar=("H", "W", "C"), help="(32 32 3)"
-    )
-    summary.add_argument("--classes", type=int, default=10, help="number of classes (10)")
-
-    study = add(
-        "study", _study, "run a study: arms that differ in one thing, several seeds, an answer with an interval"
-    )
-    study.add_argument("STUDY", help="a study that comes with fromzero (fromzero lessons lists them) or a TOML file")
-    study.add_argument("--scale", default="screen", help="one of the study's scales: screen, full (screen)")
-    study.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (as the study's scale says)")
-    study.add_argument("--jobs", type=int, metavar="N", help="runs at a time (one a core; one on a GPU)")
-    study.add_argument("--tune", action="store_true", help="first find each arm's best rate, with equal budgets")
-    study.add_argument("--on", choices=("local", "ray"), default="local", help="where the runs compute (local)")
-    study.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of runs that have ended")
-    _add_shared(study, "runs", "data", "machine")
-
-    lessons = add("lessons", _lessons, "list the notes' lessons as studies, with their verdicts so far")
-    lessons.add_argument("--write", type=Path, metavar="FILE", help="write them as a page with pictures, from the runs")
-    _add_shared(lessons, "runs")
-
-    add("recipes", _recipes, "list the recipes that come with fromzero")
-
-    verify = add("verify-resume", _verify_resume, "show that resuming is exact on this machine, in about a minute")
-    verify.add_argument("recipe", nargs="?", default="train3", help=f"{', '.join(recipe_names())} or a file (train3)")
-    verify.add_argument("--epochs", type=int, default=4, help="epochs on the digits (4)")
-    verify.add_argument("--interruptions", type=int, default=4, help="how many times to interrupt (4)")
-    verify.add_argument("--seed", type=int, default=0, help="of the kinds and moments of interruption (0)")
-    verify.add_argument("--threads", type=int, help="CPU threads (one a core)")
-
-    demo = add("demo", _demo, "train the notes' three networks on handwritten digits, in about a minute")
-    _add_shared(demo, "runs")
-    return parser, commands
-
-
-def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
-    if "runs" in groups:
-        command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where run folders are kept (runs)")
-    if "data" in groups:
-        command.add_argument("--data-dir", type=Path, help="a folder that holds CIFAR-10")
-        command.add_argument("--offline", action="store_true", help="never download")
-    if "machine" in groups:
-        default = "as recorded" if command.prog.endswith("resume") else "{}"
-        command.add_argument("--device", help=f"cpu, cuda or cuda:N ({default.format('cuda where there is one')})")
-        threads = "one a run" if command.prog.endswith("study") else default.format("one a core")
-        command.add_argument("--threads", type=int, help=f"CPU threads ({threads})")
-    if "saving" in groups:
-        command.add_argument(
-            "--checkpoint-minutes", type=float, metavar="M", help="save every M minutes (1, more where saving is slow)"
-        )
-        command.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints to keep (2)")
-
-
 def _machine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.keep < 1:
         raise InputError(f"--keep: {arguments.keep} is less than 1")
@@ -524,3 +386,17 @@ def _machine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.device is not None:
         options["device"] = arguments.device
     return options | {"checkpoint_minutes": arguments.checkpoint_minutes}
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "train": _train,
+    "resume": _resume,
+    "evaluate": _evaluate,
+    "runs": _runs,
+    "summary": _summary,
+    "study": _study,
+    "lessons": _lessons,
+    "recipes": _recipes,
+    "verify-resume": _verify_resume,
+    "demo": _demo,
+}

@@ -34,6 +34,7 @@ NUMERIC_MODULES = (
     "fused",
     "kernels/__init__",
     "machine",
+    "modules",
     "networks",
     "optim",
     "rng",

@@ -10,25 +10,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fromzero import kernels
+from fromzero import modules
 from fromzero.errors import InputError
 from fromzero.recipe import NetworkRecipe
-from fromzero.rng import derive, generator
+from fromzero.rng import generator
 
 ImageShape = tuple[int, int, int]
-
-TINY_MAP_PIXELS = 4  # input pixels up to which a convolution is computed as a dense layer
-SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
-WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 5, 16  # output pixels and channels from which compiled kernels are used
 
 
 class Layer(NamedTuple):
@@ -149,357 +142,60 @@ def num_multiply_adds(network: NetworkRecipe, image_shape: ImageShape, num_class
 
 def build(
     network: NetworkRecipe, image_shape: ImageShape, num_classes: int, seed: int = 0, device: str = "cpu"
-) -> Network:
+) -> modules.Network:
     """The network as a module on `device`, its weights drawn from `seed` (on the CPU, the same for every device). A
     whitening layer is zero until `whiten` sets it.
 
     A layer's weights depend on the seed and on the layer's name and shape alone, so two networks with the same seed
     start equal wherever their layers agree.
     """
-    modules: dict[str, nn.Module] = {}
-    masks = Masks(torch.Generator(device))
+    parts: dict[str, nn.Module] = {}
+    masks = modules.Masks(torch.Generator(device))
     channels, features = image_shape[2], 0
     for row in _activated_by_pooling(layers(network, image_shape, num_classes), network.activation):
-        into = modules
+        into = parts
         if row.branch:
-            into = modules.setdefault(f"residual_{row.branch}", Residual())._modules  # type: ignore[assignment]
+            into = parts.setdefault(f"residual_{row.branch}", modules.Residual())._modules  # type: ignore[assignment]
         match row.kind:
             case "Conv2D":
                 same = row.padding == "same"
                 if row.name == "whitening":
-                    into[row.name] = Whitening(channels, row.shape[-1], row.kernel, same)
+                    into[row.name] = modules.Whitening(channels, row.shape[-1], row.kernel, same)
                 else:
-                    into[row.name] = Convolution(channels, row.shape[-1], int(same), not network.batch_norm)
+                    into[row.name] = modules.Convolution(channels, row.shape[-1], int(same), not network.batch_norm)
                 channels = row.shape[-1]
             case "MaxPooling2D":
-                pooling = MaxPool(row.pool, row.activated)
+                pooling = modules.MaxPool(row.pool, row.activated)
                 before = next(reversed(into.values()), None)
-                if isinstance(before, Convolution):
+                if isinstance(before, modules.Convolution):
                     before.pooling = pooling
                 else:
                     into[row.name] = pooling
             case "BatchNormalization":
-                into[row.name] = BatchNorm(channels)
+                into[row.name] = modules.BatchNorm(channels)
             case "Flatten":
-                into[row.name] = _Flatten()
+                into[row.name] = modules.Flatten()
                 features = row.shape[0]
             case "GlobalMaxPooling2D" | "GlobalAveragePooling2D":
-                into[row.name] = _GlobalPool(torch.amax if row.kind == "GlobalMaxPooling2D" else torch.mean)
+                into[row.name] = modules.GlobalPool(torch.amax if row.kind == "GlobalMaxPooling2D" else torch.mean)
                 features = row.shape[0]
             case "Dense":
                 into[row.name] = nn.Linear(features, row.shape[0])
                 features = row.shape[0]
             case "Dropout":
-                into[row.name] = Dropout(row.rate, masks)
+                into[row.name] = modules.Dropout(row.rate, masks)
             case "Activation":
                 before = next(reversed(into.values()), None)
-                if isinstance(before, BatchNorm):
+                if isinstance(before, modules.BatchNorm):
                     before.activation = network.activation
                 else:
-                    into[f"{network.activation}_{len(into)}"] = _Activation(network.activation)
+                    into[f"{network.activation}_{len(into)}"] = modules.Activation(network.activation)
             case "Rescaling":
-                into[row.name] = _Scale(row.rate)
-    model = Network(modules, masks)
+                into[row.name] = modules.Scale(row.rate)
+    model = modules.Network(parts, masks)
     _draw_weights(model, network.initial, seed)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(device)
-
-
-@dataclass
-class Masks:
-    """Where the dropout masks of a network come from, and whether dropout is on."""
-
-    generator: torch.Generator
-    on: bool = True
-
-
-class Network(nn.Sequential):
-    """Layers one after the other; dropout masks come from one generator that is reseeded at every step."""
-
-    def __init__(self, modules: Mapping[str, nn.Module], masks: Masks):
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-        self.masks = masks
-
-    def reseed(self, seed: int, step: int, dropout: bool = True) -> None:
-        """Make the dropout masks of the next forward pass those of (seed, step), or turn dropout off."""
-        self.masks.generator.manual_seed(derive(seed, "dropout", step))
-        self.masks.on = dropout
-
-
-class Residual(nn.Sequential):
-    """What its layers make of their input, added to that input (He et al., 2016)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"": lambda x: x, "relu": F.relu, "gelu": F.gelu}
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation with a trained shift and no scale, which the next filters have already; its statistics
-    follow fast (0.4 of each batch), as suits short trainings (Jordan, 2024, arXiv:2404.00498). Behind it comes its
-    `activation`, one of ACTIVATIONS."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int, activation: str = ""):
-        super().__init__(channels, eps=1e-5, momentum=0.4)
-        self.register_parameter("weight", None)
-        self.register_buffer("num_batches_tracked", None)  # counted for the sake of momentum=None only
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        # One value a channel has no variance: an epoch's last batch of one image, on a map of one pixel.
-        count = x.shape[0] * x.shape[2] * x.shape[3]
-        training = self.training and count != 1
-        kernel = kernels.in_use(x)
-        if kernel is None or count == 0 or (torch.is_grad_enabled() and not training):
-            y = F.batch_norm(x, self.running_mean, self.running_var, None, self.bias, training, 0.4, self.eps)
-            return ACTIVATIONS[self.activation](y)
-        x = x.to(kernel.element).contiguous(memory_format=torch.channels_last)
-        mean, variance = self.running_mean, self.running_var
-        if training:
-            with torch.no_grad():
-                mean, variance = kernel.moments(x.permute(0, 2, 3, 1))
-                self.running_mean.lerp_(mean, 0.4)
-                self.running_var.lerp_(variance * (count / (count - 1)), 0.4)
-        scale = (variance + self.eps).rsqrt()
-        return kernels.BatchNorm.apply(x, mean, scale, self.bias, self.activation, kernel)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, activation={self.activation!r}"
-
-
-class Whitening(nn.Conv2d):
-    """The whitening layer. With `same` padding an even window sees one more row and column below and to the right, as
-    in Keras."""
-
-    def __init__(self, inputs: int, outputs: int, side: int, same: bool):
-        super().__init__(inputs, outputs, side, bias=False)
-        before, after = ((side - 1) // 2, side // 2) if same else (0, 0)
-        self.border = (before, after, before, after)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, self.border) if any(self.border) else x)
-
-
-@torch.no_grad()
-def whiten(model: Network, images: Tensor) -> None:
-    """Set the whitening layer, if there is one, from normalised `images` (N, C, H, W): its filters are the
-    eigenvectors of their patches' covariance, each divided by its standard deviation, once with each sign (Page, 2019;
-    Jordan, 2024)."""
-    layer = getattr(model, "whitening", None)
-    if layer is None:
-        return
-    side = layer.kernel_size[0]
-    patches = images.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
-    patches = patches.double().cpu()
-    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = (vectors / (values + 5e-4).sqrt()).T.flip(0)
-    # An eigenvector is one only up to its sign: make the largest entry positive.
-    largest = filters.gather(1, filters.abs().argmax(1, keepdim=True))
-    filters = (filters * largest.sign()).view(-1, *layer.weight.shape[1:])
-    layer.weight.copy_(torch.cat([filters, -filters]))
-
-
-class Convolution(nn.Conv2d):
-    """A 3×3 convolution, with the `pooling` behind it, if any. It is computed by compiled kernels where there are some,
-    and on a processor as one matrix product where the map is small.
-
-    oneDNN's convolutions reach a small part of the processor's speed on maps of a few pixels, above all in the
-    gradient of the weights (docs/log.md); a matrix product over the 9 × C columns of each output pixel does not.
-    """
-
-    pooling: MaxPool | None
-
-    def __init__(self, inputs: int, outputs: int, padding: int, bias: bool):
-        super().__init__(inputs, outputs, 3, padding=padding, bias=bias)
-        self.pooling = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        padding = int(self.padding[0])
-        height, width = (size + 2 * padding - 2 for size in x.shape[2:])
-        large = height * width >= WINOGRAD_PIXELS and min(self.weight.shape[:2]) >= WINOGRAD_CHANNELS
-        kernel = kernels.in_use(x) if large and len(x) > 0 else None
-        if kernel and self.pooling and self.pooling.kernel_size == 2 and min(height, width) >= 2:
-            pooled: kernels.Pooled = "relu" if self.pooling.relu else "pool"
-            return kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, pooled, kernel)
-        if kernel:
-            y = kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, "", kernel)
-        else:
-            y = self._convolved(x, padding, height, width)
-        return self.pooling(y) if self.pooling else y
-
-    def _convolved(self, x: Tensor, padding: int, height: int, width: int) -> Tensor:
-        """By PyTorch: its own convolution to a map of height × width, or a matrix product."""
-        if x.device.type != "cpu" or height * width > SMALL_MAP_PIXELS or min(height, width, len(x)) < 1:
-            return super().forward(x)
-        if x.shape[2] * x.shape[3] <= TINY_MAP_PIXELS:
-            matrix = _Unrolled.apply(self.weight, *x.shape[2:], padding)
-            pixels = x.permute(0, 2, 3, 1).flatten(1)
-            y = F.linear(pixels, matrix, None if self.bias is None else self.bias.repeat(height * width))
-            return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
-        columns = _Columns.apply(x, padding)
-        y = F.linear(columns, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
-        return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
-
-
-class _Unrolled(torch.autograd.Function):
-    """Filters (O, C, 3, 3) as the matrix (H'·W'·O, H·W·C) of a dense layer from all pixels of a map (H, W) to all of
-    its convolution. On a map of 2×2 that takes 16 products a channel pair; over columns it takes 36, most of them with
-    the padding's zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, height: int, width: int, padding: int) -> Tensor:
-        outputs, inputs = weight.shape[:2]
-        shape = (height + 2 * padding - 2, width + 2 * padding - 2, outputs, height, width, inputs)
-        ctx.padding, ctx.shape = padding, shape
-        computed_in = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-        matrix = torch.zeros(shape, dtype=computed_in)
-        for (y, x, row, column), (down, right) in _taps(shape, padding):
-            matrix[y, x, :, row, column] = weight[:, :, down, right]
-        return matrix.flatten(3).flatten(0, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        matrix = gradients[0].view(ctx.shape)
-        precise = torch.promote_types(matrix.dtype, torch.float32)
-        weight = torch.zeros(3, 3, ctx.shape[2], ctx.shape[5], dtype=precise)
-        for (y, x, row, column), (down, right) in _taps(ctx.shape, ctx.padding):
-            weight[down, right] += matrix[y, x, :, row, column]
-        return weight.permute(2, 3, 0, 1), None, None, None
-
-
-def _taps(shape: Sequence[int], padding: int) -> Iterator[tuple[tuple[int, ...], tuple[int, int]]]:
-    """((row, column of the output, of the input), which of the 3×3 weights joins them) of a convolution whose matrix
-    has `shape` (H', W', O, H, W, C)."""
-    for places in product(*(range(shape[axis]) for axis in (0, 1, 3, 4))):
-        down, right = places[2] - places[0] + padding, places[3] - places[1] + padding
-        if 0 <= down < 3 and 0 <= right < 3:
-            yield places, (down, right)
-
-
-class _Columns(torch.autograd.Function):
-    """(N, C, H, W) → (N·H'·W', 9·C): for each pixel of a 3×3 convolution's output what its window sees, in the order
-    row, column, channel."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, padding: int) -> Tensor:
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding)).contiguous()
-        images, height, width, channels = padded.shape
-        ctx.padding, ctx.shape = padding, padded.shape
-        n, h, w, c = padded.stride()
-        windows = padded.as_strided((images, height - 2, width - 2, 3, 3, channels), (n, h, w, h, w, c))
-        return windows.reshape(-1, 9 * channels)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        images, height, width, channels = ctx.shape
-        windows = gradients[0].view(images, height - 2, width - 2, 3, 3, channels)
-        # Nine terms meet in a pixel: they are added in float32 at least, as oneDNN does, and rounded once.
-        precise = torch.promote_types(windows.dtype, torch.float32)
-        padded = torch.zeros(ctx.shape, dtype=precise, device=windows.device)
-        for row in range(3):
-            for column in range(3):
-                padded[:, row : row + height - 2, column : column + width - 2] += windows[:, :, :, row, column]
-        p = ctx.padding
-        inner = padded[:, p : height - p, p : width - p].to(windows.dtype)
-        return inner.permute(0, 3, 1, 2), None
-
-
-class MaxPool(nn.MaxPool2d):
-    """Max pooling, followed by a ReLU where it has been given one."""
-
-    def __init__(self, window: int, relu: bool):
-        super().__init__(window)
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size == 2 and min(x.shape[2:]) >= 2 and (kernel := kernels.in_use(x)):
-            return kernels.MaxPool2x2.apply(x, self.relu, kernel)
-        y = super().forward(x)
-        return F.relu(y) if self.relu else y
-
-    def extra_repr(self) -> str:
-        return f"{self.kernel_size}, relu={self.relu}"
-
-
-class Dropout(nn.Module):
-    """Inverted dropout (Srivastava et al., 2014) whose mask is read from random bytes, 1 an element, off `masks`.
-
-    The rate is rounded to the nearest 1/256 (0.25 and 0.5 are exact), and what is kept is scaled by that rounded
-    rate, so the expectation is exact. Bytes from 64-bit words cost a fraction of one Bernoulli draw an element. The
-    mask depends on the order of elements (N, H, W, C), not on the memory format or the precision.
-    """
-
-    def __init__(self, rate: float, masks: Masks):
-        super().__init__()
-        self.rate = rate
-        self.masks = masks
-        self.threshold = min(round(rate * 256), 255)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.masks.on or self.threshold == 0:
-            return x
-        if x.dim() == 4:
-            return self._drop(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self._drop(x)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
-        # random_() alone leaves out the sign bit, so the top byte would never reach 128: name the whole range.
-        words.random_(-(2**63), None, generator=self.masks.generator)
-        draws = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        if (kernel := kernels.in_use(x)) and x.dtype == kernel.element:
-            return kernels.Drop.apply(x, draws, self.threshold, kernel)
-        kept = draws >= self.threshold
-        return x * kept.to(x.dtype).mul_(256 / (256 - self.threshold))
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate}"
-
-
-class _Flatten(nn.Module):
-    """(N, C, H, W) → (N, H·W·C): Keras's order, and a view of channels-last memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1).flatten(1)
-
-
-class _GlobalPool(nn.Module):
-    """(N, C, H, W) → (N, C)"""
-
-    def __init__(self, reduce: Callable[..., Tensor]):
-        super().__init__()
-        self.reduce = reduce
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.reduce(x, (2, 3))
-
-
-class _Activation(nn.Module):
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.name](x)
-
-    def extra_repr(self) -> str:
-        return self.name
-
-
-class _Scale(nn.Module):
-    def __init__(self, factor: float):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
 
 
 def summary(network: NetworkRecipe, image_shape: ImageShape, num_classes: int) -> str:

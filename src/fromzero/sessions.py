@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fromzero import checkpoint, machine, networks
+from fromzero import checkpoint, machine, modules, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images
 from fromzero.errors import FromzeroError, InputError
 from fromzero.machine import Machine
-from fromzero.networks import Network
+from fromzero.modules import Network
 from fromzero.optim import learning_rate_at
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.runs import Run, create_run, describe_program, load_run
@@ -73,7 +73,7 @@ def new_training(
     here = machine.prepare(recipe.precision, device=device, threads=threads)
     state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
     data = Data.of(recipe, images, here.device)
-    networks.whiten(state.model, data.normalise(data.train.pixels[:WHITENING_IMAGES]))
+    modules.whiten(state.model, data.normalise(data.train.pixels[:WHITENING_IMAGES]))
     origin = None
     if start_from is not None:
         source = start_from if isinstance(start_from, Run) else load_run(start_from, runs_dir)

@@ -17,7 +17,8 @@ from fromzero import networks, optim
 from fromzero.checkpoint import Checkpoint
 from fromzero.errors import FromzeroError, InputError
 from fromzero.fused import Optimizer
-from fromzero.networks import ImageShape, Network
+from fromzero.modules import Network
+from fromzero.networks import ImageShape
 from fromzero.recipe import Recipe
 
 
