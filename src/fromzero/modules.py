@@ -113,10 +113,14 @@ def whiten(model: Network, images: Tensor) -> None:
     layer = getattr(model, "whitening", None)
     if layer is None:
         return
-    side = layer.kernel_size[0]
-    patches = images.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
-    patches = patches.double().cpu()
-    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+    side, inputs = layer.kernel_size[0], layer.weight[0].numel()
+    covariance, count = torch.zeros(inputs, inputs, dtype=torch.float64), 0
+    for part in images.split(50):  # whose patches stay in the cache
+        patches = part.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
+        patches = patches.cpu().double()
+        covariance += patches.T @ patches
+        count += len(patches)
+    values, vectors = torch.linalg.eigh(covariance / count)
     filters = (vectors / (values + 5e-4).sqrt()).T.flip(0)
     # An eigenvector is one only up to its sign: make the largest entry positive.
     largest = filters.gather(1, filters.abs().argmax(1, keepdim=True))
