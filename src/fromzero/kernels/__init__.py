@@ -36,7 +36,6 @@ COMPILE = ("-O3", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared",)
 NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native"}  # elsewhere -mcpu=native
 COMPILE_SECONDS = 60.0
-SUM_PARTS = 64  # PARTS of pointwise.c
 ACTIVATIONS = ("", "relu", "gelu")  # in the order of pointwise.c
 Pooled = Literal["", "pool", "relu"]  # what is behind a convolution: nothing, max pooling, max pooling and a ReLU
 # Of the check, over the largest value. Errors are a tenth of it.
@@ -82,7 +81,7 @@ class Kernels:
         for function, pointers, numbers, result in (
             ("transform_filters", 2, 3, None),
             ("transform_turned_filters", 2, 3, None),
-            ("convolve", 7, 9, None),
+            ("convolve", 7, 8, None),
             ("filter_gradient", 5, 7, None),
             ("max_pool", 2, 6, None),
             ("max_pool_gradient", 4, 6, None),
@@ -92,7 +91,8 @@ class Kernels:
             ("normalise", 5, 4, None),
             ("normalise_gradient", 8, 4, None),
             ("filters_size", 0, 2, ctypes.c_long),
-            ("convolve_scratch", 0, 3, ctypes.c_long),
+            ("convolve_scratch", 0, 6, ctypes.c_long),
+            ("sums_scratch", 0, 1, ctypes.c_long),
             ("filter_gradient_scratch", 0, 7, ctypes.c_long),
         ):
             entry = getattr(self._call, function)
@@ -158,7 +158,7 @@ class Kernels:
     def channel_sums(self, x: Tensor, picked: Tensor | None = None) -> Tensor:
         """Sums over all but the last dimension, float32 (C,), of what `picked` does not say 4 of."""
         channels = x.shape[-1]
-        sums, parts = _floats(channels), _floats(SUM_PARTS, channels)
+        sums, parts = _floats(channels), _floats(self._call.sums_scratch(channels))
         sizes = (x.numel() // channels, channels, torch.get_num_threads())
         self._call.channel_sums(x.data_ptr(), _pointer(picked), sums.data_ptr(), parts.data_ptr(), *sizes)
         return sums
@@ -173,7 +173,7 @@ class Kernels:
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance over all but the last dimension, float32 (C,) each; there is at least one row."""
         channels = x.shape[-1]
-        mean, variance, parts = _floats(channels), _floats(channels), _floats(2 * SUM_PARTS, channels)
+        mean, variance, parts = _floats(channels), _floats(channels), _floats(self._call.sums_scratch(channels))
         sizes = (x.numel() // channels, channels, torch.get_num_threads())
         self._call.moments(x.data_ptr(), mean.data_ptr(), variance.data_ptr(), parts.data_ptr(), *sizes)
         return mean, variance
@@ -191,7 +191,7 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """The gradients of `normalise`'s x, whose own moments mean and scale are, and of its shift."""
         channels = x.shape[-1]
-        of_x, of_shift, parts = torch.empty_like(x), _floats(channels), _floats(2 * SUM_PARTS, channels)
+        of_x, of_shift, parts = torch.empty_like(x), _floats(channels), _floats(self._call.sums_scratch(channels))
         tensors = (x, gradient, of_x, mean, scale, shift, of_shift, parts)
         sizes = (x.numel() // channels, channels, ACTIVATIONS.index(activation), torch.get_num_threads())
         self._call.normalise_gradient(*(tensor.data_ptr() for tensor in tensors), *sizes)
@@ -222,20 +222,11 @@ class Kernels:
         images, height, width, channels = x.shape
         if x_picked is not None:
             height, width = y.shape[1] - 2 * padding + 2, y.shape[2] - 2 * padding + 2
-        down, across = ((size + 2 * padding + 1) // 4 for size in (height, width))
         threads = torch.get_num_threads()
-        block = self._tiles_at_once(channels, images * down * across, threads)
-        scratch = _floats(self._call.convolve_scratch(channels, block, threads))
+        scratch = _floats(self._call.convolve_scratch(images, height, width, channels, padding, threads))
         tensors = (x, x_picked, transformed, bias, y, y_picked, scratch)
-        sizes = (images, height, width, channels, y.shape[3], padding, relu, block, threads)
+        sizes = (images, height, width, channels, y.shape[3], padding, relu, threads)
         self._call.convolve(*map(_pointer, tensors), *sizes)
-
-    def _tiles_at_once(self, channels: int, tiles: int, threads: int) -> int:
-        """How many tiles are transformed before they are multiplied: so many that they stay in a core's cache, and
-        that all threads have as much to do; a multiple of 6."""
-        most = min(max(600_000 // (36 * max(channels, 16) * self.element.itemsize), 12), 24)
-        rounds = -(-tiles // (most * threads))
-        return -(-tiles // (rounds * threads * 6)) * 6
 
 
 class Convolve3x3(torch.autograd.Function):

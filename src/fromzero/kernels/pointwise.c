@@ -55,8 +55,10 @@ void max_pool_gradient(const element *x, const element *y, const element *dy, el
 }
 
 /* sums (C) over all rows of x (rows, C), or, where `picked` (rows, C) is not NULL, over those elements of which it is below 4.
-   `parts` are PARTS x C floats: rows are summed in as many parts, whatever the number of threads. */
+   Rows are summed in PARTS parts, whatever the number of threads. `parts`: so many floats as `sums_scratch` says. */
 #define PARTS 64
+long sums_scratch(long c) { return 2 * PARTS * c; }
+
 void channel_sums(const element *x, const uint8_t *picked, float *sums, float *parts, long rows, long c, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long part = 0; part < PARTS; part++) {
@@ -91,7 +93,8 @@ void drop(const element *x, const uint8_t *draws, element *y, long count, long t
 }
 
 /* For each channel of x (rows, C) its mean and variance (C). Parts of the rows are summed apart, from their first row on, so
-   that a mean far from zero costs no digits, then joined (Chan, Golub and LeVeque, 1983). `parts` are 2 PARTS x C floats. */
+   that a mean far from zero costs no digits, then joined (Chan, Golub and LeVeque, 1983). `parts`: as of
+   `channel_sums`. */
 #define AT_ONCE 64 /* rows whose channels stay in a core's cache */
 void moments(const element *x, float *mean, float *variance, float *parts, long rows, long c, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -185,7 +188,8 @@ void normalise(const element *x, element *y, const float *mean, const float *sca
 }
 
 /* dx (rows, C) and the gradient of `shift` (C) from dy, where mean and scale are those of the rows themselves: Ioffe and Szegedy
-   (2015). The first pass leaves the gradient before the activation in dx. `parts` are 2 PARTS x C floats. */
+   (2015). The first pass leaves the gradient before the activation in dx. `parts`: as of
+   `channel_sums`. */
 static inline __attribute__((always_inline)) void normalise_gradient_as(
     const int activation, const element *x, const element *dy, element *dx, const float *mean, const float *scale,
     const float *shift, float *of_shift, float *parts, long rows, long c, long threads) {

@@ -200,16 +200,24 @@ static inline void pool_tile(const vector pixels[16], vector shift, long relu, v
     }
 }
 
+/* How many tiles are transformed before they are multiplied: so many that they stay in a core's cache, and that all threads
+   have as much to do; a multiple of ROWS. */
+static long tiles_at_once(long c, long tiles, long threads) {
+    long fitting = 600000 / (36 * (c > 16 ? c : 16) * (long)sizeof(element));
+    long most = fitting < 12 ? 12 : min(fitting, 24), rounds = (tiles + most * threads - 1) / (most * threads);
+    return round_up((tiles + rounds * threads - 1) / (rounds * threads), ROWS);
+}
+
 /* y (N, H', W', O) = x (N, H, W, C) convolved, H' = H + 2 pad - 2, plus `bias` (O) where there is one.
 
    y_picked: where it is not NULL, y is pooled, (N, H'/2, W'/2, O), as `pool_tile` says, which also says what goes here.
    x_picked: where it is not NULL, x is the gradient (N, H/2, W/2, C) of a map so pooled.
-   u: filters from `transform_filters`. scratch: so many floats as `convolve_scratch` says. block: tiles that are computed
-   together, a multiple of ROWS. */
+   u: filters from `transform_filters`. scratch: so many floats as `convolve_scratch` says. */
 void convolve(const element *x, const uint8_t *x_picked, const float *u, const float *bias, element *y, uint8_t *y_picked,
-              float *scratch, long n, long h, long w, long c, long o, long pad, long relu, long block, long threads) {
+              float *scratch, long n, long h, long w, long c, long o, long pad, long relu, long threads) {
     long height = h + 2 * pad - 2, width = w + 2 * pad - 2;
     long down = (height + 3) / 4, across = (width + 3) / 4, tiles = n * down * across;
+    long block = tiles_at_once(c, tiles, threads);
     long c_units = round_up(c, LANES) / PAIR, o_lanes = round_up(o, LANES);
     long v_apart = apart(block * c_units), m_apart = apart(block * WIDE), u_apart = apart(o_lanes * c_units);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -267,7 +275,8 @@ void convolve(const element *x, const uint8_t *x_picked, const float *u, const f
 }
 
 /* Floats of scratch that `convolve` needs. */
-long convolve_scratch(long c, long block, long threads) {
+long convolve_scratch(long n, long h, long w, long c, long pad, long threads) {
+    long block = tiles_at_once(c, n * ((h + 2 * pad + 1) / 4) * ((w + 2 * pad + 1) / 4), threads);
     return threads * 36 * (apart(block * (round_up(c, LANES) / PAIR)) + apart(block * WIDE));
 }
 
