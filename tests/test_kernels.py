@@ -190,9 +190,9 @@ def test_a_network_learns_the_same_with_and_without_kernels(name, tiny_images, m
     recipe = load_recipe(name).network
     pixels = torch.from_numpy(tiny_images.train.pixels[:50]).permute(0, 3, 1, 2).float() / 255
     labels = torch.from_numpy(tiny_images.train.labels[:50])
-    curves, calls, convolve = [], [], kernels.Kernels._convolve
+    curves, calls, convolved, convolve = [], [], [], kernels.Kernels._convolve
     monkeypatch.setattr(kernels.Kernels, "_convolve", lambda *given: calls.append(given) or convolve(*given))
-    for used in (here.kernels, kernels.NONE):
+    for used in (here.kernels, kernels.NONE, here.kernels + kernels.POINTWISE):
         kernels.use(used, torch.float32)
         model = networks.build(recipe, (32, 32, 3), 10, seed=0)
         modules.whiten(model, pixels)
@@ -208,8 +208,11 @@ def test_a_network_learns_the_same_with_and_without_kernels(name, tiny_images, m
                         weight -= 0.01 * weight.grad
                         weight.grad = None
         curves.append(losses)
+        convolved.append(len(calls))
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    assert len(calls) >= 5, "the kernels were not used"
+    assert curves[2] == pytest.approx(curves[1], rel=1e-4)
+    assert convolved[0] >= 5, "the kernels were not used"
+    assert convolved[2] == convolved[0], "convolutions were to be left to PyTorch"
 
 
 @pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-march=x86-64"]])
@@ -327,3 +330,22 @@ def test_kernels_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("FROMZERO_KERNELS", "off")
     assert machine.prepare(device="cpu", threads=1).kernels == kernels.NONE
     assert kernels.in_use(torch.zeros(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("features", "precision", "expected"),
+    [
+        (["avx512_bf16"], "bfloat16", "found"),
+        (["amx_bf16", "avx512_bf16"], "bfloat16", "found-pointwise"),
+        (["amx_bf16"], "bfloat16", "none"),
+        ([], "bfloat16", "none"),
+        ([], "float32", "found"),
+        (["amx_bf16", "avx512_bf16"], "float32", "found"),
+    ],
+)
+def test_which_kernels_a_processor_gets(features, precision, expected, monkeypatch):
+    monkeypatch.delenv("FROMZERO_KERNELS", raising=False)
+    monkeypatch.setattr(machine, "_bfloat16_features", lambda: features)
+    monkeypatch.setattr(kernels, "_made", lambda element: ("found", None))
+    assert machine._kernels("cpu", precision) == expected
+    assert machine._kernels("cuda", precision) == "none"

@@ -147,6 +147,8 @@ class Convolution(nn.Conv2d):
         height, width = (size + 2 * padding - 2 for size in x.shape[2:])
         large = height * width >= WINOGRAD_PIXELS and min(self.weight.shape[:2]) >= WINOGRAD_CHANNELS
         kernel = kernels.in_use(x) if large and len(x) > 0 else None
+        if kernel and not kernel.convolves:
+            kernel = None
         if kernel and self.pooling and self.pooling.kernel_size == 2 and min(height, width) >= 2:
             pooled: kernels.Pooled = "relu" if self.pooling.relu else "pool"
             return kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, pooled, kernel)

@@ -28,6 +28,7 @@ from fromzero import files
 from fromzero.errors import FromzeroError
 
 NONE = "none"
+POINTWISE = "-pointwise"  # ends the name of kernels that leave convolutions to PyTorch
 SOURCE_FOLDER = Path(__file__).parent
 SOURCES = ("winograd.c", "pointwise.c")
 HEADER = "vectors.h"
@@ -44,11 +45,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 _loaded: dict[torch.dtype, Kernels] = {}
 
 
-def find(element: torch.dtype) -> str:
+def find(element: torch.dtype, convolutions: bool = True) -> str:
     """The name of the kernels for `element` on this machine, made if need be; NONE where there are none."""
     if os.name != "posix" or os.environ.get("FROMZERO_KERNELS") == "off":
         return NONE
-    return _made(element)[0]
+    name, _ = _made(element)
+    return name if convolutions or name == NONE else name + POINTWISE
 
 
 def use(name: str, element: torch.dtype) -> None:
@@ -58,8 +60,9 @@ def use(name: str, element: torch.dtype) -> None:
     if name == NONE:
         return
     found, kernels = _made(element)
-    if kernels is None or found != name:
+    if kernels is None or name.removesuffix(POINTWISE) != found:
         raise FromzeroError(f"the kernels {name} are not on this machine; it has: {found}")
+    kernels.convolves = name == found
     _loaded[element] = kernels
 
 
@@ -72,11 +75,13 @@ def in_use(x: Tensor) -> Kernels | None:
 
 class Kernels:
     """Functions on images (N, H, W, C) of `element`: 3×3 convolutions of stride 1 with zero padding, filters
-    (O, 3, 3, C) in float32; 2×2 max pooling. All tensors are contiguous."""
+    (O, 3, 3, C) in float32; 2×2 max pooling; batch normalisation; dropout. All tensors are contiguous. `convolves`:
+    whether convolutions are to be computed by them."""
 
     def __init__(self, library: Path, element: torch.dtype):
         """Raises OSError if the library cannot be loaded."""
         self.element = element
+        self.convolves = True
         self._call = ctypes.CDLL(str(library))
         for function, pointers, numbers, result in (
             ("transform_filters", 2, 3, None),
