@@ -300,6 +300,8 @@ def test_other_types_of_weights_and_a_changed_default_type(made):
             torch.set_default_dtype(torch.float32)
     with torch.inference_mode():
         assert kernels.agrees(made)
+    with torch.device("meta"):
+        assert kernels.agrees(made)
 
 
 def test_what_kernels_cannot_do_pytorch_does(made):
@@ -315,6 +317,37 @@ def test_what_kernels_cannot_do_pytorch_does(made):
     (gradient,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.float().sum().backward()
+
+
+def test_what_does_not_fit_is_refused_and_never_read(made):
+    with torch.no_grad():
+        for layer in (modules.Convolution(16, 32, 1, bias=True), modules.BatchNorm(16).eval(), modules.BatchNorm(16)):
+            for channels in (4, 512):
+                with pytest.raises(RuntimeError):
+                    layer.to(made.element)(torch.zeros(1, channels, 8, 8, dtype=made.element))
+
+
+def test_batch_normalisation_with_statistics_of_another_type(made):
+    x = torch.randn(4, 32, 6, 6).to(made.element)
+    for dtype in (torch.bfloat16, torch.float64) if made.element == torch.bfloat16 else (torch.float64,):
+        with torch.no_grad():
+            try:
+                y = modules.BatchNorm(32).to(dtype).eval()(x)
+            except RuntimeError:  # PyTorch refuses some pairs of types
+                continue
+        torch.testing.assert_close(y.to(x.dtype), x, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("value", [300.0, 1.0])
+def test_a_variance_keeps_its_digits_where_borders_are_unlike_the_rest(made, value):
+    """Every 64th part of the rows begins with the first pixel of an image, beside the padding."""
+    x = torch.full((128, 16, 16, 20), value).to(made.element)
+    x[:, 0, 0] = 0
+    x += (torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) / 64).to(made.element)
+    mean, variance = made.moments(x)
+    exact = x.double().flatten(0, 2)
+    torch.testing.assert_close(mean.double(), exact.mean(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(variance.double(), exact.var(0, unbiased=False), rtol=1e-3, atol=0)
 
 
 def test_their_sources_are_part_of_the_package():

@@ -74,8 +74,9 @@ class BatchNorm(nn.BatchNorm2d):
         # One value a channel has no variance: an epoch's last batch of one image, on a map of one pixel.
         count = x.shape[0] * x.shape[2] * x.shape[3]
         training = self.training and count != 1
-        kernel = kernels.in_use(x)
-        if kernel is None or count == 0 or (torch.is_grad_enabled() and not training):
+        fitting = x.shape[1] == self.num_features and self.bias.dtype == self.running_mean.dtype == torch.float32
+        kernel = kernels.in_use(x) if fitting and count > 0 else None
+        if kernel is None or (torch.is_grad_enabled() and not training):
             y = F.batch_norm(x, self.running_mean, self.running_var, None, self.bias, training, 0.4, self.eps)
             return ACTIVATIONS[self.activation](y)
         x = x.to(kernel.element).contiguous(memory_format=torch.channels_last)
@@ -146,7 +147,8 @@ class Convolution(nn.Conv2d):
         padding = int(self.padding[0])
         height, width = (size + 2 * padding - 2 for size in x.shape[2:])
         large = height * width >= WINOGRAD_PIXELS and min(self.weight.shape[:2]) >= WINOGRAD_CHANNELS
-        kernel = kernels.in_use(x) if large and len(x) > 0 else None
+        fitting = len(x) > 0 and x.shape[1] == self.weight.shape[1]
+        kernel = kernels.in_use(x) if large and fitting else None
         if kernel and not kernel.convolves:
             kernel = None
         if kernel and self.pooling and self.pooling.kernel_size == 2 and min(height, width) >= 2:

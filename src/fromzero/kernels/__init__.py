@@ -418,7 +418,7 @@ def agrees(kernels: Kernels) -> bool:
         of_convolved = drawn(*convolved.shape).to(element)
         draws_of_x = torch.randint(0, 256, x.shape, generator=draws, dtype=torch.uint8, device="cpu")
         # A gradient as the pooling hands it back: the pooled map's, where it was picked.
-        places = (picked[..., None] == torch.arange(4)) * of_convolved[..., None]
+        places = (picked[..., None] == torch.arange(4, device="cpu")) * of_convolved[..., None]
         spread = torch.zeros_like(gradient)
         spread[:, :6] = places.unflatten(-1, (2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
         ours = (

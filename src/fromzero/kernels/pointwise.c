@@ -57,7 +57,7 @@ void max_pool_gradient(const element *x, const element *y, const element *dy, el
 /* sums (C) over all rows of x (rows, C), or, where `picked` (rows, C) is not NULL, over those elements of which it is below 4.
    Rows are summed in PARTS parts, whatever the number of threads. `parts`: so many floats as `sums_scratch` says. */
 #define PARTS 64
-long sums_scratch(long c) { return 2 * PARTS * c; }
+long sums_scratch(long c) { return 3 * PARTS * c; }
 
 void channel_sums(const element *x, const uint8_t *picked, float *sums, float *parts, long rows, long c, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -92,35 +92,48 @@ void drop(const element *x, const uint8_t *draws, element *y, long count, long t
     }
 }
 
-/* For each channel of x (rows, C) its mean and variance (C). Parts of the rows are summed apart, from their first row on, so
-   that a mean far from zero costs no digits, then joined (Chan, Golub and LeVeque, 1983). `parts`: as of
-   `channel_sums`. */
+/* The sum, or with `squares` the sum of squares, of rows of x less `origin`. */
+static inline vector sum_from(const element *x, vector origin, lanes which, long begin, long end, long c, int squares) {
+    vector sum = {0};
+    for (long row = begin; row < end; row++) {
+        vector away = load(x + row * c, which) - origin;
+        sum += squares ? away * away : away;
+    }
+    return sum;
+}
+
+/* For each channel of x (rows, C) its mean and variance (C). Parts of the rows are summed apart, each as differences from the
+   mean of its first rows, so that a mean far from zero costs no digits, and then joined (Chan, Golub and LeVeque, 1983).
+   `parts`: as of `channel_sums`. */
 #define AT_ONCE 64 /* rows whose channels stay in a core's cache */
 void moments(const element *x, float *mean, float *variance, float *parts, long rows, long c, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long part = 0; part < PARTS; part++) {
         long begin = rows * part / PARTS, end = rows * (part + 1) / PARTS;
-        float *sums = parts + 2 * part * c, *squares = sums + c;
-        memset(sums, 0, 2 * c * sizeof(float));
+        float *origins = parts + 3 * part * c, *sums = origins + c, *squares = sums + c;
+        memset(origins, 0, 3 * c * sizeof(float));
         for (long block = begin; block < end; block += AT_ONCE)
             for (long channel = 0; channel < c; channel += LANES) {
                 lanes which = lanes_of(c - channel);
-                vector origin = load(x + begin * c + channel, which);
-                vector sum = load_floats(sums + channel, which), square = load_floats(squares + channel, which);
-                for (long row = block; row < min(block + AT_ONCE, end); row++) {
-                    vector apart = load(x + row * c + channel, which) - origin;
-                    sum += apart, square += apart * apart;
+                long stop = min(block + AT_ONCE, end);
+                if (block == begin) {
+                    vector first = sum_from(x + channel, (vector){0}, which, begin, stop, c, 0) * (1.0f / (stop - begin));
+                    store_floats(origins + channel, first, which);
                 }
-                store_floats(sums + channel, sum, which), store_floats(squares + channel, square, which);
+                vector origin = load_floats(origins + channel, which);
+                vector sum = sum_from(x + channel, origin, which, block, stop, c, 0);
+                vector square = sum_from(x + channel, origin, which, block, stop, c, 1);
+                store_floats(sums + channel, load_floats(sums + channel, which) + sum, which);
+                store_floats(squares + channel, load_floats(squares + channel, which) + square, which);
             }
     }
     for (long channel = 0; channel < c; channel++) {
         double middle = 0, squares = 0, count = 0;
         for (long part = 0; part < PARTS; part++) {
-            long begin = rows * part / PARTS, n = rows * (part + 1) / PARTS - begin;
+            long n = rows * (part + 1) / PARTS - rows * part / PARTS;
             if (n == 0) continue;
-            double sum = parts[2 * part * c + channel], square = parts[(2 * part + 1) * c + channel];
-            double away = load_one(x + begin * c + channel) + sum / n - middle;
+            const float *found = parts + 3 * part * c + channel;
+            double sum = found[c], square = found[2 * c], away = found[0] + sum / n - middle;
             squares += square - sum * sum / n + away * away * count * n / (count + n);
             middle += away * n / (count + n);
             count += n;

@@ -90,13 +90,6 @@ static inline vector load(const element *from, lanes which) {
     return (vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, from)), 16);
 }
 
-static inline float load_one(const element *from) {
-    uint32_t bits = (uint32_t)*from << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
 static inline void store(element *to, vector v, lanes which) {
     _mm256_mask_storeu_epi16(to, which, (__m256i)_mm512_cvtneps_pbh((__m512)v));
 }
@@ -117,7 +110,6 @@ typedef float element;
 
 static inline vector load(const element *from, lanes which) { return load_floats(from, which); }
 static inline void store(element *to, vector v, lanes which) { store_floats(to, v, which); }
-static inline float load_one(const element *from) { return *from; }
 
 static inline void store_units(float *to, vector low, vector high) {
     (void)high;
