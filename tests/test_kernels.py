@@ -69,6 +69,7 @@ def test_threads_do_not_change_the_bits(made):
                 made.filter_gradient(x, gradient, 1),
                 made.channel_sums(gradient),
                 *made.moments(gradient),
+                made.unroll_gradient(made.unroll(filters, 2, 2, 1), torch.Size((80, 48, 3, 3)), 2, 2, 1),
                 *made.normalise_gradient(gradient, gradient, torch.zeros(80), torch.ones(80), torch.ones(80), "gelu"),
             )
         )
@@ -121,6 +122,24 @@ def test_batch_normalisation_with_its_activation_and_gradients(made, shape, acti
     for ours, theirs in zip(*results, strict=True):
         tolerance = 1e-4 if ours.dtype == torch.float32 and made.element == torch.float32 else 0.02
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "padding"), [(1, 1, 1), (2, 2, 1), (1, 4, 1), (4, 1, 1), (3, 1, 1), (3, 4, 0)]
+)
+def test_filters_as_the_matrix_of_a_dense_layer(made, height, width, padding):
+    weight = torch.randn(20, 33, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    results = []
+    for unrolled in (
+        kernels.Unroll.apply(weight, height, width, padding, made),
+        modules._Unrolled.apply(weight, height, width, padding).to(made.element),
+    ):
+        gradient = torch.randn(unrolled.shape, generator=torch.Generator().manual_seed(0)).to(made.element)
+        results.append((unrolled, *torch.autograd.grad(unrolled, weight, gradient)))
+    assert results[0][0].dtype == made.element
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+    assert results[0][1].stride() == weight.stride()
 
 
 @pytest.mark.parametrize("shape", [(64, 33, 5, 7), (3, 1), (301, 77)])

@@ -165,7 +165,10 @@ class Convolution(nn.Conv2d):
         if x.device.type != "cpu" or height * width > SMALL_MAP_PIXELS or min(height, width, len(x)) < 1:
             return super().forward(x)
         if x.shape[2] * x.shape[3] <= TINY_MAP_PIXELS:
-            matrix = _Unrolled.apply(self.weight, *x.shape[2:], padding)
+            if kernel := kernels.in_use(x):
+                matrix = kernels.Unroll.apply(self.weight, *x.shape[2:], padding, kernel)
+            else:
+                matrix = _Unrolled.apply(self.weight, *x.shape[2:], padding)
             pixels = x.permute(0, 2, 3, 1).flatten(1)
             y = F.linear(pixels, matrix, None if self.bias is None else self.bias.repeat(height * width))
             return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)

@@ -92,6 +92,8 @@ class Kernels:
             ("max_pool_gradient", 4, 6, None),
             ("channel_sums", 4, 3, None),
             ("drop", 3, 3, None),
+            ("unroll", 2, 6, None),
+            ("unroll_gradient", 2, 6, None),
             ("moments", 4, 3, None),
             ("normalise", 5, 4, None),
             ("normalise_gradient", 8, 4, None),
@@ -174,6 +176,23 @@ class Kernels:
         sizes = (x.numel(), threshold, torch.get_num_threads())
         self._call.drop(x.data_ptr(), draws.data_ptr(), y.data_ptr(), *sizes)
         return y
+
+    def unroll(self, filters: Tensor, height: int, width: int, padding: int) -> Tensor:
+        """Filters as the matrix (H'·W'·O, H·W·C) of a dense layer from a map of height × width to its convolution."""
+        outputs, _, _, channels = filters.shape
+        pixels = (height + 2 * padding - 2) * (width + 2 * padding - 2)
+        matrix = self._empty(pixels * outputs, height * width * channels)
+        sizes = (height, width, channels, outputs, padding, torch.get_num_threads())
+        self._call.unroll(filters.data_ptr(), matrix.data_ptr(), *sizes)
+        return matrix
+
+    def unroll_gradient(self, matrix: Tensor, of: torch.Size, height: int, width: int, padding: int) -> Tensor:
+        """The gradient of filters of shape `of` (O, C, 3, 3), float32 in channels-last memory, from that of `unroll`'s
+        result."""
+        filters = torch.empty(of, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+        sizes = (height, width, of[1], of[0], padding, torch.get_num_threads())
+        self._call.unroll_gradient(matrix.data_ptr(), filters.data_ptr(), *sizes)
+        return filters
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance over all but the last dimension, float32 (C,) each; there is at least one row."""
@@ -331,6 +350,21 @@ class Drop(torch.autograd.Function):
         return ctx.kernels.drop(gradient, draws, ctx.threshold), None, None, None
 
 
+class Unroll(torch.autograd.Function):
+    """Filters (O, C, 3, 3), float32, as `Kernels.unroll` makes a matrix of them."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, height: int, width: int, padding: int, kernels: Kernels) -> Tensor:
+        ctx.shape, ctx.map, ctx.kernels = weight.shape, (height, width, padding), kernels
+        return kernels.unroll(weight.float().permute(0, 2, 3, 1).contiguous(), height, width, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0].to(ctx.kernels.element).contiguous()
+        return ctx.kernels.unroll_gradient(gradient, ctx.shape, *ctx.map), None, None, None, None
+
+
 @cache
 def _made(element: torch.dtype) -> tuple[str, Kernels | None]:
     """Name and kernels for `element`, compiled unless they are there already; (NONE, None) where that fails."""
@@ -416,6 +450,8 @@ def agrees(kernels: Kernels) -> bool:
         normal = mean, (variance + 1e-5).rsqrt(), shift.detach(), "gelu"
         convolved, picked = kernels.forward_pooled(x, filters, bias, 1, relu=True)
         of_convolved = drawn(*convolved.shape).to(element)
+        of_unrolled = drawn(6 * 19, 6 * 33).to(element)
+        pixels = torch.eye(6 * 33, dtype=torch.float32, device="cpu").view(-1, 2, 3, 33)
         draws_of_x = torch.randint(0, 256, x.shape, generator=draws, dtype=torch.uint8, device="cpu")
         # A gradient as the pooling hands it back: the pooled map's, where it was picked.
         places = (picked[..., None] == torch.arange(4, device="cpu")) * of_convolved[..., None]
@@ -435,6 +471,8 @@ def agrees(kernels: Kernels) -> bool:
             kernels.normalise(x, *normal),
             kernels.normalise_gradient(x, x, *normal)[0],
             kernels.drop(x, draws_of_x, 64),
+            kernels.unroll(filters, 2, 3, 1).view(6, 19, 6, 33),
+            kernels.unroll_gradient(of_unrolled, leaf_filters.shape, 2, 3, 1).permute(0, 2, 3, 1),
         )
         y = F.conv2d(leaf, leaf_filters, bias, padding=1)
         theirs = [y, *of(y, gradient, leaf, leaf_filters)]
@@ -444,6 +482,9 @@ def agrees(kernels: Kernels) -> bool:
         theirs.append(spread.float().sum((0, 1, 2)).view(1, -1, 1, 1))
         z = F.gelu(F.batch_norm(leaf, None, None, None, shift, training=True, eps=1e-5))
         theirs += [z, *of(z, x, leaf), leaf * (draws_of_x.permute(0, 3, 1, 2) >= 64) / 0.75]
+        y = F.conv2d(pixels.permute(0, 3, 1, 2), leaf_filters, padding=1)  # of one pixel's one channel at a time
+        y = y.permute(2, 3, 1, 0).reshape(6, 19, 6, 33)
+        theirs += [y.permute(0, 3, 1, 2), *of(y.permute(0, 3, 1, 2), of_unrolled.view(6, 19, 6, 33), leaf_filters)]
         return all(
             bool((a.float() - b.detach().permute(0, 2, 3, 1)).abs().max() <= TOLERANCE[element] * b.abs().max())
             for a, b in zip(ours, theirs, strict=True)
