@@ -55,15 +55,27 @@ def test_layers_shapes_parameters_and_outputs_equal_keras(name):
             continue
         assert layer.get_weights()[1].any() == modules[row.name].bias.detach().any().item()  # both all zeros
         layer.set_weights([kernel.numpy(), modules[row.name].bias.detach().numpy()])
-    # The outputs after every layer, the images (N, H, W, C) for Keras. Ours pools before the ReLU, so the rows of
-    # such a pair are compared behind the pair.
+    # The outputs after every layer, the images (N, H, W, C) for Keras. Of ours a convolution has its pooling with it,
+    # before the ReLU: layers are compared one by one, in Keras's order, and the network as it is at the end.
+    poolings = {row.name: modules[row.name].pooling for row in rows if row.kind == "Conv2D"}
     x = np.random.default_rng(0).random((4, *CIFAR), dtype=np.float32)
     expected, actual = x, torch.from_numpy(x).permute(0, 3, 1, 2)
     for layer, row in zip(theirs.layers, rows, strict=True):
         expected = keras.ops.convert_to_numpy(layer(expected, training=False))
-        actual = torch.relu(actual) if row.kind == "Activation" else modules[row.name](actual)
+        match row.kind:
+            case "Activation":
+                actual = torch.relu(actual)
+            case "MaxPooling2D":
+                actual = torch.nn.functional.max_pool2d(actual, row.pool)
+            case "Conv2D":
+                modules[row.name].pooling = None
+                actual = modules[row.name](actual)
+            case _:
+                actual = modules[row.name](actual)
         channels_last = actual.permute(0, 2, 3, 1) if actual.dim() == 4 else actual
         np.testing.assert_allclose(channels_last.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+    for name, pooling in poolings.items():
+        modules[name].pooling = pooling
     np.testing.assert_allclose(
         ours(torch.from_numpy(x).permute(0, 3, 1, 2)).detach().numpy(), expected, rtol=1e-4, atol=1e-5
     )
