@@ -33,6 +33,8 @@ NUMERIC_MODULES = (
     "evaluate",
     "fused",
     "kernels/__init__",
+    "kernels/functions",
+    "kernels/library",
     "machine",
     "modules",
     "networks",

@@ -1,0 +1,125 @@
+"""The kernels as functions that autograd differentiates, on images (N, C, H, W) in channels-last memory."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fromzero.kernels.library import Kernels
+
+Pooled = Literal["", "pool", "relu"]  # what is behind a convolution: nothing, max pooling, max pooling and a ReLU
+
+
+class Convolve3x3(torch.autograd.Function):
+    """`F.conv2d(x, weight, bias, padding=padding)` for 3×3 filters, by `kernels`; x and result are (N, C, H, W) in
+    channels-last memory and of the kernels' element type, weight and bias float32. With `pooled` followed by
+    `F.max_pool2d(…, 2)`, with "relu" at least zero: the map before it is never written, and no gradient of its size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, pooled: Pooled, kernels: Kernels
+    ) -> Tensor:
+        images = x.to(kernels.element).permute(0, 2, 3, 1).contiguous()
+        filters = weight.float().permute(0, 2, 3, 1).contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        picked = None
+        if pooled:
+            y, picked = kernels.forward_pooled(images, filters, bias, padding, pooled == "relu")
+        else:
+            y = kernels.forward(images, filters, bias, padding)
+        ctx.save_for_backward(images, filters, picked)
+        ctx.padding, ctx.kernels, ctx.dtype = padding, kernels, x.dtype
+        return y.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        images, filters, picked = ctx.saved_tensors
+        kernels, padding = ctx.kernels, ctx.padding
+        gradient = gradients[0].to(kernels.element).permute(0, 2, 3, 1).contiguous()
+        of_x, of_weight, of_bias = None, None, None
+        if ctx.needs_input_grad[0]:
+            of_x = kernels.input_gradient(gradient, filters, padding, images.shape, picked)
+            of_x = of_x.permute(0, 3, 1, 2).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = kernels.filter_gradient(images, gradient, padding, picked)
+        if ctx.needs_input_grad[2]:
+            of_bias = kernels.channel_sums(gradient, picked)
+        return of_x, of_weight, of_bias, None, None, None
+
+
+class MaxPool2x2(torch.autograd.Function):
+    """`F.max_pool2d(x, 2)`, with `relu` at least zero, by `kernels`; x (N, C, H, W) in channels-last memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, relu: bool, kernels: Kernels) -> Tensor:
+        images = x.to(kernels.element).permute(0, 2, 3, 1).contiguous()
+        y = kernels.max_pool(images, relu)
+        ctx.save_for_backward(images, y)
+        ctx.relu, ctx.kernels, ctx.dtype = relu, kernels, x.dtype
+        return y.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        images, y = ctx.saved_tensors
+        gradient = gradients[0].to(ctx.kernels.element).permute(0, 2, 3, 1).contiguous()
+        of_x = ctx.kernels.max_pool_gradient(images, y, gradient, ctx.relu)
+        return of_x.permute(0, 3, 1, 2).to(ctx.dtype), None, None
+
+
+class BatchNorm(torch.autograd.Function):
+    """`activation((x - mean) × scale + shift)` by `kernels`, mean and scale being x's own: batch normalisation in
+    training. x (N, C, H, W) in channels-last memory, the last three float32 (C,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: str, kernels: Kernels
+    ) -> Tensor:
+        images = x.permute(0, 2, 3, 1)
+        ctx.save_for_backward(images, mean, scale, shift)
+        ctx.activation, ctx.kernels = activation, kernels
+        return kernels.normalise(images, mean, scale, shift, activation).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        images, mean, scale, shift = ctx.saved_tensors
+        gradient = gradients[0].to(ctx.kernels.element).permute(0, 2, 3, 1).contiguous()
+        of_x, of_shift = ctx.kernels.normalise_gradient(images, gradient, mean, scale, shift, ctx.activation)
+        return of_x.permute(0, 3, 1, 2), None, None, of_shift, None, None
+
+
+class Drop(torch.autograd.Function):
+    """Dropout by `kernels`: of what the bytes `draws` (uint8, of x's size) let pass, scaled so that its mean stays."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, draws: Tensor, threshold: int, kernels: Kernels) -> Tensor:
+        ctx.save_for_backward(draws)
+        ctx.threshold, ctx.kernels = threshold, kernels
+        return kernels.drop(x.contiguous(), draws, threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (draws,) = ctx.saved_tensors
+        gradient = gradients[0].to(ctx.kernels.element).contiguous()
+        return ctx.kernels.drop(gradient, draws, ctx.threshold), None, None, None
+
+
+class Unroll(torch.autograd.Function):
+    """Filters (O, C, 3, 3), float32, as `Kernels.unroll` makes a matrix of them."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, height: int, width: int, padding: int, kernels: Kernels) -> Tensor:
+        ctx.shape, ctx.map, ctx.kernels = weight.shape, (height, width, padding), kernels
+        return kernels.unroll(weight.float().permute(0, 2, 3, 1).contiguous(), height, width, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0].to(ctx.kernels.element).contiguous()
+        return ctx.kernels.unroll_gradient(gradient, ctx.shape, *ctx.map), None, None, None, None

@@ -1,0 +1,199 @@
+"""The compiled kernels' interface: each function of the C sources as a method on tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("", "relu", "gelu")  # in the order of pointwise.c
+
+
+class Kernels:
+    """Functions on images (N, H, W, C) of `element`: 3×3 convolutions of stride 1 with zero padding, filters
+    (O, 3, 3, C) in float32; 2×2 max pooling; batch normalisation; dropout. All tensors are contiguous. `convolves`:
+    whether convolutions are to be computed by them."""
+
+    def __init__(self, library: Path, element: torch.dtype):
+        """Raises OSError if the library cannot be loaded."""
+        self.element = element
+        self.convolves = True
+        self._call = ctypes.CDLL(str(library))
+        for function, pointers, numbers, result in (
+            ("transform_filters", 2, 3, None),
+            ("transform_turned_filters", 2, 3, None),
+            ("convolve", 7, 8, None),
+            ("filter_gradient", 5, 7, None),
+            ("max_pool", 2, 6, None),
+            ("max_pool_gradient", 4, 6, None),
+            ("channel_sums", 4, 3, None),
+            ("drop", 3, 3, None),
+            ("unroll", 2, 6, None),
+            ("unroll_gradient", 2, 6, None),
+            ("moments", 4, 3, None),
+            ("normalise", 5, 4, None),
+            ("normalise_gradient", 8, 4, None),
+            ("filters_size", 0, 2, ctypes.c_long),
+            ("convolve_scratch", 0, 6, ctypes.c_long),
+            ("sums_scratch", 0, 1, ctypes.c_long),
+            ("filter_gradient_scratch", 0, 7, ctypes.c_long),
+        ):
+            entry = getattr(self._call, function)
+            entry.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_long] * numbers
+            entry.restype = result
+
+    def forward(self, x: Tensor, filters: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+        """x (N, H, W, C) → (N, H', W', O), H' = H + 2 padding - 2; bias float32 (O,) or None."""
+        images, height, width, _ = x.shape
+        y = self._empty(images, height + 2 * padding - 2, width + 2 * padding - 2, len(filters))
+        self._convolve(x, None, self._transformed(filters), bias, y, None, padding, False)
+        return y
+
+    def forward_pooled(
+        self, x: Tensor, filters: Tensor, bias: Tensor | None, padding: int, relu: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`max_pool` of `forward`, (N, H'/2, W'/2, O), and uint8 of the same shape: which pixel of its window it is, 0
+        to 3, or 4 where `relu` has made a zero of it."""
+        images, height, width, _ = x.shape
+        y = self._empty(images, (height + 2 * padding - 2) // 2, (width + 2 * padding - 2) // 2, len(filters))
+        picked = torch.empty(y.shape, dtype=torch.uint8, device="cpu")
+        self._convolve(x, None, self._transformed(filters), bias, y, picked, padding, relu)
+        return y, picked
+
+    def input_gradient(
+        self, gradient: Tensor, filters: Tensor, padding: int, of: torch.Size, picked: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of x, of the shape `of`, from that of the result of `forward`, or, with `picked`, of
+        `forward_pooled`."""
+        outputs, _, _, channels = filters.shape
+        transformed = _floats(self._call.filters_size(outputs, channels))
+        threads = torch.get_num_threads()
+        self._call.transform_turned_filters(filters.data_ptr(), transformed.data_ptr(), channels, outputs, threads)
+        of_x = self._empty(*of)
+        self._convolve(gradient, picked, transformed, None, of_x, None, 2 - padding, False)
+        return of_x
+
+    def filter_gradient(self, x: Tensor, gradient: Tensor, padding: int, picked: Tensor | None = None) -> Tensor:
+        """The gradient of the filters, float32 (O, C, 3, 3) in channels-last memory, from that of the result, as
+        `input_gradient`."""
+        sizes = (*x.shape, gradient.shape[3], padding, torch.get_num_threads())
+        scratch = _floats(self._call.filter_gradient_scratch(*sizes))
+        shape = (gradient.shape[3], x.shape[3], 3, 3)
+        filters = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+        pointers = (x.data_ptr(), gradient.data_ptr(), _pointer(picked), filters.data_ptr(), scratch.data_ptr())
+        self._call.filter_gradient(*pointers, *sizes)
+        return filters
+
+    def max_pool(self, x: Tensor, relu: bool) -> Tensor:
+        """The maximum of each 2×2 window, (N, H/2, W/2, C), at least zero with `relu`."""
+        images, height, width, channels = x.shape
+        y = self._empty(images, height // 2, width // 2, channels)
+        self._call.max_pool(x.data_ptr(), y.data_ptr(), *x.shape, relu, torch.get_num_threads())
+        return y
+
+    def max_pool_gradient(self, x: Tensor, y: Tensor, gradient: Tensor, relu: bool) -> Tensor:
+        """The gradient of `max_pool`'s x from that of its result y."""
+        of_x = torch.empty_like(x)
+        pointers = (x.data_ptr(), y.data_ptr(), gradient.data_ptr(), of_x.data_ptr())
+        self._call.max_pool_gradient(*pointers, *x.shape, relu, torch.get_num_threads())
+        return of_x
+
+    def channel_sums(self, x: Tensor, picked: Tensor | None = None) -> Tensor:
+        """Sums over all but the last dimension, float32 (C,), of what `picked` does not say 4 of."""
+        channels = x.shape[-1]
+        sums, parts = _floats(channels), _floats(self._call.sums_scratch(channels))
+        sizes = (x.numel() // channels, channels, torch.get_num_threads())
+        self._call.channel_sums(x.data_ptr(), _pointer(picked), sums.data_ptr(), parts.data_ptr(), *sizes)
+        return sums
+
+    def drop(self, x: Tensor, draws: Tensor, threshold: int) -> Tensor:
+        """x, times 256 / (256 - threshold), where a byte of `draws` is at least `threshold`, else zero."""
+        y = torch.empty_like(x)
+        sizes = (x.numel(), threshold, torch.get_num_threads())
+        self._call.drop(x.data_ptr(), draws.data_ptr(), y.data_ptr(), *sizes)
+        return y
+
+    def unroll(self, filters: Tensor, height: int, width: int, padding: int) -> Tensor:
+        """Filters as the matrix (H'·W'·O, H·W·C) of a dense layer from a map of height × width to its convolution."""
+        outputs, _, _, channels = filters.shape
+        pixels = (height + 2 * padding - 2) * (width + 2 * padding - 2)
+        matrix = self._empty(pixels * outputs, height * width * channels)
+        sizes = (height, width, channels, outputs, padding, torch.get_num_threads())
+        self._call.unroll(filters.data_ptr(), matrix.data_ptr(), *sizes)
+        return matrix
+
+    def unroll_gradient(self, matrix: Tensor, of: torch.Size, height: int, width: int, padding: int) -> Tensor:
+        """The gradient of filters of shape `of` (O, C, 3, 3), float32 in channels-last memory, from that of `unroll`'s
+        result."""
+        filters = torch.empty(of, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+        sizes = (height, width, of[1], of[0], padding, torch.get_num_threads())
+        self._call.unroll_gradient(matrix.data_ptr(), filters.data_ptr(), *sizes)
+        return filters
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance over all but the last dimension, float32 (C,) each; there is at least one row."""
+        channels = x.shape[-1]
+        mean, variance, parts = _floats(channels), _floats(channels), _floats(self._call.sums_scratch(channels))
+        sizes = (x.numel() // channels, channels, torch.get_num_threads())
+        self._call.moments(x.data_ptr(), mean.data_ptr(), variance.data_ptr(), parts.data_ptr(), *sizes)
+        return mean, variance
+
+    def normalise(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: str) -> Tensor:
+        """activation((x - mean) × scale + shift), the last three float32 (C,)."""
+        y, channels = torch.empty_like(x), x.shape[-1]
+        pointers = (x.data_ptr(), y.data_ptr(), mean.data_ptr(), scale.data_ptr(), shift.data_ptr())
+        sizes = (x.numel() // channels, channels, ACTIVATIONS.index(activation), torch.get_num_threads())
+        self._call.normalise(*pointers, *sizes)
+        return y
+
+    def normalise_gradient(
+        self, x: Tensor, gradient: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of `normalise`'s x, whose own moments mean and scale are, and of its shift."""
+        channels = x.shape[-1]
+        of_x, of_shift, parts = torch.empty_like(x), _floats(channels), _floats(self._call.sums_scratch(channels))
+        tensors = (x, gradient, of_x, mean, scale, shift, of_shift, parts)
+        sizes = (x.numel() // channels, channels, ACTIVATIONS.index(activation), torch.get_num_threads())
+        self._call.normalise_gradient(*(tensor.data_ptr() for tensor in tensors), *sizes)
+        return of_x, of_shift
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.element, device="cpu")
+
+    def _transformed(self, filters: Tensor) -> Tensor:
+        outputs, _, _, channels = filters.shape
+        transformed = _floats(self._call.filters_size(channels, outputs))
+        threads = torch.get_num_threads()
+        self._call.transform_filters(filters.data_ptr(), transformed.data_ptr(), channels, outputs, threads)
+        return transformed
+
+    def _convolve(
+        self,
+        x: Tensor,
+        x_picked: Tensor | None,
+        transformed: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        y_picked: Tensor | None,
+        padding: int,
+        relu: bool,
+    ) -> None:
+        """Write to `y`. Where x was pooled, its size before that is the one that makes y's."""
+        images, height, width, channels = x.shape
+        if x_picked is not None:
+            height, width = y.shape[1] - 2 * padding + 2, y.shape[2] - 2 * padding + 2
+        threads = torch.get_num_threads()
+        scratch = _floats(self._call.convolve_scratch(images, height, width, channels, padding, threads))
+        tensors = (x, x_picked, transformed, bias, y, y_picked, scratch)
+        sizes = (images, height, width, channels, y.shape[3], padding, relu, threads)
+        self._call.convolve(*map(_pointer, tensors), *sizes)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
