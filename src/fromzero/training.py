@@ -302,7 +302,8 @@ def train_step(
         state.optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(_non_finite(step, f"the gradient of {name} is not finite", learning_rate))
     set_learning_rate(state.optimizer, learning_rate)
-    state.optimizer.step()
+    with machine.autocast():
+        state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return loss_value, int((logits.argmax(1) == batch.labels).sum().item())
 
