@@ -50,6 +50,22 @@ def test_orthogonalised_keeps_directions_and_levels_singular_values(shape):
     assert optim.orthogonalised(torch.zeros(shape)).abs().max() == 0
 
 
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (12, 12)])
+def test_steps_on_the_small_square_matrix_are_newton_schulz_steps(shape):
+    """Against the iteration as it was published, which moves the whole matrix at each step."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = {dtype: optim.orthogonalised(x.to(dtype)) for dtype in (torch.float64, torch.float32)}
+    with torch.autocast("cpu", torch.bfloat16):
+        found[torch.bfloat16] = optim.orthogonalised(x.float())
+    assert found[torch.bfloat16].dtype == torch.float32
+    a, b, c = optim.NEWTON_SCHULZ
+    x = x / x.norm()
+    for _ in range(optim.NEWTON_SCHULZ_STEPS):
+        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        assert (found[dtype] - x).norm() < tolerance * x.norm()
+
+
 def test_muon_is_its_definition():
     """Three steps against the update written out: filters by orthogonalised momentum, the rest by torch's SGD."""
     recipe = OptimizerRecipe(name="muon", learning_rate=0.2, momentum=0.8, muon_momentum=0.6, weight_decay=0.01)
