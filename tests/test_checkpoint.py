@@ -91,7 +91,10 @@ def test_all_damaged_is_an_error_and_none_is_none(small, tmp_path):
     assert checkpoint.load_last(tmp_path) is None
     checkpoint.save(tmp_path, small)
     (tmp_path / "last.safetensors").write_bytes(b"")
-    with pytest.raises(DamagedCheckpointError, match="no whole checkpoint is left"):
+    with pytest.raises(DamagedCheckpointError, match=r"no whole checkpoint is left$"):
+        checkpoint.load_last(tmp_path)
+    checkpoint.save_best(tmp_path, small)
+    with pytest.raises(DamagedCheckpointError, match=r"weights of the best epoch are in .*best\.safetensors"):
         checkpoint.load_last(tmp_path)
 
 

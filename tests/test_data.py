@@ -295,6 +295,13 @@ def test_a_damaged_archive_is_refused_by_name(mode, tmp_path, write_cifar):
         assert str(archive) in refused(archive)
 
 
+def test_a_file_that_is_no_archive_is_not_called_damaged(tmp_path, write_cifar):
+    folder = write_cifar(tmp_path / "set")
+    said = refused(folder / "test_batch.bin")
+    assert "neither a folder nor an archive" in said
+    assert "delete" not in said
+
+
 # Malice
 
 

@@ -33,9 +33,14 @@ def test_a_torch_without_get_capabilities_sees_the_same_instructions(monkeypatch
     assert machine._bfloat16_features() == here
 
 
-def test_threads_are_those_of_the_process_unless_asked_for():
+def test_threads_are_those_of_the_process_unless_asked_for(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert machine.prepare(device="cpu", threads=1).threads == torch.get_num_threads() == 1
     assert machine.prepare(device="cpu").threads == torch.get_num_threads() >= 1
+    usable = machine.prepare(device="cpu").threads
+    for given, threads in (("1", 1), ("4096", usable), ("many", usable)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        assert machine.prepare(device="cpu").threads == threads
     with pytest.raises(InputError, match="threads: 0"):
         machine.prepare(device="cpu", threads=0)
 

@@ -323,6 +323,14 @@ def test_a_study_done_before_is_left_alone(finished):
     assert before == {p: p.stat().st_mtime_ns for p in (execution.folder / "cells").rglob("*") if p.is_file()}
 
 
+def test_the_command_that_goes_on_has_the_options_that_were_given(finished):
+    file, execution, runs_dir = finished
+    assert execution.command.endswith(f"--runs-dir {runs_dir} --keep-weights")
+    again = prepare_study(load_study(file), runs_dir=runs_dir, data_dir=Path("a b"), jobs=1, device="cpu", offline=True)
+    study = f"fromzero study {file} --scale {again.study.scale} --seeds {again.study.seeds}"
+    assert again.command == f"{study} --runs-dir {runs_dir} --data-dir 'a b' --jobs 1 --device cpu --offline"
+
+
 def test_outcomes_are_those_of_the_last_epoch(finished):
     _, execution, _ = finished
     for cell in execution.cells:

@@ -513,7 +513,7 @@ def test_the_average_of_the_weights_is_what_is_scored_and_kept(small, tiny_image
                 average[name] = decay * average[name] + (1 - decay) * weight
     for name, weight in run.state.average.state_dict().items():
         torch.testing.assert_close(weight, average[name], rtol=1e-4, atol=1e-6)
-    network = load_network(run.run, tiny_images, run.machine)
+    network, _ = load_network(run.run, tiny_images, run.machine)
     assert all(torch.equal(t, network.state_dict()[name]) for name, t in run.state.average.state_dict().items())
     outcomes = evaluate(network, *run.data.validation, run.data.normalise, run.machine)
     assert outcomes.accuracy == run.run.summary["val/accuracy"]
@@ -556,10 +556,10 @@ def test_label_smoothing_is_in_the_loss_that_is_trained_not_in_what_is_scored(sm
 
 
 def test_a_crop_larger_than_the_images_or_before_a_flat_head_is_refused(small, tiny_images, tmp_path):
-    with pytest.raises(InputError, match=r"augment.crop: 40 is more than the 32×32 images have"):
-        new_training(
-            small.override({"augment.crop": 40, "network.head": "mean"}), tiny_images, runs_dir=tmp_path / "none"
-        )
+    for change in ("augment.crop", "augment.cutout", "augment.translate"):
+        recipe = small.override({change: 40, "network.head": "mean"})
+        with pytest.raises(InputError, match=f"{change}: 40 is more than the 32×32 images have"):
+            new_training(recipe, tiny_images, runs_dir=tmp_path / "none")
     assert not (tmp_path / "none").exists()
     with pytest.raises(InputError, match=r"it needs network\.head max or mean"):
         small.override({"augment.crop": 24})

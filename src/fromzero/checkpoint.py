@@ -124,7 +124,8 @@ def load_last(folder: Path) -> Checkpoint | None:
             warnings.warn(f"{message}; using {path.name} instead", stacklevel=2)
         return found
     if damaged:
-        raise DamagedCheckpointError("; ".join(damaged) + "; no whole checkpoint is left")
+        best = f"; weights of the best epoch are in {folder / BEST}" if (folder / BEST).exists() else ""
+        raise DamagedCheckpointError("; ".join(damaged) + f"; no whole checkpoint is left{best}")
     return None
 
 

@@ -212,9 +212,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     images = sessions.recorded_images(run, data_dir=arguments.data_dir, offline=arguments.offline)
     precision = run.provenance["machine"]["precision"]
     here = machine.prepare(precision, device=arguments.device or "auto", threads=arguments.threads)
-    network = sessions.load_network(run, images, here, arguments.checkpoint)
+    network, weights = sessions.load_network(run, images, here, arguments.checkpoint)
     data = Data.of(recipe, images, here.device)
-    print(f"{run.path}: {recipe.name}, {arguments.checkpoint} weights, {here.device}, {here.precision}")
+    print(f"{run.path}: {recipe.name}, {weights.stem} weights, {here.device}, {here.precision}")
     if arguments.tta != "none":
         print(f"  with test-time augmentation ({arguments.tta}): not to be compared with figures without")
     for label, subset in (

@@ -47,8 +47,8 @@ def header(run: Training) -> str:
         f"{run.run.path}: {recipe.name} on {run.images.name}, {parameters:,} parameters, seed {recipe.seed}",
         f"  {len(run.data.train.labels):,} train images from {run.images.source}; {validation_label(recipe)}"
         f" ({len(run.data.validation.labels):,})",
-        f"  {here.device}, {here.threads} threads, {here.precision}{kernels}; {recipe.optimizer.name} at"
-        f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {recipe.epochs} epochs",
+        f"  {here.device}, {_counted(here.threads, 'thread')}, {here.precision}{kernels}; {recipe.optimizer.name} at"
+        f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {_counted(recipe.epochs, 'epoch')}",
     ]
     if counters.step:
         lines.append(f"  going on at step {counters.step:,}, {counters.epoch} of {recipe.epochs} epochs done")

@@ -202,11 +202,14 @@ def summary(network: NetworkRecipe, image_shape: ImageShape, num_classes: int) -
     """The table that Keras's `summary()` prints: layer and type, output shape, parameters, totals."""
     rows = [row for row in layers(network, image_shape, num_classes) if row.shown]
     total, fixed = sum(row.parameters for row in rows), sum(row.fixed for row in rows)
-    lines = [f"{'Layer (type)':<32}{'Output Shape':<24}Param #", "=" * 66]
-    for row in rows:
+    titles = [f"{row.name} ({row.kind})" for row in rows]
+    width = max(32, *(len(title) + 2 for title in titles))
+    rule = width + 34
+    lines = [f"{'Layer (type)':<{width}}{'Output Shape':<24}Param #", "=" * rule]
+    for title, row in zip(titles, rows, strict=True):
         shape = "(" + ", ".join(["None", *map(str, row.shape)]) + ")"
-        lines += [f"{f'{row.name} ({row.kind})':<32}{shape:<24}{row.parameters}", "_" * 66]
-    lines[-1] = "=" * 66
+        lines += [f"{title:<{width}}{shape:<24}{row.parameters}", "_" * rule]
+    lines[-1] = "=" * rule
     lines += [f"Total params: {total:,}", f"Trainable params: {total - fixed:,}", f"Non-trainable params: {fixed:,}"]
     return "\n".join(lines)
 

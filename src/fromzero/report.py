@@ -25,7 +25,7 @@ def validation_label(recipe: Recipe) -> str:
     """What the validation figures of a run are, to be said wherever they appear."""
     if recipe.validation.source == "test":
         return "validation = the test images, as in the notes"
-    return f"validation = {recipe.validation.fraction:.0%} of the train images, held out"
+    return f"validation = {100 * recipe.validation.fraction:.4g}% of the train images, held out"
 
 
 def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, path: Path) -> None:

@@ -148,6 +148,10 @@ class Run:
                 f"{self.path}: another process writes to this run: process {holder.get('pid', '?')} on"
                 f" {holder.get('host', '?')}; wait for it, or stop it (Ctrl-C saves)"
             ) from None
+        except OSError as error:
+            raise FromzeroError(
+                f"{self.path}: cannot be written: {error.strerror}; make the folder writable, or copy it to one that is"
+            ) from None
         try:
             self._write_json("writer.json", {"host": socket.gethostname(), "pid": os.getpid()})
             yield

@@ -246,12 +246,14 @@ def last_checkpoint(run: Run) -> Checkpoint:
     return found
 
 
-def load_network(run: Run, images: ImageSet, here: Machine, which: str = "last") -> Network:
-    """A run's network with its `last` or `best` weights, in evaluation mode."""
+def load_network(run: Run, images: ImageSet, here: Machine, which: str = "last") -> tuple[Network, Path]:
+    """A run's network with its `last` or `best` weights, in evaluation mode, and the checkpoint they are from: an older
+    one where the last is damaged."""
     path = run.checkpoints / checkpoint.BEST
     if which == "best" and not path.exists():
         raise FromzeroError(f"{run.path}: it has no best checkpoint yet")
     found = checkpoint.load(path) if which == "best" else last_checkpoint(run)
     model = networks.build(run.recipe.network, images.image_shape, images.num_classes, device=here.device)
     load_weights(model, model_weights(found))
-    return model.eval()
+    assert found.path is not None  # it was read from a file
+    return model.eval(), found.path

@@ -322,9 +322,10 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
             raise InputError(f"{images.source}: only {len(part)} {split} images")
         if part.labels.min() < 0 or part.labels.max() >= images.num_classes:
             raise InputError(f"{images.source}: {split} labels are not all from 0 to {images.num_classes - 1}")
-    if recipe.augment.crop > min(images.image_shape[:2]):
-        height, width = images.image_shape[:2]
-        raise InputError(f"augment.crop: {recipe.augment.crop} is more than the {height}×{width} images have")
+    height, width = images.image_shape[:2]
+    for change in ("crop", "cutout", "translate"):
+        if (pixels := getattr(recipe.augment, change)) > min(height, width):
+            raise InputError(f"augment.{change}: {pixels} is more than the {height}×{width} images have")
     if recipe.validation.source == "split":
         present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
         if (counts < 2).any():

@@ -184,12 +184,24 @@ def _archive_files(path: Path) -> dict[str, Callable[[], bytes]]:
     except InputError:
         raise
     except Exception as error:  # a damaged archive can raise whatever tarfile and the decompressors have
+        if path.is_file() and not _looks_like_an_archive(path):
+            raise InputError(
+                f"{path}: neither a folder nor an archive: name the folder that holds CIFAR's files, or a .tar.gz"
+            ) from None
         size = path.stat().st_size if path.exists() else 0
         raise InputError(
             f"{path}: damaged or truncated: expected a whole .tar.gz archive, found {size:,} bytes that end in"
             f" {_one_line(error)}; delete it and get it again"
         ) from None
     return {name: (lambda data=data: data) for name, data in contents.items()}  # type: ignore[misc]
+
+
+def _looks_like_an_archive(path: Path) -> bool:
+    """By its first bytes (gzip, bzip2, xz; tar has its mark at byte 257) or by its name, if those are damaged."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    named = bool({".tar", ".tgz", ".gz", ".bz2", ".xz"} & set(path.suffixes))
+    return named or head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")) or head[257:262] == b"ustar"
 
 
 def _one_line(error: Exception) -> str:

@@ -183,7 +183,7 @@ def _record_outcomes(cell: Cell, images: ImageSet) -> None:
     recorded = run.provenance["machine"]
     here = machine.prepare(recorded["precision"], device=recorded["device"], threads=recorded["threads"])
     try:
-        network = sessions.load_network(run, images, here)
+        network, _ = sessions.load_network(run, images, here)
     except FromzeroError:
         return
     data = Data.of(cell.recipe, images, here.device)

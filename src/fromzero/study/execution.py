@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,7 @@ class Execution:
     place: Place
     tuned: bool
     keep_weights: bool = False
+    options: tuple[str, ...] = ()
     best: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -110,7 +112,7 @@ class Execution:
     def command(self) -> str:
         """What to type to do this again, or to go on with it."""
         text = command(self.study.label, self.study.scale, self.study.seeds, self.tuned)
-        return text + (" --on ray" if self.place == "ray" else "")
+        return shlex.join([*shlex.split(text), *self.options])
 
     def _run(self, cells: Sequence[Cell]) -> Iterator[Event]:
         waiting = self._open(cells)
@@ -218,6 +220,16 @@ def prepare_study(
     for option, value, most in (("--jobs", jobs, 1024), ("--threads", threads, MAX_THREADS)):
         if value is not None and not 1 <= value <= most:
             raise InputError(f"{option}: {value} is not from 1 to {most}")
+    given = {
+        "--runs-dir": None if runs_dir == Path("runs") else runs_dir,
+        "--data-dir": data_dir,
+        "--jobs": jobs,
+        "--threads": threads,
+        "--device": device,
+        "--on": None if place == "local" else place,
+    }
+    options = [word for option, value in given.items() if value is not None for word in (option, str(value))]
+    options += ["--offline"] * offline + ["--keep-weights"] * keep_weights
     dataset = next(iter(study.arms.values())).recipe.dataset
     images = load_images(dataset, data_dir=data_dir, offline=offline)
     for arm in study.arms.values():
@@ -232,7 +244,7 @@ def prepare_study(
     threads = threads or (max(1, cores // jobs) if on_gpu else 1)
     setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device or "auto", threads)
     folder = runs_dir.resolve() / "studies" / f"{study.name}-{study.scale}{'-tuned' if tune else ''}"
-    return Execution(study, folder, images, setting, jobs, place, tune, keep_weights)
+    return Execution(study, folder, images, setting, jobs, place, tune, keep_weights, tuple(options))
 
 
 def command(label: str, scale: str, seeds: int, tuned: bool) -> str:
