@@ -31,7 +31,7 @@ claim names and in nothing else, on the same images, with the same seeds.
 - **Correlation** says what pairing by seed bought: at 0 nothing. **Seen** is the smallest true difference that so many
   pairs find four times out of five. **To settle** is how many more seeds would find a difference of the size seen;
   seeds added after looking make p too small, so start anew with that many.
-- **Screen** is small and short: a quarter of the width, 4,000 train images, some ten to twenty epochs. Where the
+- **Screen** is small and short: a quarter of the width, 4,000 train images, six to twenty epochs. Where the
   *train* column is far below 100, the networks have not yet learned their images by heart, and what pays only then,
   dropout above all, cannot pay: *contradicted* at this scale means "not at this scale", not "not in 50 epochs".
 """
