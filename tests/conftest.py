@@ -1,6 +1,7 @@
 """What the tests share: CIFAR-10 where it is, and small folders in its layout where it is not needed."""
 
 import pickle
+import signal
 import tarfile
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 
 from fromzero.data import load_images
 from fromzero.data.cifar import CIFAR10_CLASSES
+
+# A shell's background job has Ctrl-C ignored, and so would everything that a test starts and then interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Python2Pickler(pickle._Pickler):
