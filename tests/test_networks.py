@@ -159,7 +159,7 @@ def test_any_image_shape_and_number_of_classes(shape, classes):
 
 
 def test_images_that_are_too_small_are_refused_by_name():
-    with pytest.raises(InputError, match=r"pooling of block 3 leaves no pixel of 8×8 images"):
+    with pytest.raises(InputError, match=r"pooling of block 4 leaves no pixel of 8×8 images"):
         networks.layers(load_recipe("train1").network, (8, 8, 3), 10)
 
 

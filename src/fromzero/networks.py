@@ -91,12 +91,12 @@ def layers(network: NetworkRecipe, image_shape: ImageShape, num_classes: int) ->
             branch = i + 1 if network.residual and j > 0 else 0
             shrink = 2 if block.padding == "valid" else 0
             height, width = height - shrink, width - shrink
-            _check_size(height, width, image_shape, f"a {block.padding} convolution of block {i}")
+            _check_size(height, width, image_shape, f"a {block.padding} convolution of block {i + 1}")
             parameters = 9 * channels * out + (0 if network.batch_norm else out)
             add("Conv2D", (height, width, out), parameters=parameters, padding=block.padding, branch=branch)
             channels = out
             if network.pool_after == "first" and j == 0:
-                pool(block.pool, f"the pooling of block {i}")
+                pool(block.pool, f"the pooling of block {i + 1}")
             if network.batch_norm:
                 shape = (height, width, channels)
                 add("BatchNormalization", shape, parameters=3 * channels, fixed=2 * channels, branch=branch)
@@ -105,7 +105,7 @@ def layers(network: NetworkRecipe, image_shape: ImageShape, num_classes: int) ->
                 branch = 0
             add("Activation", (height, width, channels), shown=block.activation_layers, branch=branch)
         if network.pool_after == "last":
-            pool(block.pool, f"the pooling of block {i}")
+            pool(block.pool, f"the pooling of block {i + 1}")
         if block.dropout > 0:
             add("Dropout", (height, width, channels), rate=block.dropout)
     features = height * width * channels if network.head == "flatten" else channels
