@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -329,6 +330,11 @@ def test_the_command_that_goes_on_has_the_options_that_were_given(finished):
     again = prepare_study(load_study(file), runs_dir=runs_dir, data_dir=Path("a b"), jobs=1, device="cpu", offline=True)
     study = f"fromzero study {file} --scale {again.study.scale} --seeds {again.study.seeds}"
     assert again.command == f"{study} --runs-dir {runs_dir} --data-dir 'a b' --jobs 1 --device cpu --offline"
+    odd = file.with_name("one's own.toml")
+    odd.write_text(file.read_text())
+    plain = prepare_study(load_study(odd)).command
+    assert shlex.split(plain)[2] == str(odd)
+    assert plain == plain.strip()
 
 
 def test_outcomes_are_those_of_the_last_epoch(finished):

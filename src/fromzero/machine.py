@@ -34,7 +34,7 @@ NUMERIC_MODULES = (
     "fused",
     "kernels/__init__",
     "kernels/functions",
-    "kernels/library",
+    "kernels/interface",
     "machine",
     "modules",
     "networks",

@@ -184,7 +184,7 @@ def _archive_files(path: Path) -> dict[str, Callable[[], bytes]]:
     except InputError:
         raise
     except Exception as error:  # a damaged archive can raise whatever tarfile and the decompressors have
-        if path.is_file() and not _looks_like_an_archive(path):
+        if isinstance(error, tarfile.ReadError) and not _looks_like_an_archive(path):
             raise InputError(
                 f"{path}: neither a folder nor an archive: name the folder that holds CIFAR's files, or a .tar.gz"
             ) from None

@@ -24,7 +24,7 @@ from torch import Tensor
 from fromzero import files
 from fromzero.errors import FromzeroError
 from fromzero.kernels.functions import BatchNorm, Convolve3x3, Drop, MaxPool2x2, Pooled, Unroll
-from fromzero.kernels.library import ACTIVATIONS, Kernels
+from fromzero.kernels.interface import ACTIVATIONS, Kernels
 
 __all__ = [
     "ACTIVATIONS",

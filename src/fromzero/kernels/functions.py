@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fromzero.kernels.library import Kernels
+from fromzero.kernels.interface import Kernels
 
 Pooled = Literal["", "pool", "relu"]  # what is behind a convolution: nothing, max pooling, max pooling and a ReLU
 

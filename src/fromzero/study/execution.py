@@ -112,7 +112,7 @@ class Execution:
     def command(self) -> str:
         """What to type to do this again, or to go on with it."""
         text = command(self.study.label, self.study.scale, self.study.seeds, self.tuned)
-        return shlex.join([*shlex.split(text), *self.options])
+        return f"{text} {shlex.join(self.options)}".rstrip()
 
     def _run(self, cells: Sequence[Cell]) -> Iterator[Event]:
         waiting = self._open(cells)
@@ -249,7 +249,7 @@ def prepare_study(
 
 def command(label: str, scale: str, seeds: int, tuned: bool) -> str:
     """The command line that carries a study out."""
-    return f"fromzero study {label} --scale {scale} --seeds {seeds}{' --tune' if tuned else ''}"
+    return f"fromzero study {shlex.quote(label)} --scale {scale} --seeds {seeds}{' --tune' if tuned else ''}"
 
 
 def cell_name(arm: str, seed: int) -> str:
