@@ -159,24 +159,26 @@ static inline __attribute__((always_inline)) void load_unpooled_tile(const eleme
         }
 }
 
-/* B^T d B: 36 vectors. `picked`: as of `load_unpooled_tile`, where x is such a gradient, else NULL. */
-static inline void transformed_input(const element *x, const uint8_t *picked, int second, place at, lanes which,
-                                     vector v[36]) {
-    vector d[36], half[36];
+/* B^T d: 36 vectors; B is left to whoever stores the rows, as they come out of the registers. `picked`: as of
+   `load_unpooled_tile`, where x is such a gradient, else NULL. */
+static inline __attribute__((always_inline)) void half_input(const element *x, const uint8_t *picked, int second, place at,
+                                                             lanes which, vector half[36]) {
+    vector d[36];
     if (!picked) load_tile(x, at, which, 6, d);
     else if (second) load_unpooled_tile(x, picked, at, which, 6, 1, d);
     else load_unpooled_tile(x, picked, at, which, 6, 0, d);
+#pragma GCC unroll 6
     for (int j = 0; j < 6; j++) input_transform(d + j, 6, half + j, 6);
-    for (int i = 0; i < 6; i++) input_transform(half + 6 * i, 1, v + 6 * i, 1);
 }
 
-/* A dy A^T: 36 vectors. `picked`: as of `load_unpooled_tile`, or NULL. */
-static inline void transformed_gradient(const element *dy, const uint8_t *picked, place at, lanes which, vector e[36]) {
-    vector pixels[16], half[24];
+/* A dy: 24 vectors; A^T is left to whoever stores the rows. */
+static inline __attribute__((always_inline)) void half_gradient(const element *dy, const uint8_t *picked, place at, lanes which,
+                                                                vector half[24]) {
+    vector pixels[16];
     if (picked) load_unpooled_tile(dy, picked, at, which, 4, 0, pixels);
     else load_tile(dy, at, which, 4, pixels);
+#pragma GCC unroll 4
     for (int j = 0; j < 4; j++) gradient_transform(pixels + j, 4, half + j, 4);
-    for (int i = 0; i < 6; i++) gradient_transform(half + 4 * i, 1, e + 6 * i, 1);
 }
 
 /* 2x2 max pooling of a tile's four windows, at least zero with `relu`. `where` is the first of the window's pixels that has
@@ -228,11 +230,14 @@ void convolve(const element *x, const uint8_t *x_picked, const float *u, const f
             place at = x_picked ? place_of(start + t, down, across, h / 2, w / 2, c, 2, 3 + pad % 2, (pad + 1) / 2)
                                 : place_of(start + t, down, across, h, w, c, 4, 6, pad);
             for (long channel = 0; channel < c; channel += LANES) {
-                vector tile[36];
-                transformed_input(x + channel, x_picked ? x_picked + channel : NULL, pad % 2, at, lanes_of(c - channel),
-                                  tile);
-                for (long position = 0; position < 36; position++)
-                    store((element *)(v + position * v_apart + t * c_units) + channel, tile[position], lanes_of(LANES));
+                vector half[36];
+                element *to = (element *)(v + t * c_units) + channel;
+                half_input(x + channel, x_picked ? x_picked + channel : NULL, pad % 2, at, lanes_of(c - channel), half);
+                for (long i = 0; i < 6; i++) {
+                    vector row[6];
+                    input_transform(half + 6 * i, 1, row, 1);
+                    for (long j = 0; j < 6; j++) store(to + (6 * i + j) * v_apart * PAIR, row[j], lanes_of(LANES));
+                }
             }
         }
         for (long out = 0; out < o; out += WIDE) {
@@ -280,13 +285,9 @@ long convolve_scratch(long n, long h, long w, long c, long pad, long threads) {
     return threads * 36 * (apart(block * (round_up(c, LANES) / PAIR)) + apart(block * WIDE));
 }
 
-/* G g G^T for LANES channels from `channel` on of filter `out`, turned by 180 degrees for the gradient of the input. */
-static inline void transformed_filter(const float *weights, long c, long out, long channel, int turned, vector u[36]) {
-    vector g[9], half[18];
-    for (long i = 0; i < 9; i++) {
-        g[i] = (vector){0};
-        memcpy(&g[i], weights + (out * 9 + (turned ? 8 - i : i)) * c + channel, 4 * min(c - channel, LANES));
-    }
+/* G g G^T of LANES filters side by side; `g` are their nine weights, turned by 180 degrees for the gradient of the input. */
+static inline void transformed_filter(const vector g[9], vector u[36]) {
+    vector half[18];
     for (long j = 0; j < 3; j++) filter_transform(g + j, 3, half + j, 3);
     for (long i = 0; i < 6; i++) filter_transform(half + 3 * i, 1, u + 6 * i, 1);
 }
@@ -299,20 +300,22 @@ void transform_filters(const float *weights, float *u, long c, long o, long thre
     long c_lanes = round_up(c, LANES), c_units = c_lanes / PAIR, o_lanes = round_up(o, LANES);
     long u_apart = apart(o_lanes * c_units);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long group = 0; group < o_lanes; group += LANES) {
-        long start = group / WIDE * WIDE, wide = min(WIDE, o_lanes - start);
-        for (long channel = 0; channel < c_lanes; channel += LANES)
-            for (long out = group; out < group + LANES; out++) {
-                vector tile[36];
-                memset(tile, 0, sizeof tile);
-                if (out < o) transformed_filter(weights, c, out, channel, 0, tile);
-                for (long position = 0; position < 36; position++) {
-                    float units[LANES / PAIR];
-                    store((element *)units, tile[position], lanes_of(LANES));
-                    float *to = u + position * u_apart + start * c_units + channel / PAIR * wide + out - start;
-                    for (long k = 0; k < LANES / PAIR; k++) to[k * wide] = units[k];
-                }
+    for (long out = 0; out < o_lanes; out += LANES) {
+        long start = out / WIDE * WIDE, wide = min(WIDE, o_lanes - start);
+        for (long channel = 0; channel < c_lanes; channel += LANES) {
+            vector g[LANES][9] = {{{0}}}; /* channel, weight, filter */
+            for (long each = 0; each < min(LANES, o - out); each++)
+                for (long i = 0; i < 9; i++)
+                    for (long lane = 0; lane < min(LANES, c - channel); lane++)
+                        g[lane][i][each] = weights[((out + each) * 9 + i) * c + channel + lane];
+            for (long lane = 0; lane < LANES; lane += PAIR) {
+                vector tiles[PAIR][36];
+                for (long each = 0; each < PAIR; each++) transformed_filter(g[lane + each], tiles[each]);
+                for (long position = 0; position < 36; position++)
+                    store_units(u + position * u_apart + start * c_units + (channel + lane) / PAIR * wide + out - start,
+                                tiles[0][position], tiles[PAIR - 1][position]);
             }
+        }
     }
 }
 
@@ -324,10 +327,13 @@ void transform_turned_filters(const float *weights, float *u, long c, long o, lo
         for (long channel = 0; channel < c_lanes; channel += LANES) {
             long start = channel / WIDE * WIDE, wide = min(WIDE, c_lanes - start);
             vector tiles[PAIR][36];
-            memset(tiles, 0, sizeof tiles);
-            for (long each = 0; each < PAIR; each++)
-                if (unit * PAIR + each < o)
-                    transformed_filter(weights, c, unit * PAIR + each, channel, 1, tiles[each]);
+            for (long each = 0; each < PAIR; each++) {
+                long out = unit * PAIR + each;
+                vector g[9] = {{0}};
+                for (long i = 0; i < 9 && out < o; i++)
+                    memcpy(&g[i], weights + (out * 9 + 8 - i) * c + channel, 4 * min(c - channel, LANES));
+                transformed_filter(g, tiles[each]);
+            }
             for (long position = 0; position < 36; position++)
                 store_units(u + position * u_apart + start * o_units + unit * wide + channel - start,
                             tiles[0][position], tiles[PAIR - 1][position]);
@@ -364,7 +370,7 @@ long filter_gradient_scratch(long n, long h, long w, long c, long o, long pad, l
 /* Transform the input and the output's gradient of one unit of tiles. */
 static void transform_unit(const element *x, const element *dy, const uint8_t *picked, float *v, float *e, long h, long w,
                            long c, long o, long pad, const plan *p, long unit, long k) {
-    vector tiles[PAIR][36];
+    vector halves[PAIR][36];
     place of_x[PAIR], of_dy[PAIR];
     for (int each = 0; each < PAIR; each++) {
         long tile = unit * PAIR + each, height = h + 2 * pad - 2, width = w + 2 * pad - 2;
@@ -376,17 +382,23 @@ static void transform_unit(const element *x, const element *dy, const uint8_t *p
     for (long channel = 0; channel < c; channel += LANES) {
         long start = channel / WIDE * WIDE, wide = min(WIDE, p->c_lanes - start);
         for (int each = 0; each < PAIR; each++)
-            transformed_input(x + channel, NULL, 0, of_x[each], lanes_of(c - channel), tiles[each]);
-        for (long position = 0; position < 36; position++)
-            store_units(v + position * p->v_apart + start * p->chunk + k * wide + channel - start, tiles[0][position],
-                        tiles[PAIR - 1][position]);
+            half_input(x + channel, NULL, 0, of_x[each], lanes_of(c - channel), halves[each]);
+        float *to = v + start * p->chunk + k * wide + channel - start;
+        for (long i = 0; i < 6; i++) {
+            vector rows[PAIR][6];
+            for (int each = 0; each < PAIR; each++) input_transform(halves[each] + 6 * i, 1, rows[each], 1);
+            for (long j = 0; j < 6; j++) store_units(to + (6 * i + j) * p->v_apart, rows[0][j], rows[PAIR - 1][j]);
+        }
     }
     for (long out = 0; out < o; out += LANES) {
         for (int each = 0; each < PAIR; each++)
-            transformed_gradient(dy + out, picked ? picked + out : NULL, of_dy[each], lanes_of(o - out), tiles[each]);
-        for (long position = 0; position < 36; position++)
-            store_units(e + position * p->e_apart + k * p->o_lanes + out, tiles[0][position],
-                        tiles[PAIR - 1][position]);
+            half_gradient(dy + out, picked ? picked + out : NULL, of_dy[each], lanes_of(o - out), halves[each]);
+        float *to = e + k * p->o_lanes + out;
+        for (long i = 0; i < 6; i++) {
+            vector rows[PAIR][6];
+            for (int each = 0; each < PAIR; each++) gradient_transform(halves[each] + 4 * i, 1, rows[each], 1);
+            for (long j = 0; j < 6; j++) store_units(to + (6 * i + j) * p->e_apart, rows[0][j], rows[PAIR - 1][j]);
+        }
     }
 }
 
