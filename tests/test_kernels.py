@@ -20,6 +20,8 @@ SHAPES = [
     (4, 16, 13, 32, 16, 0),
     (130, 4, 4, 70, 50, 1),
 ]
+# The same of few channels; strips of eight rows cut off.
+FEW = [(3, 19, 12, 3, 32, 1), (2, 9, 7, 1, 70, 0), (4, 5, 6, 4, 16, 0), (70, 10, 9, 2, 17, 1), (1, 3, 40, 3, 130, 1)]
 ERRORS = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # root mean square over standard deviation
 
 
@@ -55,10 +57,42 @@ def test_a_convolution_and_its_gradients_are_those_of_pytorch(made, images, heig
         assert error(a.grad, b.grad) < ERRORS[made.element]
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize(("images", "height", "width", "inputs", "outputs", "padding"), FEW)
+def test_a_convolution_of_few_channels(made, images, height, width, inputs, outputs, padding, pooled, relu):
+    """Beside PyTorch's in float64; its gradients from the pixels that are picked here: near a tie others are there."""
+    torch.manual_seed(0)
+    x = torch.randn(images, inputs, height, width).to(made.element).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(outputs, inputs, 3, 3) / (9 * inputs) ** 0.5, torch.randn(outputs)
+    ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    y = kernels.ConvolveDirectly.apply(*ours, padding, pooled, relu, made)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    whole = F.conv2d(*exact, padding=padding)
+    expected = F.max_pool2d(whole, 2) if pooled else whole
+    assert error(y, (F.relu(expected) if relu else expected).detach()) < ERRORS[made.element]
+    gradient = torch.randn(y.shape).to(made.element)
+    y.backward(gradient)
+    spread = torch.zeros_like(whole)
+    if pooled:
+        filters = weight.permute(0, 2, 3, 1).contiguous()
+        z, picked = made.forward_directly(x.permute(0, 2, 3, 1).contiguous(), filters, bias, padding, pooled, relu)
+        assert torch.equal(z.permute(0, 3, 1, 2), y)
+        for pixel in range(4):
+            window = spread[..., pixel // 2 :: 2, pixel % 2 :: 2][..., : y.shape[2], : y.shape[3]]
+            window.copy_(torch.where(picked.permute(0, 3, 1, 2) == pixel, gradient, 0))
+    else:
+        spread.copy_(torch.where(y > 0, gradient, 0) if relu else gradient)
+    whole.backward(spread)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.grad.dtype == a.dtype
+        assert error(a.grad, b.grad) < ERRORS[made.element]
+
+
 def test_threads_do_not_change_the_bits(made):
     torch.manual_seed(0)
     x, gradient = torch.randn(7, 11, 10, 48).to(made.element), torch.randn(7, 11, 10, 80).to(made.element)
-    filters = torch.randn(80, 3, 3, 48)
+    filters, image, few = torch.randn(80, 3, 3, 48), x[..., :3].contiguous(), torch.randn(80, 3, 3, 3)
     found = []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
@@ -68,6 +102,9 @@ def test_threads_do_not_change_the_bits(made):
                 made.input_gradient(gradient, filters, 1, x.shape),
                 made.filter_gradient(x, gradient, 1),
                 made.channel_sums(gradient),
+                made.forward_directly(image, few, None, 1, False, True)[0],
+                *made.forward_directly(image, few, None, 1, True, True),
+                *made.gradients_directly(image, gradient, 1, gradient, None),
                 *made.moments(gradient),
                 made.unroll_gradient(made.unroll(filters, 2, 2, 1), torch.Size((80, 48, 3, 3)), 2, 2, 1),
                 *made.normalise_gradient(gradient, gradient, torch.zeros(80), torch.ones(80), torch.ones(80), "gelu"),
@@ -194,6 +231,9 @@ def test_what_is_not_finite_stays_so(made):
     x = torch.zeros(2, 8, 8, 16).to(made.element)
     x[1, 5, 5, 3] = torch.nan
     assert made.forward(x, torch.ones(16, 3, 3, 16), None, 1)[1].isnan().any()
+    image = x[..., 2:5].contiguous()
+    assert made.forward_directly(image, torch.ones(16, 3, 3, 3), None, 1, False, True)[0][1].isnan().any()
+    assert made.forward_directly(image, torch.ones(16, 3, 3, 3), None, 1, True, True)[0][1].isnan().any()
     assert made.max_pool(x, True).isnan().sum() == made.max_pool(x, False).isnan().sum() == 1
     assert made.channel_sums(x).isnan().nonzero().tolist() == [[3]]
     assert made.forward_pooled(x, torch.ones(16, 3, 3, 16), None, 1, True)[0][1].isnan().any()
@@ -340,7 +380,12 @@ def test_what_kernels_cannot_do_pytorch_does(made):
 
 def test_what_does_not_fit_is_refused_and_never_read(made):
     with torch.no_grad():
-        for layer in (modules.Convolution(16, 32, 1, bias=True), modules.BatchNorm(16).eval(), modules.BatchNorm(16)):
+        for layer in (
+            modules.Convolution(16, 32, 1, bias=True),
+            modules.Convolution(3, 32, 1, bias=True),
+            modules.BatchNorm(16).eval(),
+            modules.BatchNorm(16),
+        ):
             for channels in (4, 512):
                 with pytest.raises(RuntimeError):
                     layer.to(made.element)(torch.zeros(1, channels, 8, 8, dtype=made.element))
@@ -375,7 +420,7 @@ def test_their_sources_are_part_of_the_package():
         pytest.skip("installed without its sources")
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fromzero"]
     packed = {path for pattern in patterns for path in (root / "src" / "fromzero").glob(pattern)}
-    assert packed >= {kernels.SOURCE_FOLDER / name for name in (*kernels.SOURCES, kernels.HEADER)}
+    assert packed >= {kernels.SOURCE_FOLDER / name for name in (*kernels.SOURCES, *kernels.HEADERS)}
 
 
 def test_kernels_can_be_turned_off(monkeypatch):

@@ -20,7 +20,8 @@ from fromzero.rng import derive
 
 TINY_MAP_PIXELS = 4  # input pixels up to which a convolution is computed as a dense layer
 SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
-WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 5, 16  # output pixels and channels from which compiled kernels are used
+KERNEL_PIXELS, KERNEL_OUTPUTS = 5, 16  # output pixels and channels from which compiled kernels are used
+WINOGRAD_INPUTS = 16  # channels from which Winograd's method is; between it and DIRECT_CHANNELS PyTorch's convolution
 
 
 @dataclass
@@ -130,35 +131,39 @@ def whiten(model: Network, images: Tensor) -> None:
 
 
 class Convolution(nn.Conv2d):
-    """A 3×3 convolution, with the `pooling` behind it, if any. It is computed by compiled kernels where there are some,
-    and on a processor as one matrix product where the map is small.
+    """A 3×3 convolution with what is behind it: a `pooling`, or a ReLU. It is computed by compiled kernels where there
+    are some, and on a processor as one matrix product where the map is small.
 
     oneDNN's convolutions reach a small part of the processor's speed on maps of a few pixels, above all in the
     gradient of the weights (docs/log.md); a matrix product over the 9 × C columns of each output pixel does not.
     """
 
     pooling: MaxPool | None
+    relu: bool  # where there is no pooling; that may have a ReLU behind it
 
     def __init__(self, inputs: int, outputs: int, padding: int, bias: bool):
         super().__init__(inputs, outputs, 3, padding=padding, bias=bias)
-        self.pooling = None
+        self.pooling, self.relu = None, False
 
     def forward(self, x: Tensor) -> Tensor:
         padding = int(self.padding[0])
         height, width = (size + 2 * padding - 2 for size in x.shape[2:])
-        large = height * width >= WINOGRAD_PIXELS and min(self.weight.shape[:2]) >= WINOGRAD_CHANNELS
-        fitting = len(x) > 0 and x.shape[1] == self.weight.shape[1]
+        outputs, inputs = self.weight.shape[:2]
+        large = height * width >= KERNEL_PIXELS and outputs >= KERNEL_OUTPUTS
+        fitting = len(x) > 0 and x.shape[1] == inputs
         kernel = kernels.in_use(x) if large and fitting else None
-        if kernel and not kernel.convolves:
-            kernel = None
-        if kernel and self.pooling and self.pooling.kernel_size == 2 and min(height, width) >= 2:
-            pooled: kernels.Pooled = "relu" if self.pooling.relu else "pool"
-            return kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, pooled, kernel)
-        if kernel:
-            y = kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, "", kernel)
+        pooled = self.pooling is not None and self.pooling.kernel_size == 2 and min(height, width) >= 2
+        relu = self.pooling.relu if self.pooling else self.relu
+        if kernel and kernel.convolves and inputs <= kernels.DIRECT_CHANNELS and (pooled or not self.pooling):
+            return kernels.ConvolveDirectly.apply(x, self.weight, self.bias, padding, pooled, relu, kernel)
+        if kernel and kernel.convolves and inputs >= WINOGRAD_INPUTS:
+            after: kernels.Pooled = "" if not pooled else "relu" if relu else "pool"
+            y = kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, after, kernel)
         else:
-            y = self._convolved(x, padding, height, width)
-        return self.pooling(y) if self.pooling else y
+            y, pooled = self._convolved(x, padding, height, width), False
+        if self.pooling:
+            return y if pooled else self.pooling(y)
+        return F.relu(y) if relu else y
 
     def _convolved(self, x: Tensor, padding: int, height: int, width: int) -> Tensor:
         """By PyTorch: its own convolution to a map of height × width, or a matrix product."""

@@ -188,6 +188,8 @@ def build(
                 before = next(reversed(into.values()), None)
                 if isinstance(before, modules.BatchNorm):
                     before.activation = network.activation
+                elif isinstance(before, modules.Convolution) and network.activation == "relu":
+                    before.relu = True
                 else:
                     into[f"{network.activation}_{len(into)}"] = modules.Activation(network.activation)
             case "Rescaling":

@@ -23,15 +23,17 @@ from torch import Tensor
 
 from fromzero import files
 from fromzero.errors import FromzeroError
-from fromzero.kernels.functions import BatchNorm, Convolve3x3, Drop, MaxPool2x2, Pooled, Unroll
-from fromzero.kernels.interface import ACTIVATIONS, Kernels
+from fromzero.kernels.functions import BatchNorm, Convolve3x3, ConvolveDirectly, Drop, MaxPool2x2, Pooled, Unroll
+from fromzero.kernels.interface import ACTIVATIONS, DIRECT_CHANNELS, Kernels
 
 __all__ = [
     "ACTIVATIONS",
+    "DIRECT_CHANNELS",
     "NONE",
     "POINTWISE",
     "BatchNorm",
     "Convolve3x3",
+    "ConvolveDirectly",
     "Drop",
     "Kernels",
     "MaxPool2x2",
@@ -46,8 +48,8 @@ __all__ = [
 NONE = "none"
 POINTWISE = "-pointwise"  # ends the name of kernels that leave convolutions to PyTorch
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = ("winograd.c", "pointwise.c")
-HEADER = "vectors.h"
+SOURCES = ("winograd.c", "direct.c", "pointwise.c")
+HEADERS = ("vectors.h", "convolution.h")
 # Compiled and linked apart, so that OpenMP is the one that torch has loaded, with its threads, and not a second.
 COMPILE = ("-O3", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared",)
@@ -98,7 +100,7 @@ def _made(element: torch.dtype) -> tuple[str, Kernels | None]:
         flags.append("-DBFLOAT16")
     try:
         _, _, version = _run([compiler, "--version"]).partition("\n")[0].partition(" ")  # the name is how it was called
-        sources = [(SOURCE_FOLDER / name).read_text("utf-8") for name in (*SOURCES, HEADER)]
+        sources = [(SOURCE_FOLDER / name).read_text("utf-8") for name in (*SOURCES, *HEADERS)]
         identity = "\0".join([*sources, *flags, *LINK, version, _processor()])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         kept = files.home() / "kernels"
@@ -159,6 +161,10 @@ def agrees(kernels: Kernels) -> bool:
         gradient, of_pool = drawn(3, 7, 6, 19).to(element), drawn(3, 3, 3, 33).to(element)
         leaf, leaf_filters = (t.float().permute(0, 3, 1, 2).detach().requires_grad_() for t in (x, filters))
         shift = drawn(33).requires_grad_()
+        image, few = drawn(3, 9, 6, 3).to(element), drawn(19, 3, 3, 3)
+        leaf_image, leaf_few = (t.float().permute(0, 3, 1, 2).detach().requires_grad_() for t in (image, few))
+        of_image = drawn(3, 9, 6, 19).to(element)
+        rectified, _ = kernels.forward_directly(image, few, bias, 1, pooled=False, relu=True)
         pooled = kernels.max_pool(x, relu=True)
         mean, variance = kernels.moments(x)
         normal = mean, (variance + 1e-5).rsqrt(), shift.detach(), "gelu"
@@ -187,6 +193,9 @@ def agrees(kernels: Kernels) -> bool:
             kernels.drop(x, draws_of_x, 64),
             kernels.unroll(filters, 2, 3, 1).view(6, 19, 6, 33),
             kernels.unroll_gradient(of_unrolled, leaf_filters.shape, 2, 3, 1).permute(0, 2, 3, 1),
+            rectified,
+            kernels.forward_directly(image, few, bias, 1, pooled=True, relu=False)[0],
+            kernels.gradients_directly(image, of_image, 1, rectified, None)[0].permute(0, 2, 3, 1),
         )
         y = F.conv2d(leaf, leaf_filters, bias, padding=1)
         theirs = [y, *of(y, gradient, leaf, leaf_filters)]
@@ -199,6 +208,9 @@ def agrees(kernels: Kernels) -> bool:
         y = F.conv2d(pixels.permute(0, 3, 1, 2), leaf_filters, padding=1)  # of one pixel's one channel at a time
         y = y.permute(2, 3, 1, 0).reshape(6, 19, 6, 33)
         theirs += [y.permute(0, 3, 1, 2), *of(y.permute(0, 3, 1, 2), of_unrolled.view(6, 19, 6, 33), leaf_filters)]
+        y = F.conv2d(leaf_image, leaf_few, bias, padding=1)
+        of_y = of_image * (rectified > 0)
+        theirs += [F.relu(y), F.max_pool2d(y, 2), *of(y, of_y, leaf_few)]
         return all(
             bool((a.float() - b.detach().permute(0, 2, 3, 1)).abs().max() <= TOLERANCE[element] * b.abs().max())
             for a, b in zip(ours, theirs, strict=True)

@@ -51,6 +51,38 @@ class Convolve3x3(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None
 
 
+class ConvolveDirectly(torch.autograd.Function):
+    """As Convolve3x3, of x with at most `kernels.DIRECT_CHANNELS` channels: `pooled` is followed by max pooling, and with
+    `relu` the result is at least zero, pooled or not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, pooled: bool, relu: bool, kernels: Kernels
+    ) -> Tensor:
+        images = x.to(kernels.element).permute(0, 2, 3, 1).contiguous()
+        filters = weight.float().permute(0, 2, 3, 1).contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        y, picked = kernels.forward_directly(images, filters, bias, padding, pooled, relu)
+        ctx.save_for_backward(images, filters, y if relu and not pooled else None, picked)
+        ctx.padding, ctx.kernels, ctx.dtype = padding, kernels, x.dtype
+        return y.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        images, filters, y, picked = ctx.saved_tensors
+        kernels, padding = ctx.kernels, ctx.padding
+        gradient = gradients[0].to(kernels.element).permute(0, 2, 3, 1).contiguous()
+        of_x, of_weight, of_bias = None, None, None
+        if ctx.needs_input_grad[0]:  # rare: nothing is trained before an image
+            of_y = gradient if y is None else gradient * (y > 0)
+            of_x = kernels.input_gradient(of_y, filters, padding, images.shape, picked)
+            of_x = of_x.permute(0, 3, 1, 2).to(ctx.dtype)
+        if any(ctx.needs_input_grad[1:3]):
+            of_weight, of_bias = kernels.gradients_directly(images, gradient, padding, y, picked)
+        return of_x, of_weight, of_bias if ctx.needs_input_grad[2] else None, None, None, None, None
+
+
 class MaxPool2x2(torch.autograd.Function):
     """`F.max_pool2d(x, 2)`, with `relu` at least zero, by `kernels`; x (N, C, H, W) in channels-last memory."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS = ("", "relu", "gelu")  # in the order of pointwise.c
+DIRECT_CHANNELS = 4  # the most that direct.c takes
 
 
 class Kernels:
@@ -26,6 +27,8 @@ class Kernels:
             ("transform_turned_filters", 2, 3, None),
             ("convolve", 7, 8, None),
             ("filter_gradient", 5, 7, None),
+            ("convolve_directly", 6, 8, None),
+            ("gradients_directly", 7, 7, None),
             ("max_pool", 2, 6, None),
             ("max_pool_gradient", 4, 6, None),
             ("channel_sums", 4, 3, None),
@@ -39,6 +42,7 @@ class Kernels:
             ("convolve_scratch", 0, 6, ctypes.c_long),
             ("sums_scratch", 0, 1, ctypes.c_long),
             ("filter_gradient_scratch", 0, 7, ctypes.c_long),
+            ("direct_scratch", 0, 6, ctypes.c_long),
         ):
             entry = getattr(self._call, function)
             entry.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_long] * numbers
@@ -85,6 +89,35 @@ class Kernels:
         pointers = (x.data_ptr(), gradient.data_ptr(), _pointer(picked), filters.data_ptr(), scratch.data_ptr())
         self._call.filter_gradient(*pointers, *sizes)
         return filters
+
+    def forward_directly(
+        self, x: Tensor, filters: Tensor, bias: Tensor | None, padding: int, pooled: bool, relu: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` from at most DIRECT_CHANNELS channels, at least zero with `relu`; or `forward_pooled`."""
+        images, height, width, _ = x.shape
+        height, width = height + 2 * padding - 2, width + 2 * padding - 2
+        size = (height // 2, width // 2) if pooled else (height, width)
+        y = self._empty(images, *size, len(filters))
+        picked = torch.empty(y.shape, dtype=torch.uint8, device="cpu") if pooled else None
+        sizes, threads = (*x.shape[1:], len(filters), padding), torch.get_num_threads()
+        tensors = (x, filters, bias, y, picked, _floats(self._call.direct_scratch(*sizes, threads)))
+        self._call.convolve_directly(*map(_pointer, tensors), images, *sizes, relu, threads)
+        return y, picked
+
+    def gradients_directly(
+        self, x: Tensor, gradient: Tensor, padding: int, y: Tensor | None, picked: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of filters, as `filter_gradient`, and bias from that of the result of `forward_directly`. y: the
+        result, where it is at least zero and not pooled."""
+        images, outputs, channels = len(x), gradient.shape[3], x.shape[3]
+        of_bias = _floats(outputs)
+        of_filters = torch.empty(
+            (outputs, channels, 3, 3), dtype=torch.float32, device="cpu", memory_format=torch.channels_last
+        )
+        sizes = (*x.shape[1:], outputs, padding, torch.get_num_threads())
+        tensors = (x, gradient, y, picked, of_filters, of_bias, _floats(self._call.direct_scratch(*sizes)))
+        self._call.gradients_directly(*map(_pointer, tensors), images, *sizes)
+        return of_filters, of_bias
 
     def max_pool(self, x: Tensor, relu: bool) -> Tensor:
         """The maximum of each 2×2 window, (N, H/2, W/2, C), at least zero with `relu`."""

@@ -55,8 +55,7 @@ void max_pool_gradient(const element *x, const element *y, const element *dy, el
 }
 
 /* sums (C) over all rows of x (rows, C), or, where `picked` (rows, C) is not NULL, over those elements of which it is below 4.
-   Rows are summed in PARTS parts, whatever the number of threads. `parts`: so many floats as `sums_scratch` says. */
-#define PARTS 64
+   `parts`: so many floats as `sums_scratch` says. */
 long sums_scratch(long c) { return 3 * PARTS * c; }
 
 void channel_sums(const element *x, const uint8_t *picked, float *sums, float *parts, long rows, long c, long threads) {

@@ -28,6 +28,9 @@ static int omp_get_thread_num(void) { return 0; }
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+/* Sums over many rows are taken in so many parts, whatever the number of threads, and these added up. */
+#define PARTS 64
+
 static inline long min(long a, long b) { return a < b ? a : b; }
 static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 

@@ -14,7 +14,7 @@
    Images are (N, H, W, C), filters (O, 3, 3, C) in float32. Every sum is taken in an order that depends on shapes alone,
    so the results do not depend on the number of threads. */
 
-#include "vectors.h"
+#include "convolution.h"
 
 #include <stddef.h>
 
@@ -69,42 +69,6 @@ static inline void filter_gradient_transform(const vector *u, long from, vector 
     g[0] = s0 * u[0] + sum_a + sum_b;
     g[to] = sa * a1 * (u[from] - u[2 * from]) + sb * b1 * (u[3 * from] - u[4 * from]);
     g[2 * to] = a2 * sum_a + b2 * sum_b + u[5 * from];
-}
-
-/* Matrix product in registers: c (ROWS, columns x LANES) = or += sum over k of a[row, k] * b[k, :]. */
-static inline __attribute__((always_inline)) void product_of(const int columns, const float *a, long a_row, long a_k,
-                                                             const float *b, long b_k, long depth, float *c, long c_row,
-                                                             int add) {
-    vector sums[ROWS][COLUMNS];
-    for (int row = 0; row < ROWS; row++)
-        for (int column = 0; column < columns; column++)
-            sums[row][column] = add ? (vector)*(const loose *)(c + row * c_row + column * LANES) : (vector){0};
-    for (long k = 0; k < depth; k++) {
-        vector others[COLUMNS];
-        for (int column = 0; column < columns; column++) others[column] = *(const loose *)(b + k * b_k + column * LANES);
-        for (int row = 0; row < ROWS; row++) {
-            float unit = a[row * a_row + k * a_k];
-            for (int column = 0; column < columns; column++)
-                sums[row][column] = multiply_add(sums[row][column], unit, others[column]);
-        }
-    }
-    for (int row = 0; row < ROWS; row++)
-        for (int column = 0; column < columns; column++)
-            *(loose *)(c + row * c_row + column * LANES) = sums[row][column];
-}
-
-static void product(long columns, const float *a, long a_row, long a_k, const float *b, long b_k, long depth, float *c,
-                    long c_row, int add) {
-    switch (columns) {
-        case 1: product_of(1, a, a_row, a_k, b, b_k, depth, c, c_row, add); break;
-#if COLUMNS > 1
-        case 2: product_of(2, a, a_row, a_k, b, b_k, depth, c, c_row, add); break;
-#endif
-#if COLUMNS > 2
-        case 3: product_of(3, a, a_row, a_k, b, b_k, depth, c, c_row, add); break;
-        case 4: product_of(4, a, a_row, a_k, b, b_k, depth, c, c_row, add); break;
-#endif
-    }
 }
 
 /* From one of the 36 positions to the next lie so many floats: a cache line more than a position holds, since strides that
@@ -181,27 +145,6 @@ static inline __attribute__((always_inline)) void half_gradient(const element *d
     for (int j = 0; j < 4; j++) gradient_transform(pixels + j, 4, half + j, 4);
 }
 
-/* 2x2 max pooling of a tile's four windows, at least zero with `relu`. `where` is the first of the window's pixels that has
-   its maximum, 0 to 3, or 4 where `relu` has made a zero of it. A NaN stays. */
-static inline void pool_tile(const vector pixels[16], vector shift, long relu, vector most[4], whole where[4]) {
-    for (int window = 0; window < 4; window++) {
-        const vector *first = pixels + window / 2 * 8 + window % 2 * 2;
-        most[window] = *first, where[window] = (whole){0};
-        for (int pixel = 1; pixel < 4; pixel++) {
-            vector other = first[pixel / 2 * 4 + pixel % 2];
-            whole more = (whole)(other > most[window]) | (whole)(other != other);
-            most[window] = choose(more, other, most[window]);
-            where[window] = (more & pixel) | (~more & where[window]);
-        }
-        most[window] += shift;
-        if (relu) {
-            whole kept = (whole)(most[window] > 0);
-            where[window] = (kept & where[window]) | (~kept & 4);
-            most[window] = choose((whole)(most[window] < 0), (vector){0}, most[window]);
-        }
-    }
-}
-
 /* How many tiles are transformed before they are multiplied: so many that they stay in a core's cache, and that all threads
    have as much to do; a multiple of ROWS. */
 static long tiles_at_once(long c, long tiles, long threads) {
@@ -212,7 +155,7 @@ static long tiles_at_once(long c, long tiles, long threads) {
 
 /* y (N, H', W', O) = x (N, H, W, C) convolved, H' = H + 2 pad - 2, plus `bias` (O) where there is one.
 
-   y_picked: where it is not NULL, y is pooled, (N, H'/2, W'/2, O), as `pool_tile` says, which also says what goes here.
+   y_picked: where it is not NULL, y is pooled, (N, H'/2, W'/2, O), as `pool` says, which also says what goes here.
    x_picked: where it is not NULL, x is the gradient (N, H/2, W/2, C) of a map so pooled.
    u: filters from `transform_filters`. scratch: so many floats as `convolve_scratch` says. */
 void convolve(const element *x, const uint8_t *x_picked, const float *u, const float *bias, element *y, uint8_t *y_picked,
@@ -264,14 +207,13 @@ void convolve(const element *x, const uint8_t *x_picked, const float *u, const f
                                 store(y + at.offset + i * at.row_apart + j * o + lane, pixels[4 * i + j] + shift, which);
                         continue;
                     }
-                    vector most[4];
-                    whole where[4];
-                    pool_tile(pixels, shift, relu, most, where);
                     for (long i = 0; i < at.bottom; i++)
                         for (long j = 0; j < at.right; j++) {
                             long to = at.offset + i * at.row_apart + j * o + lane;
-                            store(y + to, most[2 * i + j], which);
-                            store_bytes(y_picked + to, where[2 * i + j], which);
+                            whole where;
+                            vector most = pool(pixels + 8 * i + 2 * j, 4, 1, shift, relu, &where);
+                            store(y + to, most, which);
+                            store_bytes(y_picked + to, where, which);
                         }
                 }
             }

@@ -1,0 +1,173 @@
+/* 3x3 convolutions of stride 1 from the few channels that an image has, straight from their definition: Winograd's transforms
+   would fill a vector of LANES channels with zeros.
+
+   Images are (N, H, W, C), filters (O, 3, 3, C) in float32, as in winograd.c; every sum is taken in an order that depends on
+   shapes alone. */
+
+#include "convolution.h"
+
+#include <stddef.h>
+
+#define MOST 4  /* channels: DIRECT_CHANNELS of interface.py */
+#define STRIP 8 /* rows of the output at a time: even, so that no pooling window is cut */
+
+/* A strip of the output's `height` x `width`, and the padded rows that it sees, `padded` pixels each. `depth`: units of a
+   window. `taps`: elements that one row of a window sees, a multiple of ROWS. `size`: floats of all gradients. */
+typedef struct {
+    long height, width, padded, strips, pixels, o_lanes, depth, taps, size, line, per_thread;
+} plan;
+
+static plan plan_of(long h, long w, long c, long o, long pad) {
+    plan p;
+    p.height = h + 2 * pad - 2, p.width = w + 2 * pad - 2, p.padded = w + 2 * pad;
+    p.strips = (p.height + STRIP - 1) / STRIP, p.pixels = round_up(STRIP * p.padded, ROWS * PAIR);
+    p.o_lanes = round_up(o, LANES), p.depth = (9 * c + PAIR - 1) / PAIR, p.taps = round_up(3 * c, ROWS);
+    p.size = (3 * p.taps + 1) * p.o_lanes;
+    p.line = round_up((p.pixels + 2 * p.padded) * c + p.taps, LANES) + LANES;
+    long forward = p.pixels * (p.depth + WIDE) + 3 * MOST, backward = p.line + p.pixels / PAIR * p.o_lanes;
+    p.per_thread = p.line + round_up(forward > backward ? forward : backward, LANES);
+    return p;
+}
+
+/* Floats of scratch that both functions below need. */
+long direct_scratch(long h, long w, long c, long o, long pad, long threads) {
+    plan p = plan_of(h, w, c, o, pad);
+    return PARTS * p.size + threads * p.per_thread;
+}
+
+/* The rows of one image that a strip of its output sees, padded with zeros, end to end. */
+static void load_strip(const element *x, long first, long h, long w, long c, long pad, const plan *p, element *line) {
+    memset(line, 0, p->line * sizeof(element));
+    for (long row = 0; row < STRIP + 2; row++) {
+        long from = first + row - pad;
+        if (from >= 0 && from < h) memcpy(line + (row * p->padded + pad) * c, x + from * w * c, w * c * sizeof(element));
+    }
+}
+
+/* Filters as a matrix of units, (9 C, O) in blocks of WIDE columns. */
+static void load_filters(const float *filters, long c, long o, const plan *p, float *matrix) {
+    for (long out = 0; out < p->o_lanes; out += LANES) {
+        long start = out / WIDE * WIDE, wide = min(WIDE, p->o_lanes - start);
+        for (long k = 0; k < p->depth; k++) {
+            vector weights[PAIR] = {{0}};
+            for (long each = 0; each < min(PAIR, 9 * c - k * PAIR); each++)
+                for (long lane = 0; lane < min(LANES, o - out); lane++)
+                    weights[each][lane] = filters[(out + lane) * 9 * c + k * PAIR + each];
+            store_units(matrix + start * p->depth + k * wide + out - start, weights[0], weights[PAIR - 1]);
+        }
+    }
+}
+
+/* As `convolve` of winograd.c, from `filters` as they are; `relu`: at least zero, pooled or not. */
+void convolve_directly(const element *x, const float *filters, const float *bias, element *y, uint8_t *y_picked,
+                       float *scratch, long n, long h, long w, long c, long o, long pad, long relu, long threads) {
+    plan p = plan_of(h, w, c, o, pad);
+    float *matrix = scratch, *own = scratch + PARTS * p.size;
+    load_filters(filters, c, o, &p, matrix);
+#pragma omp parallel for schedule(static) num_threads(threads) firstprivate(p)
+    for (long strip = 0; strip < n * p.strips; strip++) {
+        float *sums = own + omp_get_thread_num() * p.per_thread, *windows = sums + p.pixels * WIDE;
+        element *line = (element *)(windows + p.pixels * p.depth + 3 * MOST);
+        long image = strip / p.strips, first = strip % p.strips * STRIP, rows = min(STRIP, p.height - first);
+        load_strip(x + image * h * w * c, first, h, w, c, pad, &p, line);
+        for (long i = 0; i < rows; i++)
+            for (long j = 0; j < p.width; j++)
+                for (long row = 0; row < 3; row++)
+                    memcpy((element *)(windows + (i * p.width + j) * p.depth) + row * 3 * c,
+                           line + ((i + row) * p.padded + j) * c, 3 * MOST * sizeof(element)); /* the next row writes over the rest */
+        for (long out = 0; out < o; out += WIDE) {
+            long wide = min(WIDE, p.o_lanes - out);
+            for (long pixel = 0; pixel < rows * p.width; pixel += ROWS)
+                product(wide / LANES, windows + pixel * p.depth, p.depth, 1, matrix + out * p.depth, wide, p.depth,
+                        sums + pixel * WIDE, WIDE, 0);
+            for (long lane = out; lane < min(out + wide, o); lane += LANES) {
+                const vector *found = (const vector *)(sums + lane - out);
+                vector shift = {0};
+                lanes which = lanes_of(o - lane);
+                if (bias) memcpy(&shift, bias + lane, 4 * min(o - lane, LANES));
+                for (long pixel = 0; !y_picked && pixel < rows * p.width; pixel++) {
+                    vector value = found[pixel * COLUMNS] + shift;
+                    if (relu) value = choose((whole)(value < 0), (vector){0}, value);
+                    store(y + ((image * p.height + first) * p.width + pixel) * o + lane, value, which);
+                }
+                for (long i = 0; y_picked && i < rows / 2; i++)
+                    for (long j = 0; j < p.width / 2; j++) {
+                        long to = ((image * (p.height / 2) + first / 2 + i) * (p.width / 2) + j) * o + lane;
+                        whole where;
+                        vector most = pool(found + (2 * i * p.width + 2 * j) * COLUMNS, p.width * COLUMNS, COLUMNS, shift,
+                                           relu, &where);
+                        store(y + to, most, which);
+                        store_bytes(y_picked + to, where, which);
+                    }
+            }
+        }
+    }
+}
+
+/* The gradient of a strip's outputs as units (pixels / PAIR, O) of two neighbours each, laid out as the padded rows are: zero
+   where a window would reach from the end of one row into the next. Their sum is added to `sums` (O). `dy`, `y` and `picked` are
+   those of one image. */
+static void load_gradient(const element *dy, const element *y, const uint8_t *picked, long first, long o, const plan *p,
+                          float *units, float *sums) {
+    for (long out = 0; out < o; out += LANES) {
+        vector sum = *(loose *)(sums + out);
+        for (long pixel = 0, i = 0, j = 0; pixel < p->pixels; pixel += PAIR) {
+            vector values[PAIR];
+            for (long each = 0; each < PAIR; each++) {
+                long row = first + i, at = (row * p->width + j) * o + out;
+                int inside = i < STRIP && row < p->height && j < p->width;
+                if (picked) {
+                    inside = inside && row / 2 < p->height / 2 && j / 2 < p->width / 2;
+                    at = (row / 2 * (p->width / 2) + j / 2) * o + out;
+                }
+                lanes which = inside ? lanes_of(o - out) : lanes_of(0);
+                whole gradient = (whole)load(dy + at, which);
+                if (picked) gradient &= load_bytes(picked + at, which) == (int32_t)(i % 2 * 2 + j % 2);
+                if (y) gradient &= (whole)(load(y + at, which) > 0);
+                sum += values[each] = (vector)gradient;
+                if (++j == p->padded) j = 0, i++;
+            }
+            store_units(units + pixel / PAIR * p->o_lanes + out, values[0], values[PAIR - 1]);
+        }
+        *(loose *)(sums + out) = sum;
+    }
+}
+
+/* The gradients of filters (O, 3, 3, C) and bias (O) from that of the output, dy (N, H', W', O), or, where `picked` is not NULL,
+   from that of the pooled output. y: where it is not NULL, the output, made at least zero.
+
+   In the padded rows, end to end, what the window of pixel q sees in a row of the filters begins at q C, and that of the next
+   pixel C elements further: so the gradient of a row of the filters is a matrix product over all pixels of a strip. */
+void gradients_directly(const element *x, const element *dy, const element *y, const uint8_t *picked, float *of_filters,
+                        float *of_bias, float *scratch, long n, long h, long w, long c, long o, long pad, long threads) {
+    plan p = plan_of(h, w, c, o, pad);
+    long strips = n * p.strips, of_image = picked ? (p.height / 2) * (p.width / 2) * o : p.height * p.width * o;
+    float *own = scratch + PARTS * p.size;
+#pragma omp parallel for schedule(static) num_threads(threads) firstprivate(p)
+    for (long part = 0; part < PARTS; part++) {
+        float *sums = scratch + part * p.size, *units = own + omp_get_thread_num() * p.per_thread, *gradients = units + p.line;
+        element *line = (element *)(gradients + p.pixels / PAIR * p.o_lanes);
+        memset(sums, 0, p.size * sizeof(float));
+        for (long strip = strips * part / PARTS; strip < strips * (part + 1) / PARTS; strip++) {
+            long image = strip / p.strips, first = strip % p.strips * STRIP, at = image * of_image;
+            load_strip(x + image * h * w * c, first, h, w, c, pad, &p, line);
+            for (long i = 0; i < p.line - LANES; i += LANES) /* each element and that of the next pixel */
+                store_units(units + i, load(line + i, lanes_of(LANES)), load(line + i + c, lanes_of(LANES)));
+            load_gradient(dy + at, y ? y + at : NULL, picked ? picked + at : NULL, first, o, &p, gradients,
+                          sums + 3 * p.taps * p.o_lanes);
+            for (long out = 0; out < o; out += WIDE)
+                for (long row = 0; row < 3; row++)
+                    for (long tap = 0; tap < 3 * c; tap += ROWS)
+                        product(min(WIDE, p.o_lanes - out) / LANES, units + row * p.padded * c + tap, 1, PAIR * c,
+                                gradients + out, p.o_lanes, p.pixels / PAIR, sums + (row * p.taps + tap) * p.o_lanes + out,
+                                p.o_lanes, 1);
+        }
+    }
+    for (long out = 0; out < o; out++)
+        for (long weight = 0; weight <= 9 * c; weight++) {
+            long row = weight / (3 * c), at = (row * p.taps + weight % (3 * c)) * p.o_lanes + out;
+            float sum = 0;
+            for (long part = 0; part < PARTS; part++) sum += scratch[part * p.size + at];
+            *(weight < 9 * c ? of_filters + out * 9 * c + weight : of_bias + out) = sum;
+        }
+}
