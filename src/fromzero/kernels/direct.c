@@ -11,7 +11,7 @@
 #define MOST 4  /* channels: DIRECT_CHANNELS of interface.py */
 #define STRIP 8 /* rows of the output at a time: even, so that no pooling window is cut */
 
-/* A strip of the output's `height` x `width`, and the padded rows that it sees, `padded` pixels each. `depth`: units of a
+/* A strip of the output's `height` x `width`, and the padded rows that it sees, `padded` pixels each, whole units. `depth`: units of a
    window. `taps`: elements that one row of a window sees, a multiple of ROWS. `size`: floats of all gradients. */
 typedef struct {
     long height, width, padded, strips, pixels, o_lanes, depth, taps, size, line, per_thread;
@@ -19,8 +19,8 @@ typedef struct {
 
 static plan plan_of(long h, long w, long c, long o, long pad) {
     plan p;
-    p.height = h + 2 * pad - 2, p.width = w + 2 * pad - 2, p.padded = w + 2 * pad;
-    p.strips = (p.height + STRIP - 1) / STRIP, p.pixels = round_up(STRIP * p.padded, ROWS * PAIR);
+    p.height = h + 2 * pad - 2, p.width = w + 2 * pad - 2, p.padded = round_up(w + 2 * pad, PAIR);
+    p.strips = (p.height + STRIP - 1) / STRIP, p.pixels = round_up(STRIP * p.padded, ROWS);
     p.o_lanes = round_up(o, LANES), p.depth = (9 * c + PAIR - 1) / PAIR, p.taps = round_up(3 * c, ROWS);
     p.size = (3 * p.taps + 1) * p.o_lanes;
     p.line = round_up((p.pixels + 2 * p.padded) * c + p.taps, LANES) + LANES;
@@ -109,25 +109,24 @@ void convolve_directly(const element *x, const float *filters, const float *bias
    those of one image. */
 static void load_gradient(const element *dy, const element *y, const uint8_t *picked, long first, long o, const plan *p,
                           float *units, float *sums) {
+    long height = picked ? p->height / 2 * 2 : p->height, width = picked ? p->width / 2 * 2 : p->width;
     for (long out = 0; out < o; out += LANES) {
         vector sum = *(loose *)(sums + out);
-        for (long pixel = 0, i = 0, j = 0; pixel < p->pixels; pixel += PAIR) {
-            vector values[PAIR];
-            for (long each = 0; each < PAIR; each++) {
-                long row = first + i, at = (row * p->width + j) * o + out;
-                int inside = i < STRIP && row < p->height && j < p->width;
-                if (picked) {
-                    inside = inside && row / 2 < p->height / 2 && j / 2 < p->width / 2;
-                    at = (row / 2 * (p->width / 2) + j / 2) * o + out;
+        for (long i = 0; i < STRIP; i++) {
+            long row = picked ? (first + i) / 2 * (width / 2) : (first + i) * width;
+            lanes in_row = first + i < height ? lanes_of(o - out) : lanes_of(0);
+            for (long j = 0; j < p->padded; j += PAIR) {
+                vector values[PAIR];
+                for (long each = 0; each < PAIR; each++) {
+                    long at = (row + (picked ? (j + each) / 2 : j + each)) * o + out;
+                    lanes which = j + each < width ? in_row : lanes_of(0);
+                    whole gradient = (whole)load(dy + at, which);
+                    if (picked) gradient &= load_bytes(picked + at, which) == (int32_t)(i % 2 * 2 + (j + each) % 2);
+                    if (y) gradient &= (whole)(load(y + at, which) > 0);
+                    sum += values[each] = (vector)gradient;
                 }
-                lanes which = inside ? lanes_of(o - out) : lanes_of(0);
-                whole gradient = (whole)load(dy + at, which);
-                if (picked) gradient &= load_bytes(picked + at, which) == (int32_t)(i % 2 * 2 + j % 2);
-                if (y) gradient &= (whole)(load(y + at, which) > 0);
-                sum += values[each] = (vector)gradient;
-                if (++j == p->padded) j = 0, i++;
+                store_units(units + (i * p->padded + j) / PAIR * p->o_lanes + out, values[0], values[PAIR - 1]);
             }
-            store_units(units + pixel / PAIR * p->o_lanes + out, values[0], values[PAIR - 1]);
         }
         *(loose *)(sums + out) = sum;
     }
@@ -159,7 +158,7 @@ void gradients_directly(const element *x, const element *dy, const element *y, c
                 for (long row = 0; row < 3; row++)
                     for (long tap = 0; tap < 3 * c; tap += ROWS)
                         product(min(WIDE, p.o_lanes - out) / LANES, units + row * p.padded * c + tap, 1, PAIR * c,
-                                gradients + out, p.o_lanes, p.pixels / PAIR, sums + (row * p.taps + tap) * p.o_lanes + out,
+                                gradients + out, p.o_lanes, STRIP * p.padded / PAIR, sums + (row * p.taps + tap) * p.o_lanes + out,
                                 p.o_lanes, 1);
         }
     }
