@@ -20,7 +20,7 @@ def gather(pixels: Tensor, indices: Tensor, recipe: AugmentRecipe, seed: int, ep
     One gather does all: which row and which column of its image every pixel comes from.
     """
     if recipe.flip == "none" and recipe.translate == 0 and recipe.crop == 0:
-        return pixels[indices]
+        return pixels.index_select(0, indices)
     draws = generator(seed, "augment", step)
     rows, columns = (_places(size, len(indices), recipe, draws) for size in pixels.shape[1:3])
     flipped = _flips(indices, len(pixels), recipe, seed, epoch, step)

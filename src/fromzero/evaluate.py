@@ -50,7 +50,10 @@ class Normalise(NamedTuple):
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, C) → float32 (N, C, H, W) in channels-last memory."""
-        return ((pixels.float() - self.shift) * self.scale).permute(0, 3, 1, 2)
+        width = pixels.shape[2]
+        rows = pixels.float().flatten(2)  # (N, H, W·C): a vector is as long as a row, not as a pixel
+        rows = (rows - self.shift.repeat(width)).mul_(self.scale.repeat(width))
+        return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
 class Outcomes(NamedTuple):

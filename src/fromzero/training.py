@@ -284,7 +284,8 @@ def train_step(
     gradient is infinite or NaN.
     """
     model, step = state.model, state.counters.step
-    model.train()
+    if not model.training:
+        model.train()
     model.reseed(recipe.seed, step, dropout=progress >= recipe.network.dropout_from_epoch)
     images = augment.cut_out(normalise(batch.pixels), recipe.augment, recipe.seed, step)
     with machine.autocast():
@@ -295,10 +296,11 @@ def train_step(
     if not math.isfinite(loss_value):
         raise NonFiniteError(_non_finite(step, f"the loss is {loss_value}", learning_rate))
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norms = torch._foreach_norm(list(gradients.values()))
+    gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
     if not math.isfinite(torch.stack(norms).sum().item()):
-        name = next(n for n, norm in zip(gradients, norms, strict=True) if not math.isfinite(norm.item()))
+        named = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
+        name = next(n for n, gradient in named if not math.isfinite(gradient.norm().item()))
         state.optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(_non_finite(step, f"the gradient of {name} is not finite", learning_rate))
     set_learning_rate(state.optimizer, learning_rate)
