@@ -145,13 +145,20 @@ static inline __attribute__((always_inline)) void half_gradient(const element *d
     for (int j = 0; j < 4; j++) gradient_transform(pixels + j, 4, half + j, 4);
 }
 
-/* How many tiles are transformed before they are multiplied: so many that they stay in a core's cache, and that all threads
-   have as much to do; a multiple of ROWS. */
-static long tiles_at_once(long c, long tiles, long threads) {
+/* Tiles are transformed and multiplied in blocks that stay in a core's cache, groups of ROWS tiles each, so many that all
+   threads have as much to do. */
+typedef struct {
+    long groups, blocks, most; /* of all tiles; of these groups; tiles in a block */
+} division;
+
+static division division_of(long c, long tiles, long threads) {
     long fitting = 600000 / (36 * (c > 16 ? c : 16) * (long)sizeof(element));
-    long most = fitting < 12 ? 12 : min(fitting, 24), rounds = (tiles + most * threads - 1) / (most * threads);
-    return round_up((tiles + rounds * threads - 1) / (rounds * threads), ROWS);
+    long most = fitting < 12 ? 12 : min(fitting, 24), groups = (tiles + ROWS - 1) / ROWS;
+    long blocks = (tiles + most * threads - 1) / (most * threads) * threads;
+    return (division){groups, blocks, (groups + blocks - 1) / blocks * ROWS};
 }
+
+static inline long start_of(long block, division d) { return d.groups * block / d.blocks * ROWS; }
 
 /* y (N, H', W', O) = x (N, H, W, C) convolved, H' = H + 2 pad - 2, plus `bias` (O) where there is one.
 
@@ -162,13 +169,13 @@ void convolve(const element *x, const uint8_t *x_picked, const float *u, const f
               float *scratch, long n, long h, long w, long c, long o, long pad, long relu, long threads) {
     long height = h + 2 * pad - 2, width = w + 2 * pad - 2;
     long down = (height + 3) / 4, across = (width + 3) / 4, tiles = n * down * across;
-    long block = tiles_at_once(c, tiles, threads);
+    division d = division_of(c, tiles, threads);
     long c_units = round_up(c, LANES) / PAIR, o_lanes = round_up(o, LANES);
-    long v_apart = apart(block * c_units), m_apart = apart(block * WIDE), u_apart = apart(o_lanes * c_units);
+    long v_apart = apart(d.most * c_units), m_apart = apart(d.most * WIDE), u_apart = apart(o_lanes * c_units);
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long start = 0; start < tiles; start += block) {
+    for (long block = 0; block < d.blocks; block++) {
         float *v = scratch + omp_get_thread_num() * 36 * (v_apart + m_apart), *m = v + 36 * v_apart;
-        long count = min(block, tiles - start);
+        long start = start_of(block, d), count = min(start_of(block + 1, d), tiles) - start;
         for (long t = 0; t < count; t++) {
             place at = x_picked ? place_of(start + t, down, across, h / 2, w / 2, c, 2, 3 + pad % 2, (pad + 1) / 2)
                                 : place_of(start + t, down, across, h, w, c, 4, 6, pad);
@@ -223,8 +230,8 @@ void convolve(const element *x, const uint8_t *x_picked, const float *u, const f
 
 /* Floats of scratch that `convolve` needs. */
 long convolve_scratch(long n, long h, long w, long c, long pad, long threads) {
-    long block = tiles_at_once(c, n * ((h + 2 * pad + 1) / 4) * ((w + 2 * pad + 1) / 4), threads);
-    return threads * 36 * (apart(block * (round_up(c, LANES) / PAIR)) + apart(block * WIDE));
+    division d = division_of(c, n * ((h + 2 * pad + 1) / 4) * ((w + 2 * pad + 1) / 4), threads);
+    return threads * 36 * (apart(d.most * (round_up(c, LANES) / PAIR)) + apart(d.most * WIDE));
 }
 
 /* G g G^T of LANES filters side by side; `g` are their nine weights, turned by 180 degrees for the gradient of the input. */
@@ -282,29 +289,31 @@ void transform_turned_filters(const float *weights, float *u, long c, long o, lo
         }
 }
 
-/* The gradient of the filters is summed for OUT x WIDE channels at a time, over DEPTH units, and over CHUNK units in all
+/* The gradient of the filters is summed for at most OUT x WIDE channels at a time, a task, over DEPTH units, and over CHUNK units in all
    before the next tiles are transformed: so sums stay in a core's cache, transformed tiles in that of all cores. */
 #define OUT (8 * ROWS)
 #define DEPTH 128
 
 typedef struct {
-    long down, across, tiles, depth, chunk, c_lanes, o_lanes, v_apart, e_apart, blocks, tasks;
+    long down, across, tiles, depth, chunk, c_lanes, o_lanes, v_apart, e_apart, blocks, groups, parts, tasks;
 } plan;
 
-static plan plan_of(long n, long h, long w, long c, long o, long pad) {
+static plan plan_of(long n, long h, long w, long c, long o, long pad, long threads) {
     plan p;
     p.down = (h + 2 * pad + 1) / 4, p.across = (w + 2 * pad + 1) / 4, p.tiles = n * p.down * p.across;
     p.c_lanes = round_up(c, LANES), p.o_lanes = round_up(o, LANES), p.depth = (p.tiles + PAIR - 1) / PAIR;
     long units = (1 << 14) / (p.c_lanes + p.o_lanes); /* about 2^14 floats a position */
     p.chunk = min(p.depth, round_up(units > 0 ? units : 1, DEPTH));
     p.v_apart = apart(p.chunk * p.c_lanes), p.e_apart = apart(p.chunk * p.o_lanes + OUT);
-    p.blocks = (p.c_lanes + WIDE - 1) / WIDE, p.tasks = p.blocks * ((o + OUT - 1) / OUT);
+    p.blocks = (p.c_lanes + WIDE - 1) / WIDE, p.groups = (o + ROWS - 1) / ROWS, p.parts = (o + OUT - 1) / OUT;
+    while (p.blocks * p.parts % threads != 0 && p.parts < p.groups) p.parts++; /* as much for every thread */
+    p.tasks = p.blocks * p.parts;
     return p;
 }
 
 /* Floats of scratch that `filter_gradient` needs. */
 long filter_gradient_scratch(long n, long h, long w, long c, long o, long pad, long threads) {
-    plan p = plan_of(n, h, w, c, o, pad);
+    plan p = plan_of(n, h, w, c, o, pad, threads);
     long slots = p.chunk < p.depth ? p.tasks : threads;
     return 36 * (p.v_apart + p.e_apart) + slots * 36 * apart(OUT * WIDE);
 }
@@ -349,7 +358,7 @@ static void transform_unit(const element *x, const element *dy, const uint8_t *p
    G^T [ sum over tiles of (A dy A^T) (B^T d B) ] G. */
 void filter_gradient(const element *x, const element *dy, const uint8_t *picked, float *gradient, float *scratch, long n,
                      long h, long w, long c, long o, long pad, long threads) {
-    plan p = plan_of(n, h, w, c, o, pad);
+    plan p = plan_of(n, h, w, c, o, pad, threads);
     float *v = scratch, *e = v + 36 * p.v_apart, *all_sums = e + 36 * p.e_apart;
     long sums_apart = apart(OUT * WIDE), step = sums_apart / LANES;
     for (long done = 0; done < p.depth; done += p.chunk) {
@@ -360,15 +369,16 @@ void filter_gradient(const element *x, const element *dy, const uint8_t *picked,
             for (long k = 0; k < depth; k++) transform_unit(x, dy, picked, v, e, h, w, c, o, pad, &p, done + k, k);
 #pragma omp for schedule(static)
             for (long task = 0; task < p.tasks; task++) {
-                long start = task % p.blocks * WIDE, wide = min(WIDE, p.c_lanes - start), out = task / p.blocks * OUT;
+                long start = task % p.blocks * WIDE, wide = min(WIDE, p.c_lanes - start), part = task / p.blocks;
+                long out = p.groups * part / p.parts * ROWS, rows = min(p.groups * (part + 1) / p.parts * ROWS, o) - out;
                 float *sums = all_sums + (p.chunk < p.depth ? task : omp_get_thread_num()) * 36 * sums_apart;
                 for (long position = 0; position < 36; position++)
                     for (long k = 0; k < depth; k += DEPTH)
-                        for (long row = 0; row < min(OUT, o - out); row += ROWS)
+                        for (long row = 0; row < rows; row += ROWS)
                             product(wide / LANES, e + position * p.e_apart + k * p.o_lanes + out + row, 1, p.o_lanes,
                                     v + position * p.v_apart + start * p.chunk + k * wide, wide, min(DEPTH, depth - k),
                                     sums + position * sums_apart + row * WIDE, WIDE, done + k > 0);
-                for (long row = 0; last && row < min(OUT, o - out); row++)
+                for (long row = 0; last && row < rows; row++)
                     for (long lane = 0; lane < min(wide, c - start); lane += LANES) {
                         vector half[18], g[9];
                         const vector *products = (const vector *)(sums + row * WIDE + lane);
