@@ -94,7 +94,8 @@ def evaluate(
     model.eval()
     losses, predictions = [], []
     try:
-        with torch.inference_mode(), machine.autocast():
+        # Not inference_mode, in which autocast converts all weights anew for every batch.
+        with torch.no_grad(), machine.autocast():
             for start in range(0, len(labels), BATCH):
                 part = slice(start, start + BATCH)
                 logits = torch.stack(
