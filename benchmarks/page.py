@@ -261,11 +261,13 @@ def lifetime_section(results):
         lines.append(
             f"- Process start to the end of the first step, train 3 on CIFAR-10: {Spread.of(starts).text('.1f')} s."
         )
-    if epoch := found.get("epoch"):
+    if epochs := found.get("epochs"):
+        of = {key: Spread.of([epoch[key] for epoch in epochs]) for key in epochs[0] if key != "recipe"}
         lines += [
-            f"- An epoch of {epoch['recipe']} on CIFAR-10: {epoch['epoch_seconds']:.1f} s of steps; evaluating 10,000"
-            f" images {epoch['evaluation_seconds']:.1f} s; the last fifth of the steps takes {epoch['drift']:.2f} times"
-            f" as long as the first; peak memory of the process {epoch['peak_bytes'] / 1e9:.2f} GB.",
+            f"- An epoch of {epochs[0]['recipe']} on CIFAR-10: {of['epoch_seconds'].text('.1f')} s of steps; evaluating"
+            f" 10,000 images {of['evaluation_seconds'].text('.2f')} s; the last fifth of the steps takes"
+            f" {of['drift'].text('.2f')} times as long as the first; peak memory of the process"
+            f" {max(epoch['peak_bytes'] for epoch in epochs) / 1e9:.2f} GB.",
         ]
     if reason := found.get("not_measured"):
         lines.append(f"- What needs CIFAR-10 was not measured: {reason}")

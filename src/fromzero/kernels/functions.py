@@ -52,12 +52,19 @@ class Convolve3x3(torch.autograd.Function):
 
 
 class ConvolveDirectly(torch.autograd.Function):
-    """As Convolve3x3, of x with at most `kernels.DIRECT_CHANNELS` channels: `pooled` is followed by max pooling, and with
-    `relu` the result is at least zero, pooled or not."""
+    """As Convolve3x3, of x with at most `kernels.DIRECT_CHANNELS` channels: `pooled` is followed by max pooling, and
+    with `relu` the result is at least zero, pooled or not."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, pooled: bool, relu: bool, kernels: Kernels
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: int,
+        pooled: bool,
+        relu: bool,
+        kernels: Kernels,
     ) -> Tensor:
         images = x.to(kernels.element).permute(0, 2, 3, 1).contiguous()
         filters = weight.float().permute(0, 2, 3, 1).contiguous()

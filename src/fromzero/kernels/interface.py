@@ -107,8 +107,8 @@ class Kernels:
     def gradients_directly(
         self, x: Tensor, gradient: Tensor, padding: int, y: Tensor | None, picked: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of filters, as `filter_gradient`, and bias from that of the result of `forward_directly`. y: the
-        result, where it is at least zero and not pooled."""
+        """The gradients of filters, as `filter_gradient`, and bias from that of the result of `forward_directly`.
+        y: the result, where it is at least zero and not pooled."""
         images, outputs, channels = len(x), gradient.shape[3], x.shape[3]
         of_bias = _floats(outputs)
         of_filters = torch.empty(
