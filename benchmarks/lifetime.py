@@ -39,7 +39,7 @@ def epoch(data_dir, threads):
         for progress in training:
             if progress.row is None:
                 ends.append(time.perf_counter())
-            else:
+            elif not progress.ended:  # which it is when the last checkpoint and the summary are written, too
                 evaluated = time.perf_counter()
         summary = training.run.summary
     return {

@@ -94,6 +94,32 @@ static inline place place_of(long tile, long down, long across, long h, long w, 
                    c};
 }
 
+/* Where a tile's input is, and where its output; `pooled`: of a map behind its pooling. */
+static inline place input_place(long tile, long down, long across, long h, long w, long c, long pad, int pooled) {
+    return pooled ? place_of(tile, down, across, h / 2, w / 2, c, 2, 3 + pad % 2, (pad + 1) / 2)
+                  : place_of(tile, down, across, h, w, c, 4, 6, pad);
+}
+
+static inline place output_place(long tile, long down, long across, long height, long width, long o, int pooled) {
+    return pooled ? place_of(tile, down, across, height / 2, width / 2, o, 2, 2, 0)
+                  : place_of(tile, down, across, height, width, o, 4, 4, 0);
+}
+
+/* Ask for `side` x `side` pixels, so many channels each, before they are needed: tiles lie too far apart for the processor to foresee
+   them. Memory that is not there is not touched. */
+static inline __attribute__((always_inline)) void prefetch(const element *pixels, long side, place at, long channels,
+                                                           const int to_write) {
+    for (long i = 0; i < side; i++)
+        for (long j = 0; j < side; j++)
+            for (long channel = 0; channel < channels; channel += 64 / sizeof(element))
+                __builtin_prefetch(pixels + i * at.row_apart + j * at.pixel_apart + channel, to_write, 2);
+}
+
+/* What a tile sees that its neighbours do not, of a map that is not pooled. */
+static inline void prefetch_input(const element *x, place at, long c) {
+    prefetch(x + at.offset + at.row_apart + at.pixel_apart, 4, at, c, 0);
+}
+
 /* The pixels of a tile, `which` of LANES channels, zero outside of the image. */
 static inline __attribute__((always_inline)) void load_tile(const element *x, place at, lanes which, int side,
                                                             vector *d) {
@@ -177,8 +203,7 @@ void convolve(const element *x, const uint8_t *x_picked, const float *u, const f
         float *v = scratch + omp_get_thread_num() * 36 * (v_apart + m_apart), *m = v + 36 * v_apart;
         long start = start_of(block, d), count = min(start_of(block + 1, d), tiles) - start;
         for (long t = 0; t < count; t++) {
-            place at = x_picked ? place_of(start + t, down, across, h / 2, w / 2, c, 2, 3 + pad % 2, (pad + 1) / 2)
-                                : place_of(start + t, down, across, h, w, c, 4, 6, pad);
+            place at = input_place(start + t, down, across, h, w, c, pad, x_picked != NULL);
             for (long channel = 0; channel < c; channel += LANES) {
                 vector half[36];
                 element *to = (element *)(v + t * c_units) + channel;
@@ -192,14 +217,22 @@ void convolve(const element *x, const uint8_t *x_picked, const float *u, const f
         }
         for (long out = 0; out < o; out += WIDE) {
             long wide = min(WIDE, o_lanes - out);
-            for (long position = 0; position < 36; position++)
+            for (long position = 0; position < 36; position++) {
+                /* Meanwhile what comes next: this block's output, the next one's input. */
+                for (long t = start + count * position / 36; t < start + count * (position + 1) / 36; t++) {
+                    place to = output_place(t, down, across, height, width, o, y_picked != NULL);
+                    if (y_picked) prefetch(y + to.offset + out, 2, to, wide, 1);
+                    else prefetch(y + to.offset + out, 4, to, wide, 1);
+                    if (out == 0 && !x_picked)
+                        prefetch_input(x, input_place(t + count, down, across, h, w, c, pad, 0), c);
+                }
                 for (long row = 0; row < count; row += ROWS)
                     product(wide / LANES, v + position * v_apart + row * c_units, c_units, 1,
                             u + position * u_apart + out * c_units, wide, c_units, m + position * m_apart + row * WIDE,
                             WIDE, 0);
+            }
             for (long t = 0; t < count; t++) {
-                place at = y_picked ? place_of(start + t, down, across, height / 2, width / 2, o, 2, 2, 0)
-                                    : place_of(start + t, down, across, height, width, o, 4, 4, 0);
+                place at = output_place(start + t, down, across, height, width, o, y_picked != NULL);
                 for (long lane = out; lane < min(out + wide, o); lane += LANES) {
                     vector half[24], pixels[16], shift = {0};
                     const vector *products = (const vector *)(m + t * WIDE + lane - out);
@@ -293,6 +326,7 @@ void transform_turned_filters(const float *weights, float *u, long c, long o, lo
    before the next tiles are transformed: so sums stay in a core's cache, transformed tiles in that of all cores. */
 #define OUT (8 * ROWS)
 #define DEPTH 128
+#define AHEAD 12 /* tiles: so early it is asked for one */
 
 typedef struct {
     long down, across, tiles, depth, chunk, c_lanes, o_lanes, v_apart, e_apart, blocks, groups, parts, tasks;
@@ -325,9 +359,12 @@ static void transform_unit(const element *x, const element *dy, const uint8_t *p
     place of_x[PAIR], of_dy[PAIR];
     for (int each = 0; each < PAIR; each++) {
         long tile = unit * PAIR + each, height = h + 2 * pad - 2, width = w + 2 * pad - 2;
-        of_x[each] = place_of(tile, p->down, p->across, h, w, c, 4, 6, pad);
-        of_dy[each] = picked ? place_of(tile, p->down, p->across, height / 2, width / 2, o, 2, 2, 0)
-                             : place_of(tile, p->down, p->across, height, width, o, 4, 4, 0);
+        of_x[each] = input_place(tile, p->down, p->across, h, w, c, pad, 0);
+        of_dy[each] = output_place(tile, p->down, p->across, height, width, o, picked != NULL);
+        place next = input_place(tile + AHEAD, p->down, p->across, h, w, c, pad, 0);
+        prefetch_input(x, next, c);
+        next = output_place(tile + AHEAD, p->down, p->across, height, width, o, picked != NULL);
+        prefetch(dy + next.offset, picked ? 2 : 4, next, o, 0);
         if (tile >= p->tiles) of_x[each].bottom = of_dy[each].bottom = 0; /* the last unit may be half empty */
     }
     for (long channel = 0; channel < c; channel += LANES) {
