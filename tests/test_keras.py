@@ -68,7 +68,7 @@ def test_layers_shapes_parameters_and_outputs_equal_keras(name):
             case "MaxPooling2D":
                 actual = torch.nn.functional.max_pool2d(actual, row.pool)
             case "Conv2D":
-                modules[row.name].pooling = None
+                modules[row.name].pooling, modules[row.name].relu = None, False
                 actual = modules[row.name](actual)
             case _:
                 actual = modules[row.name](actual)
