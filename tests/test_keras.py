@@ -56,8 +56,9 @@ def test_layers_shapes_parameters_and_outputs_equal_keras(name):
         assert layer.get_weights()[1].any() == modules[row.name].bias.detach().any().item()  # both all zeros
         layer.set_weights([kernel.numpy(), modules[row.name].bias.detach().numpy()])
     # The outputs after every layer, the images (N, H, W, C) for Keras. Of ours a convolution has its pooling with it,
-    # before the ReLU: layers are compared one by one, in Keras's order, and the network as it is at the end.
-    poolings = {row.name: modules[row.name].pooling for row in rows if row.kind == "Conv2D"}
+    # before the ReLU, or the ReLU: layers are compared one by one, in Keras's order, and the network as it is at the end.
+    convolutions = [modules[row.name] for row in rows if row.kind == "Conv2D"]
+    behind = [(module.pooling, module.relu) for module in convolutions]
     x = np.random.default_rng(0).random((4, *CIFAR), dtype=np.float32)
     expected, actual = x, torch.from_numpy(x).permute(0, 3, 1, 2)
     for layer, row in zip(theirs.layers, rows, strict=True):
@@ -74,8 +75,8 @@ def test_layers_shapes_parameters_and_outputs_equal_keras(name):
                 actual = modules[row.name](actual)
         channels_last = actual.permute(0, 2, 3, 1) if actual.dim() == 4 else actual
         np.testing.assert_allclose(channels_last.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
-    for name, pooling in poolings.items():
-        modules[name].pooling = pooling
+    for module, (pooling, relu) in zip(convolutions, behind, strict=True):
+        module.pooling, module.relu = pooling, relu
     np.testing.assert_allclose(
         ours(torch.from_numpy(x).permute(0, 3, 1, 2)).detach().numpy(), expected, rtol=1e-4, atol=1e-5
     )
