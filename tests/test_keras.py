@@ -56,7 +56,8 @@ def test_layers_shapes_parameters_and_outputs_equal_keras(name):
         assert layer.get_weights()[1].any() == modules[row.name].bias.detach().any().item()  # both all zeros
         layer.set_weights([kernel.numpy(), modules[row.name].bias.detach().numpy()])
     # The outputs after every layer, the images (N, H, W, C) for Keras. Of ours a convolution has its pooling with it,
-    # before the ReLU, or the ReLU: layers are compared one by one, in Keras's order, and the network as it is at the end.
+    # before the ReLU, or the ReLU: layers are compared one by one, in Keras's order, and at the end the network as
+    # it is.
     convolutions = [modules[row.name] for row in rows if row.kind == "Conv2D"]
     behind = [(module.pooling, module.relu) for module in convolutions]
     x = np.random.default_rng(0).random((4, *CIFAR), dtype=np.float32)
