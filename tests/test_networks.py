@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fromzero import modules, networks
+from fromzero import kernels, machine, modules, networks
 from fromzero.errors import InputError
 from fromzero.recipe import NetworkRecipe, load_recipe
 
@@ -258,6 +258,29 @@ def test_a_whitening_layer_makes_patches_uncorrelated_with_variance_one():
     assert covariance.diag()[0] == pytest.approx(1, abs=0.01)
     assert torch.equal(model.whitening.weight[:12], -model.whitening.weight[12:])
     assert not model.whitening.weight.requires_grad
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_relu_stays_where_it_is(kernel):
+    """Behind a convolution, behind the pooling behind one, within a residual branch and behind it."""
+    changes = {"activation": "relu", "batch_norm": False, "whitening": 0, "channels": [[16, 16, 16], [32, 32]]}
+    model = networks.build(NetworkRecipe(**{**FAST, **changes}), (20, 18, 3), 7, seed=3)
+    here = machine.prepare("float32", device="cpu", threads=1)
+    kernels.use(here.kernels if kernel else kernels.NONE, torch.float32)
+    weights = {name.removeprefix("residual_1.").removeprefix("residual_2."): t for name, t in model.named_parameters()}
+
+    def conv(x, n):
+        return F.conv2d(x, weights[f"conv2d_{n}.weight"], weights[f"conv2d_{n}.bias"], padding=1)
+
+    images = torch.randn(6, 3, 20, 18)
+    for weight in weights.values():
+        torch.nn.init.normal_(weight, std=0.1)
+    x = F.relu(F.max_pool2d(conv(images, 1), 2))
+    x = F.relu(x + conv(F.relu(conv(x, 2)), 3))
+    x = F.relu(F.max_pool2d(conv(x, 4), 2))
+    x = F.relu(x + conv(x, 5))
+    logits = F.linear(x.amax((2, 3)), weights["predictions.weight"], weights["predictions.bias"]) / 8
+    torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_filters_that_start_as_the_identity_hand_their_input_on():

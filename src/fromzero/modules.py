@@ -21,7 +21,7 @@ from fromzero.rng import derive
 TINY_MAP_PIXELS = 4  # input pixels up to which a convolution is computed as a dense layer
 SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
 KERNEL_PIXELS, KERNEL_OUTPUTS = 5, 16  # output pixels and channels from which compiled kernels are used
-WINOGRAD_INPUTS = 16  # channels from which Winograd's method is; between it and DIRECT_CHANNELS PyTorch's convolution
+WINOGRAD_INPUTS = 16  # channels from which Winograd's method is used; between it and DIRECT_CHANNELS PyTorch's is
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Convolution(nn.Conv2d):
     """
 
     pooling: MaxPool | None
-    relu: bool  # where there is no pooling; that may have a ReLU behind it
+    relu: bool  # where there is no pooling: a pooling has a ReLU of its own
 
     def __init__(self, inputs: int, outputs: int, padding: int, bias: bool):
         super().__init__(inputs, outputs, 3, padding=padding, bias=bias)
@@ -164,6 +164,9 @@ class Convolution(nn.Conv2d):
         if self.pooling:
             return y if pooled else self.pooling(y)
         return F.relu(y) if relu else y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pooling={self.pooling}, relu={self.relu}"
 
     def _convolved(self, x: Tensor, padding: int, height: int, width: int) -> Tensor:
         """By PyTorch: its own convolution to a map of height × width, or a matrix product."""

@@ -189,7 +189,7 @@ def build(
                 if isinstance(before, modules.BatchNorm):
                     before.activation = network.activation
                 elif isinstance(before, modules.Convolution) and network.activation == "relu":
-                    before.relu = True
+                    (before.pooling or before).relu = True
                 else:
                     into[f"{network.activation}_{len(into)}"] = modules.Activation(network.activation)
             case "Rescaling":

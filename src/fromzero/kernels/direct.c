@@ -12,7 +12,9 @@
 #define STRIP 8 /* rows of the output at a time: even, so that no pooling window is cut */
 
 /* A strip of the output's `height` x `width`, and the padded rows that it sees, `padded` pixels each, whole units. `depth`: units of a
-   window. `taps`: elements that one row of a window sees, a multiple of ROWS. `size`: floats of all gradients. */
+   window. `taps`: elements that one row of a window sees, a multiple of ROWS. `size`: floats of all gradients. `pixels` of a
+   strip, a multiple of ROWS; `line`: elements of its padded rows, with room to load LANES more (and the next pixel's, C <= LANES).
+   `per_thread`: floats of scratch. */
 typedef struct {
     long height, width, padded, strips, pixels, o_lanes, depth, taps, size, line, per_thread;
 } plan;
@@ -29,7 +31,7 @@ static plan plan_of(long h, long w, long c, long o, long pad) {
     return p;
 }
 
-/* Floats of scratch that both functions below need. */
+/* Floats of scratch that either function below needs. */
 long direct_scratch(long h, long w, long c, long o, long pad, long threads) {
     plan p = plan_of(h, w, c, o, pad);
     return PARTS * p.size + threads * p.per_thread;
@@ -74,7 +76,7 @@ void convolve_directly(const element *x, const float *filters, const float *bias
             for (long j = 0; j < p.width; j++)
                 for (long row = 0; row < 3; row++)
                     memcpy((element *)(windows + (i * p.width + j) * p.depth) + row * 3 * c,
-                           line + ((i + row) * p.padded + j) * c, 3 * MOST * sizeof(element)); /* the next row writes over the rest */
+                           line + ((i + row) * p.padded + j) * c, 3 * MOST * sizeof(element)); /* what is too much, the next row or pixel writes over */
         for (long out = 0; out < o; out += WIDE) {
             long wide = min(WIDE, p.o_lanes - out);
             for (long pixel = 0; pixel < rows * p.width; pixel += ROWS)

@@ -112,7 +112,8 @@ static inline __attribute__((always_inline)) void prefetch(const element *pixels
     for (long i = 0; i < side; i++)
         for (long j = 0; j < side; j++)
             for (long channel = 0; channel < channels; channel += 64 / sizeof(element))
-                __builtin_prefetch(pixels + i * at.row_apart + j * at.pixel_apart + channel, to_write, 2);
+                if (to_write) __builtin_prefetch(pixels + i * at.row_apart + j * at.pixel_apart + channel, 1, 2);
+                else __builtin_prefetch(pixels + i * at.row_apart + j * at.pixel_apart + channel, 0, 2);
 }
 
 /* What a tile sees that its neighbours do not, of a map that is not pooled. */
