@@ -296,11 +296,14 @@ def train_step(
     if not math.isfinite(loss_value):
         raise NonFiniteError(_non_finite(step, f"the loss is {loss_value}", learning_rate))
     loss.backward()
-    gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norms = torch._foreach_norm(gradients)
+    weights = [
+        weight for group in state.optimizer.param_groups for weight in group["params"] if weight.grad is not None
+    ]
+    norms = torch._foreach_norm([weight.grad for weight in weights])
     if not math.isfinite(torch.stack(norms).sum().item()):
-        named = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
-        name = next(n for n, gradient in named if not math.isfinite(gradient.norm().item()))
+        # Only a sum that overflows has none that is not finite.
+        bad = next((w for w, norm in zip(weights, norms, strict=True) if not math.isfinite(norm.item())), weights[0])
+        name = next(n for n, weight in model.named_parameters() if weight is bad)
         state.optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(_non_finite(step, f"the gradient of {name} is not finite", learning_rate))
     set_learning_rate(state.optimizer, learning_rate)
