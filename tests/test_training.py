@@ -307,7 +307,7 @@ def test_weights_that_do_not_fit_are_refused_with_a_table(small, tiny_images, tm
 def test_non_finite_values_stop_before_the_weights_change(poison, small, tiny_images, tmp_path):
     run = new_training(small, tiny_images, runs_dir=tmp_path)
     before = None
-    with pytest.raises(NonFiniteError, match=r"step 3: .*--optimizer.learning_rate"):
+    with pytest.raises(NonFiniteError, match=r"step 3: .*--optimizer.learning_rate") as caught:
         for progress in run:
             if progress.counters.step == 2:
                 weight = run.state.model.get_parameter("predictions.weight")
@@ -317,6 +317,7 @@ def test_non_finite_values_stop_before_the_weights_change(poison, small, tiny_im
                 else:
                     weight.register_hook(lambda gradient: gradient * math.inf)
                 before = {name: t.clone() for name, t in run.state.model.state_dict().items()}
+    assert {"loss": "the loss is nan", "gradient": "the gradient of predictions.weight"}[poison] in str(caught.value)
     after = run.state.model.state_dict()
     assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
 
