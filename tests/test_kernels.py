@@ -48,7 +48,7 @@ def test_a_convolution_and_its_gradients_are_those_of_pytorch(made, images, heig
     gradient = torch.randn(expected.shape).to(made.element)
     expected.backward(gradient.double())
     ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    y = kernels.Convolve3x3.apply(*ours, padding, "", made)
+    y = kernels.Convolve3x3.apply(*ours, padding, "", None, made)
     y.backward(gradient)
     assert y.dtype == made.element
     assert error(y, expected.detach()) < ERRORS[made.element]
@@ -138,6 +138,53 @@ def test_a_convolution_with_the_pooling_behind_it(made, images, height, width, i
     torch.testing.assert_close(made.channel_sums(gradient, picked), made.channel_sums(spread), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("images", "height", "width", "inputs", "outputs", "padding"), [*SHAPES, (2, 4, 5, 16, 16, 0)])
+def test_a_convolution_with_pooling_and_dropout_behind_it(made, images, height, width, inputs, outputs, padding, relu):
+    """The same as the convolution with its pooling and then the dropout, its gradients those behind what is kept."""
+    torch.manual_seed(0)
+    x = torch.randn(images, height, width, inputs).to(made.element)
+    filters, bias = torch.randn(outputs, 3, 3, inputs) / (9 * inputs) ** 0.5, torch.randn(outputs) / 4
+    mask = kernels.Mask(100, 2**64 - 7, 2)
+    whole, all_picked = made.forward_pooled(x, filters, bias, padding, relu)
+    y, picked = made.forward_pooled(x, filters, bias, padding, relu, mask)
+    kept = made.drop(torch.ones_like(whole), mask) > 0
+    assert 0.3 < kept.float().mean() < 0.9
+    assert torch.equal(picked, torch.where(kept, all_picked, 4))
+    tight = {"rtol": 1e-2, "atol": 1e-2} if made.element == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(y, made.drop(whole, mask), **tight)
+    gradient = torch.randn(y.shape).to(made.element)
+    scaled, tight = 256 / 156, {"rtol": 2e-2, "atol": 2e-2} if made.element == torch.bfloat16 else tight
+    of_x = made.input_gradient(gradient, filters * scaled, padding, x.shape, picked)
+    assert torch.equal(made.input_gradient(gradient, filters, padding, x.shape, picked, 100), of_x)
+    for ours, plain in (
+        (made.filter_gradient(x, gradient, padding, picked, 100), made.filter_gradient(x, gradient, padding, picked)),
+        (made.channel_sums(gradient, picked, 100), made.channel_sums(gradient, picked)),
+    ):
+        torch.testing.assert_close(ours, plain * scaled, rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_drops_in_a_convolution_what_it_drops_behind_it(made):
+    """Train 2's first layers, in training, with kernels and without."""
+    shape = {"channels": [[16, 32], [32]], "padding": ["valid", "same"], "activation_layers": [False, True]}
+    recipe = load_recipe("train2").override({f"network.{name}": value for name, value in shape.items()})
+    model = networks.build(recipe.network, (14, 14, 16), 10, seed=1)
+    model.reseed(3, 5)
+    torch.manual_seed(0)
+    x, found = torch.randn(6, 16, 14, 14), []
+    for used in (True, False):
+        if not used:
+            kernels.use(kernels.NONE, made.element)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=made.element == torch.bfloat16):
+            y = model(x)
+        y.float().logsumexp(1).sum().backward()
+        found.append([y.detach().float(), *(weight.grad.clone() for weight in model.parameters())])
+    for ours, plain in zip(*found, strict=True):
+        error = (ours - plain).norm() / plain.norm().clamp(min=1e-6)
+        assert error < (0.3 if made.element == torch.bfloat16 else 1e-5)  # bfloat16 picks other pixels
+
+
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(3, 5, 7, 20), (1, 3, 2, 5), (40, 9, 9, 64)])
 def test_batch_normalisation_with_its_activation_and_gradients(made, shape, activation):
@@ -186,7 +233,7 @@ def test_dropout_keeps_what_it_keeps_without_kernels(made, shape):
     for used in (True, False):
         if not used:
             kernels.use(kernels.NONE, made.element)
-        layer = modules.Dropout(0.25, modules.Masks(torch.Generator().manual_seed(3)))
+        layer = modules.Dropout(0.25, modules.Masks())
         leaf = x.clone().requires_grad_()
         y = layer(leaf)
         y.backward(x)
@@ -349,7 +396,7 @@ def test_other_types_of_weights_and_a_changed_default_type(made):
     expected = F.conv2d(x.double(), exact.weight, exact.bias, padding=1).detach()
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         weight, bias = exact.weight.detach().to(dtype), exact.bias.detach().to(dtype)
-        y = kernels.Convolve3x3.apply(x, weight, bias, 1, "", made)
+        y = kernels.Convolve3x3.apply(x, weight, bias, 1, "", None, made)
         assert error(y, expected) < ERRORS[torch.bfloat16]
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
@@ -372,7 +419,7 @@ def test_what_kernels_cannot_do_pytorch_does(made):
     with torch.autocast("cpu", torch.bfloat16):
         assert kernels.in_use(double) is None
     x = torch.randn(1, 16, 8, 8).to(made.element).requires_grad_()
-    y = kernels.Convolve3x3.apply(x, layer.weight, layer.bias, 1, "", made)
+    y = kernels.Convolve3x3.apply(x, layer.weight, layer.bias, 1, "", None, made)
     (gradient,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.float().sum().backward()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fromzero import kernels, machine, modules, networks
+from fromzero import kernels, machine, modules, networks, rng
 from fromzero.errors import InputError
 from fromzero.recipe import NetworkRecipe, load_recipe
 
@@ -58,12 +58,15 @@ def test_the_modules_are_what_the_table_says(name):
     model = networks.build(network, CIFAR, 10).eval()
     assert sum(p.numel() for p in model.parameters()) == TOTALS[name]
     pooling = iter([name for name in rows if name.startswith("max_pooling")])
+    dropout = iter([name for name in rows if name.startswith("dropout")])
     x, seen = torch.randn(2, 3, 32, 32), set()
     for layer_name, module in model.named_children():
         x = module(x)
         if (row := rows.get(layer_name)) and row.kind != "Activation":
-            # A convolution has the pooling behind it with it.
+            # A convolution has the pooling behind it with it, and the dropout behind that.
             last = rows[next(pooling)] if getattr(module, "pooling", None) else row
+            if row.kind == "Dropout" or getattr(module, "dropout", None):
+                seen.add(next(dropout))
             shape = (*x.shape[2:], x.shape[1]) if x.dim() == 4 else tuple(x.shape[1:])
             assert shape == last.shape
             assert sum(p.numel() for p in module.parameters()) == row.parameters
@@ -91,6 +94,8 @@ def test_pooling_before_relu_is_the_same_function_with_the_same_gradients(name):
             case "Conv2D":
                 modules[row.name].pooling = None  # which comes in its turn
                 y = modules[row.name](y)
+            case "Dropout":
+                pass  # when evaluating, wherever it is
             case _:
                 y = modules[row.name](y)
     y.square().sum().backward()
@@ -127,25 +132,56 @@ def test_same_seed_same_weights_wherever_layers_agree():
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(64, 33, 5, 7), (301, 77)])
 def test_dropout_drops_its_rate_keeps_the_mean_and_repeats_by_seed(rate, shape):
-    layer = modules.Dropout(rate, modules.Masks(torch.Generator().manual_seed(3)))
+    layer = modules.Dropout(rate, modules.Masks())
+    layer.masks.draw_from(3)
     x = torch.ones(shape)
     first = layer(x)
     dropped = (first == 0).float().mean().item()
     assert dropped == pytest.approx(round(rate * 256) / 256, abs=5 * math.sqrt(rate * (1 - rate) / x.numel()))
     assert first.max().item() == pytest.approx(256 / (256 - round(rate * 256)))
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(modules.Dropout(rate, layer.masks)(x), first)
+    layer.masks.draw_from(4)
     assert not torch.equal(layer(x), first)
-    layer.masks.generator.manual_seed(3)
+    layer.masks.draw_from(3)
     assert torch.equal(layer(x), first)
     assert torch.equal(layer.eval()(x), x)
 
 
+def threefry(key, a, b):
+    """Threefry-2x32 of 20 rounds as Salmon et al. (2011) write it, one pair of integers at a time."""
+    keys, mask = (*key, key[0] ^ key[1] ^ 0x1BD11BDA), 0xFFFFFFFF
+    a, b = a + keys[0] & mask, b + keys[1] & mask
+    for round in range(20):
+        turn = (13, 15, 26, 6, 17, 29, 16, 24)[round % 8]
+        a = a + b & mask
+        b = (b << turn | b >> 32 - turn) & mask ^ a
+        if round % 4 == 3:
+            turns = round // 4 + 1
+            a, b = a + keys[turns % 3] & mask, b + keys[(turns + 1) % 3] + turns & mask
+    return a, b
+
+
+def test_random_bytes_are_threefrys():
+    # Known answers: those of Random123, the authors' library.
+    assert threefry((0, 0), 0, 0) == (0x6B200159, 0x99BA4EFE)
+    assert threefry((0xFFFFFFFF,) * 2, 0xFFFFFFFF, 0xFFFFFFFF) == (0x1CB996FC, 0xBB002BE7)
+    for key, layer in ((0, 0), (0x9E3779B97F4A7C15, 2), (2**64 - 1, 7)):
+        halves = torch.tensor(rng.words(key), dtype=torch.int32)
+        drawn = rng.random_bytes(halves, layer, 1280)
+        pairs = (
+            drawn.view(10, 8, 16).transpose(1, 2).flatten(0, 1)
+        )  # of 128 bytes at a time 16 i + j is byte i of pair j
+        for number in (0, 1, 17, 159):
+            low, high = threefry((key & 0xFFFFFFFF, key >> 32), number, layer)
+            assert bytes(pairs[number].tolist()) == (high << 32 | low).to_bytes(8, "little")
+        assert torch.equal(drawn[:77], rng.random_bytes(halves, layer, 77))
+
+
 def test_the_dropout_mask_does_not_depend_on_memory_format_or_precision():
-    layer = modules.Dropout(0.4, modules.Masks(torch.Generator().manual_seed(0)))
+    layer = modules.Dropout(0.4, modules.Masks())
     x = torch.ones(8, 16, 6, 6)
-    masks = []
-    for y in (x, x.to(memory_format=torch.channels_last), x.bfloat16()):
-        layer.masks.generator.manual_seed(7)
-        masks.append(layer(y) == 0)
+    masks = [layer(y) == 0 for y in (x, x.to(memory_format=torch.channels_last), x.bfloat16())]
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])
 

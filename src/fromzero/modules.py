@@ -7,7 +7,6 @@ compiled kernels, modules compute by them: the same functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fromzero import kernels
-from fromzero.rng import derive
+from fromzero.rng import derive, random_bytes, words
 
 TINY_MAP_PIXELS = 4  # input pixels up to which a convolution is computed as a dense layer
 SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
@@ -24,16 +23,22 @@ KERNEL_PIXELS, KERNEL_OUTPUTS = 5, 16  # output pixels and channels from which c
 WINOGRAD_INPUTS = 16  # channels from which Winograd's method is used; between it and DIRECT_CHANNELS PyTorch's is
 
 
-@dataclass
 class Masks:
-    """Where the dropout masks of a network come from, and whether dropout is on."""
+    """What the dropout masks of a network are functions of: a key, which changes from step to step, beside the number
+    of the layer; and whether dropout is on."""
 
-    generator: torch.Generator
-    on: bool = True
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.key, self.layers, self.on = 0, 0, True
+        self.words = torch.zeros(2, dtype=torch.int32, device=device)  # the key as what is computed with
+
+    def draw_from(self, key: int) -> None:
+        """Make the next masks those of `key`, 64 bits."""
+        self.key = key
+        self.words.copy_(torch.tensor(words(key), dtype=torch.int32))
 
 
 class Network(nn.Sequential):
-    """Layers one after the other; dropout masks come from one generator that is reseeded at every step."""
+    """Layers one after the other; dropout masks come from one key that is another at every step."""
 
     def __init__(self, modules: Mapping[str, nn.Module], masks: Masks):
         super().__init__()
@@ -43,7 +48,7 @@ class Network(nn.Sequential):
 
     def reseed(self, seed: int, step: int, dropout: bool = True) -> None:
         """Make the dropout masks of the next forward pass those of (seed, step), or turn dropout off."""
-        self.masks.generator.manual_seed(derive(seed, "dropout", step))
+        self.masks.draw_from(derive(seed, "dropout", step))
         self.masks.on = dropout
 
 
@@ -131,19 +136,20 @@ def whiten(model: Network, images: Tensor) -> None:
 
 
 class Convolution(nn.Conv2d):
-    """A 3×3 convolution with what is behind it: a `pooling`, or a ReLU. It is computed by compiled kernels where there
-    are some, and on a processor as one matrix product where the map is small.
+    """A 3×3 convolution with what is behind it: a `pooling` with its `dropout`, or a ReLU. It is computed by compiled
+    kernels where there are some, and on a processor as one matrix product where the map is small.
 
     oneDNN's convolutions reach a small part of the processor's speed on maps of a few pixels, above all in the
     gradient of the weights (docs/log.md); a matrix product over the 9 × C columns of each output pixel does not.
     """
 
     pooling: MaxPool | None
+    dropout: Dropout | None  # of what has been pooled
     relu: bool  # where there is no pooling: a pooling has a ReLU of its own
 
     def __init__(self, inputs: int, outputs: int, padding: int, bias: bool):
         super().__init__(inputs, outputs, 3, padding=padding, bias=bias)
-        self.pooling, self.relu = None, False
+        self.pooling, self.dropout, self.relu = None, None, False
 
     def forward(self, x: Tensor) -> Tensor:
         padding = int(self.padding[0])
@@ -155,18 +161,24 @@ class Convolution(nn.Conv2d):
         pooled = self.pooling is not None and self.pooling.kernel_size == 2 and min(height, width) >= 2
         relu = self.pooling.relu if self.pooling else self.relu
         if kernel and kernel.convolves and inputs <= kernels.DIRECT_CHANNELS and (pooled or not self.pooling):
-            return kernels.ConvolveDirectly.apply(x, self.weight, self.bias, padding, pooled, relu, kernel)
-        if kernel and kernel.convolves and inputs >= WINOGRAD_INPUTS:
+            y = kernels.ConvolveDirectly.apply(x, self.weight, self.bias, padding, pooled, relu, kernel)
+            relu = False
+        elif kernel and kernel.convolves and inputs >= WINOGRAD_INPUTS:
             after: kernels.Pooled = "" if not pooled else "relu" if relu else "pool"
-            y = kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, after, kernel)
+            mask = self.dropout.mask() if self.dropout and pooled else None
+            y = kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, after, mask, kernel)
+            if pooled:
+                return y
         else:
             y, pooled = self._convolved(x, padding, height, width), False
         if self.pooling:
-            return y if pooled else self.pooling(y)
+            y = y if pooled else self.pooling(y)
+            return self.dropout(y) if self.dropout else y
         return F.relu(y) if relu else y
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pooling={self.pooling}, relu={self.relu}"
+        behind = f"pooling={self.pooling}, dropout={self.dropout}, relu={self.relu}"
+        return f"{super().extra_repr()}, {behind}"
 
     def _convolved(self, x: Tensor, padding: int, height: int, width: int) -> Tensor:
         """By PyTorch: its own convolution to a map of height × width, or a matrix product."""
@@ -266,34 +278,38 @@ class MaxPool(nn.MaxPool2d):
 
 
 class Dropout(nn.Module):
-    """Inverted dropout (Srivastava et al., 2014) whose mask is read from random bytes, 1 an element, off `masks`.
+    """Inverted dropout (Srivastava et al., 2014) whose mask is read from random bytes, 1 an element, drawn by `masks`.
 
     The rate is rounded to the nearest 1/256 (0.25 and 0.5 are exact), and what is kept is scaled by that rounded
-    rate, so the expectation is exact. Bytes from 64-bit words cost a fraction of one Bernoulli draw an element. The
-    mask depends on the order of elements (N, H, W, C), not on the memory format or the precision.
+    rate, so the expectation is exact. The mask is a function of the key, the number of the layer and the place of an
+    element in the order (N, H, W, C): not of the memory format, the precision or the device.
     """
 
     def __init__(self, rate: float, masks: Masks):
         super().__init__()
         self.rate = rate
         self.masks = masks
+        self.layer = masks.layers
+        masks.layers += 1
         self.threshold = min(round(rate * 256), 255)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def mask(self) -> kernels.Mask | None:
+        """What it keeps in this step; None when all."""
         if not self.training or not self.masks.on or self.threshold == 0:
+            return None
+        return kernels.Mask(self.threshold, self.masks.key, self.layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (mask := self.mask()) is None:
             return x
         if x.dim() == 4:
-            return self._drop(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self._drop(x)
+            return self._drop(x.permute(0, 2, 3, 1), mask).permute(0, 3, 1, 2)
+        return self._drop(x, mask)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
-        # random_() alone leaves out the sign bit, so the top byte would never reach 128: name the whole range.
-        words.random_(-(2**63), None, generator=self.masks.generator)
-        draws = words.view(torch.uint8)[: x.numel()].view(x.shape)
+    def _drop(self, x: Tensor, mask: kernels.Mask) -> Tensor:
         if (kernel := kernels.in_use(x)) and x.dtype == kernel.element:
-            return kernels.Drop.apply(x, draws, self.threshold, kernel)
-        kept = draws >= self.threshold
+            return kernels.Drop.apply(x, mask, kernel)
+        kept = random_bytes(self.masks.words, self.layer, x.numel()).view(x.shape) >= self.threshold
         return x * kept.to(x.dtype).mul_(256 / (256 - self.threshold))
 
     def extra_repr(self) -> str:

@@ -150,7 +150,7 @@ def build(
     start equal wherever their layers agree.
     """
     parts: dict[str, nn.Module] = {}
-    masks = modules.Masks(torch.Generator(device))
+    masks = modules.Masks(device)
     channels, features = image_shape[2], 0
     for row in _activated_by_pooling(layers(network, image_shape, num_classes), network.activation):
         into = parts
@@ -183,7 +183,12 @@ def build(
                 into[row.name] = nn.Linear(features, row.shape[0])
                 features = row.shape[0]
             case "Dropout":
-                into[row.name] = modules.Dropout(row.rate, masks)
+                dropout = modules.Dropout(row.rate, masks)
+                before = next(reversed(into.values()), None)
+                if isinstance(before, modules.Convolution) and before.pooling:
+                    before.dropout = dropout
+                else:
+                    into[row.name] = dropout
             case "Activation":
                 before = next(reversed(into.values()), None)
                 if isinstance(before, modules.BatchNorm):

@@ -34,3 +34,28 @@ def permutation(count: int, seed: int, purpose: str, step: int = 0) -> np.ndarra
 
     words = np.random.PCG64(derive(seed, purpose, step)).random_raw(count)
     return np.argsort(words, kind="stable")
+
+
+def words(key: int) -> tuple[int, int]:
+    """The lower and the upper 32 bits of a key, as int32 has them."""
+    low, high = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
+
+
+def random_bytes(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
+    """Uint8 (count,), on the device of `key`, int32 (2,): the same on all of them, since byte i is a function of (key,
+    stream, i) alone. Threefry-2x32 of 20 rounds (Salmon et al., 2011), so fit to be computed in pieces, and again."""
+    import torch
+
+    pairs = torch.arange((count + 127) // 128 * 16, dtype=torch.int32, device=key.device)
+    keys = (key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA)
+    a, b = pairs + keys[0], (keys[1] + stream).expand_as(pairs)
+    for four in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[four % 2]:
+            a = a + b
+            b = (b << turn | b >> 32 - turn & (1 << turn) - 1) ^ a
+        a, b = a + keys[(four + 1) % 3], b + keys[(four + 2) % 3] + (four + 1)
+    # Of 128 bytes, 16 i + j is byte i of pair j.
+    words = torch.stack([a.view(-1, 16), b.view(-1, 16)], 1)
+    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=key.device)[:, None]
+    return (words[:, :, None] >> shifts & 255).to(torch.uint8).flatten()[:count]

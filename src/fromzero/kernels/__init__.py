@@ -25,7 +25,8 @@ from torch import Tensor
 from fromzero import files
 from fromzero.errors import FromzeroError
 from fromzero.kernels.functions import BatchNorm, Convolve3x3, ConvolveDirectly, Drop, MaxPool2x2, Pooled, Unroll
-from fromzero.kernels.interface import ACTIVATIONS, DIRECT_CHANNELS, Kernels
+from fromzero.kernels.interface import ACTIVATIONS, DIRECT_CHANNELS, Kernels, Mask
+from fromzero.rng import random_bytes, words
 
 __all__ = [
     "ACTIVATIONS",
@@ -37,6 +38,7 @@ __all__ = [
     "ConvolveDirectly",
     "Drop",
     "Kernels",
+    "Mask",
     "MaxPool2x2",
     "Pooled",
     "Unroll",
@@ -170,15 +172,17 @@ def agrees(kernels: Kernels) -> bool:
         pooled = kernels.max_pool(x, relu=True)
         mean, variance = kernels.moments(x)
         normal = mean, (variance + 1e-5).rsqrt(), shift.detach(), "gelu"
-        convolved, picked = kernels.forward_pooled(x, filters, bias, 1, relu=True)
+        mask = Mask(64, 2**63 - 5, 3)
+        key = torch.tensor(words(mask.key), dtype=torch.int32, device="cpu")
+        kept = (random_bytes(key, mask.layer, x.numel()) >= mask.threshold).to(torch.float32) / 0.75
+        convolved, picked = kernels.forward_pooled(x, filters, bias, 1, relu=True, mask=mask)
         of_convolved = drawn(*convolved.shape).to(element)
         of_unrolled = drawn(6 * 19, 6 * 33).to(element)
         pixels = torch.eye(6 * 33, dtype=torch.float32, device="cpu").view(-1, 2, 3, 33)
-        draws_of_x = torch.randint(0, 256, x.shape, generator=draws, dtype=torch.uint8, device="cpu")
         # A gradient as the pooling hands it back: the pooled map's, where it was picked.
         places = (picked[..., None] == torch.arange(4, device="cpu")) * of_convolved[..., None]
         spread = torch.zeros_like(gradient)
-        spread[:, :6] = places.unflatten(-1, (2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
+        spread[:, :6] = 1 / 0.75 * places.unflatten(-1, (2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
         ours = (
             kernels.forward(x, filters, bias, 1),
             kernels.input_gradient(gradient, filters, 1, x.shape),
@@ -187,12 +191,12 @@ def agrees(kernels: Kernels) -> bool:
             kernels.max_pool_gradient(x, pooled, of_pool, relu=True),
             kernels.channel_sums(x).expand(1, 1, 1, -1),
             convolved,
-            kernels.input_gradient(of_convolved, filters, 1, x.shape, picked),
-            kernels.filter_gradient(x, of_convolved, 1, picked).permute(0, 2, 3, 1),
-            kernels.channel_sums(of_convolved, picked).expand(1, 1, 1, -1),
+            kernels.input_gradient(of_convolved, filters, 1, x.shape, picked, mask.threshold),
+            kernels.filter_gradient(x, of_convolved, 1, picked, mask.threshold).permute(0, 2, 3, 1),
+            kernels.channel_sums(of_convolved, picked, mask.threshold).expand(1, 1, 1, -1),
             kernels.normalise(x, *normal),
             kernels.normalise_gradient(x, x, *normal)[0],
-            kernels.drop(x, draws_of_x, 64),
+            kernels.drop(x, mask),
             kernels.unroll(filters, 2, 3, 1).view(6, 19, 6, 33),
             kernels.unroll_gradient(of_unrolled, leaf_filters.shape, 2, 3, 1).permute(0, 2, 3, 1),
             rectified,
@@ -204,10 +208,11 @@ def agrees(kernels: Kernels) -> bool:
         theirs = [y, *of(y, gradient, leaf, leaf_filters)]
         z = F.relu(F.max_pool2d(leaf, 2))
         theirs += [z, *of(z, of_pool, leaf), leaf.sum((0, 2, 3), keepdim=True)]
-        theirs += [F.relu(F.max_pool2d(y, 2)), *of(y, spread, leaf, leaf_filters)]
+        kept_pooled = kept[: convolved.numel()].view(convolved.shape).permute(0, 3, 1, 2)
+        theirs += [F.relu(F.max_pool2d(y, 2)) * kept_pooled, *of(y, spread, leaf, leaf_filters)]
         theirs.append(spread.float().sum((0, 1, 2)).view(1, -1, 1, 1))
         z = F.gelu(F.batch_norm(leaf, None, None, None, shift, training=True, eps=1e-5))
-        theirs += [z, *of(z, x, leaf), leaf * (draws_of_x.permute(0, 3, 1, 2) >= 64) / 0.75]
+        theirs += [z, *of(z, x, leaf), leaf * kept.view(x.shape).permute(0, 3, 1, 2)]
         y = F.conv2d(pixels.permute(0, 3, 1, 2), leaf_filters, padding=1)  # of one pixel's one channel at a time
         y = y.permute(2, 3, 1, 0).reshape(6, 19, 6, 33)
         theirs += [y.permute(0, 3, 1, 2), *of(y.permute(0, 3, 1, 2), of_unrolled.view(6, 19, 6, 33), leaf_filters)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fromzero.kernels.interface import Kernels
+from fromzero.kernels.interface import Kernels, Mask
 
 Pooled = Literal["", "pool", "relu"]  # what is behind a convolution: nothing, max pooling, max pooling and a ReLU
 
@@ -16,39 +16,48 @@ Pooled = Literal["", "pool", "relu"]  # what is behind a convolution: nothing, m
 class Convolve3x3(torch.autograd.Function):
     """`F.conv2d(x, weight, bias, padding=padding)` for 3×3 filters, by `kernels`; x and result are (N, C, H, W) in
     channels-last memory and of the kernels' element type, weight and bias float32. With `pooled` followed by
-    `F.max_pool2d(…, 2)`, with "relu" at least zero: the map before it is never written, and no gradient of its size."""
+    `F.max_pool2d(…, 2)`, with "relu" at least zero, and by dropout with `mask`: the map before them is never
+    written, and no gradient of its size."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, pooled: Pooled, kernels: Kernels
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: int,
+        pooled: Pooled,
+        mask: Mask | None,
+        kernels: Kernels,
     ) -> Tensor:
         images = x.to(kernels.element).permute(0, 2, 3, 1).contiguous()
         filters = weight.float().permute(0, 2, 3, 1).contiguous()
         bias = None if bias is None else bias.float().contiguous()
         picked = None
         if pooled:
-            y, picked = kernels.forward_pooled(images, filters, bias, padding, pooled == "relu")
+            y, picked = kernels.forward_pooled(images, filters, bias, padding, pooled == "relu", mask)
         else:
             y = kernels.forward(images, filters, bias, padding)
         ctx.save_for_backward(images, filters, picked)
         ctx.padding, ctx.kernels, ctx.dtype = padding, kernels, x.dtype
+        ctx.threshold = mask.threshold if mask else 0
         return y.permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         images, filters, picked = ctx.saved_tensors
-        kernels, padding = ctx.kernels, ctx.padding
+        kernels, padding, threshold = ctx.kernels, ctx.padding, ctx.threshold
         gradient = gradients[0].to(kernels.element).permute(0, 2, 3, 1).contiguous()
         of_x, of_weight, of_bias = None, None, None
         if ctx.needs_input_grad[0]:
-            of_x = kernels.input_gradient(gradient, filters, padding, images.shape, picked)
+            of_x = kernels.input_gradient(gradient, filters, padding, images.shape, picked, threshold)
             of_x = of_x.permute(0, 3, 1, 2).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            of_weight = kernels.filter_gradient(images, gradient, padding, picked)
+            of_weight = kernels.filter_gradient(images, gradient, padding, picked, threshold)
         if ctx.needs_input_grad[2]:
-            of_bias = kernels.channel_sums(gradient, picked)
-        return of_x, of_weight, of_bias, None, None, None
+            of_bias = kernels.channel_sums(gradient, picked, threshold)
+        return of_x, of_weight, of_bias, None, None, None, None
 
 
 class ConvolveDirectly(torch.autograd.Function):
@@ -133,20 +142,18 @@ class BatchNorm(torch.autograd.Function):
 
 
 class Drop(torch.autograd.Function):
-    """Dropout by `kernels`: of what the bytes `draws` (uint8, of x's size) let pass, scaled so that its mean stays."""
+    """Dropout by `kernels`. What is kept is drawn again for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, draws: Tensor, threshold: int, kernels: Kernels) -> Tensor:
-        ctx.save_for_backward(draws)
-        ctx.threshold, ctx.kernels = threshold, kernels
-        return kernels.drop(x.contiguous(), draws, threshold)
+    def forward(ctx: Any, x: Tensor, mask: Mask, kernels: Kernels) -> Tensor:
+        ctx.mask, ctx.kernels = mask, kernels
+        return kernels.drop(x.contiguous(), mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (draws,) = ctx.saved_tensors
         gradient = gradients[0].to(ctx.kernels.element).contiguous()
-        return ctx.kernels.drop(gradient, draws, ctx.threshold), None, None, None
+        return ctx.kernels.drop(gradient, ctx.mask), None, None
 
 
 class Unroll(torch.autograd.Function):

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fromzero import rng
+
 ACTIVATIONS = ("", "relu", "gelu")  # in the order of pointwise.c
 DIRECT_CHANNELS = 4  # the most that direct.c takes
+
+
+class Mask(NamedTuple):
+    """What dropout keeps: those elements whose byte of `rng.random_bytes(key, layer)` is at least `threshold`."""
+
+    threshold: int
+    key: int
+    layer: int
 
 
 class Kernels:
@@ -24,15 +35,16 @@ class Kernels:
         self._call = ctypes.CDLL(str(library))
         for function, pointers, numbers, result in (
             ("transform_filters", 2, 3, None),
-            ("transform_turned_filters", 2, 3, None),
-            ("convolve", 7, 8, None),
-            ("filter_gradient", 5, 7, None),
+            ("transform_turned_filters", 2, 4, None),
+            ("convolve", 8, 9, None),
+            ("filter_gradient", 5, 8, None),
             ("convolve_directly", 6, 8, None),
             ("gradients_directly", 7, 7, None),
             ("max_pool", 2, 6, None),
             ("max_pool_gradient", 4, 6, None),
-            ("channel_sums", 4, 3, None),
-            ("drop", 3, 3, None),
+            ("channel_sums", 4, 4, None),
+            ("random_bytes", 1, 5, None),
+            ("drop", 2, 6, None),
             ("unroll", 2, 6, None),
             ("unroll_gradient", 2, 6, None),
             ("moments", 4, 3, None),
@@ -52,42 +64,51 @@ class Kernels:
         """x (N, H, W, C) → (N, H', W', O), H' = H + 2 padding - 2; bias float32 (O,) or None."""
         images, height, width, _ = x.shape
         y = self._empty(images, height + 2 * padding - 2, width + 2 * padding - 2, len(filters))
-        self._convolve(x, None, self._transformed(filters), bias, y, None, padding, False)
+        self._convolve(x, None, self._transformed(filters), bias, y, None, padding)
         return y
 
     def forward_pooled(
-        self, x: Tensor, filters: Tensor, bias: Tensor | None, padding: int, relu: bool
+        self, x: Tensor, filters: Tensor, bias: Tensor | None, padding: int, relu: bool, mask: Mask | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`max_pool` of `forward`, (N, H'/2, W'/2, O), and uint8 of the same shape: which pixel of its window it is, 0
-        to 3, or 4 where `relu` has made a zero of it."""
+        """`max_pool` of `forward`, with `mask` its `drop`, (N, H'/2, W'/2, O), and uint8 of the same shape: which
+        pixel of its window it is, 0 to 3, or 4 where `relu` or `mask` has made a zero of it."""
         images, height, width, _ = x.shape
         y = self._empty(images, (height + 2 * padding - 2) // 2, (width + 2 * padding - 2) // 2, len(filters))
         picked = torch.empty(y.shape, dtype=torch.uint8, device="cpu")
-        self._convolve(x, None, self._transformed(filters), bias, y, picked, padding, relu)
+        self._convolve(x, None, self._transformed(filters), bias, y, picked, padding, relu, mask)
         return y, picked
 
     def input_gradient(
-        self, gradient: Tensor, filters: Tensor, padding: int, of: torch.Size, picked: Tensor | None = None
+        self,
+        gradient: Tensor,
+        filters: Tensor,
+        padding: int,
+        of: torch.Size,
+        picked: Tensor | None = None,
+        threshold: int = 0,
     ) -> Tensor:
         """The gradient of x, of the shape `of`, from that of the result of `forward`, or, with `picked`, of
-        `forward_pooled`."""
+        `forward_pooled`; threshold: of its mask."""
         outputs, _, _, channels = filters.shape
         transformed = _floats(self._call.filters_size(outputs, channels))
         threads = torch.get_num_threads()
-        self._call.transform_turned_filters(filters.data_ptr(), transformed.data_ptr(), channels, outputs, threads)
+        sizes = (channels, outputs, threshold, threads)
+        self._call.transform_turned_filters(filters.data_ptr(), transformed.data_ptr(), *sizes)
         of_x = self._empty(*of)
-        self._convolve(gradient, picked, transformed, None, of_x, None, 2 - padding, False)
+        self._convolve(gradient, picked, transformed, None, of_x, None, 2 - padding)
         return of_x
 
-    def filter_gradient(self, x: Tensor, gradient: Tensor, padding: int, picked: Tensor | None = None) -> Tensor:
+    def filter_gradient(
+        self, x: Tensor, gradient: Tensor, padding: int, picked: Tensor | None = None, threshold: int = 0
+    ) -> Tensor:
         """The gradient of the filters, float32 (O, C, 3, 3) in channels-last memory, from that of the result, as
         `input_gradient`."""
-        sizes = (*x.shape, gradient.shape[3], padding, torch.get_num_threads())
-        scratch = _floats(self._call.filter_gradient_scratch(*sizes))
+        sizes, threads = (*x.shape, gradient.shape[3], padding), torch.get_num_threads()
+        scratch = _floats(self._call.filter_gradient_scratch(*sizes, threads))
         shape = (gradient.shape[3], x.shape[3], 3, 3)
         filters = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
         pointers = (x.data_ptr(), gradient.data_ptr(), _pointer(picked), filters.data_ptr(), scratch.data_ptr())
-        self._call.filter_gradient(*pointers, *sizes)
+        self._call.filter_gradient(*pointers, *sizes, threshold, threads)
         return filters
 
     def forward_directly(
@@ -133,19 +154,20 @@ class Kernels:
         self._call.max_pool_gradient(*pointers, *x.shape, relu, torch.get_num_threads())
         return of_x
 
-    def channel_sums(self, x: Tensor, picked: Tensor | None = None) -> Tensor:
-        """Sums over all but the last dimension, float32 (C,), of what `picked` does not say 4 of."""
+    def channel_sums(self, x: Tensor, picked: Tensor | None = None, threshold: int = 0) -> Tensor:
+        """Sums over all but the last dimension, float32 (C,), of what `picked` does not say 4 of: the gradient of a
+        bias, as `input_gradient`."""
         channels = x.shape[-1]
         sums, parts = _floats(channels), _floats(self._call.sums_scratch(channels))
-        sizes = (x.numel() // channels, channels, torch.get_num_threads())
+        sizes = (x.numel() // channels, channels, threshold, torch.get_num_threads())
         self._call.channel_sums(x.data_ptr(), _pointer(picked), sums.data_ptr(), parts.data_ptr(), *sizes)
         return sums
 
-    def drop(self, x: Tensor, draws: Tensor, threshold: int) -> Tensor:
-        """x, times 256 / (256 - threshold), where a byte of `draws` is at least `threshold`, else zero."""
+    def drop(self, x: Tensor, mask: Mask) -> Tensor:
+        """x, times 256 / (256 - threshold), where a byte of `rng.random_bytes` is at least the threshold, else zero."""
         y = torch.empty_like(x)
-        sizes = (x.numel(), threshold, torch.get_num_threads())
-        self._call.drop(x.data_ptr(), draws.data_ptr(), y.data_ptr(), *sizes)
+        sizes = (x.numel(), mask.threshold, *rng.words(mask.key), mask.layer, torch.get_num_threads())
+        self._call.drop(x.data_ptr(), y.data_ptr(), *sizes)
         return y
 
     def unroll(self, filters: Tensor, height: int, width: int, padding: int) -> Tensor:
@@ -211,7 +233,8 @@ class Kernels:
         y: Tensor,
         y_picked: Tensor | None,
         padding: int,
-        relu: bool,
+        relu: bool = False,
+        mask: Mask | None = None,
     ) -> None:
         """Write to `y`. Where x was pooled, its size before that is the one that makes y's."""
         images, height, width, channels = x.shape
@@ -219,8 +242,12 @@ class Kernels:
             height, width = y.shape[1] - 2 * padding + 2, y.shape[2] - 2 * padding + 2
         threads = torch.get_num_threads()
         scratch = _floats(self._call.convolve_scratch(images, height, width, channels, padding, threads))
-        tensors = (x, x_picked, transformed, bias, y, y_picked, scratch)
-        sizes = (images, height, width, channels, y.shape[3], padding, relu, threads)
+        draws, threshold = None, 0
+        if mask is not None:
+            draws, threshold = torch.empty(y.shape, dtype=torch.uint8, device="cpu"), mask.threshold
+            self._call.random_bytes(draws.data_ptr(), draws.numel(), *rng.words(mask.key), mask.layer, threads)
+        tensors = (x, x_picked, transformed, bias, y, y_picked, draws, scratch)
+        sizes = (images, height, width, channels, y.shape[3], padding, relu, threshold, threads)
         self._call.convolve(*map(_pointer, tensors), *sizes)
 
 

@@ -54,11 +54,12 @@ void max_pool_gradient(const element *x, const element *y, const element *dy, el
     }
 }
 
-/* sums (C) over all rows of x (rows, C), or, where `picked` (rows, C) is not NULL, over those elements of which it is below 4.
-   `parts`: so many floats as `sums_scratch` says. */
+/* sums (C) over all rows of x (rows, C), or, where `picked` (rows, C) is not NULL, over those elements of which it is below 4;
+   `threshold`: of the dropout behind them, or zero. `parts`: so many floats as `sums_scratch` says. */
 long sums_scratch(long c) { return 3 * PARTS * c; }
 
-void channel_sums(const element *x, const uint8_t *picked, float *sums, float *parts, long rows, long c, long threads) {
+void channel_sums(const element *x, const uint8_t *picked, float *sums, float *parts, long rows, long c, long threshold,
+                  long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long part = 0; part < PARTS; part++) {
         long begin = rows * part / PARTS, end = rows * (part + 1) / PARTS;
@@ -76,19 +77,72 @@ void channel_sums(const element *x, const uint8_t *picked, float *sums, float *p
     for (long channel = 0; channel < c; channel++) {
         float sum = 0;
         for (long part = 0; part < PARTS; part++) sum += parts[part * c + channel];
-        sums[channel] = sum;
+        sums[channel] = sum * kept_scale(threshold);
     }
 }
 
-/* y = x / (1 - threshold / 256) where a random byte is at least `threshold`, else zero: dropout, and its gradient. */
-void drop(const element *x, const uint8_t *draws, element *y, long count, long threshold, long threads) {
-    const float scale = 256.0f / (256 - threshold);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long i = 0; i < count; i += LANES) {
-        lanes which = lanes_of(count - i);
-        whole kept = load_bytes(draws + i, which) >= (int32_t)threshold;
-        store(y + i, scale * load(x + i, which) * choose(kept, (vector){0} + 1, (vector){0}), which);
+/* Random bits of (key, a, b) in place of a and b: Threefry-2x32 of 20 rounds, Salmon et al., "Parallel Random Numbers: As Easy
+   as 1, 2, 3" (2011). */
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+
+static inline void threefry(const uint32_t *key, bits *a, bits *b) {
+    static const int turns[8] = {13, 15, 26, 6, 17, 29, 16, 24};
+    const uint32_t keys[3] = {key[0], key[1], 0x1BD11BDA ^ key[0] ^ key[1]};
+    *a += keys[0], *b += keys[1];
+#pragma GCC unroll 5
+    for (int four = 0; four < 5; four++) {
+#pragma GCC unroll 4
+        for (int round = 0; round < 4; round++) {
+            int turn = turns[four % 2 * 4 + round];
+            *a += *b;
+            *b = (*b << turn | *b >> (32 - turn)) ^ *a;
+        }
+        *a += keys[(four + 1) % 3], *b += keys[(four + 2) % 3] + four + 1;
     }
+}
+
+/* The bytes of `rng.random_bytes`, functions of (key, stream, place) alone: of 8 x WORDS elements from `start` on, 16 i + j has byte
+   i of pair j, of which the words of LANES pairs from `first` on come at a time. */
+#define WORDS 16
+static inline void draw(const uint32_t *key, long stream, long start, long first, bits words[2]) {
+    for (int lane = 0; lane < LANES; lane++) words[0][lane] = (uint32_t)(start / 8 + first + lane);
+    words[1] = (bits){0} + (uint32_t)stream;
+    threefry(key, &words[0], &words[1]);
+}
+
+static inline whole byte_of(const bits words[2], long byte) {
+    return (whole)(words[byte / 4] >> (uint32_t)(byte % 4 * 8) & 255);
+}
+
+void random_bytes(uint8_t *bytes, long count, long low_key, long high_key, long stream, long threads) {
+    const uint32_t key[2] = {low_key, high_key};
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long start = 0; start < count; start += 8 * WORDS)
+        for (long first = 0; first < WORDS; first += LANES) {
+            bits words[2];
+            draw(key, stream, start, first, words);
+            for (long byte = 0; byte < 8; byte++) {
+                long i = start + byte * WORDS + first;
+                store_bytes(bytes + i, byte_of(words, byte), lanes_of(count - i));
+            }
+        }
+}
+
+/* y = x / (1 - threshold / 256) where a random byte is at least `threshold`, else zero: dropout, and its gradient. */
+void drop(const element *x, element *y, long count, long threshold, long low_key, long high_key, long stream, long threads) {
+    const uint32_t key[2] = {low_key, high_key};
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long start = 0; start < count; start += 8 * WORDS)
+        for (long first = 0; first < WORDS; first += LANES) {
+            bits words[2];
+            draw(key, stream, start, first, words);
+            for (long byte = 0; byte < 8; byte++) {
+                long i = start + byte * WORDS + first;
+                lanes which = lanes_of(count - i);
+                whole kept = byte_of(words, byte) >= (int32_t)threshold;
+                store(y + i, choose(kept, load(x + i, which) * kept_scale(threshold), (vector){0}), which);
+            }
+        }
 }
 
 /* Filters (O, 3, 3, C) as the matrix (H', W', O, H, W, C) of a dense layer from all pixels of a map to all of its convolution,

@@ -32,6 +32,9 @@ typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 #define PARTS 64
 
 static inline long min(long a, long b) { return a < b ? a : b; }
+/* What dropout multiplies by what it keeps: bytes of at least `threshold`. */
+static inline float kept_scale(long threshold) { return 256.0f / (256 - threshold); }
+
 static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
 typedef int32_t whole __attribute__((vector_size(4 * LANES)));

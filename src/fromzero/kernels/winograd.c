@@ -189,11 +189,13 @@ static inline long start_of(long block, division d) { return d.groups * block / 
 
 /* y (N, H', W', O) = x (N, H, W, C) convolved, H' = H + 2 pad - 2, plus `bias` (O) where there is one.
 
-   y_picked: where it is not NULL, y is pooled, (N, H'/2, W'/2, O), as `pool` says, which also says what goes here.
+   y_picked: where it is not NULL, y is pooled, (N, H'/2, W'/2, O), as `pool` says, which also says what goes here. draws: where it
+   is not NULL, the pooled map's dropout follows, as `drop` has it; what it drops is picked from none.
    x_picked: where it is not NULL, x is the gradient (N, H/2, W/2, C) of a map so pooled.
    u: filters from `transform_filters`. scratch: so many floats as `convolve_scratch` says. */
 void convolve(const element *x, const uint8_t *x_picked, const float *u, const float *bias, element *y, uint8_t *y_picked,
-              float *scratch, long n, long h, long w, long c, long o, long pad, long relu, long threads) {
+              const uint8_t *draws, float *scratch, long n, long h, long w, long c, long o, long pad, long relu, long threshold,
+              long threads) {
     long height = h + 2 * pad - 2, width = w + 2 * pad - 2;
     long down = (height + 3) / 4, across = (width + 3) / 4, tiles = n * down * across;
     division d = division_of(c, tiles, threads);
@@ -253,6 +255,11 @@ void convolve(const element *x, const uint8_t *x_picked, const float *u, const f
                             long to = at.offset + i * at.row_apart + j * o + lane;
                             whole where;
                             vector most = pool(pixels + 8 * i + 2 * j, 4, 1, shift, relu, &where);
+                            if (draws) {
+                                whole kept = load_bytes(draws + to, which) >= (int32_t)threshold;
+                                most = choose(kept, most * kept_scale(threshold), (vector){0});
+                                where = (kept & where) | (~kept & 4);
+                            }
                             store(y + to, most, which);
                             store_bytes(y_picked + to, where, which);
                         }
@@ -302,9 +309,11 @@ void transform_filters(const float *weights, float *u, long c, long o, long thre
     }
 }
 
-/* The filters of the gradient of the input: 36 matrices of units, (O, C) in blocks of WIDE columns. */
-void transform_turned_filters(const float *weights, float *u, long c, long o, long threads) {
+/* The filters of the gradient of the input: 36 matrices of units, (O, C) in blocks of WIDE columns. `threshold`: of the dropout
+   behind the convolution, or zero. */
+void transform_turned_filters(const float *weights, float *u, long c, long o, long threshold, long threads) {
     long c_lanes = round_up(c, LANES), o_units = round_up(o, LANES) / PAIR, u_apart = apart(c_lanes * o_units);
+    float scale = kept_scale(threshold);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long unit = 0; unit < o_units; unit++)
         for (long channel = 0; channel < c_lanes; channel += LANES) {
@@ -314,7 +323,7 @@ void transform_turned_filters(const float *weights, float *u, long c, long o, lo
                 long out = unit * PAIR + each;
                 vector g[9] = {{0}};
                 for (long i = 0; i < 9 && out < o; i++)
-                    memcpy(&g[i], weights + (out * 9 + 8 - i) * c + channel, 4 * min(c - channel, LANES));
+                    g[i] = load_floats(weights + (out * 9 + 8 - i) * c + channel, lanes_of(c - channel)) * scale;
                 transformed_filter(g, tiles[each]);
             }
             for (long position = 0; position < 36; position++)
@@ -392,11 +401,12 @@ static void transform_unit(const element *x, const element *dy, const uint8_t *p
 }
 
 /* gradient (O, 3, 3, C) of the filters from that of the output, dy (N, H', W', O), or, where `picked` is not NULL, from that of
-   the pooled output:
+   the pooled output; `threshold`: of the dropout behind it, or zero.
    G^T [ sum over tiles of (A dy A^T) (B^T d B) ] G. */
 void filter_gradient(const element *x, const element *dy, const uint8_t *picked, float *gradient, float *scratch, long n,
-                     long h, long w, long c, long o, long pad, long threads) {
+                     long h, long w, long c, long o, long pad, long threshold, long threads) {
     plan p = plan_of(n, h, w, c, o, pad, threads);
+    float scale = kept_scale(threshold);
     float *v = scratch, *e = v + 36 * p.v_apart, *all_sums = e + 36 * p.e_apart;
     long sums_apart = apart(OUT * WIDE), step = sums_apart / LANES;
     for (long done = 0; done < p.depth; done += p.chunk) {
@@ -424,8 +434,8 @@ void filter_gradient(const element *x, const element *dy, const uint8_t *picked,
                             filter_gradient_transform(products + j * step, 6 * step, half + j, 6);
                         for (long i = 0; i < 3; i++) filter_gradient_transform(half + 6 * i, 1, g + 3 * i, 1);
                         for (long i = 0; i < 9; i++)
-                            memcpy(gradient + ((out + row) * 9 + i) * c + start + lane, &g[i],
-                                   4 * min(c - start - lane, LANES));
+                            store_floats(gradient + ((out + row) * 9 + i) * c + start + lane, g[i] * scale,
+                                         lanes_of(c - start - lane));
                     }
             }
         }
