@@ -71,7 +71,7 @@ def outcome_of(task: Task, report: Any = lambda **content: None) -> dict[str, An
         images = images_of(task.setting)
         for share in train_cell(task.cell, images, task.setting, lambda line: report(note=line)):
             if time.monotonic() - reported > REPORT_SECONDS:
-                reported = time.monotonic()
+                reported = time.monotonic() if share > 0 else 0.0  # the first step is news at once
                 report(progress=share)
         return {"done": True}
     except StoppedError:
