@@ -133,7 +133,7 @@ def test_same_seed_same_weights_wherever_layers_agree():
 @pytest.mark.parametrize("shape", [(64, 33, 5, 7), (301, 77)])
 def test_dropout_drops_its_rate_keeps_the_mean_and_repeats_by_seed(rate, shape):
     layer = modules.Dropout(rate, modules.Masks())
-    layer.masks.draw_from(3)
+    layer.masks.key = 3
     x = torch.ones(shape)
     first = layer(x)
     dropped = (first == 0).float().mean().item()
@@ -141,9 +141,9 @@ def test_dropout_drops_its_rate_keeps_the_mean_and_repeats_by_seed(rate, shape):
     assert first.max().item() == pytest.approx(256 / (256 - round(rate * 256)))
     assert torch.equal(layer(x), first)
     assert not torch.equal(modules.Dropout(rate, layer.masks)(x), first)
-    layer.masks.draw_from(4)
+    layer.masks.key = 4
     assert not torch.equal(layer(x), first)
-    layer.masks.draw_from(3)
+    layer.masks.key = 3
     assert torch.equal(layer(x), first)
     assert torch.equal(layer.eval()(x), x)
 
@@ -169,9 +169,8 @@ def test_random_bytes_are_threefrys():
     for key, layer in ((0, 0), (0x9E3779B97F4A7C15, 2), (2**64 - 1, 7)):
         halves = torch.tensor(rng.words(key), dtype=torch.int32)
         drawn = rng.random_bytes(halves, layer, 1280)
-        pairs = (
-            drawn.view(10, 8, 16).transpose(1, 2).flatten(0, 1)
-        )  # of 128 bytes at a time 16 i + j is byte i of pair j
+        # Of 128 bytes at a time, 16 i + j is byte i of pair j.
+        pairs = drawn.view(10, 8, 16).transpose(1, 2).flatten(0, 1)
         for number in (0, 1, 17, 159):
             low, high = threefry((key & 0xFFFFFFFF, key >> 32), number, layer)
             assert bytes(pairs[number].tolist()) == (high << 32 | low).to_bytes(8, "little")

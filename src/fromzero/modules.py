@@ -7,6 +7,7 @@ compiled kernels, modules compute by them: the same functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -23,18 +24,14 @@ KERNEL_PIXELS, KERNEL_OUTPUTS = 5, 16  # output pixels and channels from which c
 WINOGRAD_INPUTS = 16  # channels from which Winograd's method is used; between it and DIRECT_CHANNELS PyTorch's is
 
 
+@dataclass
 class Masks:
-    """What the dropout masks of a network are functions of: a key, which changes from step to step, beside the number
-    of the layer; and whether dropout is on."""
+    """What the dropout masks of a network are functions of: a key of 64 bits, which changes from step to step, beside
+    the number of the layer, of which there are so many; and whether dropout is on."""
 
-    def __init__(self, device: str | torch.device = "cpu"):
-        self.key, self.layers, self.on = 0, 0, True
-        self.words = torch.zeros(2, dtype=torch.int32, device=device)  # the key as what is computed with
-
-    def draw_from(self, key: int) -> None:
-        """Make the next masks those of `key`, 64 bits."""
-        self.key = key
-        self.words.copy_(torch.tensor(words(key), dtype=torch.int32))
+    key: int = 0
+    layers: int = 0
+    on: bool = True
 
 
 class Network(nn.Sequential):
@@ -48,8 +45,7 @@ class Network(nn.Sequential):
 
     def reseed(self, seed: int, step: int, dropout: bool = True) -> None:
         """Make the dropout masks of the next forward pass those of (seed, step), or turn dropout off."""
-        self.masks.draw_from(derive(seed, "dropout", step))
-        self.masks.on = dropout
+        self.masks.key, self.masks.on = derive(seed, "dropout", step), dropout
 
 
 class Residual(nn.Sequential):
@@ -309,8 +305,9 @@ class Dropout(nn.Module):
     def _drop(self, x: Tensor, mask: kernels.Mask) -> Tensor:
         if (kernel := kernels.in_use(x)) and x.dtype == kernel.element:
             return kernels.Drop.apply(x, mask, kernel)
-        kept = random_bytes(self.masks.words, self.layer, x.numel()).view(x.shape) >= self.threshold
-        return x * kept.to(x.dtype).mul_(256 / (256 - self.threshold))
+        key = torch.tensor(words(mask.key), dtype=torch.int32, device=x.device)
+        kept = random_bytes(key, mask.layer, x.numel()).view(x.shape) >= mask.threshold
+        return x * kept.to(x.dtype).mul_(256 / (256 - mask.threshold))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

@@ -150,7 +150,7 @@ def build(
     start equal wherever their layers agree.
     """
     parts: dict[str, nn.Module] = {}
-    masks = modules.Masks(device)
+    masks = modules.Masks()
     channels, features = image_shape[2], 0
     for row in _activated_by_pooling(layers(network, image_shape, num_classes), network.activation):
         into = parts
