@@ -1,7 +1,6 @@
 """Compiled kernels: the same functions as PyTorch's, whatever the shapes, the threads and the instruction set."""
 
 import platform
-import subprocess
 import tomllib
 
 import pytest
@@ -19,6 +18,8 @@ SHAPES = [
     (1, 3, 3, 16, 16, 1),
     (4, 16, 13, 32, 16, 0),
     (130, 4, 4, 70, 50, 1),
+    (70, 2, 2, 40, 70, 1),  # the tiles of maps of 2×2
+    (20, 30, 33, 16, 20, 1),  # the gradient of the filters in parts, and in chunks
 ]
 # The same of few channels; strips of eight rows cut off.
 FEW = [(3, 19, 12, 3, 32, 1), (2, 9, 7, 1, 70, 0), (4, 5, 6, 4, 16, 0), (70, 10, 9, 2, 17, 1), (1, 3, 40, 3, 130, 1)]
@@ -93,20 +94,23 @@ def test_threads_do_not_change_the_bits(made):
     torch.manual_seed(0)
     x, gradient = torch.randn(7, 11, 10, 48).to(made.element), torch.randn(7, 11, 10, 80).to(made.element)
     filters, image, few = torch.randn(80, 3, 3, 48), x[..., :3].contiguous(), torch.randn(80, 3, 3, 3)
+    # The gradient of filters: of one part in several chunks, of several, of several blocks and pieces, of 2×2.
+    maps = [(torch.randn(shape).to(made.element), o) for shape, o in (((7, 11, 10, 48), 80), ((40, 20, 20, 64), 128))]
+    maps += [(torch.randn(shape).to(made.element), o) for shape, o in (((20, 32, 32, 16), 20), ((50, 2, 2, 130), 150))]
+    gradients = [torch.randn(*images.shape[:3], outputs).to(made.element) for images, outputs in maps]
     found = []
-    for threads in (1, 2, 3, 2):
+    for threads in (1, 2, 3, 5, 2):
         torch.set_num_threads(threads)
         found.append(
             (
                 made.forward(x, filters, None, 1),
                 made.input_gradient(gradient, filters, 1, x.shape),
-                made.filter_gradient(x, gradient, 1),
+                *(made.filter_gradient(images, of_y, 1) for (images, _), of_y in zip(maps, gradients, strict=True)),
                 made.channel_sums(gradient),
                 made.forward_directly(image, few, None, 1, False, True)[0],
                 *made.forward_directly(image, few, None, 1, True, True),
                 *made.gradients_directly(image, gradient, 1, gradient, None),
                 *made.moments(gradient),
-                made.unroll_gradient(made.unroll(filters, 2, 2, 1), torch.Size((80, 48, 3, 3)), 2, 2, 1),
                 *made.normalise_gradient(gradient, gradient, torch.zeros(80), torch.ones(80), torch.ones(80), "gelu"),
             )
         )
@@ -206,24 +210,6 @@ def test_batch_normalisation_with_its_activation_and_gradients(made, shape, acti
     for ours, theirs in zip(*results, strict=True):
         tolerance = 1e-4 if ours.dtype == torch.float32 and made.element == torch.float32 else 0.02
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "padding"), [(1, 1, 1), (2, 2, 1), (1, 4, 1), (4, 1, 1), (3, 1, 1), (3, 4, 0)]
-)
-def test_filters_as_the_matrix_of_a_dense_layer(made, height, width, padding):
-    weight = torch.randn(20, 33, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
-    results = []
-    for unrolled in (
-        kernels.Unroll.apply(weight, height, width, padding, made),
-        modules._Unrolled.apply(weight, height, width, padding).to(made.element),
-    ):
-        gradient = torch.randn(unrolled.shape, generator=torch.Generator().manual_seed(0)).to(made.element)
-        results.append((unrolled, *torch.autograd.grad(unrolled, weight, gradient)))
-    assert results[0][0].dtype == made.element
-    assert torch.equal(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1])
-    assert results[0][1].stride() == weight.stride()
 
 
 @pytest.mark.parametrize("shape", [(64, 33, 5, 7), (3, 1), (301, 77)])
@@ -327,13 +313,8 @@ def test_other_instruction_sets_compute_the_same(flags, tmp_path, monkeypatch):
         pytest.skip("no kernels on this machine")
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("needs a processor with AVX2")
-    objects = []
-    for name in kernels.SOURCES:
-        objects.append(str(tmp_path / f"{name}.o"))
-        source = kernels.SOURCE_FOLDER / name
-        subprocess.run(["cc", *kernels.COMPILE, *flags, str(source), "-o", objects[-1]], check=True)
-    subprocess.run(["cc", *kernels.LINK, *objects, "-o", str(tmp_path / "other.so")], check=True)
-    assert kernels.agrees(kernels.Kernels(tmp_path / "other.so", torch.float32))
+    library = kernels.built("cc", [*kernels.COMPILE, *flags], tmp_path)
+    assert kernels.agrees(kernels.Kernels(library, torch.float32))
 
 
 def broken_compiler(folder):
@@ -467,7 +448,7 @@ def test_their_sources_are_part_of_the_package():
         pytest.skip("installed without its sources")
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fromzero"]
     packed = {path for pattern in patterns for path in (root / "src" / "fromzero").glob(pattern)}
-    assert packed >= {kernels.SOURCE_FOLDER / name for name in (*kernels.SOURCES, *kernels.HEADERS)}
+    assert packed >= {kernels.SOURCE_FOLDER / name for name in kernels.SOURCES}
 
 
 def test_kernels_can_be_turned_off(monkeypatch):

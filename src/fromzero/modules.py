@@ -20,7 +20,7 @@ from fromzero.rng import derive, random_bytes, words
 
 TINY_MAP_PIXELS = 4  # input pixels up to which a convolution is computed as a dense layer
 SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
-KERNEL_PIXELS, KERNEL_OUTPUTS = 5, 16  # output pixels and channels from which compiled kernels are used
+KERNEL_PIXELS, KERNEL_OUTPUTS = 5, 16  # output pixels and channels from which compiled kernels are used; and on 2×2
 WINOGRAD_INPUTS = 16  # channels from which Winograd's method is used; between it and DIRECT_CHANNELS PyTorch's is
 
 
@@ -151,8 +151,8 @@ class Convolution(nn.Conv2d):
         padding = int(self.padding[0])
         height, width = (size + 2 * padding - 2 for size in x.shape[2:])
         outputs, inputs = self.weight.shape[:2]
-        large = height * width >= KERNEL_PIXELS and outputs >= KERNEL_OUTPUTS
-        fitting = len(x) > 0 and x.shape[1] == inputs
+        large = height * width >= KERNEL_PIXELS or height == width == x.shape[2] == x.shape[3] == 2
+        fitting = len(x) > 0 and x.shape[1] == inputs and outputs >= KERNEL_OUTPUTS
         kernel = kernels.in_use(x) if large and fitting else None
         pooled = self.pooling is not None and self.pooling.kernel_size == 2 and min(height, width) >= 2
         relu = self.pooling.relu if self.pooling else self.relu
@@ -181,10 +181,7 @@ class Convolution(nn.Conv2d):
         if x.device.type != "cpu" or height * width > SMALL_MAP_PIXELS or min(height, width, len(x)) < 1:
             return super().forward(x)
         if x.shape[2] * x.shape[3] <= TINY_MAP_PIXELS:
-            if kernel := kernels.in_use(x):
-                matrix = kernels.Unroll.apply(self.weight, *x.shape[2:], padding, kernel)
-            else:
-                matrix = _Unrolled.apply(self.weight, *x.shape[2:], padding)
+            matrix = _Unrolled.apply(self.weight, *x.shape[2:], padding)
             pixels = x.permute(0, 2, 3, 1).flatten(1)
             y = F.linear(pixels, matrix, None if self.bias is None else self.bias.repeat(height * width))
             return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)

@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fromzero import files
 from fromzero.errors import FromzeroError
-from fromzero.kernels.functions import BatchNorm, Convolve3x3, ConvolveDirectly, Drop, MaxPool2x2, Pooled, Unroll
+from fromzero.kernels.functions import BatchNorm, Convolve3x3, ConvolveDirectly, Drop, MaxPool2x2, Pooled
 from fromzero.kernels.interface import ACTIVATIONS, DIRECT_CHANNELS, Kernels, Mask
 from fromzero.rng import random_bytes, words
 
@@ -41,7 +42,6 @@ __all__ = [
     "Mask",
     "MaxPool2x2",
     "Pooled",
-    "Unroll",
     "agrees",
     "find",
     "in_use",
@@ -51,8 +51,9 @@ __all__ = [
 NONE = "none"
 POINTWISE = "-pointwise"  # ends the name of kernels that leave convolutions to PyTorch
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = ("winograd.c", "direct.c", "pointwise.c")
-HEADERS = ("vectors.h", "convolution.h")
+SOURCES = ("winograd.c", "direct.c", "pointwise.c", "vectors.h", "convolution.h")
+# What objects are compiled from; winograd.c twice, the second time for maps of 2×2 pixels.
+OBJECTS = (("winograd.c",), ("winograd.c", "-DSMALL"), ("direct.c",), ("pointwise.c",))
 # Compiled and linked apart, so that OpenMP is the one that torch has loaded, with its threads, and not a second.
 COMPILE = ("-O3", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared",)
@@ -103,8 +104,8 @@ def _made(element: torch.dtype) -> tuple[str, Kernels | None]:
         flags.append("-DBFLOAT16")
     try:
         _, _, version = _run([compiler, "--version"]).partition("\n")[0].partition(" ")  # the name is how it was called
-        sources = [(SOURCE_FOLDER / name).read_text("utf-8") for name in (*SOURCES, *HEADERS)]
-        identity = "\0".join([*sources, *flags, *LINK, version, _processor()])
+        sources = [(SOURCE_FOLDER / name).read_text("utf-8") for name in SOURCES]
+        identity = "\0".join([*sources, *flags, str(OBJECTS), *LINK, version, _processor()])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         kept = files.home() / "kernels"
         kernels = _kept(kept, digest, element)
@@ -131,16 +132,22 @@ def _kept(folder: Path, digest: str, element: torch.dtype) -> Kernels | None:
 def _compiled(compiler: str, flags: list[str], folder: Path, digest: str, element: torch.dtype) -> Kernels | None:
     """Kernels compiled into `folder`; None where they compute something else than PyTorch."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        fresh = Path(place) / "kernels.so"
-        objects = [str(Path(place) / f"{name}.o") for name in SOURCES]
-        for name, made in zip(SOURCES, objects, strict=True):
-            _run([compiler, *flags, str(SOURCE_FOLDER / name), "-o", made])
-        _run([compiler, *LINK, *objects, "-o", str(fresh)])
+        fresh = built(compiler, flags, Path(place))
         kernels = Kernels(fresh, element)
         if not agrees(kernels):
             return None
         os.replace(fresh, folder / f"{digest}-{_content_digest(fresh)}.so")
         return kernels
+
+
+def built(compiler: str, flags: Iterable[str], folder: Path) -> Path:
+    """The library, compiled and linked in `folder`. Raises subprocess.SubprocessError."""
+    objects, library = [], folder / "kernels.so"
+    for source, *more in OBJECTS:
+        objects.append(str(folder / f"{len(objects)}.o"))
+        _run([compiler, *flags, *more, str(SOURCE_FOLDER / source), "-o", objects[-1]])
+    _run([compiler, *LINK, *objects, "-o", str(library)])
+    return library
 
 
 def _content_digest(library: Path) -> str:
@@ -177,8 +184,8 @@ def agrees(kernels: Kernels) -> bool:
         kept = (random_bytes(key, mask.layer, x.numel()) >= mask.threshold).to(torch.float32) / 0.75
         convolved, picked = kernels.forward_pooled(x, filters, bias, 1, relu=True, mask=mask)
         of_convolved = drawn(*convolved.shape).to(element)
-        of_unrolled = drawn(6 * 19, 6 * 33).to(element)
-        pixels = torch.eye(6 * 33, dtype=torch.float32, device="cpu").view(-1, 2, 3, 33)
+        small, of_small = drawn(5, 2, 2, 33).to(element), drawn(5, 2, 2, 19).to(element)
+        leaf_small = small.float().permute(0, 3, 1, 2).detach().requires_grad_()
         # A gradient as the pooling hands it back: the pooled map's, where it was picked.
         places = (picked[..., None] == torch.arange(4, device="cpu")) * of_convolved[..., None]
         spread = torch.zeros_like(gradient)
@@ -197,8 +204,9 @@ def agrees(kernels: Kernels) -> bool:
             kernels.normalise(x, *normal),
             kernels.normalise_gradient(x, x, *normal)[0],
             kernels.drop(x, mask),
-            kernels.unroll(filters, 2, 3, 1).view(6, 19, 6, 33),
-            kernels.unroll_gradient(of_unrolled, leaf_filters.shape, 2, 3, 1).permute(0, 2, 3, 1),
+            kernels.forward(small, filters, bias, 1),
+            kernels.input_gradient(of_small, filters, 1, small.shape),
+            kernels.filter_gradient(small, of_small, 1).permute(0, 2, 3, 1),
             rectified,
             kernels.forward_directly(image, few, bias, 1, pooled=True, relu=False)[0],
             of_few.permute(0, 2, 3, 1),
@@ -213,9 +221,8 @@ def agrees(kernels: Kernels) -> bool:
         theirs.append(spread.float().sum((0, 1, 2)).view(1, -1, 1, 1))
         z = F.gelu(F.batch_norm(leaf, None, None, None, shift, training=True, eps=1e-5))
         theirs += [z, *of(z, x, leaf), leaf * kept.view(x.shape).permute(0, 3, 1, 2)]
-        y = F.conv2d(pixels.permute(0, 3, 1, 2), leaf_filters, padding=1)  # of one pixel's one channel at a time
-        y = y.permute(2, 3, 1, 0).reshape(6, 19, 6, 33)
-        theirs += [y.permute(0, 3, 1, 2), *of(y.permute(0, 3, 1, 2), of_unrolled.view(6, 19, 6, 33), leaf_filters)]
+        y = F.conv2d(leaf_small, leaf_filters, bias, padding=1)
+        theirs += [y, *of(y, of_small, leaf_small, leaf_filters)]
         y = F.conv2d(leaf_image, leaf_few, bias, padding=1)
         of_y = of_image * (rectified > 0)
         theirs += [F.relu(y), F.max_pool2d(y, 2), *of(y, of_y, leaf_few)]

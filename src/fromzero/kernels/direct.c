@@ -14,9 +14,9 @@
 /* A strip of the output's `height` x `width`, and the padded rows that it sees, `padded` pixels each, whole units. `depth`: units of a
    window. `taps`: elements that one row of a window sees, a multiple of ROWS. `size`: floats of all gradients. `pixels` of a
    strip, a multiple of ROWS; `line`: elements of its padded rows, with room to load LANES more (and the next pixel's, C <= LANES).
-   `per_thread`: floats of scratch. */
+   `own`: floats that a thread needs. */
 typedef struct {
-    long height, width, padded, strips, pixels, o_lanes, depth, taps, size, line, per_thread;
+    long height, width, padded, strips, pixels, o_lanes, depth, taps, size, line, own;
 } plan;
 
 static plan plan_of(long h, long w, long c, long o, long pad) {
@@ -27,15 +27,14 @@ static plan plan_of(long h, long w, long c, long o, long pad) {
     p.size = (3 * p.taps + 1) * p.o_lanes;
     p.line = round_up((p.pixels + 2 * p.padded) * c + p.taps, LANES) + LANES;
     long forward = p.pixels * (p.depth + WIDE) + 3 * MOST, backward = p.line + p.pixels / PAIR * p.o_lanes;
-    p.per_thread = p.line + round_up(forward > backward ? forward : backward, LANES);
+    p.own = p.line + round_up(forward > backward ? forward : backward, LANES);
     return p;
 }
 
-/* Floats of scratch that either function below needs. */
-long direct_scratch(long h, long w, long c, long o, long pad, long threads) {
-    plan p = plan_of(h, w, c, o, pad);
-    return PARTS * p.size + threads * p.per_thread;
-}
+/* Floats of its own that a thread needs in either function below, and those that all share. */
+long direct_scratch(long h, long w, long c, long o, long pad) { return plan_of(h, w, c, o, pad).own; }
+
+long direct_sums(long h, long w, long c, long o, long pad) { return PARTS * plan_of(h, w, c, o, pad).size; }
 
 /* The rows of one image that a strip of its output sees, padded with zeros, end to end. */
 static void load_strip(const element *x, long first, long h, long w, long c, long pad, const plan *p, element *line) {
@@ -60,15 +59,15 @@ static void load_filters(const float *filters, long c, long o, const plan *p, fl
     }
 }
 
-/* As `convolve` of winograd.c, from `filters` as they are; `relu`: at least zero, pooled or not. */
+/* As `convolve` of winograd.c, from `filters` as they are; `relu`: at least zero, pooled or not. matrix: floats as `direct_sums` says. */
 void convolve_directly(const element *x, const float *filters, const float *bias, element *y, uint8_t *y_picked,
-                       float *scratch, long n, long h, long w, long c, long o, long pad, long relu, long threads) {
+                       float *matrix, float *own, long each, long n, long h, long w, long c, long o, long pad, long relu,
+                       long threads) {
     plan p = plan_of(h, w, c, o, pad);
-    float *matrix = scratch, *own = scratch + PARTS * p.size;
     load_filters(filters, c, o, &p, matrix);
 #pragma omp parallel for schedule(static) num_threads(threads) firstprivate(p)
     for (long strip = 0; strip < n * p.strips; strip++) {
-        float *sums = own + omp_get_thread_num() * p.per_thread, *windows = sums + p.pixels * WIDE;
+        float *sums = own + omp_get_thread_num() * each, *windows = sums + p.pixels * WIDE;
         element *line = (element *)(windows + p.pixels * p.depth + 3 * MOST);
         long image = strip / p.strips, first = strip % p.strips * STRIP, rows = min(STRIP, p.height - first);
         load_strip(x + image * h * w * c, first, h, w, c, pad, &p, line);
@@ -140,13 +139,13 @@ static void load_gradient(const element *dy, const element *y, const uint8_t *pi
    In the padded rows, end to end, what the window of pixel q sees in a row of the filters begins at q C, and that of the next
    pixel C elements further: so the gradient of a row of the filters is a matrix product over all pixels of a strip. */
 void gradients_directly(const element *x, const element *dy, const element *y, const uint8_t *picked, float *of_filters,
-                        float *of_bias, float *scratch, long n, long h, long w, long c, long o, long pad, long threads) {
+                        float *of_bias, float *parts, float *own, long each, long n, long h, long w, long c, long o, long pad,
+                        long threads) {
     plan p = plan_of(h, w, c, o, pad);
     long strips = n * p.strips, of_image = picked ? (p.height / 2) * (p.width / 2) * o : p.height * p.width * o;
-    float *own = scratch + PARTS * p.size;
 #pragma omp parallel for schedule(static) num_threads(threads) firstprivate(p)
     for (long part = 0; part < PARTS; part++) {
-        float *sums = scratch + part * p.size, *units = own + omp_get_thread_num() * p.per_thread, *gradients = units + p.line;
+        float *sums = parts + part * p.size, *units = own + omp_get_thread_num() * each, *gradients = units + p.line;
         element *line = (element *)(gradients + p.pixels / PAIR * p.o_lanes);
         memset(sums, 0, p.size * sizeof(float));
         for (long strip = strips * part / PARTS; strip < strips * (part + 1) / PARTS; strip++) {
@@ -164,11 +163,12 @@ void gradients_directly(const element *x, const element *dy, const element *y, c
                                 p.o_lanes, 1);
         }
     }
-    for (long out = 0; out < o; out++)
+    for (long out = 0; out < o; out += LANES)
         for (long weight = 0; weight <= 9 * c; weight++) {
-            long row = weight / (3 * c), at = (row * p.taps + weight % (3 * c)) * p.o_lanes + out;
-            float sum = 0;
-            for (long part = 0; part < PARTS; part++) sum += scratch[part * p.size + at];
-            *(weight < 9 * c ? of_filters + out * 9 * c + weight : of_bias + out) = sum;
+            const float *at = parts + (weight / (3 * c) * p.taps + weight % (3 * c)) * p.o_lanes + out;
+            vector sum = {0};
+            for (long part = 0; part < PARTS; part++) sum += *(const loose *)(at + part * p.size);
+            for (long lane = 0; lane < min(LANES, o - out); lane++)
+                *(weight < 9 * c ? of_filters + (out + lane) * 9 * c + weight : of_bias + out + lane) = sum[lane];
         }
 }

@@ -154,18 +154,3 @@ class Drop(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0].to(ctx.kernels.element).contiguous()
         return ctx.kernels.drop(gradient, ctx.mask), None, None
-
-
-class Unroll(torch.autograd.Function):
-    """Filters (O, C, 3, 3), float32, as `Kernels.unroll` makes a matrix of them."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, height: int, width: int, padding: int, kernels: Kernels) -> Tensor:
-        ctx.shape, ctx.map, ctx.kernels = weight.shape, (height, width, padding), kernels
-        return kernels.unroll(weight.float().permute(0, 2, 3, 1).contiguous(), height, width, padding)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0].to(ctx.kernels.element).contiguous()
-        return ctx.kernels.unroll_gradient(gradient, ctx.shape, *ctx.map), None, None, None, None

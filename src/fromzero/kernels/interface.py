@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,28 +35,33 @@ class Kernels:
         self.element = element
         self.convolves = True
         self._call = ctypes.CDLL(str(library))
-        for function, pointers, numbers, result in (
+        self._scratch = threading.local()
+        winograd: list[tuple[str, int, int, Any]] = [
             ("transform_filters", 2, 3, None),
             ("transform_turned_filters", 2, 4, None),
-            ("convolve", 8, 9, None),
-            ("filter_gradient", 5, 8, None),
-            ("convolve_directly", 6, 8, None),
-            ("gradients_directly", 7, 7, None),
+            ("convolve", 8, 10, None),
+            ("filter_gradient", 6, 9, None),
+            ("filters_size", 0, 2, ctypes.c_long),
+            ("convolve_scratch", 0, 6, ctypes.c_long),
+            ("filter_gradient_scratch", 0, 7, ctypes.c_long),
+            ("filter_gradient_sums", 0, 7, ctypes.c_long),
+        ]
+        for function, pointers, numbers, result in (
+            *winograd,
+            *((function + "_small", *signature) for function, *signature in winograd),
+            ("convolve_directly", 7, 9, None),
+            ("gradients_directly", 8, 8, None),
             ("max_pool", 2, 6, None),
             ("max_pool_gradient", 4, 6, None),
             ("channel_sums", 4, 4, None),
             ("random_bytes", 1, 5, None),
             ("drop", 2, 6, None),
-            ("unroll", 2, 6, None),
-            ("unroll_gradient", 2, 6, None),
             ("moments", 4, 3, None),
             ("normalise", 5, 4, None),
             ("normalise_gradient", 8, 4, None),
-            ("filters_size", 0, 2, ctypes.c_long),
-            ("convolve_scratch", 0, 6, ctypes.c_long),
             ("sums_scratch", 0, 1, ctypes.c_long),
-            ("filter_gradient_scratch", 0, 7, ctypes.c_long),
-            ("direct_scratch", 0, 6, ctypes.c_long),
+            ("direct_scratch", 0, 5, ctypes.c_long),
+            ("direct_sums", 0, 5, ctypes.c_long),
         ):
             entry = getattr(self._call, function)
             entry.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_long] * numbers
@@ -64,7 +71,7 @@ class Kernels:
         """x (N, H, W, C) → (N, H', W', O), H' = H + 2 padding - 2; bias float32 (O,) or None."""
         images, height, width, _ = x.shape
         y = self._empty(images, height + 2 * padding - 2, width + 2 * padding - 2, len(filters))
-        self._convolve(x, None, self._transformed(filters), bias, y, None, padding)
+        self._convolve(x, None, self._transformed(filters, x, padding), bias, y, None, padding)
         return y
 
     def forward_pooled(
@@ -75,7 +82,7 @@ class Kernels:
         images, height, width, _ = x.shape
         y = self._empty(images, (height + 2 * padding - 2) // 2, (width + 2 * padding - 2) // 2, len(filters))
         picked = torch.empty(y.shape, dtype=torch.uint8, device="cpu")
-        self._convolve(x, None, self._transformed(filters), bias, y, picked, padding, relu, mask)
+        self._convolve(x, None, self._transformed(filters, x, padding), bias, y, picked, padding, relu, mask)
         return y, picked
 
     def input_gradient(
@@ -90,10 +97,10 @@ class Kernels:
         """The gradient of x, of the shape `of`, from that of the result of `forward`, or, with `picked`, of
         `forward_pooled`; threshold: of its mask."""
         outputs, _, _, channels = filters.shape
-        transformed = _floats(self._call.filters_size(outputs, channels))
-        threads = torch.get_num_threads()
-        sizes = (channels, outputs, threshold, threads)
-        self._call.transform_turned_filters(filters.data_ptr(), transformed.data_ptr(), *sizes)
+        call = self._winograd(*of[1:3], padding)
+        transformed = _floats(call("filters_size")(outputs, channels))
+        sizes = (channels, outputs, threshold, torch.get_num_threads())
+        call("transform_turned_filters")(filters.data_ptr(), transformed.data_ptr(), *sizes)
         of_x = self._empty(*of)
         self._convolve(gradient, picked, transformed, None, of_x, None, 2 - padding)
         return of_x
@@ -104,11 +111,13 @@ class Kernels:
         """The gradient of the filters, float32 (O, C, 3, 3) in channels-last memory, from that of the result, as
         `input_gradient`."""
         sizes, threads = (*x.shape, gradient.shape[3], padding), torch.get_num_threads()
-        scratch = _floats(self._call.filter_gradient_scratch(*sizes, threads))
+        call = self._winograd(*x.shape[1:3], padding)
+        kept = _floats(call("filter_gradient_sums")(*sizes, threads))
+        own = self._own(call("filter_gradient_scratch")(*sizes, threads))
         shape = (gradient.shape[3], x.shape[3], 3, 3)
         filters = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-        pointers = (x.data_ptr(), gradient.data_ptr(), _pointer(picked), filters.data_ptr(), scratch.data_ptr())
-        self._call.filter_gradient(*pointers, *sizes, threshold, threads)
+        tensors = (x, gradient, picked, filters, kept)
+        call("filter_gradient")(*map(_pointer, tensors), *own, *sizes, threshold, threads)
         return filters
 
     def forward_directly(
@@ -120,9 +129,10 @@ class Kernels:
         size = (height // 2, width // 2) if pooled else (height, width)
         y = self._empty(images, *size, len(filters))
         picked = torch.empty(y.shape, dtype=torch.uint8, device="cpu") if pooled else None
-        sizes, threads = (*x.shape[1:], len(filters), padding), torch.get_num_threads()
-        tensors = (x, filters, bias, y, picked, _floats(self._call.direct_scratch(*sizes, threads)))
-        self._call.convolve_directly(*map(_pointer, tensors), images, *sizes, relu, threads)
+        sizes = (*x.shape[1:], len(filters), padding)
+        tensors = (x, filters, bias, y, picked, _floats(self._call.direct_sums(*sizes)))
+        own, threads = self._own(self._call.direct_scratch(*sizes)), torch.get_num_threads()
+        self._call.convolve_directly(*map(_pointer, tensors), *own, images, *sizes, relu, threads)
         return y, picked
 
     def gradients_directly(
@@ -135,9 +145,10 @@ class Kernels:
         of_filters = torch.empty(
             (outputs, channels, 3, 3), dtype=torch.float32, device="cpu", memory_format=torch.channels_last
         )
-        sizes = (*x.shape[1:], outputs, padding, torch.get_num_threads())
-        tensors = (x, gradient, y, picked, of_filters, of_bias, _floats(self._call.direct_scratch(*sizes)))
-        self._call.gradients_directly(*map(_pointer, tensors), images, *sizes)
+        sizes = (*x.shape[1:], outputs, padding)
+        tensors = (x, gradient, y, picked, of_filters, of_bias, _floats(self._call.direct_sums(*sizes)))
+        own, threads = self._own(self._call.direct_scratch(*sizes)), torch.get_num_threads()
+        self._call.gradients_directly(*map(_pointer, tensors), *own, images, *sizes, threads)
         return of_filters, of_bias
 
     def max_pool(self, x: Tensor, relu: bool) -> Tensor:
@@ -170,23 +181,6 @@ class Kernels:
         self._call.drop(x.data_ptr(), y.data_ptr(), *sizes)
         return y
 
-    def unroll(self, filters: Tensor, height: int, width: int, padding: int) -> Tensor:
-        """Filters as the matrix (H'·W'·O, H·W·C) of a dense layer from a map of height × width to its convolution."""
-        outputs, _, _, channels = filters.shape
-        pixels = (height + 2 * padding - 2) * (width + 2 * padding - 2)
-        matrix = self._empty(pixels * outputs, height * width * channels)
-        sizes = (height, width, channels, outputs, padding, torch.get_num_threads())
-        self._call.unroll(filters.data_ptr(), matrix.data_ptr(), *sizes)
-        return matrix
-
-    def unroll_gradient(self, matrix: Tensor, of: torch.Size, height: int, width: int, padding: int) -> Tensor:
-        """The gradient of filters of shape `of` (O, C, 3, 3), float32 in channels-last memory, from that of `unroll`'s
-        result."""
-        filters = torch.empty(of, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-        sizes = (height, width, of[1], of[0], padding, torch.get_num_threads())
-        self._call.unroll_gradient(matrix.data_ptr(), filters.data_ptr(), *sizes)
-        return filters
-
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance over all but the last dimension, float32 (C,) each; there is at least one row."""
         channels = x.shape[-1]
@@ -214,14 +208,28 @@ class Kernels:
         self._call.normalise_gradient(*(tensor.data_ptr() for tensor in tensors), *sizes)
         return of_x, of_shift
 
+    def _own(self, floats: int) -> tuple[int, int]:
+        """Pointer to scratch memory, and how many floats of it, at least so many, are each thread's own. It is kept
+        from call to call, so that each finds its part in its core's cache: what another core wrote last arrives late."""
+        threads, kept = torch.get_num_threads(), getattr(self._scratch, "kept", None)
+        if kept is None or len(kept) < threads or kept.shape[1] < floats:
+            kept = self._scratch.kept = _floats(threads, max(floats, 0 if kept is None else kept.shape[1]))
+        return kept.data_ptr(), kept.shape[1]
+
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.element, device="cpu")
 
-    def _transformed(self, filters: Tensor) -> Tensor:
+    def _winograd(self, height: int, width: int, padding: int) -> Callable[[str], Callable[..., int]]:
+        """Functions of winograd.c by their names: those for a map of that size."""
+        suffix = "_small" if height == width == 2 and padding == 1 else ""
+        return lambda function: getattr(self._call, function + suffix)
+
+    def _transformed(self, filters: Tensor, x: Tensor, padding: int) -> Tensor:
         outputs, _, _, channels = filters.shape
-        transformed = _floats(self._call.filters_size(channels, outputs))
+        call = self._winograd(*x.shape[1:3], padding)
+        transformed = _floats(call("filters_size")(channels, outputs))
         threads = torch.get_num_threads()
-        self._call.transform_filters(filters.data_ptr(), transformed.data_ptr(), channels, outputs, threads)
+        call("transform_filters")(filters.data_ptr(), transformed.data_ptr(), channels, outputs, threads)
         return transformed
 
     def _convolve(
@@ -241,14 +249,15 @@ class Kernels:
         if x_picked is not None:
             height, width = y.shape[1] - 2 * padding + 2, y.shape[2] - 2 * padding + 2
         threads = torch.get_num_threads()
-        scratch = _floats(self._call.convolve_scratch(images, height, width, channels, padding, threads))
+        call = self._winograd(height, width, padding)
+        own = self._own(call("convolve_scratch")(images, height, width, channels, padding, threads))
         draws, threshold = None, 0
         if mask is not None:
             draws, threshold = torch.empty(y.shape, dtype=torch.uint8, device="cpu"), mask.threshold
             self._call.random_bytes(draws.data_ptr(), draws.numel(), *rng.words(mask.key), mask.layer, threads)
-        tensors = (x, x_picked, transformed, bias, y, y_picked, draws, scratch)
+        tensors = (x, x_picked, transformed, bias, y, y_picked, draws)
         sizes = (images, height, width, channels, y.shape[3], padding, relu, threshold, threads)
-        self._call.convolve(*map(_pointer, tensors), *sizes)
+        call("convolve")(*map(_pointer, tensors), *own, *sizes)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -145,41 +145,6 @@ void drop(const element *x, element *y, long count, long threshold, long low_key
         }
 }
 
-/* Filters (O, 3, 3, C) as the matrix (H', W', O, H, W, C) of a dense layer from all pixels of a map to all of its convolution,
-   H' = H + 2 pad - 2; and the gradient of the filters from that of the matrix. */
-void unroll(const float *filters, element *matrix, long h, long w, long c, long o, long pad, long threads) {
-    long height = h + 2 * pad - 2, width = w + 2 * pad - 2;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long to = 0; to < height * width * o; to++)
-        for (long from = 0; from < h * w; from++) {
-            long out = to % o, down = from / w - to / o / width + pad, right = from % w - to / o % width + pad;
-            int joined = down >= 0 && down < 3 && right >= 0 && right < 3;
-            for (long channel = 0; channel < c; channel += LANES) {
-                lanes which = lanes_of(c - channel);
-                const float *filter = filters + ((out * 3 + down) * 3 + right) * c + channel;
-                store(matrix + (to * h * w + from) * c + channel, joined ? load_floats(filter, which) : (vector){0}, which);
-            }
-        }
-}
-
-void unroll_gradient(const element *matrix, float *filters, long h, long w, long c, long o, long pad, long threads) {
-    long height = h + 2 * pad - 2, width = w + 2 * pad - 2;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long weight = 0; weight < 9 * o; weight++)
-        for (long channel = 0; channel < c; channel += LANES) {
-            lanes which = lanes_of(c - channel);
-            vector sum = {0};
-            for (long row = 0; row < height; row++)
-                for (long column = 0; column < width; column++) {
-                    long down = row + weight % 9 / 3 - pad, right = column + weight % 3 - pad;
-                    if (down < 0 || down >= h || right < 0 || right >= w) continue;
-                    long pair = ((row * width + column) * o + weight / 9) * h * w + down * w + right;
-                    sum += load(matrix + pair * c + channel, which);
-                }
-            store_floats(filters + weight * c + channel, sum, which);
-        }
-}
-
 /* The sum, or with `squares` the sum of squares, of rows of x less `origin`. */
 static inline vector sum_from(const element *x, vector origin, lanes which, long begin, long end, long c, int squares) {
     vector sum = {0};

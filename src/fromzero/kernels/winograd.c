@@ -11,6 +11,10 @@
    0, +-1, +-2 (docs/log.md). Transforms are computed in float32; only what goes into the matrix products is rounded to
    `element`, and products are summed in float32.
 
+   Compiled with -DSMALL these are convolutions of maps of 2x2 pixels, padded by one. Padding is zero, so in one dimension
+   two outputs see two pixels, y0 = g1 d0 + g2 d1 and y1 = g0 d0 + g1 d1, by three multiplications:
+   g1 (d0 + d1), (g2 - g1) d1 and (g0 - g1) d0. In two dimensions nine for sixteen; in the form above, with 3x3 tiles.
+
    Images are (N, H, W, C), filters (O, 3, 3, C) in float32. Every sum is taken in an order that depends on shapes alone,
    so the results do not depend on the number of threads. */
 
@@ -18,12 +22,49 @@
 
 #include <stddef.h>
 
-/* The one-dimensional transforms. `a` and `b` are the points, `from` and `to` walk in strides of vectors. */
+/* A tile's pixels in a row, of the input and of the output; its positions in a row and in all. */
+#ifdef SMALL
+#define NAME(function) function##_small
+#define SEEN 2
+#define MADE 2
+#define POINTS 3
+#else
+#define NAME(function) function
+#define SEEN 6
+#define MADE 4
+#define POINTS 6
+#endif
+#define POSITIONS (POINTS * POINTS)
+
+/* The one-dimensional transforms: B^T, SEEN pixels of an input tile; A^T, POINTS products to MADE pixels of an output tile; A, as
+   many of an output's gradient; G, three weights of a filter; G^T, products to the gradient of three weights. `from` and `to`
+   walk in strides of vectors. */
+#ifdef SMALL
+static inline void input_transform(const vector *d, long from, vector *v, long to) {
+    v[0] = d[0], v[to] = d[0] + d[from], v[2 * to] = d[from];
+}
+
+static inline void output_transform(const vector *m, long from, vector *y, long to) {
+    y[0] = m[from] + m[2 * from], y[to] = m[from] + m[0];
+}
+
+static inline void gradient_transform(const vector *y, long from, vector *e, long to) {
+    e[0] = y[from], e[to] = y[0] + y[from], e[2 * to] = y[0];
+}
+
+static inline void filter_transform(const vector *g, long from, vector *u, long to) {
+    u[0] = g[0] - g[from], u[to] = g[from], u[2 * to] = g[2 * from] - g[from];
+}
+
+static inline void filter_gradient_transform(const vector *u, long from, vector *g, long to) {
+    g[0] = u[0], g[to] = u[from] - u[0] - u[2 * from], g[2 * to] = u[2 * from];
+}
+#else
+/* `a` and `b` are the points. */
 static const float a1 = 0.75f, a2 = 0.5625f, a3 = 0.421875f, b1 = 1.5f, b2 = 2.25f, b3 = 3.375f;
 static const float a2b2 = 1.265625f, a2_b2 = 2.8125f;                       /* a^2 b^2, a^2 + b^2 */
 static const float s0 = 0.790123456790f, sa = -0.526748971193f, sb = 0.131687242798f; /* 1/(a^2 b^2), 1/(2a^2(a^2-b^2)), 1/(2b^2(b^2-a^2)) */
 
-/* B^T: six pixels of an input tile. */
 static inline void input_transform(const vector *d, long from, vector *v, long to) {
     vector even_a = d[4 * from] - b2 * d[2 * from], odd_a = a1 * (d[3 * from] - b2 * d[from]);
     vector even_b = d[4 * from] - a2 * d[2 * from], odd_b = b1 * (d[3 * from] - a2 * d[from]);
@@ -33,7 +74,6 @@ static inline void input_transform(const vector *d, long from, vector *v, long t
     v[5 * to] = a2b2 * d[from] - a2_b2 * d[3 * from] + d[5 * from];
 }
 
-/* A^T: six products to four pixels of an output tile. */
 static inline void output_transform(const vector *m, long from, vector *y, long to) {
     vector sum_a = m[from] + m[2 * from], difference_a = m[from] - m[2 * from];
     vector sum_b = m[3 * from] + m[4 * from], difference_b = m[3 * from] - m[4 * from];
@@ -43,7 +83,6 @@ static inline void output_transform(const vector *m, long from, vector *y, long 
     y[3 * to] = a3 * difference_a + b3 * difference_b + m[5 * from];
 }
 
-/* A: four pixels of an output's gradient. */
 static inline void gradient_transform(const vector *y, long from, vector *e, long to) {
     vector even_a = y[0] + a2 * y[2 * from], odd_a = a1 * y[from] + a3 * y[3 * from];
     vector even_b = y[0] + b2 * y[2 * from], odd_b = b1 * y[from] + b3 * y[3 * from];
@@ -53,7 +92,6 @@ static inline void gradient_transform(const vector *y, long from, vector *e, lon
     e[5 * to] = y[3 * from];
 }
 
-/* G: three weights of a filter. */
 static inline void filter_transform(const vector *g, long from, vector *u, long to) {
     vector even_a = g[0] + a2 * g[2 * from], odd_a = a1 * g[from];
     vector even_b = g[0] + b2 * g[2 * from], odd_b = b1 * g[from];
@@ -63,15 +101,15 @@ static inline void filter_transform(const vector *g, long from, vector *u, long 
     u[5 * to] = g[2 * from];
 }
 
-/* G^T: six products to the gradient of three weights. */
 static inline void filter_gradient_transform(const vector *u, long from, vector *g, long to) {
     vector sum_a = sa * (u[from] + u[2 * from]), sum_b = sb * (u[3 * from] + u[4 * from]);
     g[0] = s0 * u[0] + sum_a + sum_b;
     g[to] = sa * a1 * (u[from] - u[2 * from]) + sb * b1 * (u[3 * from] - u[4 * from]);
     g[2 * to] = a2 * sum_a + b2 * sum_b + u[5 * from];
 }
+#endif
 
-/* From one of the 36 positions to the next lie so many floats: a cache line more than a position holds, since strides that
+/* From one of the positions to the next lie so many floats: a cache line more than a position holds, since strides that
    are powers of two would put all positions into the same few sets of the cache. */
 static inline long apart(long floats) { return round_up(floats, 16) + 16; }
 
@@ -96,14 +134,18 @@ static inline place place_of(long tile, long down, long across, long h, long w, 
 
 /* Where a tile's input is, and where its output; `pooled`: of a map behind its pooling. */
 static inline place input_place(long tile, long down, long across, long h, long w, long c, long pad, int pooled) {
-    return pooled ? place_of(tile, down, across, h / 2, w / 2, c, 2, 3 + pad % 2, (pad + 1) / 2)
-                  : place_of(tile, down, across, h, w, c, 4, 6, pad);
+    if (SEEN == MADE) pad = 0; /* no tile sees another's pixels */
+    return pooled ? place_of(tile, down, across, h / 2, w / 2, c, MADE / 2, SEEN / 2 + pad % 2, (pad + 1) / 2)
+                  : place_of(tile, down, across, h, w, c, MADE, SEEN, pad);
 }
 
 static inline place output_place(long tile, long down, long across, long height, long width, long o, int pooled) {
-    return pooled ? place_of(tile, down, across, height / 2, width / 2, o, 2, 2, 0)
-                  : place_of(tile, down, across, height, width, o, 4, 4, 0);
+    return pooled ? place_of(tile, down, across, height / 2, width / 2, o, MADE / 2, MADE / 2, 0)
+                  : place_of(tile, down, across, height, width, o, MADE, MADE, 0);
 }
+
+/* How many tiles there are for so many pixels of the output. */
+static inline long tiles_of(long pixels) { return (pixels + MADE - 1) / MADE; }
 
 /* Ask for `side` x `side` pixels, so many channels each, before they are needed: tiles lie too far apart for the processor to foresee
    them. Memory that is not there is not touched. */
@@ -118,13 +160,14 @@ static inline __attribute__((always_inline)) void prefetch(const element *pixels
 
 /* What a tile sees that its neighbours do not, of a map that is not pooled. */
 static inline void prefetch_input(const element *x, place at, long c) {
-    prefetch(x + at.offset + at.row_apart + at.pixel_apart, 4, at, c, 0);
+    long first = (SEEN - MADE) / 2;
+    prefetch(x + at.offset + first * (at.row_apart + at.pixel_apart), MADE, at, c, 0);
 }
 
 /* The pixels of a tile, `which` of LANES channels, zero outside of the image. */
 static inline __attribute__((always_inline)) void load_tile(const element *x, place at, lanes which, int side,
                                                             vector *d) {
-    lanes inside[6];
+    lanes inside[SEEN];
     for (int j = 0; j < side; j++) inside[j] = j >= at.left && j < at.right ? which : lanes_of(0);
     for (int i = 0; i < side; i++)
         for (int j = 0; j < side; j++) {
@@ -150,26 +193,26 @@ static inline __attribute__((always_inline)) void load_unpooled_tile(const eleme
         }
 }
 
-/* B^T d: 36 vectors; B is left to whoever stores the rows, as they come out of the registers. `picked`: as of
+/* B^T d: POINTS x SEEN vectors; B is left to whoever stores the rows, as they come out of the registers. `picked`: as of
    `load_unpooled_tile`, where x is such a gradient, else NULL. */
 static inline __attribute__((always_inline)) void half_input(const element *x, const uint8_t *picked, int second, place at,
-                                                             lanes which, vector half[36]) {
-    vector d[36];
-    if (!picked) load_tile(x, at, which, 6, d);
-    else if (second) load_unpooled_tile(x, picked, at, which, 6, 1, d);
-    else load_unpooled_tile(x, picked, at, which, 6, 0, d);
+                                                             lanes which, vector *half) {
+    vector d[SEEN * SEEN];
+    if (!picked) load_tile(x, at, which, SEEN, d);
+    else if (second && SEEN > MADE) load_unpooled_tile(x, picked, at, which, SEEN, 1, d);
+    else load_unpooled_tile(x, picked, at, which, SEEN, 0, d);
 #pragma GCC unroll 6
-    for (int j = 0; j < 6; j++) input_transform(d + j, 6, half + j, 6);
+    for (int j = 0; j < SEEN; j++) input_transform(d + j, SEEN, half + j, SEEN);
 }
 
-/* A dy: 24 vectors; A^T is left to whoever stores the rows. */
+/* A dy: POINTS x MADE vectors; A^T is left to whoever stores the rows. */
 static inline __attribute__((always_inline)) void half_gradient(const element *dy, const uint8_t *picked, place at, lanes which,
-                                                                vector half[24]) {
-    vector pixels[16];
-    if (picked) load_unpooled_tile(dy, picked, at, which, 4, 0, pixels);
-    else load_tile(dy, at, which, 4, pixels);
+                                                                vector *half) {
+    vector pixels[MADE * MADE];
+    if (picked) load_unpooled_tile(dy, picked, at, which, MADE, 0, pixels);
+    else load_tile(dy, at, which, MADE, pixels);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) gradient_transform(pixels + j, 4, half + j, 4);
+    for (int j = 0; j < MADE; j++) gradient_transform(pixels + j, MADE, half + j, MADE);
 }
 
 /* Tiles are transformed and multiplied in blocks that stay in a core's cache, groups of ROWS tiles each, so many that all
@@ -179,8 +222,8 @@ typedef struct {
 } division;
 
 static division division_of(long c, long tiles, long threads) {
-    long fitting = 600000 / (36 * (c > 16 ? c : 16) * (long)sizeof(element));
-    long most = fitting < 12 ? 12 : min(fitting, 24), groups = (tiles + ROWS - 1) / ROWS;
+    long fitting = 600000 / (POSITIONS * (c > 16 ? c : 16) * (long)sizeof(element));
+    long most = fitting < 12 ? 12 : min(fitting, 24 * 36 / POSITIONS), groups = (tiles + ROWS - 1) / ROWS;
     long blocks = (tiles + most * threads - 1) / (most * threads) * threads;
     return (division){groups, blocks, (groups + blocks - 1) / blocks * ROWS};
 }
@@ -192,40 +235,41 @@ static inline long start_of(long block, division d) { return d.groups * block / 
    y_picked: where it is not NULL, y is pooled, (N, H'/2, W'/2, O), as `pool` says, which also says what goes here. draws: where it
    is not NULL, the pooled map's dropout follows, as `drop` has it; what it drops is picked from none.
    x_picked: where it is not NULL, x is the gradient (N, H/2, W/2, C) of a map so pooled.
-   u: filters from `transform_filters`. scratch: so many floats as `convolve_scratch` says. */
-void convolve(const element *x, const uint8_t *x_picked, const float *u, const float *bias, element *y, uint8_t *y_picked,
-              const uint8_t *draws, float *scratch, long n, long h, long w, long c, long o, long pad, long relu, long threshold,
-              long threads) {
+   u: filters from `transform_filters`. own: `each` floats for every thread, at least `convolve_scratch`. */
+void NAME(convolve)(const element *x, const uint8_t *x_picked, const float *u, const float *bias, element *y, uint8_t *y_picked,
+              const uint8_t *draws, float *own, long each, long n, long h, long w, long c, long o, long pad, long relu,
+              long threshold, long threads) {
     long height = h + 2 * pad - 2, width = w + 2 * pad - 2;
-    long down = (height + 3) / 4, across = (width + 3) / 4, tiles = n * down * across;
+    long down = tiles_of(height), across = tiles_of(width), tiles = n * down * across;
     division d = division_of(c, tiles, threads);
     long c_units = round_up(c, LANES) / PAIR, o_lanes = round_up(o, LANES);
     long v_apart = apart(d.most * c_units), m_apart = apart(d.most * WIDE), u_apart = apart(o_lanes * c_units);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long block = 0; block < d.blocks; block++) {
-        float *v = scratch + omp_get_thread_num() * 36 * (v_apart + m_apart), *m = v + 36 * v_apart;
+        float *v = own + omp_get_thread_num() * each, *m = v + POSITIONS * v_apart;
         long start = start_of(block, d), count = min(start_of(block + 1, d), tiles) - start;
         for (long t = 0; t < count; t++) {
             place at = input_place(start + t, down, across, h, w, c, pad, x_picked != NULL);
             for (long channel = 0; channel < c; channel += LANES) {
-                vector half[36];
+                vector half[POINTS * SEEN];
                 element *to = (element *)(v + t * c_units) + channel;
                 half_input(x + channel, x_picked ? x_picked + channel : NULL, pad % 2, at, lanes_of(c - channel), half);
-                for (long i = 0; i < 6; i++) {
-                    vector row[6];
-                    input_transform(half + 6 * i, 1, row, 1);
-                    for (long j = 0; j < 6; j++) store(to + (6 * i + j) * v_apart * PAIR, row[j], lanes_of(LANES));
+                for (long i = 0; i < POINTS; i++) {
+                    vector row[POINTS];
+                    input_transform(half + SEEN * i, 1, row, 1);
+                    for (long j = 0; j < POINTS; j++)
+                        store(to + (POINTS * i + j) * v_apart * PAIR, row[j], lanes_of(LANES));
                 }
             }
         }
         for (long out = 0; out < o; out += WIDE) {
             long wide = min(WIDE, o_lanes - out);
-            for (long position = 0; position < 36; position++) {
+            for (long position = 0; position < POSITIONS; position++) {
                 /* Meanwhile what comes next: this block's output, the next one's input. */
-                for (long t = start + count * position / 36; t < start + count * (position + 1) / 36; t++) {
+                for (long t = start + count * position / POSITIONS; t < start + count * (position + 1) / POSITIONS; t++) {
                     place to = output_place(t, down, across, height, width, o, y_picked != NULL);
-                    if (y_picked) prefetch(y + to.offset + out, 2, to, wide, 1);
-                    else prefetch(y + to.offset + out, 4, to, wide, 1);
+                    if (y_picked) prefetch(y + to.offset + out, MADE / 2, to, wide, 1);
+                    else prefetch(y + to.offset + out, MADE, to, wide, 1);
                     if (out == 0 && !x_picked)
                         prefetch_input(x, input_place(t + count, down, across, h, w, c, pad, 0), c);
                 }
@@ -237,24 +281,25 @@ void convolve(const element *x, const uint8_t *x_picked, const float *u, const f
             for (long t = 0; t < count; t++) {
                 place at = output_place(start + t, down, across, height, width, o, y_picked != NULL);
                 for (long lane = out; lane < min(out + wide, o); lane += LANES) {
-                    vector half[24], pixels[16], shift = {0};
+                    vector half[MADE * POINTS], pixels[MADE * MADE], shift = {0};
                     const vector *products = (const vector *)(m + t * WIDE + lane - out);
                     long step = m_apart / LANES;
                     lanes which = lanes_of(o - lane);
-                    for (int j = 0; j < 6; j++) output_transform(products + j * step, 6 * step, half + j, 6);
-                    for (int i = 0; i < 4; i++) output_transform(half + 6 * i, 1, pixels + 4 * i, 1);
+                    for (int j = 0; j < POINTS; j++)
+                        output_transform(products + j * step, POINTS * step, half + j, POINTS);
+                    for (int i = 0; i < MADE; i++) output_transform(half + POINTS * i, 1, pixels + MADE * i, 1);
                     if (bias) memcpy(&shift, bias + lane, 4 * min(o - lane, LANES));
                     if (!y_picked) {
                         for (long i = 0; i < at.bottom; i++)
                             for (long j = 0; j < at.right; j++)
-                                store(y + at.offset + i * at.row_apart + j * o + lane, pixels[4 * i + j] + shift, which);
+                                store(y + at.offset + i * at.row_apart + j * o + lane, pixels[MADE * i + j] + shift, which);
                         continue;
                     }
                     for (long i = 0; i < at.bottom; i++)
                         for (long j = 0; j < at.right; j++) {
                             long to = at.offset + i * at.row_apart + j * o + lane;
                             whole where;
-                            vector most = pool(pixels + 8 * i + 2 * j, 4, 1, shift, relu, &where);
+                            vector most = pool(pixels + 2 * MADE * i + 2 * j, MADE, 1, shift, relu, &where);
                             if (draws) {
                                 whole kept = load_bytes(draws + to, which) >= (int32_t)threshold;
                                 most = choose(kept, most * kept_scale(threshold), (vector){0});
@@ -269,24 +314,24 @@ void convolve(const element *x, const uint8_t *x_picked, const float *u, const f
     }
 }
 
-/* Floats of scratch that `convolve` needs. */
-long convolve_scratch(long n, long h, long w, long c, long pad, long threads) {
-    division d = division_of(c, n * ((h + 2 * pad + 1) / 4) * ((w + 2 * pad + 1) / 4), threads);
-    return threads * 36 * (apart(d.most * (round_up(c, LANES) / PAIR)) + apart(d.most * WIDE));
+/* Floats of its own that a thread needs in `convolve`. */
+long NAME(convolve_scratch)(long n, long h, long w, long c, long pad, long threads) {
+    division d = division_of(c, n * tiles_of(h + 2 * pad - 2) * tiles_of(w + 2 * pad - 2), threads);
+    return POSITIONS * (apart(d.most * (round_up(c, LANES) / PAIR)) + apart(d.most * WIDE));
 }
 
 /* G g G^T of LANES filters side by side; `g` are their nine weights, turned by 180 degrees for the gradient of the input. */
-static inline void transformed_filter(const vector g[9], vector u[36]) {
-    vector half[18];
+static inline void transformed_filter(const vector g[9], vector u[POSITIONS]) {
+    vector half[POINTS * 3];
     for (long j = 0; j < 3; j++) filter_transform(g + j, 3, half + j, 3);
-    for (long i = 0; i < 6; i++) filter_transform(half + 3 * i, 1, u + 6 * i, 1);
+    for (long i = 0; i < POINTS; i++) filter_transform(half + 3 * i, 1, u + POINTS * i, 1);
 }
 
 /* Floats of the transformed filters from `c` to `o` channels. */
-long filters_size(long c, long o) { return 36 * apart(round_up(o, LANES) * (round_up(c, LANES) / PAIR)); }
+long NAME(filters_size)(long c, long o) { return POSITIONS * apart(round_up(o, LANES) * (round_up(c, LANES) / PAIR)); }
 
-/* Filters (O, 3, 3, C) as `convolve` wants them: 36 matrices of units, (C, O) in blocks of WIDE columns. */
-void transform_filters(const float *weights, float *u, long c, long o, long threads) {
+/* Filters (O, 3, 3, C) as `convolve` wants them: a matrix of units for each position, (C, O) in blocks of WIDE columns. */
+void NAME(transform_filters)(const float *weights, float *u, long c, long o, long threads) {
     long c_lanes = round_up(c, LANES), c_units = c_lanes / PAIR, o_lanes = round_up(o, LANES);
     long u_apart = apart(o_lanes * c_units);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -299,9 +344,9 @@ void transform_filters(const float *weights, float *u, long c, long o, long thre
                     for (long lane = 0; lane < min(LANES, c - channel); lane++)
                         g[lane][i][each] = weights[((out + each) * 9 + i) * c + channel + lane];
             for (long lane = 0; lane < LANES; lane += PAIR) {
-                vector tiles[PAIR][36];
+                vector tiles[PAIR][POSITIONS];
                 for (long each = 0; each < PAIR; each++) transformed_filter(g[lane + each], tiles[each]);
-                for (long position = 0; position < 36; position++)
+                for (long position = 0; position < POSITIONS; position++)
                     store_units(u + position * u_apart + start * c_units + (channel + lane) / PAIR * wide + out - start,
                                 tiles[0][position], tiles[PAIR - 1][position]);
             }
@@ -309,16 +354,16 @@ void transform_filters(const float *weights, float *u, long c, long o, long thre
     }
 }
 
-/* The filters of the gradient of the input: 36 matrices of units, (O, C) in blocks of WIDE columns. `threshold`: of the dropout
+/* The filters of the gradient of the input: matrices of units, (O, C) in blocks of WIDE columns. `threshold`: of the dropout
    behind the convolution, or zero. */
-void transform_turned_filters(const float *weights, float *u, long c, long o, long threshold, long threads) {
+void NAME(transform_turned_filters)(const float *weights, float *u, long c, long o, long threshold, long threads) {
     long c_lanes = round_up(c, LANES), o_units = round_up(o, LANES) / PAIR, u_apart = apart(c_lanes * o_units);
     float scale = kept_scale(threshold);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long unit = 0; unit < o_units; unit++)
         for (long channel = 0; channel < c_lanes; channel += LANES) {
             long start = channel / WIDE * WIDE, wide = min(WIDE, c_lanes - start);
-            vector tiles[PAIR][36];
+            vector tiles[PAIR][POSITIONS];
             for (long each = 0; each < PAIR; each++) {
                 long out = unit * PAIR + each;
                 vector g[9] = {{0}};
@@ -326,46 +371,67 @@ void transform_turned_filters(const float *weights, float *u, long c, long o, lo
                     g[i] = load_floats(weights + (out * 9 + 8 - i) * c + channel, lanes_of(c - channel)) * scale;
                 transformed_filter(g, tiles[each]);
             }
-            for (long position = 0; position < 36; position++)
+            for (long position = 0; position < POSITIONS; position++)
                 store_units(u + position * u_apart + start * o_units + unit * wide + channel - start,
                             tiles[0][position], tiles[PAIR - 1][position]);
         }
 }
 
-/* The gradient of the filters is summed for at most OUT x WIDE channels at a time, a task, over DEPTH units, and over CHUNK units in all
-   before the next tiles are transformed: so sums stay in a core's cache, transformed tiles in that of all cores. */
+/* The gradient of the filters is a sum over tiles, in so many `parts` as shapes say, and in each of them over units. A part is cut by
+   output channels into `shares`, so many that all threads have as much to do. Whoever has a share transforms the tiles that it needs
+   itself, a chunk at a time: tiles that go from one core to another can take longer than all the rest (docs/log.md).
+   Sums are taken for a piece of at most OUT x WIDE channels at a time, over DEPTH units, so that they stay in a core's cache. */
 #define OUT (8 * ROWS)
-#define DEPTH 128
+#define DEPTH 64
+#define PARTED (1 << 14) /* sums of a position, of all parts, at most */
+#define FITTING (1 << 13) /* floats of a position in a chunk, about */
 #define AHEAD 12 /* tiles: so early it is asked for one */
 
 typedef struct {
-    long down, across, tiles, depth, chunk, c_lanes, o_lanes, v_apart, e_apart, blocks, groups, parts, tasks;
+    long down, across, tiles, units, parts, depth, chunk;  /* depth: units in a part; chunk: that are transformed at a time */
+    long groups, pieces, shares, blocks;                   /* of output channels, each of ROWS, then of these; of input channels */
+    long c_lanes, e_lanes, v_apart, e_apart, kept;         /* kept: pieces' sums outlast a chunk, each in a place of its own */
 } plan;
 
 static plan plan_of(long n, long h, long w, long c, long o, long pad, long threads) {
     plan p;
-    p.down = (h + 2 * pad + 1) / 4, p.across = (w + 2 * pad + 1) / 4, p.tiles = n * p.down * p.across;
-    p.c_lanes = round_up(c, LANES), p.o_lanes = round_up(o, LANES), p.depth = (p.tiles + PAIR - 1) / PAIR;
-    long units = (1 << 14) / (p.c_lanes + p.o_lanes); /* about 2^14 floats a position */
-    p.chunk = min(p.depth, round_up(units > 0 ? units : 1, DEPTH));
-    p.v_apart = apart(p.chunk * p.c_lanes), p.e_apart = apart(p.chunk * p.o_lanes + OUT);
-    p.blocks = (p.c_lanes + WIDE - 1) / WIDE, p.groups = (o + ROWS - 1) / ROWS, p.parts = (o + OUT - 1) / OUT;
-    while (p.blocks * p.parts % threads != 0 && p.parts < p.groups) p.parts++; /* as much for every thread */
-    p.tasks = p.blocks * p.parts;
+    p.down = tiles_of(h + 2 * pad - 2), p.across = tiles_of(w + 2 * pad - 2), p.tiles = n * p.down * p.across;
+    p.units = (p.tiles + PAIR - 1) / PAIR, p.parts = 1, p.shares = 1;
+    while (p.parts < 8 && 2 * p.parts * c * o <= PARTED && 4 * DEPTH * p.parts <= p.units) p.parts *= 2;
+    p.depth = (p.units + p.parts - 1) / p.parts;
+    p.groups = (o + ROWS - 1) / ROWS, p.blocks = (c + WIDE - 1) / WIDE;
+    while (p.parts * p.shares % threads != 0 && p.shares < p.groups) p.shares++;
+    p.pieces = (o + OUT - 1) / OUT;
+    while (p.pieces % p.shares != 0) p.pieces++;
+    p.c_lanes = round_up(c, LANES), p.e_lanes = round_up((p.groups / p.shares + p.pieces / p.shares) * ROWS, LANES);
+    long fitting = FITTING / (p.c_lanes + p.e_lanes);
+    p.chunk = min(p.depth, round_up(fitting > 0 ? fitting : 1, DEPTH));
+    p.v_apart = apart(p.chunk * p.c_lanes), p.e_apart = apart(p.chunk * p.e_lanes);
+    p.kept = p.parts > 1 || p.chunk < p.depth;
     return p;
 }
 
-/* Floats of scratch that `filter_gradient` needs. */
-long filter_gradient_scratch(long n, long h, long w, long c, long o, long pad, long threads) {
+/* The first output channel of a piece. */
+static inline long first_of(long piece, const plan *p) { return p->groups * piece / p->pieces * ROWS; }
+
+/* Floats of the sums of a piece and a block. */
+#define SUMS (POSITIONS * apart(OUT * WIDE))
+
+/* Floats of its own that a thread needs in `filter_gradient`, and those that all share. */
+long NAME(filter_gradient_scratch)(long n, long h, long w, long c, long o, long pad, long threads) {
     plan p = plan_of(n, h, w, c, o, pad, threads);
-    long slots = p.chunk < p.depth ? p.tasks : threads;
-    return 36 * (p.v_apart + p.e_apart) + slots * 36 * apart(OUT * WIDE);
+    return POSITIONS * (p.v_apart + p.e_apart) + SUMS;
 }
 
-/* Transform the input and the output's gradient of one unit of tiles. */
+long NAME(filter_gradient_sums)(long n, long h, long w, long c, long o, long pad, long threads) {
+    plan p = plan_of(n, h, w, c, o, pad, threads);
+    return p.kept ? p.parts * p.pieces * p.blocks * SUMS : 0;
+}
+
+/* Transform one unit of tiles, the input's and, of the channels from `out` on, `rows` of them, those of the output's gradient. */
 static void transform_unit(const element *x, const element *dy, const uint8_t *picked, float *v, float *e, long h, long w,
-                           long c, long o, long pad, const plan *p, long unit, long k) {
-    vector halves[PAIR][36];
+                           long c, long o, long pad, const plan *p, long unit, long k, long out, long rows) {
+    vector halves[PAIR][POSITIONS];
     place of_x[PAIR], of_dy[PAIR];
     for (int each = 0; each < PAIR; each++) {
         long tile = unit * PAIR + each, height = h + 2 * pad - 2, width = w + 2 * pad - 2;
@@ -374,7 +440,7 @@ static void transform_unit(const element *x, const element *dy, const uint8_t *p
         place next = input_place(tile + AHEAD, p->down, p->across, h, w, c, pad, 0);
         prefetch_input(x, next, c);
         next = output_place(tile + AHEAD, p->down, p->across, height, width, o, picked != NULL);
-        prefetch(dy + next.offset, picked ? 2 : 4, next, o, 0);
+        prefetch(dy + next.offset + out, picked ? MADE / 2 : MADE, next, rows, 0);
         if (tile >= p->tiles) of_x[each].bottom = of_dy[each].bottom = 0; /* the last unit may be half empty */
     }
     for (long channel = 0; channel < c; channel += LANES) {
@@ -382,62 +448,84 @@ static void transform_unit(const element *x, const element *dy, const uint8_t *p
         for (int each = 0; each < PAIR; each++)
             half_input(x + channel, NULL, 0, of_x[each], lanes_of(c - channel), halves[each]);
         float *to = v + start * p->chunk + k * wide + channel - start;
-        for (long i = 0; i < 6; i++) {
-            vector rows[PAIR][6];
-            for (int each = 0; each < PAIR; each++) input_transform(halves[each] + 6 * i, 1, rows[each], 1);
-            for (long j = 0; j < 6; j++) store_units(to + (6 * i + j) * p->v_apart, rows[0][j], rows[PAIR - 1][j]);
+        for (long i = 0; i < POINTS; i++) {
+            vector lines[PAIR][POINTS];
+            for (int each = 0; each < PAIR; each++) input_transform(halves[each] + SEEN * i, 1, lines[each], 1);
+            for (long j = 0; j < POINTS; j++)
+                store_units(to + (POINTS * i + j) * p->v_apart, lines[0][j], lines[PAIR - 1][j]);
         }
     }
-    for (long out = 0; out < o; out += LANES) {
+    for (long row = 0; row < rows; row += LANES) {
         for (int each = 0; each < PAIR; each++)
-            half_gradient(dy + out, picked ? picked + out : NULL, of_dy[each], lanes_of(o - out), halves[each]);
-        float *to = e + k * p->o_lanes + out;
-        for (long i = 0; i < 6; i++) {
-            vector rows[PAIR][6];
-            for (int each = 0; each < PAIR; each++) gradient_transform(halves[each] + 4 * i, 1, rows[each], 1);
-            for (long j = 0; j < 6; j++) store_units(to + (6 * i + j) * p->e_apart, rows[0][j], rows[PAIR - 1][j]);
+            half_gradient(dy + out + row, picked ? picked + out + row : NULL, of_dy[each], lanes_of(o - out - row),
+                          halves[each]);
+        float *to = e + k * p->e_lanes + row;
+        for (long i = 0; i < POINTS; i++) {
+            vector lines[PAIR][POINTS];
+            for (int each = 0; each < PAIR; each++) gradient_transform(halves[each] + MADE * i, 1, lines[each], 1);
+            for (long j = 0; j < POINTS; j++)
+                store_units(to + (POINTS * i + j) * p->e_apart, lines[0][j], lines[PAIR - 1][j]);
         }
     }
 }
 
+/* The gradient of a piece of the filters, from `out`, of channels from `start`: G^T sums G, the sums those of all parts. */
+static void finish_piece(const float *sums, float *gradient, long c, long o, long piece, long start, float scale, const plan *p) {
+    long wide = min(WIDE, p->c_lanes - start), out = first_of(piece, p), rows = min(first_of(piece + 1, p), o) - out;
+    for (long row = 0; row < rows; row++)
+        for (long lane = 0; lane < min(wide, c - start); lane += LANES) {
+            vector products[POSITIONS], half[3 * POINTS], g[9];
+            for (long position = 0; position < POSITIONS; position++) {
+                const float *at = sums + position * apart(OUT * WIDE) + row * wide + lane;
+                products[position] = *(const loose *)at;
+                for (long part = 1; part < p->parts; part++)
+                    products[position] += *(const loose *)(at + part * p->pieces * p->blocks * SUMS);
+            }
+            for (long j = 0; j < POINTS; j++) filter_gradient_transform(products + j, POINTS, half + j, POINTS);
+            for (long i = 0; i < 3; i++) filter_gradient_transform(half + POINTS * i, 1, g + 3 * i, 1);
+            for (long i = 0; i < 9; i++)
+                store_floats(gradient + ((out + row) * 9 + i) * c + start + lane, g[i] * scale, lanes_of(c - start - lane));
+        }
+}
+
 /* gradient (O, 3, 3, C) of the filters from that of the output, dy (N, H', W', O), or, where `picked` is not NULL, from that of
-   the pooled output; `threshold`: of the dropout behind it, or zero.
+   the pooled output; `threshold`: of the dropout behind it, or zero. kept, own: floats as the functions above say, `each` of the latter
+   for every thread.
    G^T [ sum over tiles of (A dy A^T) (B^T d B) ] G. */
-void filter_gradient(const element *x, const element *dy, const uint8_t *picked, float *gradient, float *scratch, long n,
-                     long h, long w, long c, long o, long pad, long threshold, long threads) {
+void NAME(filter_gradient)(const element *x, const element *dy, const uint8_t *picked, float *gradient, float *kept, float *own,
+                     long each, long n, long h, long w, long c, long o, long pad, long threshold, long threads) {
     plan p = plan_of(n, h, w, c, o, pad, threads);
     float scale = kept_scale(threshold);
-    float *v = scratch, *e = v + 36 * p.v_apart, *all_sums = e + 36 * p.e_apart;
-    long sums_apart = apart(OUT * WIDE), step = sums_apart / LANES;
-    for (long done = 0; done < p.depth; done += p.chunk) {
-        long depth = min(p.chunk, p.depth - done), last = done + depth == p.depth;
 #pragma omp parallel num_threads(threads)
-        {
+    {
+        float *v = own + omp_get_thread_num() * each, *e = v + POSITIONS * p.v_apart;
 #pragma omp for schedule(static)
-            for (long k = 0; k < depth; k++) transform_unit(x, dy, picked, v, e, h, w, c, o, pad, &p, done + k, k);
-#pragma omp for schedule(static)
-            for (long task = 0; task < p.tasks; task++) {
-                long start = task % p.blocks * WIDE, wide = min(WIDE, p.c_lanes - start), part = task / p.blocks;
-                long out = p.groups * part / p.parts * ROWS, rows = min(p.groups * (part + 1) / p.parts * ROWS, o) - out;
-                float *sums = all_sums + (p.chunk < p.depth ? task : omp_get_thread_num()) * 36 * sums_apart;
-                for (long position = 0; position < 36; position++)
-                    for (long k = 0; k < depth; k += DEPTH)
-                        for (long row = 0; row < rows; row += ROWS)
-                            product(wide / LANES, e + position * p.e_apart + k * p.o_lanes + out + row, 1, p.o_lanes,
-                                    v + position * p.v_apart + start * p.chunk + k * wide, wide, min(DEPTH, depth - k),
-                                    sums + position * sums_apart + row * WIDE, WIDE, done + k > 0);
-                for (long row = 0; last && row < rows; row++)
-                    for (long lane = 0; lane < min(wide, c - start); lane += LANES) {
-                        vector half[18], g[9];
-                        const vector *products = (const vector *)(sums + row * WIDE + lane);
-                        for (long j = 0; j < 6; j++)
-                            filter_gradient_transform(products + j * step, 6 * step, half + j, 6);
-                        for (long i = 0; i < 3; i++) filter_gradient_transform(half + 6 * i, 1, g + 3 * i, 1);
-                        for (long i = 0; i < 9; i++)
-                            store_floats(gradient + ((out + row) * 9 + i) * c + start + lane, g[i] * scale,
-                                         lanes_of(c - start - lane));
-                    }
+        for (long job = 0; job < p.parts * p.shares; job++) {
+            long part = job / p.shares, share = job % p.shares, first = part * p.depth, depth = min(p.depth, p.units - first);
+            long from = p.pieces * share / p.shares, to = p.pieces * (share + 1) / p.shares;
+            long out = first_of(from, &p), width = min(first_of(to, &p), o) - out;
+            for (long done = 0; done < depth; done += p.chunk) {
+                long chunk = min(p.chunk, depth - done);
+                for (long k = 0; k < chunk; k++)
+                    transform_unit(x, dy, picked, v, e, h, w, c, o, pad, &p, first + done + k, k, out, width);
+                for (long task = from * p.blocks; task < to * p.blocks; task++) {
+                    long piece = task / p.blocks, start = task % p.blocks * WIDE, wide = min(WIDE, p.c_lanes - start);
+                    long row = first_of(piece, &p) - out, end = min(first_of(piece + 1, &p) - out, width);
+                    float *sums = p.kept ? kept + (part * p.pieces * p.blocks + task) * SUMS : e + POSITIONS * p.e_apart;
+                    for (long position = 0; position < POSITIONS; position++)
+                        for (long k = 0; k < chunk; k += DEPTH)
+                            for (long r = row; r < end; r += ROWS)
+                                product(wide / LANES, e + position * p.e_apart + k * p.e_lanes + r, 1, p.e_lanes,
+                                        v + position * p.v_apart + start * p.chunk + k * wide, wide, min(DEPTH, chunk - k),
+                                        sums + position * apart(OUT * WIDE) + (r - row) * wide, wide, done + k > 0);
+                    if (p.parts == 1 && done + chunk == depth) finish_piece(sums, gradient, c, o, piece, start, scale, &p);
+                }
             }
+        }
+        if (p.parts > 1) {
+#pragma omp for schedule(static)
+            for (long task = 0; task < p.pieces * p.blocks; task++)
+                finish_piece(kept + task * SUMS, gradient, c, o, task / p.blocks, task % p.blocks * WIDE, scale, &p);
         }
     }
 }
