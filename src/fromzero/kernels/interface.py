@@ -210,7 +210,7 @@ class Kernels:
 
     def _own(self, floats: int) -> tuple[int, int]:
         """Pointer to scratch memory, and how many floats of it, at least so many, are each thread's own. It is kept
-        from call to call, so that each finds its part in its core's cache: what another core wrote last arrives late."""
+        from call to call, so that each finds its part in its core's cache: from another core's it arrives late."""
         threads, kept = torch.get_num_threads(), getattr(self._scratch, "kept", None)
         if kept is None or len(kept) < threads or kept.shape[1] < floats:
             kept = self._scratch.kept = _floats(threads, max(floats, 0 if kept is None else kept.shape[1]))
