@@ -142,7 +142,8 @@ def _compiled(compiler: str, flags: list[str], folder: Path, digest: str, elemen
 
 def built(compiler: str, flags: Iterable[str], folder: Path) -> Path:
     """The library, compiled and linked in `folder`. Raises subprocess.SubprocessError."""
-    objects, library = [], folder / "kernels.so"
+    objects: list[str] = []
+    library = folder / "kernels.so"
     for source, *more in OBJECTS:
         objects.append(str(folder / f"{len(objects)}.o"))
         _run([compiler, *flags, *more, str(SOURCE_FOLDER / source), "-o", objects[-1]])

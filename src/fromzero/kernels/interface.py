@@ -97,7 +97,7 @@ class Kernels:
         """The gradient of x, of the shape `of`, from that of the result of `forward`, or, with `picked`, of
         `forward_pooled`; threshold: of its mask."""
         outputs, _, _, channels = filters.shape
-        call = self._winograd(*of[1:3], padding)
+        call = self._winograd(of[1], of[2], padding)
         transformed = _floats(call("filters_size")(outputs, channels))
         sizes = (channels, outputs, threshold, torch.get_num_threads())
         call("transform_turned_filters")(filters.data_ptr(), transformed.data_ptr(), *sizes)
@@ -111,7 +111,7 @@ class Kernels:
         """The gradient of the filters, float32 (O, C, 3, 3) in channels-last memory, from that of the result, as
         `input_gradient`."""
         sizes, threads = (*x.shape, gradient.shape[3], padding), torch.get_num_threads()
-        call = self._winograd(*x.shape[1:3], padding)
+        call = self._winograd(x.shape[1], x.shape[2], padding)
         kept = _floats(call("filter_gradient_sums")(*sizes, threads))
         own = self._own(call("filter_gradient_scratch")(*sizes, threads))
         shape = (gradient.shape[3], x.shape[3], 3, 3)
@@ -226,7 +226,7 @@ class Kernels:
 
     def _transformed(self, filters: Tensor, x: Tensor, padding: int) -> Tensor:
         outputs, _, _, channels = filters.shape
-        call = self._winograd(*x.shape[1:3], padding)
+        call = self._winograd(x.shape[1], x.shape[2], padding)
         transformed = _floats(call("filters_size")(channels, outputs))
         threads = torch.get_num_threads()
         call("transform_filters")(filters.data_ptr(), transformed.data_ptr(), channels, outputs, threads)
