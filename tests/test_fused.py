@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from fromzero import fused
+from fromzero import fused, kernels, machine
 
 
 def stepped(make, steps=6):
@@ -51,6 +51,35 @@ def test_the_bits_are_those_of_torchs_optimizers(kind, decay, grouped):
     for found, expected in zip(state, expected_state, strict=True):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("shape", [(64, 512), (67, 31)])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_a_gradient_in_bfloat16_moves_a_weight_as_in_float32(momentum, nesterov, shape, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setenv("FROMZERO_KERNELS", "off")
+    here = machine.prepare("bfloat16", device="cpu", threads=2)
+    if compiled and here.kernels == kernels.NONE:
+        pytest.skip("no kernels for bfloat16 on this machine")
+    torch.manual_seed(0)
+    options = {"lr": 0.01, "momentum": momentum, "nesterov": nesterov, "weight_decay": 0.1}
+    weights = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
+    weights[1].data.copy_(weights[0].data)
+    ours, theirs = fused.SGD(weights[:1], **options), torch.optim.SGD(weights[1:], fused=True, **options)
+    for _ in range(3):
+        gradient = torch.randn(shape).bfloat16()
+        weights[0].grad, weights[1].grad = gradient, gradient.float()
+        with here.autocast():
+            ours.step()
+        theirs.step()
+    moved = [list(weights)]
+    if momentum:
+        moved.append([o.state[w]["momentum_buffer"] for o, w in zip((ours, theirs), weights, strict=True)])
+    for pair in moved:
+        torch.testing.assert_close(*pair)
+        # torch rounds what fills no vector of the processor in another way.
+        assert torch.equal(*pair) or shape == (67, 31)
 
 
 def test_a_training_imports_nothing_that_it_does_not_need(tmp_path, write_cifar):

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import modules of the lines above its own, and of its own line where that is said.
 ORDER = [
-    ["errors", "rng", "files", "fused", "stats"],
+    ["errors", "rng", "files", "stats"],
     ["recipe", "kernels", "signals"],
-    ["machine", "modules", "arguments"],
+    ["machine", "modules", "fused", "arguments"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],
     ["evaluate", "state", "report"],
     ["training"],

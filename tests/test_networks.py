@@ -342,3 +342,23 @@ def test_a_residual_branch_has_the_shape_of_what_it_is_added_to():
         NetworkRecipe(**{**FAST, "channels": [[6, 8]]})
     with pytest.raises(ValueError, match="residual adds"):
         NetworkRecipe(**{**FAST, "padding": "valid"})
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_dense_layer_computes_under_autocast_what_pytorchs_does(wide):
+    """The same bits; the gradient of its weights stays in bfloat16 where an optimizer asked for it so."""
+    torch.manual_seed(0)
+    ours, theirs = modules.Linear(24, 10), nn.Linear(24, 10)
+    theirs.load_state_dict(ours.state_dict())
+    if not wide:
+        ours.weight.grad_dtype = None
+    xs = [torch.randn(7, 24).requires_grad_() for _ in range(2)]
+    xs[1].data.copy_(xs[0].data)
+    for layer, x in zip((ours, theirs), xs, strict=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+    assert ours.weight.grad.dtype == (torch.float32 if wide else torch.bfloat16)
+    for a, b in zip((xs[0], *ours.parameters()), (xs[1], *theirs.parameters()), strict=True):
+        assert torch.equal(a.grad.float(), b.grad)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from fromzero import kernels
+
 Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
 
@@ -66,25 +68,36 @@ class SGD(Optimizer):
         weight_decay: float = 0.0,
     ):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad_dtype = None  # gradients may come in any type: see below
 
     def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         for weight in weights if group["momentum"] else ():
             if not self.state[weight]:
                 self.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
-        buffers: list[Tensor | None] = [self.state[weight].get("momentum_buffer") for weight in weights]
-        weights, gradients, buffers = _in_memory_order(weights, gradients, buffers)
-        sgd(
-            weights,
-            gradients,
-            buffers,
-            fused=True,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=0.0,
-            nesterov=group["nesterov"],
-            maximize=False,
-        )
+        constants = (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"])
+        precise: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        for weight, gradient in zip(weights, gradients, strict=True):
+            buffer, kernel = self.state[weight].get("momentum_buffer"), kernels.in_use(weight)
+            if gradient.dtype == weight.dtype or kernel is None or gradient.dtype != kernel.element:
+                precise.append((weight, gradient.to(weight.dtype), buffer))
+            else:  # converted as it is read, and not before
+                kernel.descend(weight, gradient.contiguous(), buffer, *constants)
+        if precise:
+            weights, gradients, buffers = _in_memory_order(*map(list, zip(*precise, strict=True)))
+            sgd(
+                weights,
+                gradients,
+                buffers,
+                fused=True,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=group["nesterov"],
+                maximize=False,
+            )
 
 
 class Adam(Optimizer):

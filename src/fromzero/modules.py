@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fromzero import kernels
 from fromzero.rng import derive, random_bytes, words
@@ -251,6 +252,35 @@ class _Columns(torch.autograd.Function):
         p = ctx.padding
         inner = padded[:, p : height - p, p : width - p].to(windows.dtype)
         return inner.permute(0, 3, 1, 2), None
+
+
+class Linear(nn.Linear):
+    """A dense layer whose weights get their gradient in the type that it is computed in, under autocast bfloat16: half
+    of the memory, for an optimizer that reads it so; for others autograd converts it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if not (torch.is_autocast_enabled(kind) and torch.is_grad_enabled()):
+            return super().forward(x)
+        return _Dense.apply(x, self.weight, self.bias, torch.get_autocast_dtype(kind))
+
+
+class _Dense(torch.autograd.Function):
+    """`F.linear(x, weight, bias)` in another type."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, computed_in: torch.dtype) -> Tensor:
+        x, weight = x.to(computed_in), weight.to(computed_in)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias.to(computed_in))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradients[0]
+        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        return of_x, gradient.T @ x, gradient.sum(0), None
 
 
 class MaxPool(nn.MaxPool2d):

@@ -180,7 +180,7 @@ def build(
                 into[row.name] = modules.GlobalPool(torch.amax if row.kind == "GlobalMaxPooling2D" else torch.mean)
                 features = row.shape[0]
             case "Dense":
-                into[row.name] = nn.Linear(features, row.shape[0])
+                into[row.name] = modules.Linear(features, row.shape[0])
                 features = row.shape[0]
             case "Dropout":
                 dropout = modules.Dropout(row.rate, masks)

@@ -191,7 +191,14 @@ def agrees(kernels: Kernels) -> bool:
         places = (picked[..., None] == torch.arange(4, device="cpu")) * of_convolved[..., None]
         spread = torch.zeros_like(gradient)
         spread[:, :6] = 1 / 0.75 * places.unflatten(-1, (2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
+        moved, momenta = drawn(1, 1, 5, 33), drawn(1, 1, 5, 33)
+        of_moved = drawn(*moved.shape).to(element)
+        step = 0.9 * momenta + (of_moved.float() + 0.1 * moved)
+        there = moved - 0.5 * (step * 0.9 + of_moved.float() + 0.1 * moved)
+        kernels.descend(moved, of_moved, momenta, 0.5, 0.9, 0.1, nesterov=True)
         ours = (
+            moved,
+            momenta,
             kernels.forward(x, filters, bias, 1),
             kernels.input_gradient(gradient, filters, 1, x.shape),
             kernels.filter_gradient(x, gradient, 1).permute(0, 2, 3, 1),
@@ -214,7 +221,8 @@ def agrees(kernels: Kernels) -> bool:
             of_bias.expand(1, 1, 1, -1),
         )
         y = F.conv2d(leaf, leaf_filters, bias, padding=1)
-        theirs = [y, *of(y, gradient, leaf, leaf_filters)]
+        theirs = [t.permute(0, 3, 1, 2) for t in (there, step)]
+        theirs += [y, *of(y, gradient, leaf, leaf_filters)]
         z = F.relu(F.max_pool2d(leaf, 2))
         theirs += [z, *of(z, of_pool, leaf), leaf.sum((0, 2, 3), keepdim=True)]
         kept_pooled = kept[: convolved.numel()].view(convolved.shape).permute(0, 3, 1, 2)

@@ -59,6 +59,7 @@ class Kernels:
             ("moments", 4, 3, None),
             ("normalise", 5, 4, None),
             ("normalise_gradient", 8, 4, None),
+            ("descend", 4, 3, None),
             ("sums_scratch", 0, 1, ctypes.c_long),
             ("direct_scratch", 0, 5, ctypes.c_long),
             ("direct_sums", 0, 5, ctypes.c_long),
@@ -207,6 +208,22 @@ class Kernels:
         sizes = (x.numel() // channels, channels, ACTIVATIONS.index(activation), torch.get_num_threads())
         self._call.normalise_gradient(*(tensor.data_ptr() for tensor in tensors), *sizes)
         return of_x, of_shift
+
+    def descend(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        momenta: Tensor | None,
+        rate: float,
+        momentum: float,
+        decay: float,
+        nesterov: bool,
+    ) -> None:
+        """Move `weights`, and `momenta` where there is momentum, both float32, by a step of SGD along a gradient of
+        their shape: what `torch.optim.SGD(fused=True)` does with that gradient in float32, bit for bit."""
+        settings = torch.tensor([rate, momentum, decay], dtype=torch.float32, device="cpu")
+        tensors = (weights, gradient, momenta, settings)
+        self._call.descend(*map(_pointer, tensors), weights.numel(), nesterov, torch.get_num_threads())
 
     def _own(self, floats: int) -> tuple[int, int]:
         """Pointer to scratch memory, and how many floats of it, at least so many, are each thread's own. It is kept

@@ -305,3 +305,23 @@ void normalise_gradient(const element *x, const element *dy, element *dx, const 
         case GELU: normalise_gradient_as(GELU, x, dy, dx, mean, scale, shift, of_shift, parts, rows, c, threads); break;
     }
 }
+
+/* Stochastic gradient descent with momentum (Sutskever et al., 2013): weights and momenta in float, from a gradient of elements.
+   settings: the rate, the momentum and the weight decay; `momenta` is NULL where there is no momentum. The operations, and so the
+   bits, are those of torch's fused SGD of floats. */
+void descend(float *weights, const element *gradient, float *momenta, const float *settings, long count, long nesterov,
+             long threads) {
+    const float down = -settings[0], momentum = settings[1], decay = settings[2];
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < count; i += LANES) {
+        lanes which = lanes_of(count - i);
+        vector weight = load_floats(weights + i, which), step = load(gradient + i, which);
+        if (decay != 0) step += weight * decay;
+        if (momenta) {
+            vector kept = rounded_product(load_floats(momenta + i, which), (vector){0} + momentum) + step;
+            store_floats(momenta + i, kept, which);
+            step = nesterov ? step + kept * momentum : kept;
+        }
+        store_floats(weights + i, weight + step * down, which);
+    }
+}

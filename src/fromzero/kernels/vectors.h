@@ -52,6 +52,11 @@ static inline lanes lanes_of(long count) { return count >= LANES ? 0xFFFF : coun
 static inline vector load_floats(const float *from, lanes which) { return (vector)_mm512_maskz_loadu_ps(which, from); }
 static inline void store_floats(float *to, vector v, lanes which) { _mm512_mask_storeu_ps(to, which, (__m512)v); }
 
+/* a * b, which is rounded before anything is added to it. */
+static inline vector rounded_product(vector a, vector b) {
+    return (vector)_mm512_mul_round_ps((__m512)a, (__m512)b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 static inline whole load_bytes(const uint8_t *from, lanes which) {
     return (whole)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(which, from));
 }
@@ -74,6 +79,8 @@ static inline void store_floats(float *to, vector v, lanes which) {
     if (which == LANES) *(loose *)to = v;
     else memcpy(to, &v, 4 * which);
 }
+
+static inline vector rounded_product(vector a, vector b) { return a * b; } /* but for the compiler's will */
 
 static inline whole load_bytes(const uint8_t *from, lanes which) {
     whole v = {0};
