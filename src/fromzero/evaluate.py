@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fromzero import augment
+from fromzero import augment, kernels
 from fromzero.machine import Machine
 from fromzero.recipe import Recipe
 
@@ -50,10 +50,7 @@ class Normalise(NamedTuple):
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, C) → float32 (N, C, H, W) in channels-last memory."""
-        width = pixels.shape[2]
-        rows = pixels.float().flatten(2)  # (N, H, W·C): a vector is as long as a row, not as a pixel
-        rows = (rows - self.shift.repeat(width)).mul_(self.scale.repeat(width))
-        return rows.view(pixels.shape).permute(0, 3, 1, 2)
+        return kernels.normalise_pixels(pixels, self.shift, self.scale).permute(0, 3, 1, 2)
 
 
 class Outcomes(NamedTuple):

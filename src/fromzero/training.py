@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromzero import augment, checkpoint
+from fromzero import augment, checkpoint, kernels
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import ImageSet, stratified_split
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
@@ -296,14 +296,9 @@ def train_step(
     if not math.isfinite(loss_value):
         raise NonFiniteError(_non_finite(step, f"the loss is {loss_value}", learning_rate))
     loss.backward()
-    weights = [
-        weight for group in state.optimizer.param_groups for weight in group["params"] if weight.grad is not None
-    ]
-    norms = torch._foreach_norm([weight.grad for weight in weights])
-    if not math.isfinite(torch.stack(norms).sum().item()):
-        # Only a sum that overflows has none that is not finite.
-        bad = next((w for w, norm in zip(weights, norms, strict=True) if not math.isfinite(norm.item())), weights[0])
-        name = next(n for n, weight in model.named_parameters() if weight is bad)
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    if not kernels.all_finite(gradients.values()):
+        name = next(name for name, gradient in gradients.items() if not gradient.isfinite().all())
         state.optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(_non_finite(step, f"the gradient of {name} is not finite", learning_rate))
     set_learning_rate(state.optimizer, learning_rate)

@@ -10,6 +10,7 @@ else, PyTorch's own are used: the same functions, other bits. So what is used ha
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -43,8 +44,10 @@ __all__ = [
     "MaxPool2x2",
     "Pooled",
     "agrees",
+    "all_finite",
     "find",
     "in_use",
+    "normalise_pixels",
     "use",
 ]
 
@@ -91,6 +94,32 @@ def in_use(x: Tensor) -> Kernels | None:
     if x.device.type != "cpu" or x.dtype == torch.float64:  # which autocast leaves as it is
         return None
     return _loaded.get(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no value of any of them is infinite or NaN."""
+    kernel = next(iter(_loaded.values()), None)
+    rest: list[Tensor] = []
+    for x in tensors:
+        dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        if kernel is None or x.device.type != "cpu" or x.dtype not in (torch.float32, kernel.element) or not dense:
+            rest.append(x)
+        elif not kernel.all_finite(x):
+            return False
+    # The norm of what is not finite is not; that of large values may overflow.
+    if not rest or math.isfinite(torch.stack([norm.float() for norm in torch._foreach_norm(rest)]).sum().item()):
+        return True
+    return all(bool(x.isfinite().all()) for x in rest)
+
+
+def normalise_pixels(pixels: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(pixels - shift) × scale in float32, pixels uint8 (N, H, W, C), the others float32 (C,)."""
+    kernel = next(iter(_loaded.values()), None)
+    if kernel is not None and pixels.device.type == "cpu" and pixels.is_contiguous():
+        return kernel.normalise_pixels(pixels, shift, scale)
+    width = pixels.shape[2]
+    rows = pixels.float().flatten(2)  # (N, H, W·C): a vector is as long as a row, not as a pixel
+    return (rows - shift.repeat(width)).mul_(scale.repeat(width)).view(pixels.shape)
 
 
 @cache
@@ -196,7 +225,13 @@ def agrees(kernels: Kernels) -> bool:
         step = 0.9 * momenta + (of_moved.float() + 0.1 * moved)
         there = moved - 0.5 * (step * 0.9 + of_moved.float() + 0.1 * moved)
         kernels.descend(moved, of_moved, momenta, 0.5, 0.9, 0.1, nesterov=True)
+        pixels = (255 * (drawn(1, 3, 7, 3) + 0.5)).to(torch.uint8)
+        infinite = drawn(5000)
+        infinite[4998] = torch.inf
+        finite = [float(kernels.all_finite(infinite[:count])) for count in (4998, 4999)]
         ours = (
+            torch.tensor(finite, device="cpu").expand(1, 1, 1, -1),
+            kernels.normalise_pixels(pixels, bias[:3], bias[3:6]),
             moved,
             momenta,
             kernels.forward(x, filters, bias, 1),
@@ -221,7 +256,9 @@ def agrees(kernels: Kernels) -> bool:
             of_bias.expand(1, 1, 1, -1),
         )
         y = F.conv2d(leaf, leaf_filters, bias, padding=1)
-        theirs = [t.permute(0, 3, 1, 2) for t in (there, step)]
+        normalised = (pixels.float() - bias[:3]) * bias[3:6]
+        theirs = [t.permute(0, 3, 1, 2) for t in (normalised, there, step)]
+        theirs.insert(0, torch.tensor([1.0, 0.0], device="cpu").view(1, 2, 1, 1))
         theirs += [y, *of(y, gradient, leaf, leaf_filters)]
         z = F.relu(F.max_pool2d(leaf, 2))
         theirs += [z, *of(z, of_pool, leaf), leaf.sum((0, 2, 3), keepdim=True)]

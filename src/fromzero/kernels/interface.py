@@ -60,6 +60,8 @@ class Kernels:
             ("normalise", 5, 4, None),
             ("normalise_gradient", 8, 4, None),
             ("descend", 4, 3, None),
+            ("normalise_pixels", 4, 3, None),
+            ("not_finite", 2, 2, ctypes.c_long),
             ("sums_scratch", 0, 1, ctypes.c_long),
             ("direct_scratch", 0, 5, ctypes.c_long),
             ("direct_sums", 0, 5, ctypes.c_long),
@@ -208,6 +210,19 @@ class Kernels:
         sizes = (x.numel() // channels, channels, ACTIVATIONS.index(activation), torch.get_num_threads())
         self._call.normalise_gradient(*(tensor.data_ptr() for tensor in tensors), *sizes)
         return of_x, of_shift
+
+    def normalise_pixels(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """(x - shift) × scale in float32, x uint8 (…, C), the others float32 (C,)."""
+        y, channels = _floats(*x.shape), x.shape[-1]
+        tensors = (x, y, shift, scale)
+        sizes = (x.numel() // channels, channels, torch.get_num_threads())
+        self._call.normalise_pixels(*(tensor.data_ptr() for tensor in tensors), *sizes)
+        return y
+
+    def all_finite(self, x: Tensor) -> bool:
+        """Whether no value of x, float32 or of the element type, is infinite or NaN; x is contiguous in any order."""
+        pointers = (x.data_ptr(), None) if x.dtype == torch.float32 else (None, x.data_ptr())
+        return not self._call.not_finite(*pointers, x.numel(), torch.get_num_threads())
 
     def descend(
         self,

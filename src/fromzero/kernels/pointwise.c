@@ -306,6 +306,38 @@ void normalise_gradient(const element *x, const element *dy, element *dx, const 
     }
 }
 
+/* y (pixels, C) = (x - shift) * scale of bytes x, the last two (C), which vectors of LANES repeat every C. */
+void normalise_pixels(const uint8_t *x, float *y, const float *shift, const float *scale, long pixels, long c, long threads) {
+    vector low[c], by[c];
+    for (long i = 0; i < c * LANES; i++) low[i / LANES][i % LANES] = shift[i % c], by[i / LANES][i % LANES] = scale[i % c];
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long start = 0; start < pixels; start += LANES)
+        for (long channel = 0; channel < c; channel++) {
+            long i = start * c + channel * LANES;
+            lanes which = lanes_of(pixels * c - i);
+            vector pixel = __builtin_convertvector(load_bytes(x + i, which), vector);
+            store_floats(y + i, (pixel - low[channel]) * by[channel], which);
+        }
+}
+
+/* How many of so many floats, or elements where there are no floats, are infinite or NaN. */
+#define FEW 4096
+long not_finite(const float *floats, const element *elements, long count, long threads) {
+    long found = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : found) if (count > 4 * FEW)
+    for (long start = 0; start < count; start += FEW) {
+        whole here = {0};
+        for (long i = start; i < min(start + FEW, count); i += LANES) {
+            lanes which = lanes_of(count - i);
+            vector value = floats ? load_floats(floats + i, which) : load(elements + i, which);
+            here -= (whole)(0 * value != 0);
+            __builtin_prefetch(floats ? (void *)(floats + i + 1024) : (void *)(elements + i + 1024), 0, 2);
+        }
+        for (long lane = 0; lane < LANES; lane++) found += here[lane];
+    }
+    return found;
+}
+
 /* Stochastic gradient descent with momentum (Sutskever et al., 2013): weights and momenta in float, from a gradient of elements.
    settings: the rate, the momentum and the weight decay; `momenta` is NULL where there is no momentum. The operations, and so the
    bits, are those of torch's fused SGD of floats. */

@@ -64,6 +64,29 @@ static inline whole load_bytes(const uint8_t *from, lanes which) {
 static inline void store_bytes(uint8_t *to, whole v, lanes which) {
     _mm512_mask_cvtepi32_storeu_epi8(to, which, (__m512i)v);
 }
+static inline void transpose(vector square[LANES]) {
+    __m512 *rows = (__m512 *)square, pairs[16], fours[16], eights[16];
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int half = 0; half < 2; half++) {
+            __m512d low = (__m512d)pairs[i + half], high = (__m512d)pairs[i + half + 2];
+            fours[i + 2 * half] = (__m512)_mm512_unpacklo_pd(low, high);
+            fours[i + 2 * half + 1] = (__m512)_mm512_unpackhi_pd(low, high);
+        }
+    /* fours[4 i + j] has, of the rows 4 i to 4 i + 3, the columns j, 4 + j, 8 + j, 12 + j. */
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            eights[i + j] = _mm512_shuffle_f32x4(fours[i + j], fours[i + j + 4], 0x88);
+            eights[i + j + 4] = _mm512_shuffle_f32x4(fours[i + j], fours[i + j + 4], 0xDD);
+        }
+    for (int j = 0; j < 8; j++) {
+        rows[j] = _mm512_shuffle_f32x4(eights[j], eights[j + 8], 0x88);
+        rows[j + 8] = _mm512_shuffle_f32x4(eights[j], eights[j + 8], 0xDD);
+    }
+}
 #else
 typedef long lanes;
 static inline lanes lanes_of(long count) { return count >= LANES ? LANES : count > 0 ? count : 0; }
@@ -78,6 +101,14 @@ static inline vector load_floats(const float *from, lanes which) {
 static inline void store_floats(float *to, vector v, lanes which) {
     if (which == LANES) *(loose *)to = v;
     else memcpy(to, &v, 4 * which);
+}
+
+static inline void transpose(vector square[LANES]) {
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < i; j++) {
+            float other = square[i][j];
+            square[i][j] = square[j][i], square[j][i] = other;
+        }
 }
 
 static inline vector rounded_product(vector a, vector b) { return a * b; } /* but for the compiler's will */

@@ -338,17 +338,25 @@ void NAME(transform_filters)(const float *weights, float *u, long c, long o, lon
     for (long out = 0; out < o_lanes; out += LANES) {
         long start = out / WIDE * WIDE, wide = min(WIDE, o_lanes - start);
         for (long channel = 0; channel < c_lanes; channel += LANES) {
-            vector g[LANES][9] = {{{0}}}; /* channel, weight, filter */
-            for (long each = 0; each < min(LANES, o - out); each++)
-                for (long i = 0; i < 9; i++)
-                    for (long lane = 0; lane < min(LANES, c - channel); lane++)
-                        g[lane][i][each] = weights[((out + each) * 9 + i) * c + channel + lane];
+            vector g[LANES][9]; /* channel, weight, filter */
+            for (long i = 0; i < 9; i++) {
+                vector square[LANES] = {{0}};
+                for (long each = 0; each < min(LANES, o - out); each++) {
+                    const float *from = weights + ((out + each) * 9 + i) * c + channel;
+                    square[each] = load_floats(from, lanes_of(c - channel));
+                    __builtin_prefetch(from + LANES, 0, 2);
+                }
+                transpose(square);
+                for (long lane = 0; lane < LANES; lane++) g[lane][i] = square[lane];
+            }
             for (long lane = 0; lane < LANES; lane += PAIR) {
                 vector tiles[PAIR][POSITIONS];
                 for (long each = 0; each < PAIR; each++) transformed_filter(g[lane + each], tiles[each]);
-                for (long position = 0; position < POSITIONS; position++)
-                    store_units(u + position * u_apart + start * c_units + (channel + lane) / PAIR * wide + out - start,
-                                tiles[0][position], tiles[PAIR - 1][position]);
+                for (long position = 0; position < POSITIONS; position++) {
+                    float *to = u + position * u_apart + start * c_units + (channel + lane) / PAIR * wide + out - start;
+                    store_units(to, tiles[0][position], tiles[PAIR - 1][position]);
+                    __builtin_prefetch(to + 2 * wide, 1, 2);
+                }
             }
         }
     }
@@ -367,13 +375,18 @@ void NAME(transform_turned_filters)(const float *weights, float *u, long c, long
             for (long each = 0; each < PAIR; each++) {
                 long out = unit * PAIR + each;
                 vector g[9] = {{0}};
-                for (long i = 0; i < 9 && out < o; i++)
-                    g[i] = load_floats(weights + (out * 9 + 8 - i) * c + channel, lanes_of(c - channel)) * scale;
+                for (long i = 0; i < 9 && out < o; i++) {
+                    const float *from = weights + (out * 9 + 8 - i) * c + channel;
+                    g[i] = load_floats(from, lanes_of(c - channel)) * scale;
+                    __builtin_prefetch(from + 4 * LANES, 0, 2);
+                }
                 transformed_filter(g, tiles[each]);
             }
-            for (long position = 0; position < POSITIONS; position++)
-                store_units(u + position * u_apart + start * o_units + unit * wide + channel - start,
-                            tiles[0][position], tiles[PAIR - 1][position]);
+            for (long position = 0; position < POSITIONS; position++) {
+                float *to = u + position * u_apart + start * o_units + unit * wide + channel - start;
+                store_units(to, tiles[0][position], tiles[PAIR - 1][position]);
+                __builtin_prefetch(to + wide, 1, 2);
+            }
         }
 }
 
