@@ -3,6 +3,13 @@
 
 #include "vectors.h"
 
+/* Ask for what a walk through memory comes to, so many elements from here: processors do not always foresee it. Memory that is not
+   there is not touched. */
+#define ask(at, further) __builtin_prefetch((at) + (further), 0, 2)
+#define ask_to_write(at, further) __builtin_prefetch((at) + (further), 1, 2)
+#define FURTHER 1024
+#define AT_ONCE 64 /* rows whose channels stay in a core's cache */
+
 /* The greater one; a NaN stays. */
 static inline vector greater(vector a, vector b) { return choose((whole)(b > a) | (whole)(b != b), b, a); }
 
@@ -63,16 +70,19 @@ void channel_sums(const element *x, const uint8_t *picked, float *sums, float *p
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long part = 0; part < PARTS; part++) {
         long begin = rows * part / PARTS, end = rows * (part + 1) / PARTS;
-        for (long channel = 0; channel < c; channel += LANES) {
-            lanes which = lanes_of(c - channel);
-            vector sum = {0};
-            for (long row = begin; row < end; row++) {
-                vector value = load(x + row * c + channel, which);
-                if (picked) value = (vector)((whole)value & (load_bytes(picked + row * c + channel, which) < 4));
-                sum += value;
+        memset(parts + part * c, 0, c * sizeof(float));
+        for (long block = begin; block < end; block += AT_ONCE)
+            for (long channel = 0; channel < c; channel += LANES) {
+                lanes which = lanes_of(c - channel);
+                vector sum = load_floats(parts + part * c + channel, which);
+                for (long row = block; row < min(block + AT_ONCE, end); row++) {
+                    vector value = load(x + row * c + channel, which);
+                    ask(x + row * c + channel, AT_ONCE * c);
+                    if (picked) value = (vector)((whole)value & (load_bytes(picked + row * c + channel, which) < 4));
+                    sum += value;
+                }
+                store_floats(parts + part * c + channel, sum, which);
             }
-            memcpy(parts + part * c + channel, &sum, 4 * min(c - channel, LANES));
-        }
     }
     for (long channel = 0; channel < c; channel++) {
         float sum = 0;
@@ -150,6 +160,7 @@ static inline vector sum_from(const element *x, vector origin, lanes which, long
     vector sum = {0};
     for (long row = begin; row < end; row++) {
         vector away = load(x + row * c, which) - origin;
+        if (!squares) ask(x + row * c, AT_ONCE * c);
         sum += squares ? away * away : away;
     }
     return sum;
@@ -158,7 +169,6 @@ static inline vector sum_from(const element *x, vector origin, lanes which, long
 /* For each channel of x (rows, C) its mean and variance (C). Parts of the rows are summed apart, each as differences from the
    mean of its first rows, so that a mean far from zero costs no digits, and then joined (Chan, Golub and LeVeque, 1983).
    `parts`: as of `channel_sums`. */
-#define AT_ONCE 64 /* rows whose channels stay in a core's cache */
 void moments(const element *x, float *mean, float *variance, float *parts, long rows, long c, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long part = 0; part < PARTS; part++) {
@@ -238,6 +248,7 @@ static inline __attribute__((always_inline)) void normalise_as(const int activat
     for (long row = 0; row < rows; row++)
         for (long channel = 0; channel < c; channel += LANES) {
             lanes which = lanes_of(c - channel);
+            ask(x + row * c + channel, FURTHER), ask_to_write(y + row * c + channel, FURTHER);
             vector centred = load(x + row * c + channel, which) - load_floats(mean + channel, which);
             vector z = centred * load_floats(scale + channel, which) + load_floats(shift + channel, which);
             store(y + row * c + channel, activated(z, activation), which);
@@ -275,6 +286,8 @@ static inline __attribute__((always_inline)) void normalise_gradient_as(
                     vector gradient = load(dy + row * c + channel, which) * slope(normal + up, activation);
                     sum += gradient, product += gradient * normal;
                     store(dx + row * c + channel, gradient, which);
+                    ask(x + row * c + channel, AT_ONCE * c), ask(dy + row * c + channel, AT_ONCE * c);
+                    ask_to_write(dx + row * c + channel, AT_ONCE * c);
                 }
                 store_floats(sums + channel, sum, which), store_floats(products + channel, product, which);
             }
@@ -291,6 +304,7 @@ static inline __attribute__((always_inline)) void normalise_gradient_as(
             vector sum = load_floats(parts + channel, which), product = load_floats(parts + c + channel, which);
             vector gradient = load(dx + row * c + channel, which) - (sum + normal * product) * (1.0f / rows);
             store(dx + row * c + channel, gradient * by, which);
+            ask(x + row * c + channel, FURTHER), ask_to_write(dx + row * c + channel, FURTHER);
         }
 }
 
@@ -331,7 +345,8 @@ long not_finite(const float *floats, const element *elements, long count, long t
             lanes which = lanes_of(count - i);
             vector value = floats ? load_floats(floats + i, which) : load(elements + i, which);
             here -= (whole)(0 * value != 0);
-            __builtin_prefetch(floats ? (void *)(floats + i + 1024) : (void *)(elements + i + 1024), 0, 2);
+            if (floats) ask(floats + i, FURTHER);
+            else ask(elements + i, FURTHER);
         }
         for (long lane = 0; lane < LANES; lane++) found += here[lane];
     }
@@ -348,6 +363,8 @@ void descend(float *weights, const element *gradient, float *momenta, const floa
     for (long i = 0; i < count; i += LANES) {
         lanes which = lanes_of(count - i);
         vector weight = load_floats(weights + i, which), step = load(gradient + i, which);
+        ask_to_write(weights + i, FURTHER), ask(gradient + i, FURTHER);
+        if (momenta) ask_to_write(momenta + i, FURTHER);
         if (decay != 0) step += weight * decay;
         if (momenta) {
             vector kept = rounded_product(load_floats(momenta + i, which), (vector){0} + momentum) + step;
