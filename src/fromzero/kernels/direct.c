@@ -80,7 +80,7 @@ void convolve_directly(const element *x, const float *filters, const float *bias
             long wide = min(WIDE, p.o_lanes - out);
             for (long pixel = 0; pixel < rows * p.width; pixel += ROWS)
                 product(wide / LANES, windows + pixel * p.depth, p.depth, 1, matrix + out * p.depth, wide, p.depth,
-                        sums + pixel * WIDE, WIDE, 0);
+                        sums + pixel * WIDE, WIDE, 0, matrix + out * p.depth);
             for (long lane = out; lane < min(out + wide, o); lane += LANES) {
                 const vector *found = (const vector *)(sums + lane - out);
                 vector shift = {0};
@@ -160,7 +160,7 @@ void gradients_directly(const element *x, const element *dy, const element *y, c
                     for (long tap = 0; tap < 3 * c; tap += ROWS)
                         product(min(WIDE, p.o_lanes - out) / LANES, units + row * p.padded * c + tap, 1, PAIR * c,
                                 gradients + out, p.o_lanes, STRIP * p.padded / PAIR, sums + (row * p.taps + tap) * p.o_lanes + out,
-                                p.o_lanes, 1);
+                                p.o_lanes, 1, gradients + out);
         }
     }
     for (long out = 0; out < o; out += LANES)

@@ -147,21 +147,35 @@ static inline place output_place(long tile, long down, long across, long height,
 /* How many tiles there are for so many pixels of the output. */
 static inline long tiles_of(long pixels) { return (pixels + MADE - 1) / MADE; }
 
+#define SOON 4   /* tiles: so early it is asked for one where they are multiplied in blocks */
+#define AHEAD 12 /* and where the gradient of the filters walks through them */
+
 /* Ask for `side` x `side` pixels, so many channels each, before they are needed: tiles lie too far apart for the processor to foresee
-   them. Memory that is not there is not touched. */
+   them. Memory that is not there is not touched. `nearest`: so soon that it is to be in the nearest cache. */
 static inline __attribute__((always_inline)) void prefetch(const element *pixels, long side, place at, long channels,
-                                                           const int to_write) {
+                                                           const int to_write, const int nearest) {
     for (long i = 0; i < side; i++)
         for (long j = 0; j < side; j++)
-            for (long channel = 0; channel < channels; channel += 64 / sizeof(element))
-                if (to_write) __builtin_prefetch(pixels + i * at.row_apart + j * at.pixel_apart + channel, 1, 2);
-                else __builtin_prefetch(pixels + i * at.row_apart + j * at.pixel_apart + channel, 0, 2);
+            for (long channel = 0; channel < channels; channel += 64 / sizeof(element)) {
+                const element *pixel = pixels + i * at.row_apart + j * at.pixel_apart + channel;
+                if (to_write) __builtin_prefetch(pixel, 1, 2);
+                else if (nearest) __builtin_prefetch(pixel, 0, 3);
+                else __builtin_prefetch(pixel, 0, 2);
+            }
 }
 
-/* What a tile sees that its neighbours do not, of a map that is not pooled. */
-static inline void prefetch_input(const element *x, place at, long c) {
-    long first = (SEEN - MADE) / 2;
-    prefetch(x + at.offset + first * (at.row_apart + at.pixel_apart), MADE, at, c, 0);
+/* What a tile sees that its neighbours do not: of a map that is not pooled, or of a pooled one with what has been `picked`. */
+static inline __attribute__((always_inline)) void prefetch_input(const element *x, const uint8_t *picked, place at, long c,
+                                                                 const int nearest) {
+    if (!picked) {
+        long first = (SEEN - MADE) / 2;
+        prefetch(x + at.offset + first * (at.row_apart + at.pixel_apart), MADE, at, c, 0, nearest);
+        return;
+    }
+    prefetch(x + at.offset, SEEN / 2, at, c, 0, nearest);
+    for (long i = 0; i < SEEN / 2; i++)
+        for (long j = 0; j < SEEN / 2; j++)
+            __builtin_prefetch(picked + at.offset + i * at.row_apart + j * at.pixel_apart, 0, 3);
 }
 
 /* The pixels of a tile, `which` of LANES channels, zero outside of the image. */
@@ -250,7 +264,10 @@ void NAME(convolve)(const element *x, const uint8_t *x_picked, const float *u, c
         long start = start_of(block, d), count = min(start_of(block + 1, d), tiles) - start;
         for (long t = 0; t < count; t++) {
             place at = input_place(start + t, down, across, h, w, c, pad, x_picked != NULL);
+            place soon = input_place(start + t + SOON, down, across, h, w, c, pad, x_picked != NULL);
             for (long channel = 0; channel < c; channel += LANES) {
+                if (channel * sizeof(element) % 64 == 0)
+                    prefetch_input(x + channel, x_picked ? x_picked + channel : NULL, soon, 1, 1);
                 vector half[POINTS * SEEN];
                 element *to = (element *)(v + t * c_units) + channel;
                 half_input(x + channel, x_picked ? x_picked + channel : NULL, pad % 2, at, lanes_of(c - channel), half);
@@ -265,18 +282,18 @@ void NAME(convolve)(const element *x, const uint8_t *x_picked, const float *u, c
         for (long out = 0; out < o; out += WIDE) {
             long wide = min(WIDE, o_lanes - out);
             for (long position = 0; position < POSITIONS; position++) {
-                /* Meanwhile what comes next: this block's output, the next one's input. */
+                /* Meanwhile what comes next: this block's output, the next position's filters. */
                 for (long t = start + count * position / POSITIONS; t < start + count * (position + 1) / POSITIONS; t++) {
                     place to = output_place(t, down, across, height, width, o, y_picked != NULL);
-                    if (y_picked) prefetch(y + to.offset + out, MADE / 2, to, wide, 1);
-                    else prefetch(y + to.offset + out, MADE, to, wide, 1);
-                    if (out == 0 && !x_picked)
-                        prefetch_input(x, input_place(t + count, down, across, h, w, c, pad, 0), c);
+                    if (y_picked) prefetch(y + to.offset + out, MADE / 2, to, wide, 1, 0);
+                    else prefetch(y + to.offset + out, MADE, to, wide, 1, 0);
                 }
+                const float *next = u + (position + 1) * u_apart + out * c_units;
+                if (position + 1 == POSITIONS) next = u + (out + WIDE) * c_units;
                 for (long row = 0; row < count; row += ROWS)
                     product(wide / LANES, v + position * v_apart + row * c_units, c_units, 1,
                             u + position * u_apart + out * c_units, wide, c_units, m + position * m_apart + row * WIDE,
-                            WIDE, 0);
+                            WIDE, 0, next + row / ROWS * c_units * LANES);
             }
             for (long t = 0; t < count; t++) {
                 place at = output_place(start + t, down, across, height, width, o, y_picked != NULL);
@@ -398,7 +415,6 @@ void NAME(transform_turned_filters)(const float *weights, float *u, long c, long
 #define DEPTH 64
 #define PARTED (1 << 14) /* sums of a position, of all parts, at most */
 #define FITTING (1 << 13) /* floats of a position in a chunk, about */
-#define AHEAD 12 /* tiles: so early it is asked for one */
 
 typedef struct {
     long down, across, tiles, units, parts, depth, chunk;  /* depth: units in a part; chunk: that are transformed at a time */
@@ -451,9 +467,9 @@ static void transform_unit(const element *x, const element *dy, const uint8_t *p
         of_x[each] = input_place(tile, p->down, p->across, h, w, c, pad, 0);
         of_dy[each] = output_place(tile, p->down, p->across, height, width, o, picked != NULL);
         place next = input_place(tile + AHEAD, p->down, p->across, h, w, c, pad, 0);
-        prefetch_input(x, next, c);
+        prefetch_input(x, NULL, next, c, 0);
         next = output_place(tile + AHEAD, p->down, p->across, height, width, o, picked != NULL);
-        prefetch(dy + next.offset + out, picked ? MADE / 2 : MADE, next, rows, 0);
+        prefetch(dy + next.offset + out, picked ? MADE / 2 : MADE, next, rows, 0, 0);
         if (tile >= p->tiles) of_x[each].bottom = of_dy[each].bottom = 0; /* the last unit may be half empty */
     }
     for (long channel = 0; channel < c; channel += LANES) {
@@ -527,10 +543,13 @@ void NAME(filter_gradient)(const element *x, const element *dy, const uint8_t *p
                     float *sums = p.kept ? kept + (part * p.pieces * p.blocks + task) * SUMS : e + POSITIONS * p.e_apart;
                     for (long position = 0; position < POSITIONS; position++)
                         for (long k = 0; k < chunk; k += DEPTH)
-                            for (long r = row; r < end; r += ROWS)
-                                product(wide / LANES, e + position * p.e_apart + k * p.e_lanes + r, 1, p.e_lanes,
-                                        v + position * p.v_apart + start * p.chunk + k * wide, wide, min(DEPTH, chunk - k),
-                                        sums + position * apart(OUT * WIDE) + (r - row) * wide, wide, done + k > 0);
+                            for (long r = row; r < end; r += ROWS) {
+                                long deep = min(DEPTH, chunk - k);
+                                const float *units = v + position * p.v_apart + start * p.chunk + k * wide;
+                                product(wide / LANES, e + position * p.e_apart + k * p.e_lanes + r, 1, p.e_lanes, units, wide,
+                                        deep, sums + position * apart(OUT * WIDE) + (r - row) * wide, wide, done + k > 0,
+                                        units + p.v_apart + (r - row) / ROWS * deep * LANES);
+                            }
                     if (p.parts == 1 && done + chunk == depth) finish_piece(sums, gradient, c, o, piece, start, scale, &p);
                 }
             }
