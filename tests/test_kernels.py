@@ -451,6 +451,34 @@ def test_their_sources_are_part_of_the_package():
     assert packed >= {kernels.SOURCE_FOLDER / name for name in kernels.SOURCES}
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_values_within_a_limit(made, kind, compiled):
+    """In tensors of any kind, and a NaN never is."""
+    if not compiled:
+        kernels.use(kernels.NONE, made.element)
+    for wrong in (-2.0, 2.0, torch.inf, -torch.inf, torch.nan):
+        for shape, at in (((1,), (0,)), ((40_001,), (40_000,)), ((8, 16, 3, 3), (3, 5, 1, 2))):
+            x = torch.rand(shape).to(kind)
+            if x.dim() == 4:
+                x = x.contiguous(memory_format=torch.channels_last)
+            assert kernels.within([x, x[..., :1]], 1.0)
+            x[at] = wrong
+            assert not kernels.within([torch.zeros(3), x], 1.0)
+            assert kernels.within([x], 2.0) == (abs(wrong) == 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 37])
+def test_normalised_pixels_have_the_same_bits_with_kernels_and_without(made, channels):
+    pixels = torch.randint(0, 256, (5, 7, 9, channels), dtype=torch.uint8)
+    shift, scale = 255 * torch.rand(channels), torch.rand(channels)
+    ours = kernels.normalise_pixels(pixels, shift, scale)
+    kernels.use(kernels.NONE, made.element)
+    theirs = kernels.normalise_pixels(pixels, shift, scale)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(ours, (pixels.float() - shift) * scale)
+
+
 def test_kernels_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("FROMZERO_KERNELS", "off")
     assert machine.prepare(device="cpu", threads=1).kernels == kernels.NONE

@@ -76,20 +76,19 @@ class SGD(Optimizer):
         for weight in weights if group["momentum"] else ():
             if not self.state[weight]:
                 self.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
-        constants = (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"])
-        precise: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        for weight, gradient in zip(weights, gradients, strict=True):
-            buffer, kernel = self.state[weight].get("momentum_buffer"), kernels.in_use(weight)
-            if gradient.dtype == weight.dtype or kernel is None or gradient.dtype != kernel.element:
-                precise.append((weight, gradient.to(weight.dtype), buffer))
-            else:  # converted as it is read, and not before
-                kernel.descend(weight, gradient.contiguous(), buffer, *constants)
-        if precise:
-            weights, gradients, buffers = _in_memory_order(*map(list, zip(*precise, strict=True)))
+        buffers: list[Tensor | None] = [self.state[weight].get("momentum_buffer") for weight in weights]
+        kernel = kernels.in_use(weights[0])
+        taken: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        left: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        for three in zip(*_in_memory_order(weights, gradients, buffers), strict=True):
+            (taken if kernel is not None and kernel.descends(*three) else left).append(three)
+        if kernel is not None:
+            kernel.descend(taken, group["lr"], group["momentum"], group["weight_decay"], group["nesterov"])
+        if left:
             sgd(
-                weights,
-                gradients,
-                buffers,
+                [weight for weight, _, _ in left],
+                [gradient.to(weight.dtype) for weight, gradient, _ in left],
+                [buffer for _, _, buffer in left],
                 fused=True,
                 weight_decay=group["weight_decay"],
                 momentum=group["momentum"],

@@ -35,6 +35,7 @@ from fromzero.state import Counters, State
 
 # By default a checkpoint is due after a minute, or later where saving is slow: then it takes this share of the time.
 SAVE_SECONDS, SAVE_SHARE = 60.0, 0.025
+LARGEST_GRADIENT = 1e18  # the square of ten times as much overflows a float
 
 
 class Subset(NamedTuple):
@@ -281,7 +282,7 @@ def train_step(
     """Move the weights by one step on `batch`; its mean loss before the step (nats) and how many were right.
 
     progress: epochs done so far, fractions included. Raises NonFiniteError, the weights untouched, when the loss or a
-    gradient is infinite or NaN.
+    gradient is infinite or NaN, or a gradient beyond ± LARGEST_GRADIENT.
     """
     model, step = state.model, state.counters.step
     if not model.training:
@@ -297,10 +298,12 @@ def train_step(
         raise NonFiniteError(_non_finite(step, f"the loss is {loss_value}", learning_rate))
     loss.backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    if not kernels.all_finite(gradients.values()):
-        name = next(name for name, gradient in gradients.items() if not gradient.isfinite().all())
+    if not kernels.within(gradients.values(), LARGEST_GRADIENT):
+        name = next(name for name, gradient in gradients.items() if not kernels.within([gradient], LARGEST_GRADIENT))
         state.optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(_non_finite(step, f"the gradient of {name} is not finite", learning_rate))
+        raise NonFiniteError(
+            _non_finite(step, f"the gradient of {name} is not finite or beyond {LARGEST_GRADIENT:g}", learning_rate)
+        )
     set_learning_rate(state.optimizer, learning_rate)
     with machine.autocast():
         state.optimizer.step()

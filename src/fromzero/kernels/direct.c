@@ -89,7 +89,9 @@ void convolve_directly(const element *x, const float *filters, const float *bias
                 for (long pixel = 0; !y_picked && pixel < rows * p.width; pixel++) {
                     vector value = found[pixel * COLUMNS] + shift;
                     if (relu) value = choose((whole)(value < 0), (vector){0}, value);
-                    store(y + ((image * p.height + first) * p.width + pixel) * o + lane, value, which);
+                    long to = ((image * p.height + first) * p.width + pixel) * o + lane;
+                    store(y + to, value, which);
+                    ask_to_write(y + to, FURTHER);
                 }
                 for (long i = 0; y_picked && i < rows / 2; i++)
                     for (long j = 0; j < p.width / 2; j++) {
@@ -99,6 +101,7 @@ void convolve_directly(const element *x, const float *filters, const float *bias
                                            relu, &where);
                         store(y + to, most, which);
                         store_bytes(y_picked + to, where, which);
+                        ask_to_write(y + to, FURTHER), ask_to_write(y_picked + to, FURTHER);
                     }
             }
         }
@@ -122,6 +125,9 @@ static void load_gradient(const element *dy, const element *y, const uint8_t *pi
                     long at = (row + (picked ? (j + each) / 2 : j + each)) * o + out;
                     lanes which = j + each < width ? in_row : lanes_of(0);
                     whole gradient = (whole)load(dy + at, which);
+                    ask(dy + at, FURTHER);
+                    if (picked) ask(picked + at, FURTHER);
+                    if (y) ask(y + at, FURTHER);
                     if (picked) gradient &= load_bytes(picked + at, which) == (int32_t)(i % 2 * 2 + (j + each) % 2);
                     if (y) gradient &= (whole)(load(y + at, which) > 0);
                     sum += values[each] = (vector)gradient;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,9 +59,9 @@ class Kernels:
             ("moments", 4, 3, None),
             ("normalise", 5, 4, None),
             ("normalise_gradient", 8, 4, None),
-            ("descend", 4, 3, None),
+            ("descend", 5, 3, None),
             ("normalise_pixels", 4, 3, None),
-            ("not_finite", 2, 2, ctypes.c_long),
+            ("count_beyond", 3, 2, ctypes.c_long),
             ("sums_scratch", 0, 1, ctypes.c_long),
             ("direct_scratch", 0, 5, ctypes.c_long),
             ("direct_sums", 0, 5, ctypes.c_long),
@@ -219,26 +219,41 @@ class Kernels:
         self._call.normalise_pixels(*(tensor.data_ptr() for tensor in tensors), *sizes)
         return y
 
-    def all_finite(self, x: Tensor) -> bool:
-        """Whether no value of x, float32 or of the element type, is infinite or NaN; x is contiguous in any order."""
+    def within(self, x: Tensor, limit: float) -> bool:
+        """Whether no value of x, float32 or of the element type, is NaN or beyond ± limit; x is contiguous in some
+        order of its dimensions."""
         pointers = (x.data_ptr(), None) if x.dtype == torch.float32 else (None, x.data_ptr())
-        return not self._call.not_finite(*pointers, x.numel(), torch.get_num_threads())
+        limits = torch.tensor([limit], dtype=torch.float32, device="cpu")
+        return not self._call.count_beyond(*pointers, limits.data_ptr(), x.numel(), torch.get_num_threads())
+
+    def descends(self, weights: Tensor, gradient: Tensor, momenta: Tensor | None) -> bool:
+        """Whether `descend` takes them. Not where elements are float32: then torch's SGD has nothing to convert."""
+        kinds = {weights.dtype} if momenta is None else {weights.dtype, momenta.dtype}
+        return (
+            self.element == torch.bfloat16
+            and kinds == {torch.float32}
+            and gradient.dtype in (torch.float32, torch.bfloat16)
+            and all(tensor is None or tensor.is_contiguous() for tensor in (weights, gradient, momenta))
+        )
 
     def descend(
         self,
-        weights: Tensor,
-        gradient: Tensor,
-        momenta: Tensor | None,
+        moved: Iterable[tuple[Tensor, Tensor, Tensor | None]],
         rate: float,
         momentum: float,
         decay: float,
         nesterov: bool,
     ) -> None:
-        """Move `weights`, and `momenta` where there is momentum, both float32, by a step of SGD along a gradient of
-        their shape: what `torch.optim.SGD(fused=True)` does with that gradient in float32, bit for bit."""
-        settings = torch.tensor([rate, momentum, decay], dtype=torch.float32, device="cpu")
-        tensors = (weights, gradient, momenta, settings)
-        self._call.descend(*map(_pointer, tensors), weights.numel(), nesterov, torch.get_num_threads())
+        """Move weights, and their momenta where there is momentum, all float32, by a step of SGD along their gradients,
+        float32 or elements: as `torch.optim.SGD(fused=True)` does along gradients in float32, to the bit."""
+        settings, threads = (
+            torch.tensor([rate, momentum, decay], dtype=torch.float32, device="cpu"),
+            torch.get_num_threads(),
+        )
+        for weights, gradient, momenta in moved:
+            gradients = (gradient, None) if gradient.dtype == torch.float32 else (None, gradient)
+            tensors = (weights, *gradients, momenta, settings)
+            self._call.descend(*map(_pointer, tensors), weights.numel(), nesterov, threads)
 
     def _own(self, floats: int) -> tuple[int, int]:
         """Pointer to scratch memory, and how many floats of it, at least so many, are each thread's own. It is kept

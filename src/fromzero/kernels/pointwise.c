@@ -3,11 +3,6 @@
 
 #include "vectors.h"
 
-/* Ask for what a walk through memory comes to, so many elements from here: processors do not always foresee it. Memory that is not
-   there is not touched. */
-#define ask(at, further) __builtin_prefetch((at) + (further), 0, 2)
-#define ask_to_write(at, further) __builtin_prefetch((at) + (further), 1, 2)
-#define FURTHER 1024
 #define AT_ONCE 64 /* rows whose channels stay in a core's cache */
 
 /* The greater one; a NaN stays. */
@@ -334,9 +329,10 @@ void normalise_pixels(const uint8_t *x, float *y, const float *shift, const floa
         }
 }
 
-/* How many of so many floats, or elements where there are no floats, are infinite or NaN. */
+/* How many of so many floats, or elements where there are no floats, are NaN or larger than `limit` on either side. */
 #define FEW 4096
-long not_finite(const float *floats, const element *elements, long count, long threads) {
+long count_beyond(const float *floats, const element *elements, const float *limit, long count, long threads) {
+    const vector most = (vector){0} + *limit;
     long found = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : found) if (count > 4 * FEW)
     for (long start = 0; start < count; start += FEW) {
@@ -344,7 +340,7 @@ long not_finite(const float *floats, const element *elements, long count, long t
         for (long i = start; i < min(start + FEW, count); i += LANES) {
             lanes which = lanes_of(count - i);
             vector value = floats ? load_floats(floats + i, which) : load(elements + i, which);
-            here -= (whole)(0 * value != 0);
+            here -= ~((whole)(value <= most) & (whole)(value >= -most));
             if (floats) ask(floats + i, FURTHER);
             else ask(elements + i, FURTHER);
         }
@@ -353,21 +349,27 @@ long not_finite(const float *floats, const element *elements, long count, long t
     return found;
 }
 
-/* Stochastic gradient descent with momentum (Sutskever et al., 2013): weights and momenta in float, from a gradient of elements.
-   settings: the rate, the momentum and the weight decay; `momenta` is NULL where there is no momentum. The operations, and so the
-   bits, are those of torch's fused SGD of floats. */
-void descend(float *weights, const element *gradient, float *momenta, const float *settings, long count, long nesterov,
-             long threads) {
+/* Stochastic gradient descent with momentum (Sutskever et al., 2013): weights and momenta in float, from a gradient in floats, or in
+   elements where there are no floats. settings: the rate, the momentum and the weight decay; `momenta` is NULL where there is no
+   momentum. With AVX512 the operations, and so the bits, are those of torch's fused SGD of floats. */
+void descend(float *weights, const float *floats, const element *elements, float *momenta, const float *settings, long count,
+             long nesterov, long threads) {
     const float down = -settings[0], momentum = settings[1], decay = settings[2];
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > FEW)
     for (long i = 0; i < count; i += LANES) {
         lanes which = lanes_of(count - i);
-        vector weight = load_floats(weights + i, which), step = load(gradient + i, which);
-        ask_to_write(weights + i, FURTHER), ask(gradient + i, FURTHER);
-        if (momenta) ask_to_write(momenta + i, FURTHER);
+        vector weight = load_floats(weights + i, which);
+        vector step = floats ? load_floats(floats + i, which) : load(elements + i, which);
+        ask_to_write(weights + i, FURTHER);
+        if (floats) ask(floats + i, FURTHER);
+        else ask(elements + i, FURTHER);
         if (decay != 0) step += weight * decay;
         if (momenta) {
-            vector kept = rounded_product(load_floats(momenta + i, which), (vector){0} + momentum) + step;
+            vector before = load_floats(momenta + i, which);
+            ask_to_write(momenta + i, FURTHER);
+            vector kept = rounded_product(before, (vector){0} + momentum) + step, fused = before * momentum + step;
+            /* Torch takes what fills no vector by eights and the rest singly, and rounds the latter once. */
+            for (long lane = (count - i) / 8 * 8; lane < min(LANES, count - i); lane++) kept[lane] = fused[lane];
             store_floats(momenta + i, kept, which);
             step = nesterov ? step + kept * momentum : kept;
         }

@@ -31,6 +31,12 @@ typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 /* Sums over many rows are taken in so many parts, whatever the number of threads, and these added up. */
 #define PARTS 64
 
+/* Ask for what a walk through memory comes to, so many elements from here: processors do not always foresee it. Memory that is not
+   there is not touched. */
+#define ask(at, further) __builtin_prefetch((at) + (further), 0, 2)
+#define ask_to_write(at, further) __builtin_prefetch((at) + (further), 1, 2)
+#define FURTHER 1024
+
 static inline long min(long a, long b) { return a < b ? a : b; }
 /* What dropout multiplies by what it keeps: bytes of at least `threshold`. */
 static inline float kept_scale(long threshold) { return 256.0f / (256 - threshold); }
