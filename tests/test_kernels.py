@@ -479,6 +479,47 @@ def test_normalised_pixels_have_the_same_bits_with_kernels_and_without(made, cha
     assert torch.equal(ours, (pixels.float() - shift) * scale)
 
 
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("images", "height", "width", "inputs", "outputs", "side"),
+    [(3, 9, 12, 3, 24, 2), (2, 5, 3, 1, 2, 1), (1, 4, 4, 3, 96, 4), (5, 6, 8, 2, 33, 3), (2, 2, 2, 4, 16, 2)],
+)
+def test_a_convolution_of_pixels(made, images, height, width, inputs, outputs, side, activation):
+    """Maps narrower than what is multiplied at once, sides, channels that fill no vector; nothing trained before it."""
+    torch.manual_seed(0)
+    x = torch.randn(images, inputs, height, width).contiguous(memory_format=torch.channels_last)
+    layer = modules.Whitening(inputs, outputs, side, same=False, activation=activation)
+    layer.weight.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=made.element == torch.bfloat16):
+        y = layer(x)
+    expected = modules.ACTIVATIONS[activation](F.conv2d(x.double(), layer.weight.double()))
+    assert (y.dtype, y.shape) == (made.element, expected.shape)
+    assert (y.double() - expected).abs().max() <= {torch.float32: 2e-6, torch.bfloat16: 2**-8}[made.element] * 4
+    trained = x.clone().requires_grad_()
+    layer(trained).sum().backward()
+    assert trained.grad is not None
+
+
+def test_a_whitening_layer_refuses_other_channels_and_smaller_images(made):
+    layer = modules.Whitening(3, 24, 2, same=False)
+    layer.weight.requires_grad_(False)
+    for shape in ((2, 4, 8, 8), (2, 3, 1, 8)):
+        with pytest.raises(RuntimeError):
+            layer(torch.zeros(shape))
+    assert layer(torch.zeros(0, 3, 8, 8)).shape == (0, 24, 7, 7)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_gathered_pixels_are_the_same_with_kernels_and_without(made, channels):
+    pixels = torch.randint(0, 256, (9, 7, 5, channels), dtype=torch.uint8)
+    indices = torch.tensor([8, 0, 3, 3])
+    rows, columns = torch.randint(0, 7, (4, 6)), torch.randint(0, 5, (4, 8))
+    ours = kernels.gather(pixels, indices, rows, columns)
+    kernels.use(kernels.NONE, made.element)
+    assert torch.equal(ours, kernels.gather(pixels, indices, rows, columns))
+    assert torch.equal(ours[2, 4, 7], pixels[3, rows[2, 4], columns[2, 7]])
+
+
 def test_kernels_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("FROMZERO_KERNELS", "off")
     assert machine.prepare(device="cpu", threads=1).kernels == kernels.NONE

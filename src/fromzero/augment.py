@@ -6,9 +6,12 @@ are on; the few random numbers a batch needs are drawn on the processor, so they
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
+from fromzero import kernels
 from fromzero.recipe import AugmentRecipe
 from fromzero.rng import generator
 
@@ -25,9 +28,7 @@ def gather(pixels: Tensor, indices: Tensor, recipe: AugmentRecipe, seed: int, ep
     rows, columns = (_places(size, len(indices), recipe, draws) for size in pixels.shape[1:3])
     flipped = _flips(indices, len(pixels), recipe, seed, epoch, step)
     columns = torch.where(flipped[:, None], columns.flip(1), columns)
-    base = (indices.cpu()[:, None] * pixels.shape[1] + rows) * pixels.shape[2]
-    positions = (base[:, :, None] + columns[:, None, :]).to(pixels.device)
-    return pixels.view(-1, pixels.shape[3])[positions]
+    return kernels.gather(pixels, indices, rows, columns)
 
 
 def view(pixels: Tensor, mirrored: bool, down: int, right: int) -> Tensor:
@@ -64,8 +65,13 @@ def _flips(indices: Tensor, num_images: int, recipe: AugmentRecipe, seed: int, e
         case "random":
             return torch.randint(0, 2, (len(indices),), generator=generator(seed, "flip", step)).bool()
         case "alternating":
-            first = torch.randint(0, 2, (num_images,), generator=generator(seed, "first flip"))
-            return (first[indices.cpu()] + epoch) % 2 == 1
+            return (_first_flips(num_images, seed)[indices.cpu()] + epoch) % 2 == 1
+
+
+@lru_cache(maxsize=1)
+def _first_flips(num_images: int, seed: int) -> Tensor:
+    """By chance which of the train images the first epoch mirrors, 0 or 1 (N,). Read only."""
+    return torch.randint(0, 2, (num_images,), generator=generator(seed, "first flip"))
 
 
 def _places(size: int, count: int, recipe: AugmentRecipe, draws: torch.Generator) -> Tensor:

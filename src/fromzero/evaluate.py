@@ -39,13 +39,20 @@ class Normalise(NamedTuple):
         if recipe.normalise == "unit":
             shift, scale = torch.zeros(channels), torch.full((channels,), 1 / 255)
         else:
-            # Exact sums in integers, so that the result does not depend on threads.
-            counts = [torch.bincount(train_pixels[..., c].flatten(), minlength=256) for c in range(channels)]
-            values = torch.arange(256, dtype=torch.float64, device=train_pixels.device)
-            means = [(values * n).sum() / n.sum() for n in counts]
-            variances = [((values - m) ** 2 * n).sum() / n.sum() for m, n in zip(means, counts, strict=True)]
-            shift = torch.stack(means).float()
-            scale = torch.stack(variances).sqrt().clamp(min=1e-6).reciprocal().float()
+            # Sums in integers are exact, so the result does not depend on threads.
+            sums, squares = torch.zeros(2, channels, dtype=torch.int64, device=train_pixels.device)
+            for part in train_pixels.split(BATCH):
+                rows = part.flatten(2).flatten(0, 1).int()  # (N·H, W·C): a vector is as long as a row, not as a pixel
+                sums += rows.sum(0).view(-1, channels).sum(0)
+                squares += (rows * rows).sum(0).view(-1, channels).sum(0)
+            count = train_pixels.numel() // channels
+            means = [total / count for total in sums.tolist()]
+            variances = [
+                (count * square - total * total) / count**2
+                for total, square in zip(sums.tolist(), squares.tolist(), strict=True)
+            ]
+            shift = torch.tensor(means)
+            scale = torch.tensor(variances, dtype=torch.float64).sqrt().clamp(min=1e-6).reciprocal().float()
         return cls(shift.to(train_pixels.device), scale.to(train_pixels.device))
 
     def __call__(self, pixels: Tensor) -> Tensor:

@@ -97,16 +97,30 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class Whitening(nn.Conv2d):
-    """The whitening layer. With `same` padding an even window sees one more row and column below and to the right, as
-    in Keras."""
+    """The whitening layer, with its `activation`, one of ACTIVATIONS. With `same` padding an even window sees one more
+    row and column below and to the right, as in Keras."""
 
-    def __init__(self, inputs: int, outputs: int, side: int, same: bool):
+    def __init__(self, inputs: int, outputs: int, side: int, same: bool, activation: str = ""):
         super().__init__(inputs, outputs, side, bias=False)
         before, after = ((side - 1) // 2, side // 2) if same else (0, 0)
         self.border = (before, after, before, after)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, self.border) if any(self.border) else x)
+        x = F.pad(x, self.border) if any(self.border) else x
+        trained = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        fitting = len(x) > 0 and x.shape[1] == self.in_channels and min(x.shape[2:]) >= self.weight.shape[2]
+        kernel = kernels.in_use(x) if fitting and not trained else None
+        if kernel is None:
+            return ACTIVATIONS[self.activation](super().forward(x))
+        images, filters = (
+            x.float().permute(0, 2, 3, 1).contiguous(),
+            self.weight.float().permute(2, 3, 1, 0).contiguous(),
+        )
+        return kernel.convolve_pixels(images, filters, self.activation).permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"
 
 
 @torch.no_grad()

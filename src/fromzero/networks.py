@@ -191,7 +191,7 @@ def build(
                     into[row.name] = dropout
             case "Activation":
                 before = next(reversed(into.values()), None)
-                if isinstance(before, modules.BatchNorm):
+                if isinstance(before, modules.BatchNorm | modules.Whitening):
                     before.activation = network.activation
                 elif isinstance(before, modules.Convolution) and network.activation == "relu":
                     (before.pooling or before).relu = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,48 +68,67 @@ class Muon(fused.Optimizer):
 
     def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         hidden = group["kind"] == "hidden"
-        for weight, gradient in zip(weights, gradients, strict=True):
-            if not hidden:
-                gradient = gradient.add(weight, alpha=group["weight_decay"])
-            state = self.state[weight]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-            update = gradient.add(momentum, alpha=group["momentum"])
-            if hidden:
-                weight.mul_(math.sqrt(len(weight)) / weight.norm().clamp(min=1e-7))
-                update = orthogonalised(update.flatten(1)).view_as(update)
-            weight.add_(update, alpha=-group["lr"])
+        if not hidden:
+            gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+        for weight in weights:
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum_buffer"] for weight in weights]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, gradients)
+        updates = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
+        if hidden:
+            for weight, norm in zip(weights, torch._foreach_norm(weights), strict=True):
+                weight.mul_(math.sqrt(len(weight)) / norm.clamp(min=1e-7))
+            updates = _orthogonal_filters(updates)
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """Roughly U Vᵀ where `matrix` (M, N) is U S Vᵀ: all singular values pulled to about one by Newton-Schulz steps,
+def _orthogonal_filters(updates: Sequence[Tensor]) -> list[Tensor]:
+    """Each of them, (O, I, H, W) or (O, I), orthogonalised as a matrix of O rows, its columns as they lie in memory."""
+    lying = [update.permute(0, *range(2, update.dim()), 1) for update in updates]
+    found = orthogonalised([update.flatten(1) for update in lying])
+    return [
+        matrix.view(update.shape).permute(0, -1, *range(1, update.dim() - 1))
+        for matrix, update in zip(found, lying, strict=True)
+    ]
+
+
+def orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Roughly U Vᵀ where a matrix (M, N) is U S Vᵀ: all singular values pulled to about one by Newton-Schulz steps,
     which need matrix products only; those are taken in autocast's type where it is on.
 
     A step multiplies x by a polynomial of x xᵀ. Such polynomials commute, so all steps are taken on that small
-    square matrix, and x is multiplied once: half the work where N = 9 M, as in filters.
+    square matrix, and x is multiplied once: half the work where N = 9 M, as in filters. Squares of one size are
+    multiplied together.
     """
-    kind = matrix.device.type
-    x = matrix / matrix.norm().clamp(min=1e-7)
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    if tall := x.shape[0] > x.shape[1]:
-        x = x.T
-    square = x @ x.T
-    factor = product = _newton_schulz_factor(square)
-    for _ in range(NEWTON_SCHULZ_STEPS - 1):
-        square = factor @ square @ factor
-        factor = _newton_schulz_factor(square)
-        product = factor @ product
-    x = product @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    prepared: list[Tensor] = []
+    for matrix in matrices:
+        kind = matrix.device.type
+        x = matrix / matrix.norm().clamp(min=1e-7)
+        x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        prepared.append(x.T if len(x) > x.shape[1] else x)
+    found: list[Tensor] = list(matrices)
+    for size in dict.fromkeys(len(x) for x in prepared):
+        places = [i for i, x in enumerate(prepared) if len(x) == size]
+        products = _newton_schulz(torch.stack([prepared[i] @ prepared[i].T for i in places]))
+        for i, product in zip(places, products, strict=True):
+            x = product @ prepared[i]
+            found[i] = (x if x.shape == matrices[i].shape else x.T).to(matrices[i].dtype)
+    return found
 
 
-def _newton_schulz_factor(square: Tensor) -> Tensor:
+def _newton_schulz(squares: Tensor) -> Tensor:
+    """The product of all factors by which Newton-Schulz steps multiply x, for each of the squares x xᵀ, (K, M, M)."""
     a, b, c = NEWTON_SCHULZ
-    factor = torch.addmm(square, square, square, beta=b, alpha=c)
-    factor.diagonal().add_(a)
-    return factor
+    products = squares
+    for step in range(NEWTON_SCHULZ_STEPS):
+        factors = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
+        factors.diagonal(dim1=1, dim2=2).add_(a)
+        products = factors if step == 0 else factors @ products
+        if step + 1 < NEWTON_SCHULZ_STEPS:
+            squares = factors @ squares @ factors
+    return products
 
 
 def learning_rate_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

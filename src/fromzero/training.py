@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,6 +45,14 @@ class Subset(NamedTuple):
     pixels: Tensor
     labels: Tensor
 
+    def take(self, indices: np.ndarray) -> Subset:
+        """The images at `indices`, in that order (a copy, made by all threads)."""
+        places = torch.from_numpy(indices)
+        return Subset(self.pixels.index_select(0, places), self.labels[places])
+
+    def to(self, device: str) -> Subset:
+        return Subset(self.pixels.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class Data:
@@ -60,20 +69,19 @@ class Data:
     def of(cls, recipe: Recipe, images: ImageSet, device: str) -> Data:
         """Split as the recipe says. The splits depend on the images alone, not on the seed."""
 
-        def subset(part: Any) -> Subset:
-            return Subset(torch.from_numpy(part.pixels).to(device), torch.from_numpy(part.labels).to(device))
-
-        train, validation = images.train, images.test
+        train, test = (
+            Subset(torch.from_numpy(part.pixels), torch.from_numpy(part.labels)) for part in (images.train, images.test)
+        )
+        validation = test
         if recipe.validation.source == "split":
             kept, held = stratified_split(images.train.labels, recipe.validation.fraction, "validation")
-            train, validation = images.train.take(kept), images.train.take(held)
+            train, validation = train.take(kept), train.take(held)
         clean = train
-        if recipe.clean_train_images < len(train):
-            _, chosen = stratified_split(train.labels, recipe.clean_train_images / len(train), "clean train")
-            clean = train.take(chosen)
-        learned = subset(train)
-        normalise = Normalise.of(recipe, learned.pixels)
-        return cls(learned, subset(clean), subset(validation), subset(images.test), normalise)
+        if recipe.clean_train_images < len(train.labels):
+            share = recipe.clean_train_images / len(train.labels)
+            clean = train.take(stratified_split(train.labels.numpy(), share, "clean train")[1])
+        train, clean, validation, test = (part.to(device) for part in (train, clean, validation, test))
+        return cls(train, clean, validation, test, Normalise.of(recipe, train.pixels))
 
 
 class Progress(NamedTuple):

@@ -112,6 +112,17 @@ def within(tensors: Iterable[Tensor], limit: float) -> bool:
     return bool((torch.stack([value.float() for value in largest]) <= limit).all())
 
 
+def gather(pixels: Tensor, indices: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """uint8 (B, H', W', C): of each of the images at `indices` (B,) of `pixels` uint8 (N, H, W, C), the pixels where
+    its rows and columns meet, int64 (B, H') and (B, W') on the processor."""
+    kernel = next(iter(_loaded.values()), None)
+    if kernel is not None and pixels.device.type == "cpu" and pixels.is_contiguous():
+        return kernel.gather(pixels, indices.contiguous(), rows.contiguous(), columns.contiguous())
+    base = (indices.cpu()[:, None] * pixels.shape[1] + rows) * pixels.shape[2]
+    positions = (base[:, :, None] + columns[:, None, :]).to(pixels.device)
+    return pixels.reshape(-1, pixels.shape[3])[positions]
+
+
 def normalise_pixels(pixels: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(pixels - shift) × scale in float32, pixels uint8 (N, H, W, C), the others float32 (C,)."""
     kernel = next(iter(_loaded.values()), None)
@@ -226,6 +237,9 @@ def agrees(kernels: Kernels) -> bool:
         there = moved - 0.5 * (step * 0.9 + of_moved.float() + 0.1 * moved)
         kernels.descend([(moved, of_moved, momenta)], 0.5, 0.9, 0.1, nesterov=True)
         pixels = (255 * (drawn(1, 3, 7, 3) + 0.5)).to(torch.uint8)
+        rows, columns = (torch.tensor(places, device="cpu") for places in ([[8, 0]] * 2, [[5, 5, 1], [2, 0, 3]]))
+        bytes_ = (255 * (image.float() + 0.5)).to(torch.uint8)
+        which = torch.tensor([2, 1], device="cpu")
         large = drawn(5000)
         large[4998] = -2.0
         found = [
@@ -234,6 +248,8 @@ def agrees(kernels: Kernels) -> bool:
         ours = (
             torch.tensor(found, device="cpu").expand(1, 1, 1, -1),
             kernels.normalise_pixels(pixels, bias[:3], bias[3:6]),
+            kernels.gather(bytes_, which, rows, columns),
+            kernels.convolve_pixels(image.float(), few.permute(1, 2, 3, 0).contiguous(), "gelu"),
             moved,
             momenta,
             kernels.forward(x, filters, bias, 1),
@@ -259,7 +275,9 @@ def agrees(kernels: Kernels) -> bool:
         )
         y = F.conv2d(leaf, leaf_filters, bias, padding=1)
         normalised = (pixels.float() - bias[:3]) * bias[3:6]
-        theirs = [t.permute(0, 3, 1, 2) for t in (normalised, there, step)]
+        gathered = bytes_[which[:, None, None], rows[:, :, None], columns[:, None]].float()
+        theirs = [t.permute(0, 3, 1, 2) for t in (normalised, gathered, there, step)]
+        theirs.insert(2, F.gelu(F.conv2d(leaf_image, leaf_few)))
         theirs.insert(0, torch.tensor([1.0, 0.0, 1.0], device="cpu").view(1, 3, 1, 1))
         theirs += [y, *of(y, gradient, leaf, leaf_filters)]
         z = F.relu(F.max_pool2d(leaf, 2))

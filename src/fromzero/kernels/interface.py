@@ -60,7 +60,9 @@ class Kernels:
             ("normalise", 5, 4, None),
             ("normalise_gradient", 8, 4, None),
             ("descend", 5, 3, None),
+            ("gather", 5, 7, None),
             ("normalise_pixels", 4, 3, None),
+            ("convolve_pixels", 4, 9, None),
             ("count_beyond", 3, 2, ctypes.c_long),
             ("sums_scratch", 0, 1, ctypes.c_long),
             ("direct_scratch", 0, 5, ctypes.c_long),
@@ -217,6 +219,23 @@ class Kernels:
         tensors = (x, y, shift, scale)
         sizes = (x.numel() // channels, channels, torch.get_num_threads())
         self._call.normalise_pixels(*(tensor.data_ptr() for tensor in tensors), *sizes)
+        return y
+
+    def gather(self, x: Tensor, indices: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """uint8 (B, H', W', C): image i has, of image indices[i] (B,) of x uint8 (N, H, W, C), the pixels where rows[i]
+        and columns[i] meet, int64 (B, H') and (B, W'). They are not checked."""
+        y = torch.empty((len(indices), rows.shape[1], columns.shape[1], x.shape[3]), dtype=torch.uint8, device="cpu")
+        sizes = (len(y), *x.shape[1:], *y.shape[1:3], torch.get_num_threads())
+        self._call.gather(*map(_pointer, (x, y, indices, rows, columns)), *sizes)
+        return y
+
+    def convolve_pixels(self, x: Tensor, filters: Tensor, activation: str) -> Tensor:
+        """activation(x convolved without padding), x float32 (N, H, W, C), filters float32 (side, side, C, O)."""
+        (images, height, width, channels), (side, _, _, outputs) = x.shape, filters.shape
+        y = self._empty(images, height - side + 1, width - side + 1, outputs)
+        own, threads = self._own(y.shape[2] * outputs), torch.get_num_threads()
+        sizes = (images, height, width, channels, outputs, side, ACTIVATIONS.index(activation), threads)
+        self._call.convolve_pixels(*map(_pointer, (x, filters, y)), *own, *sizes)
         return y
 
     def within(self, x: Tensor, limit: float) -> bool:

@@ -315,6 +315,47 @@ void normalise_gradient(const element *x, const element *dy, element *dx, const 
     }
 }
 
+/* z (columns, O): a row of the convolution of a map of floats (., W, C) with filters (side, side, C, O), `rows` pixels at a
+   time. What a row of the filters sees lies side by side in the map. */
+static inline __attribute__((always_inline)) void convolve_row(const int rows, const float *x, const float *filters, float *z,
+                                                               long width, long w, long c, long o, long side) {
+    for (long out = 0; out < o; out += LANES) {
+        lanes which = lanes_of(o - out);
+        for (long column = 0; column < width; column += rows) {
+            long first = min(column, width - rows); /* the last ones perhaps twice */
+            vector sums[ROWS];
+            for (int i = 0; i < rows; i++) sums[i] = (vector){0};
+            for (long down = 0; down < side; down++)
+                for (long tap = 0; tap < side * c; tap++) {
+                    const float *seen = x + (down * w + first) * c + tap;
+                    vector weight = load_floats(filters + (down * side * c + tap) * o + out, which);
+                    for (int i = 0; i < rows; i++) sums[i] += seen[i * c] * weight;
+                }
+            for (int i = 0; i < rows; i++) store_floats(z + (first + i) * o + out, sums[i], which);
+        }
+    }
+}
+
+/* y (N, H - side + 1, W - side + 1, O): `activation` of the convolution of images x, floats (N, H, W, C), with filters
+   (side, side, C, O). `own`: (W - side + 1) O floats or more for each thread, `each` apart. */
+void convolve_pixels(const float *x, const float *filters, element *y, float *own, long each, long n, long h, long w, long c, long o,
+                     long side, long activation, long threads) {
+    long height = h - side + 1, width = w - side + 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long row = 0; row < n * height; row++) {
+        float *z = own + omp_get_thread_num() * each;
+        const float *from = x + (row / height * h + row % height) * w * c;
+        element *to = y + row * width * o;
+        if (width < ROWS) convolve_row(1, from, filters, z, width, w, c, o, side);
+        else convolve_row(ROWS, from, filters, z, width, w, c, o, side);
+        for (long i = 0; i < width * o; i += LANES) {
+            lanes which = lanes_of(width * o - i);
+            ask_to_write(to + i, FURTHER);
+            store(to + i, activated(load_floats(z + i, which), activation), which);
+        }
+    }
+}
+
 /* y (pixels, C) = (x - shift) * scale of bytes x, the last two (C), which vectors of LANES repeat every C. */
 void normalise_pixels(const uint8_t *x, float *y, const float *shift, const float *scale, long pixels, long c, long threads) {
     vector low[c], by[c];
@@ -375,4 +416,19 @@ void descend(float *weights, const float *floats, const element *elements, float
         }
         store_floats(weights + i, weight + step * down, which);
     }
+}
+
+/* y (B, H', W', C) of bytes: image i of it has the pixels of the image indices[i] of x (N, H, W, C) that are in its rows rows[i] and
+   columns columns[i], (B, H') and (B, W'). */
+void gather(const uint8_t *x, uint8_t *y, const int64_t *indices, const int64_t *rows, const int64_t *columns, long count, long h,
+            long w, long c, long height, long width, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long image = 0; image < count; image++)
+        for (long row = 0; row < height; row++) {
+            const uint8_t *from = x + (indices[image] * h + rows[image * height + row]) * w * c;
+            uint8_t *to = y + (image * height + row) * width * c;
+            for (long column = 0; column < width; column++)
+                for (long channel = 0; channel < c; channel++)
+                    to[column * c + channel] = from[columns[image * width + column] * c + channel];
+        }
 }
