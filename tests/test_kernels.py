@@ -110,6 +110,8 @@ def test_threads_do_not_change_the_bits(made):
                 made.forward_directly(image, few, None, 1, False, True)[0],
                 *made.forward_directly(image, few, None, 1, True, True),
                 *made.gradients_directly(image, gradient, 1, gradient, None),
+                made.convolve_pixels(image.float(), few.permute(1, 2, 3, 0).contiguous(), "gelu"),
+                *(made.orthogonalise(torch.ones(m, 300).tril(7), (3.0, -4.0, 2.0), 3) for m in (7, 130)),
                 *made.moments(gradient),
                 *made.normalise_gradient(gradient, gradient, torch.zeros(80), torch.ones(80), torch.ones(80), "gelu"),
             )
@@ -507,6 +509,21 @@ def test_a_whitening_layer_refuses_other_channels_and_smaller_images(made):
         with pytest.raises(RuntimeError):
             layer(torch.zeros(shape))
     assert layer(torch.zeros(0, 3, 8, 8)).shape == (0, 24, 7, 7)
+
+
+@pytest.mark.parametrize("shape", [(32, 216), (5, 7), (19, 297), (1, 9), (130, 131), (64, 64), (96, 1000)])
+def test_orthogonalised_matrices(made, shape):
+    """Beside the steps in double precision; and nothing stays nothing."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    a, b, c = coefficients = (3.4445, -4.7750, 2.0315)
+    exact = matrix.double() / matrix.double().norm()
+    for _ in range(3):
+        square = exact @ exact.T
+        exact = a * exact + b * square @ exact + c * square @ square @ exact
+    ours = made.orthogonalise(matrix, coefficients, 3)
+    assert (ours - exact).norm() <= {torch.float32: 1e-5, torch.bfloat16: 0.04}[made.element] * exact.norm()
+    assert made.orthogonalise(torch.zeros(shape), coefficients, 3).abs().max() == 0
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

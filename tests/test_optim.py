@@ -41,22 +41,22 @@ def test_each_kind_of_weight_has_its_rate(name):
 def test_orthogonalised_keeps_directions_and_levels_singular_values(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    (found,) = optim.orthogonalised([matrix])
+    found = optim.orthogonalised(matrix)
     levelled = u.T @ found @ v.T
     off_diagonal = levelled - levelled.diag().diag()
     assert off_diagonal.abs().max() < 1e-4
     large = s > s.max() / 10  # three steps level the small ones in part
     assert ((levelled.diag()[large] > 0.4) & (levelled.diag()[large] < 1.3)).all()
-    assert optim.orthogonalised([torch.zeros(shape)])[0].abs().max() == 0
+    assert optim.orthogonalised(torch.zeros(shape)).abs().max() == 0
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (12, 12)])
 def test_steps_on_the_small_square_matrix_are_newton_schulz_steps(shape):
     """Against the iteration as it was published, which moves the whole matrix at each step."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = {dtype: optim.orthogonalised([x.to(dtype)])[0] for dtype in (torch.float64, torch.float32)}
+    found = {dtype: optim.orthogonalised(x.to(dtype)) for dtype in (torch.float64, torch.float32)}
     with torch.autocast("cpu", torch.bfloat16):
-        found[torch.bfloat16] = optim.orthogonalised([x.float()])[0]
+        found[torch.bfloat16] = optim.orthogonalised(x.float())
     assert found[torch.bfloat16].dtype == torch.float32
     a, b, c = optim.NEWTON_SCHULZ
     x = x / x.norm()
@@ -86,7 +86,7 @@ def test_muon_is_its_definition():
             for name, weight in filters.items():
                 momenta[name] = 0.6 * momenta[name] + weight.grad
                 weight /= weight.norm() / math.sqrt(len(weight))
-                (update,) = optim.orthogonalised([(weight.grad + 0.6 * momenta[name]).flatten(1)])
+                update = optim.orthogonalised((weight.grad + 0.6 * momenta[name]).flatten(1))
                 weight -= 0.2 * update.view_as(weight)
     for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5, msg=name)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fromzero import fused
+from fromzero import fused, kernels
 from fromzero.recipe import OptimizerRecipe, Recipe
 
 # Quintic Newton-Schulz coefficients of Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
@@ -80,55 +79,47 @@ class Muon(fused.Optimizer):
         if hidden:
             for weight, norm in zip(weights, torch._foreach_norm(weights), strict=True):
                 weight.mul_(math.sqrt(len(weight)) / norm.clamp(min=1e-7))
-            updates = _orthogonal_filters(updates)
+            updates = [_orthogonal_filters(update) for update in updates]
         torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
-def _orthogonal_filters(updates: Sequence[Tensor]) -> list[Tensor]:
-    """Each of them, (O, I, H, W) or (O, I), orthogonalised as a matrix of O rows, its columns as they lie in memory."""
-    lying = [update.permute(0, *range(2, update.dim()), 1) for update in updates]
-    found = orthogonalised([update.flatten(1) for update in lying])
-    return [
-        matrix.view(update.shape).permute(0, -1, *range(1, update.dim() - 1))
-        for matrix, update in zip(found, lying, strict=True)
-    ]
+def _orthogonal_filters(update: Tensor) -> Tensor:
+    """An update (O, I, H, W) or (O, I) orthogonalised as a matrix of O rows, its columns in the order of memory."""
+    lying = update.permute(0, *range(2, update.dim()), 1)
+    return orthogonalised(lying.flatten(1)).view(lying.shape).permute(0, -1, *range(1, update.dim() - 1))
 
 
-def orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Roughly U Vᵀ where a matrix (M, N) is U S Vᵀ: all singular values pulled to about one by Newton-Schulz steps,
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Roughly U Vᵀ where `matrix` (M, N) is U S Vᵀ: all singular values pulled to about one by Newton-Schulz steps,
     which need matrix products only; those are taken in autocast's type where it is on.
 
     A step multiplies x by a polynomial of x xᵀ. Such polynomials commute, so all steps are taken on that small
-    square matrix, and x is multiplied once: half the work where N = 9 M, as in filters. Squares of one size are
-    multiplied together.
+    square matrix, and x is multiplied once: half the work where N = 9 M, as in filters.
     """
-    prepared: list[Tensor] = []
-    for matrix in matrices:
-        kind = matrix.device.type
-        x = matrix / matrix.norm().clamp(min=1e-7)
-        x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-        prepared.append(x.T if len(x) > x.shape[1] else x)
-    found: list[Tensor] = list(matrices)
-    for size in dict.fromkeys(len(x) for x in prepared):
-        places = [i for i, x in enumerate(prepared) if len(x) == size]
-        products = _newton_schulz(torch.stack([prepared[i] @ prepared[i].T for i in places]))
-        for i, product in zip(places, products, strict=True):
-            x = product @ prepared[i]
-            found[i] = (x if x.shape == matrices[i].shape else x.T).to(matrices[i].dtype)
-    return found
+    kind = matrix.device.type
+    tall = len(matrix) > matrix.shape[1]
+    if not tall and matrix.dtype == torch.float32 and (kernel := kernels.in_use(matrix)):
+        return kernel.orthogonalise(matrix.contiguous(), NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS)
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    if tall:
+        x = x.T
+    square = x @ x.T
+    factor = product = _newton_schulz_factor(square)
+    for _ in range(NEWTON_SCHULZ_STEPS - 1):
+        square = factor @ square @ factor
+        factor = _newton_schulz_factor(square)
+        product = factor @ product
+    x = product @ x
+    return (x.T if tall else x).to(matrix.dtype)
 
 
-def _newton_schulz(squares: Tensor) -> Tensor:
-    """The product of all factors by which Newton-Schulz steps multiply x, for each of the squares x xᵀ, (K, M, M)."""
+def _newton_schulz_factor(square: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
-    products = squares
-    for step in range(NEWTON_SCHULZ_STEPS):
-        factors = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
-        factors.diagonal(dim1=1, dim2=2).add_(a)
-        products = factors if step == 0 else factors @ products
-        if step + 1 < NEWTON_SCHULZ_STEPS:
-            squares = factors @ squares @ factors
-    return products
+    factor = torch.addmm(square, square, square, beta=b, alpha=c)
+    factor.diagonal().add_(a)
+    return factor
 
 
 def learning_rate_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

@@ -54,9 +54,9 @@ __all__ = [
 NONE = "none"
 POINTWISE = "-pointwise"  # ends the name of kernels that leave convolutions to PyTorch
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = ("winograd.c", "direct.c", "pointwise.c", "vectors.h", "convolution.h")
+SOURCES = ("winograd.c", "direct.c", "pointwise.c", "orthogonal.c", "vectors.h", "convolution.h")
 # What objects are compiled from; winograd.c twice, the second time for maps of 2×2 pixels.
-OBJECTS = (("winograd.c",), ("winograd.c", "-DSMALL"), ("direct.c",), ("pointwise.c",))
+OBJECTS = (("winograd.c",), ("winograd.c", "-DSMALL"), ("direct.c",), ("pointwise.c",), ("orthogonal.c",))
 # Compiled and linked apart, so that OpenMP is the one that torch has loaded, with its threads, and not a second.
 COMPILE = ("-O3", "-fopenmp", "-fPIC", "-c")
 LINK = ("-shared",)
@@ -252,6 +252,7 @@ def agrees(kernels: Kernels) -> bool:
             kernels.convolve_pixels(image.float(), few.permute(1, 2, 3, 0).contiguous(), "gelu"),
             moved,
             momenta,
+            kernels.orthogonalise(filters.flatten(1), (3.0, -4.0, 2.0), 2).expand(1, 1, -1, -1),
             kernels.forward(x, filters, bias, 1),
             kernels.input_gradient(gradient, filters, 1, x.shape),
             kernels.filter_gradient(x, gradient, 1).permute(0, 2, 3, 1),
@@ -279,7 +280,11 @@ def agrees(kernels: Kernels) -> bool:
         theirs = [t.permute(0, 3, 1, 2) for t in (normalised, gathered, there, step)]
         theirs.insert(2, F.gelu(F.conv2d(leaf_image, leaf_few)))
         theirs.insert(0, torch.tensor([1.0, 0.0, 1.0], device="cpu").view(1, 3, 1, 1))
-        theirs += [y, *of(y, gradient, leaf, leaf_filters)]
+        matrix = filters.flatten(1) / filters.norm()
+        for _ in range(2):
+            square = matrix @ matrix.T
+            matrix = 3 * matrix - 4 * square @ matrix + 2 * square @ square @ matrix
+        theirs += [matrix.expand(1, 1, -1, -1).permute(0, 3, 1, 2), y, *of(y, gradient, leaf, leaf_filters)]
         z = F.relu(F.max_pool2d(leaf, 2))
         theirs += [z, *of(z, of_pool, leaf), leaf.sum((0, 2, 3), keepdim=True)]
         kept_pooled = kept[: convolved.numel()].view(convolved.shape).permute(0, 3, 1, 2)

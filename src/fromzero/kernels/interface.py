@@ -64,6 +64,8 @@ class Kernels:
             ("normalise_pixels", 4, 3, None),
             ("convolve_pixels", 4, 9, None),
             ("count_beyond", 3, 2, ctypes.c_long),
+            ("orthogonalise", 4, 4, None),
+            ("orthogonalise_scratch", 0, 2, ctypes.c_long),
             ("sums_scratch", 0, 1, ctypes.c_long),
             ("direct_scratch", 0, 5, ctypes.c_long),
             ("direct_sums", 0, 5, ctypes.c_long),
@@ -273,6 +275,14 @@ class Kernels:
             gradients = (gradient, None) if gradient.dtype == torch.float32 else (None, gradient)
             tensors = (weights, *gradients, momenta, settings)
             self._call.descend(*map(_pointer, tensors), weights.numel(), nesterov, threads)
+
+    def orthogonalise(self, x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+        """float32 (M, N), M <= N: x, float32 too, over its norm, and then so many times multiplied by a + b s + c s²,
+        where s is the newest x times its transpose and a, b, c are the coefficients."""
+        y, scratch = torch.empty_like(x), _floats(self._call.orthogonalise_scratch(*x.shape))
+        given = torch.tensor(coefficients, dtype=torch.float32, device="cpu")
+        self._call.orthogonalise(*map(_pointer, (x, y, scratch, given)), *x.shape, steps, torch.get_num_threads())
+        return y
 
     def _own(self, floats: int) -> tuple[int, int]:
         """Pointer to scratch memory, and how many floats of it, at least so many, are each thread's own. It is kept
