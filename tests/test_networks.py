@@ -296,6 +296,20 @@ def test_a_whitening_layer_makes_patches_uncorrelated_with_variance_one():
     assert not model.whitening.weight.requires_grad
 
 
+def test_a_whitening_layer_of_some_directions_keeps_the_largest():
+    images = torch.randn(50, 3, 12, 12).cumsum(2).cumsum(3) / 8
+    every, some = (
+        networks.build(NetworkRecipe(**FAST, whitening_directions=directions), (12, 12, 3), 7) for directions in (0, 5)
+    )
+    for model in (every, some):
+        modules.whiten(model, images)
+    assert torch.equal(some.whitening.weight, every.whitening.weight[[*range(5), *range(12, 17)]])
+    rows = networks.layers(NetworkRecipe(**FAST, whitening_directions=5), (12, 12, 3), 7)
+    assert (rows[0].shape, rows[0].fixed) == ((11, 11, 10), some.whitening.weight.numel())
+    with pytest.raises(InputError, match=r"network.whitening_directions: 13 is more than the 12 .* 2×2 pixels of 3"):
+        networks.layers(NetworkRecipe(**FAST, whitening_directions=13), (12, 12, 3), 7)
+
+
 @pytest.mark.parametrize("kernel", [True, False])
 def test_a_relu_stays_where_it_is(kernel):
     """Behind a convolution, behind the pooling behind one, within a residual branch and behind it."""

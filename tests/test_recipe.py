@@ -85,7 +85,7 @@ OTHER = {
     "network.channels": [[8, 8], [8], [8], [9]],
     "network.padding": ["same", "valid", "same", "same"], "network.pool": 1, "network.block_dropout": 0.1,
     "network.pool_after": "first", "network.activation": "gelu", "network.batch_norm": True, "network.residual": True,
-    "network.whitening": 2, "network.whitening_padding": "same",
+    "network.whitening": 2, "network.whitening_directions": 8, "network.whitening_padding": "same",
     "network.initial": "dirac", "network.head": "max", "network.logit_scale": 0.5,
     "network.dense": [7], "network.dense_dropout": [0.5, 0.4], "network.dropout_from_epoch": 0.5,
     "network.activation_layers": False, "network.dense_activation_layers": True, "augment.flip": "random",

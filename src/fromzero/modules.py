@@ -126,8 +126,8 @@ class Whitening(nn.Conv2d):
 @torch.no_grad()
 def whiten(model: Network, images: Tensor) -> None:
     """Set the whitening layer, if there is one, from normalised `images` (N, C, H, W): its filters are the
-    eigenvectors of their patches' covariance, each divided by its standard deviation, once with each sign (Page, 2019;
-    Jordan, 2024)."""
+    eigenvectors of their patches' covariance, as many as it has room for, each divided by its standard deviation, once
+    with each sign (Page, 2019; Jordan, 2024)."""
     layer = getattr(model, "whitening", None)
     if layer is None:
         return
@@ -139,7 +139,7 @@ def whiten(model: Network, images: Tensor) -> None:
         covariance += patches.T @ patches
         count += len(patches)
     values, vectors = torch.linalg.eigh(covariance / count)
-    filters = (vectors / (values + 5e-4).sqrt()).T.flip(0)
+    filters = (vectors / (values + 5e-4).sqrt()).T.flip(0)[: len(layer.weight) // 2]
     # An eigenvector is one only up to its sign: make the largest entry positive.
     largest = filters.gather(1, filters.abs().argmax(1, keepdim=True))
     filters = (filters * largest.sign()).view(-1, *layer.weight.shape[1:])

@@ -80,7 +80,13 @@ def layers(network: NetworkRecipe, image_shape: ImageShape, num_classes: int) ->
             height, width = height - side + 1, width - side + 1
         _check_size(height, width, image_shape, "the whitening")
         inputs = side * side * channels
-        channels = 2 * inputs
+        directions = network.whitening_directions or inputs
+        if directions > inputs:
+            raise InputError(
+                f"network.whitening_directions: {directions} is more than the {inputs} that patches of {side}×{side}"
+                f" pixels of {channels} channels have"
+            )
+        channels = 2 * directions
         fixed = inputs * channels
         shape = (height, width, channels)
         padding = network.whitening_padding

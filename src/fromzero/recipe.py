@@ -100,6 +100,13 @@ class NetworkRecipe(_Part):
         le=4,
         description="side of a fixed first convolution that whitens the patches of the train images; 0 is none",
     )
+    whitening_directions: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="how many directions of the patches it keeps, those of the largest variance, each with both signs;"
+        " 0: all",
+    )
     whitening_padding: Padding = Field(
         "valid", description="valid, or same: the whitened map is as large as the image (zeros below and to the right)"
     )
