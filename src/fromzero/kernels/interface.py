@@ -42,7 +42,7 @@ class Kernels:
             ("convolve", 8, 10, None),
             ("filter_gradient", 6, 9, None),
             ("filters_size", 0, 2, ctypes.c_long),
-            ("convolve_scratch", 0, 6, ctypes.c_long),
+            ("convolve_scratch", 0, 7, ctypes.c_long),
             ("filter_gradient_scratch", 0, 7, ctypes.c_long),
             ("filter_gradient_sums", 0, 7, ctypes.c_long),
         ]
@@ -326,7 +326,7 @@ class Kernels:
             height, width = y.shape[1] - 2 * padding + 2, y.shape[2] - 2 * padding + 2
         threads = torch.get_num_threads()
         call = self._winograd(height, width, padding)
-        own = self._own(call("convolve_scratch")(images, height, width, channels, padding, threads))
+        own = self._own(call("convolve_scratch")(images, height, width, channels, y.shape[3], padding, threads))
         draws, threshold = None, 0
         if mask is not None:
             draws, threshold = torch.empty(y.shape, dtype=torch.uint8, device="cpu"), mask.threshold

@@ -235,9 +235,11 @@ typedef struct {
     long groups, blocks, most; /* of all tiles; of these groups; tiles in a block */
 } division;
 
-static division division_of(long c, long tiles, long threads) {
+static division division_of(long c, long o, long tiles, long threads) {
     long fitting = 600000 / (POSITIONS * (c > 16 ? c : 16) * (long)sizeof(element));
-    long most = fitting < 12 ? 12 : min(fitting, 24 * 36 / POSITIONS), groups = (tiles + ROWS - 1) / ROWS;
+    /* Small filters are soon read again, so what they are multiplied by may be so little that it stays in the nearest cache. */
+    long wished = (c * o > 4096 ? 24 : 12) * 36 / POSITIONS;
+    long most = fitting < 12 ? 12 : min(fitting, wished), groups = (tiles + ROWS - 1) / ROWS;
     long blocks = (tiles + most * threads - 1) / (most * threads) * threads;
     return (division){groups, blocks, (groups + blocks - 1) / blocks * ROWS};
 }
@@ -255,7 +257,7 @@ void NAME(convolve)(const element *x, const uint8_t *x_picked, const float *u, c
               long threshold, long threads) {
     long height = h + 2 * pad - 2, width = w + 2 * pad - 2;
     long down = tiles_of(height), across = tiles_of(width), tiles = n * down * across;
-    division d = division_of(c, tiles, threads);
+    division d = division_of(c, o, tiles, threads);
     long c_units = round_up(c, LANES) / PAIR, o_lanes = round_up(o, LANES);
     long v_apart = apart(d.most * c_units), m_apart = apart(d.most * WIDE), u_apart = apart(o_lanes * c_units);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -332,8 +334,8 @@ void NAME(convolve)(const element *x, const uint8_t *x_picked, const float *u, c
 }
 
 /* Floats of its own that a thread needs in `convolve`. */
-long NAME(convolve_scratch)(long n, long h, long w, long c, long pad, long threads) {
-    division d = division_of(c, n * tiles_of(h + 2 * pad - 2) * tiles_of(w + 2 * pad - 2), threads);
+long NAME(convolve_scratch)(long n, long h, long w, long c, long o, long pad, long threads) {
+    division d = division_of(c, o, n * tiles_of(h + 2 * pad - 2) * tiles_of(w + 2 * pad - 2), threads);
     return POSITIONS * (apart(d.most * (round_up(c, LANES) / PAIR)) + apart(d.most * WIDE));
 }
 
@@ -414,7 +416,7 @@ void NAME(transform_turned_filters)(const float *weights, float *u, long c, long
 #define OUT (8 * ROWS)
 #define DEPTH 64
 #define PARTED (1 << 14) /* sums of a position, of all parts, at most */
-#define FITTING (1 << 13) /* floats of a position in a chunk, about */
+#define FITTING (83000 / POSITIONS) /* floats of a position in a chunk: with a piece's sums they leave room in a megabyte */
 
 typedef struct {
     long down, across, tiles, units, parts, depth, chunk;  /* depth: units in a part; chunk: that are transformed at a time */
@@ -433,8 +435,8 @@ static plan plan_of(long n, long h, long w, long c, long o, long pad, long threa
     p.pieces = (o + OUT - 1) / OUT;
     while (p.pieces % p.shares != 0) p.pieces++;
     p.c_lanes = round_up(c, LANES), p.e_lanes = round_up((p.groups / p.shares + p.pieces / p.shares) * ROWS, LANES);
-    long fitting = FITTING / (p.c_lanes + p.e_lanes);
-    p.chunk = min(p.depth, round_up(fitting > 0 ? fitting : 1, DEPTH));
+    long fitting = FITTING / (p.c_lanes + p.e_lanes), half = DEPTH / 2;
+    p.chunk = min(p.depth, fitting < half / 2 ? DEPTH : fitting < half ? half : fitting / half * half);
     p.v_apart = apart(p.chunk * p.c_lanes), p.e_apart = apart(p.chunk * p.e_lanes);
     p.kept = p.parts > 1 || p.chunk < p.depth;
     return p;
