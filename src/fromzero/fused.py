@@ -1,7 +1,8 @@
 """SGD and Adam by torch's own fused functions, without `torch.optim.Optimizer` around them.
 
 Making one of torch's optimizer objects imports its compiler, which nothing here uses: more than a second at the start
-of a run and half a second at its end. The update itself is torch's, called as its classes call it: the same bits.
+of a run and half a second at its end. The update itself is torch's, called as its classes call it, or, of SGD in
+bfloat16, a kernel's: the same bits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Kernels that are compiled for this processor: 3×3 convolutions by Winograd's method, up to twice as fast as oneDNN's,
 those of an image's few channels directly, with the pooling behind them; pooling with the ReLU behind it; batch
-normalisation with the activation behind it.
+normalisation with the activation behind it; a whitening layer; Muon's steps and those of SGD; a batch's pixels.
 
 Their C source lies beside this file. It is compiled by the machine's own C compiler the first time it is needed,
 checked against PyTorch, and kept under `FROMZERO_HOME`. Where there is no compiler, or what it made computes anything
