@@ -69,6 +69,18 @@ def test_a_crop_is_a_part_of_the_image(pixels):
     assert len(corners) == 20
 
 
+@pytest.mark.parametrize(("factor", "size"), [(1.0, (9, 8)), (0.5, (4, 4)), (0.53, (5, 4)), (0.01, (1, 1))])
+def test_scaled_images_are_smaller_means(pixels, factor, size):
+    small = augment.scaled(pixels, factor)
+    assert small.shape == (20, *size, 3)
+    assert small.dtype == torch.uint8
+    assert small.is_contiguous()
+    in_double = F.interpolate(pixels.permute(0, 3, 1, 2).double(), size, mode="bilinear", antialias=True)
+    assert (small.permute(0, 3, 1, 2) - in_double).abs().max() < 1.1  # both directions are rounded
+    assert augment.smallest_size(AugmentRecipe(scale=factor, scale_epochs=0.5), 9, 8) == size
+    assert augment.smallest_size(AugmentRecipe(scale=factor), 9, 8) == (9, 8)
+
+
 def test_cutout_zeroes_a_square_around_any_pixel(pixels):
     images = torch.rand(500, 3, 9, 7) + 1
     assert augment.cut_out(images, AugmentRecipe(), 0, 0) is images

@@ -16,7 +16,10 @@ from fromzero.recipe import Recipe
 from fromzero.rng import permutation
 from fromzero.sessions import extension_note, new_training, resumed_training
 from fromzero.state import State
+from fromzero.timetable import Timetable
 from fromzero.training import Data
+
+EVEN = Timetable(4, 4, 1)  # four steps an epoch
 
 SMALL = {
     "name": "small",
@@ -359,19 +362,19 @@ def test_a_step_draws_its_masks_from_seed_and_step(small, tiny_images):
 )
 def test_extending_a_falling_rate_says_what_it_was_and_is(name, old, new, small):
     before = small.override({"schedule.name": name, "optimizer.learning_rate": 0.5})
-    note = extension_note(before, before.override({"epochs": 5}), 9, 4)
+    note = extension_note(before, before.override({"epochs": 5}), 9, EVEN)
     assert f"the {name} schedule now ends at epoch 5 instead of 3" in note
     assert f"is {new:g} (it was {old:g})" in note
     assert "not the run that 5 epochs at once would have been" in note
     assert "constant" not in note
-    at_the_end = extension_note(before, before.override({"epochs": 6}), 12, 4)
+    at_the_end = extension_note(before, before.override({"epochs": 6}), 12, EVEN)
     assert "is 0.25 (it was 0)" in at_the_end  # halfway, by either schedule
 
 
 def test_extending_a_constant_rate_says_that_it_stays(small):
     before = small.override({"optimizer.learning_rate": 0.03})
     for step in (0, 9, 12):
-        note = extension_note(before, before.override({"epochs": 5}), step, 4)
+        note = extension_note(before, before.override({"epochs": 5}), step, EVEN)
         assert "constant" in note
         assert "stays 0.03" in note
         assert "not the run" not in note
@@ -379,12 +382,13 @@ def test_extending_a_constant_rate_says_that_it_stays(small):
 
 def test_extending_a_run_in_its_warm_up_says_that_the_rate_still_rises(small):
     before = small.override({"optimizer.learning_rate": 0.03, "schedule.warmup_epochs": 1.5})
-    note = extension_note(before, before.override({"epochs": 5}), 2, 4)
+    note = extension_note(before, before.override({"epochs": 5}), 2, EVEN)
     assert note == (
         "the learning rate is 0.015 at this step, still in its warm-up: it rises to 0.03 by epoch 1.5 and then stays"
     )
     assert (
-        extension_note(before, before.override({"epochs": 5}), 6, 4) == "the learning rate is constant: it stays 0.03"
+        extension_note(before, before.override({"epochs": 5}), 6, EVEN)
+        == "the learning rate is constant: it stays 0.03"
     )
 
 
@@ -393,7 +397,7 @@ def test_extending_a_run_in_its_warm_up_says_that_the_rate_still_rises(small):
 def test_extending_a_run_whose_rates_were_the_same_says_so(name, warmup, step, same, small):
     """Every rate so far, not only the next one, decides whether it is the run that would have been trained at once."""
     before = small.override({"schedule.name": name, "schedule.warmup_epochs": warmup})
-    note = extension_note(before, before.override({"epochs": 5}), step, 4)
+    note = extension_note(before, before.override({"epochs": 5}), step, EVEN)
     assert ("this is the run that 5 epochs at once would have been" in note) is same
     assert ("this is not the run that 5 epochs at once would have been" in note) is not same
 
@@ -402,7 +406,7 @@ def test_extending_a_run_whose_rates_were_the_same_says_so(name, warmup, step, s
 def test_extending_a_run_around_the_end_of_its_warm_up(step, same, small):
     """Warm-up for four steps of a linear schedule: the fifth has the peak rate whatever the end."""
     before = small.override({"schedule.name": "linear", "schedule.warmup_epochs": 1, "optimizer.learning_rate": 0.4})
-    note = extension_note(before, before.override({"epochs": 5}), step, 4)
+    note = extension_note(before, before.override({"epochs": 5}), step, EVEN)
     assert ("this is the run that" in note) is same
     assert ("(as it was, in warm-up)" in note) is (step < 4)
     assert ("(as it was)" in note) is (step == 4)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     ["errors", "rng", "files", "stats"],
     ["recipe", "kernels", "signals"],
-    ["machine", "modules", "fused", "arguments"],
+    ["machine", "modules", "fused", "arguments", "timetable"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],
     ["evaluate", "state", "report"],
     ["training"],

@@ -81,7 +81,8 @@ def value_at(tree, path):
 
 OTHER = {
     "name": "other", "dataset": "digits", "seed": 1, "epochs": 7, "batch_size": 64, "normalise": "standard",
-    "precision": "float32", "label_smoothing": 0.1, "ema_decay": 0.99, "clean_train_images": 1,
+    "precision": "float32", "label_smoothing": 0.1, "ema_decay": 0.99, "skip_easy": 0.3,
+    "clean_train_images": 1,
     "network.channels": [[8, 8], [8], [8], [9]],
     "network.padding": ["same", "valid", "same", "same"], "network.pool": 1, "network.block_dropout": 0.1,
     "network.pool_after": "first", "network.activation": "gelu", "network.batch_norm": True, "network.residual": True,
@@ -89,7 +90,8 @@ OTHER = {
     "network.initial": "dirac", "network.head": "max", "network.logit_scale": 0.5,
     "network.dense": [7], "network.dense_dropout": [0.5, 0.4], "network.dropout_from_epoch": 0.5,
     "network.activation_layers": False, "network.dense_activation_layers": True, "augment.flip": "random",
-    "augment.translate": 2, "augment.crop": 24, "augment.cutout": 5, "optimizer.name": "muon",
+    "augment.translate": 2, "augment.crop": 24, "augment.scale": 0.5, "augment.scale_epochs": 1.5,
+    "augment.cutout": 5, "optimizer.name": "muon",
     "optimizer.learning_rate": 0.1, "optimizer.head_learning_rate": 0.2, "optimizer.bias_learning_rate": 0.3,
     "optimizer.momentum": 0.8, "optimizer.muon_momentum": 0.7, "optimizer.nesterov": True, "optimizer.beta1": 0.8,
     "optimizer.beta2": 0.9, "optimizer.epsilon": 1e-8, "optimizer.weight_decay": 1e-4, "schedule.name": "cosine",

@@ -19,6 +19,7 @@ from fromzero.evaluate import evaluate
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.sessions import load_network, new_training, resumed_training
 from fromzero.state import State
+from fromzero.timetable import Timetable
 from fromzero.training import Data
 from fromzero.verify import first_difference
 
@@ -89,12 +90,12 @@ def test_a_step_is_plain_pytorch(small, tiny_images):
     data = Data.of(recipe, tiny_images, "cpu")
     for start in (0, 48):
         batch = training.Subset(data.train.pixels[start : start + 48], data.train.labels[start : start + 48])
-        loss, correct = training.train_step(state, batch, data.normalise, 0.05, recipe, 0.0, here)
+        loss, logged = training.train_step(state, batch, data.normalise, 0.05, recipe, 0.0, here)
         x = batch.pixels.permute(0, 3, 1, 2).float() / 255
         logits = head(plain(x).permute(0, 2, 3, 1).flatten(1))
         expected = F.cross_entropy(logits, batch.labels)
         assert loss == pytest.approx(expected.item(), abs=1e-5)
-        assert correct == (logits.argmax(1) == batch.labels).sum().item()
+        torch.testing.assert_close(logged, logits, rtol=1e-4, atol=1e-5)
         sgd.zero_grad()
         expected.backward()
         sgd.step()
@@ -110,13 +111,55 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own(small, tiny_im
         run._step = lambda indices, seen=seen, run=run: (seen.append(indices.tolist()), count(run, indices))
         for _ in run:
             pass
-        parts = (seen[: run.steps_per_epoch], seen[run.steps_per_epoch :])
+        second = run.timetable.start_of(1)
+        parts = (seen[:second], seen[second:])
         epochs = [[index for batch in part for index in batch] for part in parts]
         everything = list(range(len(run.data.train.labels)))
         assert all(sorted(epoch) == everything for epoch in epochs)
         assert epochs[0] != epochs[1]
         orders[seed] = epochs[0]
     assert orders[0] != orders[1]
+
+
+def test_the_easiest_images_are_left_out_after_the_first_epoch(small, tiny_images, tmp_path):
+    recipe = small.override({"skip_easy": 0.3, "epochs": 4, "batch_size": 48})
+    run = new_training(recipe, tiny_images, runs_dir=tmp_path)
+    everything = len(run.data.train.labels)
+    assert (everything, run.timetable) == (160, (160, 112, 48))
+    seen, losses, trained_on = [[]], torch.zeros(everything), training.train_step
+
+    def watched(state, batch, *others):
+        loss, logits = trained_on(state, batch, *others)
+        (indices,) = batch_of
+        losses[indices] = F.cross_entropy(logits, batch.labels, reduction="none")
+        return loss, logits
+
+    batch_of, step = [None], run._step
+    run._step = lambda indices: (seen[-1].extend(indices.tolist()), batch_of.__setitem__(0, indices), step(indices))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_step", watched)
+        for progress in run:
+            if progress.row and not progress.ended:
+                hardest = losses.argsort(stable=True)[48:].tolist()
+                seen.append([])
+                if progress.counters.epoch < 4:
+                    expected = set(hardest)
+                    assert set(torch.nonzero(~run.state.skipped).flatten().tolist()) == expected
+    assert [len(epoch) for epoch in seen] == [160, 112, 112, 112, 0]
+    assert all(len(set(epoch)) == len(epoch) for epoch in seen)
+    assert set(seen[1]) != set(seen[2])
+    assert run.state.counters.step == run.timetable.start_of(4) == 4 + 3 * 3
+    assert run.timetable.images_after(13) == 160 + 3 * 112
+    assert [row["step"] for row in run.run.metrics()] == [4, 7, 10, 13]
+
+
+def test_a_timetable_counts_steps_and_images_of_unequal_epochs():
+    table = Timetable(images=10, later_images=5, batch_size=4)  # steps: 3, then 2 an epoch
+    assert [table.steps_in(epoch) for epoch in range(3)] == [3, 2, 2]
+    assert [table.start_of(epoch) for epoch in range(4)] == [0, 3, 5, 7]
+    assert [table.images_after(step) for step in range(8)] == [0, 4, 8, 10, 14, 15, 19, 20]
+    assert [table.epochs_after(step) for step in (0, 3, 4, 5, 7)] == [0, 1, 1.5, 2, 3]
+    assert [table.steps_before(epochs) for epochs in (0, 0.5, 1, 1.5, 3)] == [0, 1.5, 3, 4, 7]
 
 
 def count(run, indices):
@@ -182,7 +225,8 @@ VARIANTS = {
         "label_smoothing": 0.2,
         "ema_decay": 0.9,
         "network.channels": [[16, 16], [24, 24]],
-        "network.pool": [4, 8],
+        "skip_easy": 0.4,
+        "network.pool": [4, 4],
         "network.pool_after": "first",
         "network.activation": "gelu",
         "network.batch_norm": True,
@@ -196,6 +240,8 @@ VARIANTS = {
         "augment.flip": "alternating",
         "augment.translate": 2,
         "augment.cutout": 8,
+        "augment.scale": 0.5,
+        "augment.scale_epochs": 1.25,
         "optimizer.name": "muon",
         "optimizer.learning_rate": 0.2,
         "optimizer.head_learning_rate": 0.4,
@@ -212,7 +258,8 @@ def test_a_run_stopped_at_every_kind_of_moment_ends_in_the_same_bits(variant, sm
     straight = fromzero.train(recipe, tiny_images, runs_dir=tmp_path / "straight")
     broken = new_training(recipe, tiny_images, runs_dir=tmp_path / "broken")
     # mid-epoch, the step before an epoch ends, mid-evaluation (the epoch's last step), and after an evaluation
-    for stop_at in (1, broken.steps_per_epoch - 1, broken.steps_per_epoch, 2 * broken.steps_per_epoch + 1):
+    second, third = broken.timetable.start_of(1), broken.timetable.start_of(2)
+    for stop_at in (1, second - 1, second, third + 1):
         with pytest.raises(StoppedError, match="fromzero resume"):
             for progress in broken:
                 if progress.counters.step == stop_at:
@@ -444,7 +491,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_run(small, tiny_images, tmp_pat
 )
 def test_the_learning_rate_is_a_pure_function_of_the_step(changes, expected, small):
     recipe = small.override({"epochs": 2, "optimizer.learning_rate": 1.0, **changes})
-    assert [optim.learning_rate_at(recipe, step, 2) for step in range(4)] == pytest.approx(expected)
+    assert [optim.learning_rate_at(recipe, step, Timetable(2, 2, 1)) for step in range(4)] == pytest.approx(expected)
 
 
 def test_the_notes_recipes_say_that_they_validate_on_the_test_images(tiny_images, tmp_path):
@@ -562,5 +609,11 @@ def test_a_crop_larger_than_the_images_or_before_a_flat_head_is_refused(small, t
         with pytest.raises(InputError, match=f"{change}: 40 is more than the 32×32 images have"):
             new_training(recipe, tiny_images, runs_dir=tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    with pytest.raises(InputError, match=r"it needs network\.head max or mean"):
+    with pytest.raises(InputError, match=r"augment\.crop .* it needs network\.head max or mean"):
         small.override({"augment.crop": 24})
+    smaller = {"augment.scale": 0.1, "augment.scale_epochs": 1}
+    with pytest.raises(InputError, match=r"augment\.scale .* it needs network\.head max or mean"):
+        small.override(smaller)
+    with pytest.raises(InputError, match="leaves no pixel of 3×3 images"):
+        new_training(small.override({**smaller, "network.head": "mean"}), tiny_images, runs_dir=tmp_path / "none")
+    assert not (tmp_path / "none").exists()

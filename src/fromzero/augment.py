@@ -6,9 +6,11 @@ are on; the few random numbers a batch needs are drawn on the processor, so they
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fromzero import kernels
@@ -29,6 +31,29 @@ def gather(pixels: Tensor, indices: Tensor, recipe: AugmentRecipe, seed: int, ep
     flipped = _flips(indices, len(pixels), recipe, seed, epoch, step)
     columns = torch.where(flipped[:, None], columns.flip(1), columns)
     return kernels.gather(pixels, indices, rows, columns)
+
+
+def scaled(pixels: Tensor, factor: float) -> Tensor:
+    """Images uint8 (B, H, W, C) with sides times `factor`, to the nearest pixel, at least one: each pixel the mean of
+    those under it, weighted by their distance."""
+    size = _scaled_size(pixels.shape[1:3], factor)
+    images = pixels.permute(0, 3, 1, 2)
+    if images.device.type == "cpu":  # in bytes it is made for the processor's vectors
+        small = F.interpolate(images, size, mode="bilinear", antialias=True)
+    else:
+        small = F.interpolate(images.float(), size, mode="bilinear", antialias=True).round_().to(torch.uint8)
+    return small.permute(0, 2, 3, 1).contiguous()
+
+
+def smallest_size(recipe: AugmentRecipe, height: int, width: int) -> tuple[int, int]:
+    """The smallest size that images of this size are trained on in."""
+    size = (recipe.crop or height, recipe.crop or width)
+    return _scaled_size(size, recipe.scale) if recipe.scale_epochs > 0 else size
+
+
+def _scaled_size(size: Sequence[int], factor: float) -> tuple[int, int]:
+    height, width = (max(1, round(side * factor)) for side in size)
+    return height, width
 
 
 def view(pixels: Tensor, mirrored: bool, down: int, right: int) -> Tensor:

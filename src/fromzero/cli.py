@@ -127,7 +127,7 @@ def _resume(arguments: argparse.Namespace) -> None:
     )
     if training.recipe.epochs != before.epochs:
         step = training.state.counters.step
-        note = sessions.extension_note(before, training.recipe, step, training.steps_per_epoch)
+        note = sessions.extension_note(before, training.recipe, step, training.timetable)
         print(f"extended from {before.epochs} to {training.recipe.epochs} epochs: {note}")
     _watch(training)
 

@@ -103,16 +103,15 @@ class Timed(training.Progress):
 
 def _timed(run: Training) -> Iterator[Timed]:
     first_step, started = run.state.counters.step, time.monotonic()
-    images = len(run.data.train.labels)
     for progress in run:
         timed = Timed(*progress)
         seconds = time.monotonic() - started
-        steps = progress.counters.step - first_step
-        epochs_done = steps / progress.steps_per_epoch
-        if steps:
-            epochs_left = progress.epochs - progress.counters.step / progress.steps_per_epoch
-            timed.images_per_second = epochs_done * images / seconds
-            timed.seconds_left = seconds * epochs_left / epochs_done
+        step, timetable = progress.counters.step, progress.timetable
+        if step > first_step:
+            images = timetable.images_after(step) - timetable.images_after(first_step)
+            images_left = timetable.images_after(timetable.start_of(progress.epochs)) - timetable.images_after(step)
+            timed.images_per_second = images / seconds
+            timed.seconds_left = seconds * images_left / images
         yield timed
 
 
@@ -139,7 +138,8 @@ def _watch_lines(progress: Iterator[Timed], console: Console) -> None:
 
 def _step(now: Timed) -> str:
     """Which step of its epoch the training is at: `7/391`."""
-    return f"{now.counters.step - now.counters.epoch * now.steps_per_epoch}/{now.steps_per_epoch}"
+    epoch, timetable = now.counters.epoch, now.timetable
+    return f"{now.counters.step - timetable.start_of(epoch)}/{timetable.steps_in(epoch)}"
 
 
 def _epoch(now: Timed) -> str:
@@ -179,8 +179,8 @@ def _watch_live(progress: Iterator[Timed], console: Console) -> None:
             bars.update(
                 task,
                 description=f"epoch {_epoch(now)}",
-                total=now.steps_per_epoch,
-                completed=counters.step - counters.epoch * now.steps_per_epoch,
+                total=now.timetable.steps_in(counters.epoch),
+                completed=counters.step - now.timetable.start_of(counters.epoch),
                 info=f"{_step(now)} {three} {now.images_per_second:,.0f} images/s {duration(now.seconds_left)} left",
                 refresh=True,
             )

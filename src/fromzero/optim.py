@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fromzero import fused, kernels
 from fromzero.recipe import OptimizerRecipe, Recipe
+from fromzero.timetable import Timetable
 
 # Quintic Newton-Schulz coefficients of Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 3
@@ -122,14 +123,14 @@ def _newton_schulz_factor(square: Tensor) -> Tensor:
     return factor
 
 
-def learning_rate_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+def learning_rate_at(recipe: Recipe, step: int, timetable: Timetable) -> float:
     """The learning rate of step `step` (0-based): linear warm-up, then constant, linear or cosine (Loshchilov and
     Hutter, 2017) to zero at the end of the last epoch. A pure function."""
     schedule, peak = recipe.schedule, recipe.optimizer.learning_rate
-    warmup = schedule.warmup_epochs * steps_per_epoch
+    warmup = timetable.steps_before(schedule.warmup_epochs)
     if step < warmup:
         return peak * (step + 1) / math.ceil(warmup)
-    rest = max(recipe.epochs * steps_per_epoch - warmup, 1)
+    rest = max(timetable.start_of(recipe.epochs) - warmup, 1)
     done = min((step - warmup) / rest, 1.0)
     match schedule.name:
         case "constant":

@@ -165,7 +165,8 @@ class NetworkRecipe(_Part):
 class AugmentRecipe(_Part):
     """What is done to a train image before a step, anew each time; images that are scored stay as they are.
 
-    Sources: alternating flips, Jordan (2024, arXiv:2404.00498); cutout, DeVries and Taylor (2017)."""
+    Sources: alternating flips, Jordan (2024, arXiv:2404.00498); cutout, DeVries and Taylor (2017); smaller images
+    first, Tan and Le (2021, arXiv:2104.00298)."""
 
     flip: Literal["none", "random", "alternating"] = Field(
         "none",
@@ -177,6 +178,8 @@ class AugmentRecipe(_Part):
     crop: int = Field(
         0, ge=0, le=10_000, description="side in pixels of a part cut out at random to train on; 0 is the whole image"
     )
+    scale: float = Field(1.0, gt=0, le=1, description="factor on the sides of train images in the first `scale_epochs`")
+    scale_epochs: float = Field(0.0, ge=0, description="epochs, from the first, on smaller images; 0: none")
     cutout: int = Field(0, ge=0, le=10_000, description="side in pixels of a square set to zero; 0 is none")
 
 
@@ -247,6 +250,11 @@ class Recipe(_Part):
         lt=1,
         description="score a moving average of the weights, of this decay a step (Polyak and Juditsky, 1992); 0: off",
     )
+    skip_easy: Rate = Field(
+        0.0,
+        description="share of the train images that each epoch after the first leaves out: those whose loss was lowest"
+        " when last trained on (after Jiang et al., 2019, arXiv:1910.00762); running accuracy is then that of the rest",
+    )
     clean_train_images: int = Field(
         5000,
         ge=1,
@@ -260,8 +268,10 @@ class Recipe(_Part):
 
     @pydantic.model_validator(mode="after")
     def _crops_fit(self) -> Recipe:
-        if self.augment.crop and self.network.head == "flatten":
-            raise ValueError("augment.crop gives images of another size: it needs network.head max or mean")
+        scaled = self.augment.scale < 1 and self.augment.scale_epochs > 0
+        if (self.augment.crop or scaled) and self.network.head == "flatten":
+            field = "scale" if scaled else "crop"
+            raise ValueError(f"augment.{field} gives images of another size: it needs network.head max or mean")
         return self
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:

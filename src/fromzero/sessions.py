@@ -17,6 +17,7 @@ from fromzero.optim import learning_rate_at
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.runs import Run, create_run, describe_program, load_run
 from fromzero.state import State, load_weights, model_weights
+from fromzero.timetable import Timetable
 from fromzero.training import Data, Training, check_image_set
 
 WHITENING_IMAGES = 5000  # as many images as the whitening layer is computed from
@@ -186,11 +187,11 @@ def _loaded(
     return Training(run, recipe, images, here, state, Data.of(recipe, images, here.device))
 
 
-def extension_note(before: Recipe, after: Recipe, step: int, steps_per_epoch: int) -> str:
+def extension_note(before: Recipe, after: Recipe, step: int, timetable: Timetable) -> str:
     """What extending a run at `step` does to its learning rate, in words."""
-    old, new = (learning_rate_at(r, step, steps_per_epoch) for r in (before, after))
+    old, new = (learning_rate_at(r, step, timetable) for r in (before, after))
     schedule = after.schedule
-    warming_up = step < schedule.warmup_epochs * steps_per_epoch
+    warming_up = step < timetable.steps_before(schedule.warmup_epochs)
     if schedule.name == "constant":
         if warming_up:
             return (
@@ -199,8 +200,7 @@ def extension_note(before: Recipe, after: Recipe, step: int, steps_per_epoch: in
             )
         return f"the learning rate is constant: it stays {new:g}"
     same = all(
-        learning_rate_at(before, past, steps_per_epoch) == learning_rate_at(after, past, steps_per_epoch)
-        for past in range(step)
+        learning_rate_at(before, past, timetable) == learning_rate_at(after, past, timetable) for past in range(step)
     )
     was = "as it was" if new == old else f"it was {old:g}"
     at_once = f"the run that {after.epochs} epochs at once would have been"

@@ -42,12 +42,17 @@ class Counters:
 @dataclass
 class State:
     """Network, optimizer and counters; `average` is the network with the moving average of the weights, where the
-    recipe asks for one; `best_weights` are those of the best epoch until they have been written."""
+    recipe asks for one; `best_weights` are those of the best epoch until they have been written.
+
+    losses, skipped: where the recipe skips easy images, of each train image its loss when it was last trained on,
+    float32 (N,), and whether the epoch under way leaves it out, bool (N,)."""
 
     model: Network
     optimizer: Optimizer
     average: Network | None = None
     counters: Counters = field(default_factory=Counters)
+    losses: Tensor | None = None
+    skipped: Tensor | None = None
     best_weights: dict[str, Tensor] | None = None
 
     @classmethod
@@ -80,11 +85,27 @@ class State:
         average, weights = self.average.state_dict(), self.model.state_dict()
         torch._foreach_lerp_(list(average.values()), list(weights.values()), share)
 
+    def watch_losses(self, num_images: int, device: str) -> None:
+        """Begin to keep the losses of so many train images, unless that is done already. The first epoch skips none."""
+        if self.losses is None or self.skipped is None:
+            self.losses = torch.zeros(num_images, device=device)
+            self.skipped = torch.zeros(num_images, dtype=torch.bool, device=device)
+
+    def skip_easiest(self, count: int) -> None:
+        """From now on leave out so many images: those of the lowest losses, of equal ones the first."""
+        assert self.losses is not None
+        assert self.skipped is not None
+        easiest = self.losses.argsort(stable=True)[:count]
+        self.skipped.zero_()
+        self.skipped[easiest] = True
+
     def to_checkpoint(self) -> Checkpoint:
         """Everything, as tensors and JSON data. The tensors are the live ones: encode before the next step."""
         tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.average is not None:
             tensors |= {f"average/{name}": tensor for name, tensor in self.average.state_dict().items()}
+        if self.losses is not None and self.skipped is not None:
+            tensors |= {"images/losses": self.losses, "images/skipped": self.skipped}
         for name, slots in self._slots():
             tensors |= {f"optimizer/{name}/{slot}": t for slot, t in slots.items() if isinstance(t, Tensor)}
         return Checkpoint(tensors, asdict(self.counters))
@@ -103,6 +124,9 @@ class State:
             }
             if slots:
                 self.optimizer.state[weight] = slots
+        if losses := _under("images/", checkpoint):
+            device = next(self.model.parameters()).device
+            self.losses, self.skipped = (losses[name].to(device, copy=True) for name in ("losses", "skipped"))
         try:
             self.counters = Counters(**checkpoint.state)
         except TypeError:

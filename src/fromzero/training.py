@@ -26,13 +26,14 @@ from fromzero.data import ImageSet, stratified_split
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.machine import Machine, peak_memory_bytes
-from fromzero.networks import num_parameters
+from fromzero.networks import layers, num_parameters
 from fromzero.optim import learning_rate_at, set_learning_rate
 from fromzero.recipe import Recipe
 from fromzero.rng import permutation
 from fromzero.runs import Row, Run
 from fromzero.signals import StopSignals
 from fromzero.state import Counters, State
+from fromzero.timetable import Timetable
 
 # By default a checkpoint is due after a minute, or later where saving is slow: then it takes this share of the time.
 SAVE_SECONDS, SAVE_SHARE = 60.0, 0.025
@@ -90,7 +91,7 @@ class Progress(NamedTuple):
 
     counters: Counters
     epochs: int
-    steps_per_epoch: int
+    timetable: Timetable
     row: Row | None = None
     ended: bool = False
 
@@ -122,7 +123,9 @@ class Training:
         self.lock.close()
 
     def __post_init__(self) -> None:
-        self.steps_per_epoch = math.ceil(len(self.data.train.labels) / self.recipe.batch_size)
+        self.timetable = Timetable.of(self.recipe, len(self.data.train.labels))
+        if self.recipe.skip_easy:
+            self.state.watch_losses(len(self.data.train.labels), self.machine.device)
         self._saved_at = self._ticked_at = time.monotonic()
         self._save_seconds = 0.0  # of the last save here; what saves took before a resume says little of this disk
 
@@ -132,39 +135,47 @@ class Training:
             self.machine.set_up()
             self._saved_at = self._ticked_at = time.monotonic()
             while counters.epoch < recipe.epochs:
-                order = torch.from_numpy(
-                    permutation(len(self.data.train.labels), recipe.seed, "order", counters.epoch)
-                ).to(self.machine.device)
-                while counters.step < (counters.epoch + 1) * self.steps_per_epoch:
-                    start = counters.step % self.steps_per_epoch * recipe.batch_size
+                order = self._order()
+                while counters.step < self.timetable.start_of(counters.epoch + 1):
+                    start = (counters.step - self.timetable.start_of(counters.epoch)) * recipe.batch_size
                     self._step(order[start : start + recipe.batch_size])
                     self._tick()
-                    yield Progress(counters, recipe.epochs, self.steps_per_epoch)
+                    yield Progress(counters, recipe.epochs, self.timetable)
                     self._save_if_due(stop.signal)
                 row = self._measure(lambda: self._save_if_due(stop.signal))
                 self._end_epoch(row)
-                yield Progress(counters, recipe.epochs, self.steps_per_epoch, row)
+                yield Progress(counters, recipe.epochs, self.timetable, row)
                 self._save_if_due(stop.signal)
             self.save()
             self._finish()
-            yield Progress(counters, recipe.epochs, self.steps_per_epoch, self.run.metrics()[-1], ended=True)
+            yield Progress(counters, recipe.epochs, self.timetable, self.run.metrics()[-1], ended=True)
             self._draw()
+
+    def _order(self) -> Tensor:
+        """The images of the epoch under way, int64 (N,), in the order in which it sees them."""
+        counters = self.state.counters
+        ranks = permutation(len(self.data.train.labels), self.recipe.seed, "order", counters.epoch)
+        order = torch.from_numpy(ranks).to(self.machine.device)
+        return order if self.state.skipped is None else order[~self.state.skipped[order]]
 
     def _step(self, indices: Tensor) -> None:
         """One optimizer step on the images at `indices`."""
         counters = self.state.counters
-        rate = learning_rate_at(self.recipe, counters.step, self.steps_per_epoch)
+        rate = learning_rate_at(self.recipe, counters.step, self.timetable)
         pixels, labels = self.data.train
-        seed, step = self.recipe.seed, counters.step
-        batch = Subset(
-            augment.gather(pixels, indices, self.recipe.augment, seed, counters.epoch, step), labels[indices]
-        )
-        progress = step / self.steps_per_epoch
-        loss, correct = train_step(self.state, batch, self.data.normalise, rate, self.recipe, progress, self.machine)
+        step, augmentation = counters.step, self.recipe.augment
+        progress = self.timetable.epochs_after(step)
+        pixels = augment.gather(pixels, indices, augmentation, self.recipe.seed, counters.epoch, step)
+        if progress < augmentation.scale_epochs:
+            pixels = augment.scaled(pixels, augmentation.scale)
+        batch = Subset(pixels, labels[indices])
+        loss, logits = train_step(self.state, batch, self.data.normalise, rate, self.recipe, progress, self.machine)
+        if self.state.losses is not None:
+            self.state.losses[indices] = F.cross_entropy(logits, batch.labels, reduction="none")
         counters.step += 1
         self.state.update_average(self.recipe.ema_decay)
         counters.running_loss += loss * len(indices)
-        counters.running_correct += correct
+        counters.running_correct += int((logits.argmax(1) == batch.labels).sum().item())
         counters.running_images += len(indices)
 
     def _measure(self, between: Callable[[], None]) -> Row:
@@ -178,7 +189,7 @@ class Training:
         row: Row = {
             "epoch": counters.epoch + 1,
             "step": counters.step,
-            "learning_rate": learning_rate_at(self.recipe, counters.step - 1, self.steps_per_epoch),
+            "learning_rate": learning_rate_at(self.recipe, counters.step - 1, self.timetable),
             "train/running_loss": counters.running_loss / counters.running_images,
             "train/running_accuracy": counters.running_correct / counters.running_images,
         }
@@ -191,6 +202,8 @@ class Training:
         self.run.append_metrics(row)
         counters.epoch += 1
         counters.running_loss, counters.running_correct, counters.running_images = 0.0, 0, 0
+        if self.state.losses is not None:
+            self.state.skip_easiest(self.timetable.images - self.timetable.later_images)
         if row["val/accuracy"] > counters.best_accuracy:
             counters.best_accuracy, counters.best_epoch = row["val/accuracy"], counters.epoch
             self.state.best_weights = {k: t.clone() for k, t in self.state.scored.state_dict().items()}
@@ -257,7 +270,7 @@ class Training:
                 "time/seconds": round(counters.seconds, 3),
                 "time/saving_seconds": round(counters.saving_seconds, 3),
                 "time/images_per_second": round(
-                    len(self.data.train.labels) * counters.epoch / max(counters.seconds, 1e-9), 1
+                    self.timetable.images_after(counters.step) / max(counters.seconds, 1e-9), 1
                 ),
                 "memory/peak_bytes": peak_memory_bytes(),
             }
@@ -286,8 +299,8 @@ def train_step(
     recipe: Recipe,
     progress: float,
     machine: Machine,
-) -> tuple[float, int]:
-    """Move the weights by one step on `batch`; its mean loss before the step (nats) and how many were right.
+) -> tuple[float, Tensor]:
+    """Move the weights by one step on `batch`; its mean loss (nats) and its logits, float32 (B, classes), before that.
 
     progress: epochs done so far, fractions included. Raises NonFiniteError, the weights untouched, when the loss or a
     gradient is infinite or NaN, or a gradient beyond ± LARGEST_GRADIENT.
@@ -316,7 +329,7 @@ def train_step(
     with machine.autocast():
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return loss_value, int((logits.argmax(1) == batch.labels).sum().item())
+    return loss_value, logits.detach()
 
 
 def _non_finite(step: int, what: str, learning_rate: float) -> str:
@@ -337,6 +350,8 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
     for change in ("crop", "cutout", "translate"):
         if (pixels := getattr(recipe.augment, change)) > min(height, width):
             raise InputError(f"augment.{change}: {pixels} is more than the {height}×{width} images have")
+    smallest = augment.smallest_size(recipe.augment, height, width)
+    layers(recipe.network, (*smallest, images.image_shape[2]), images.num_classes)  # raises where they are too small
     if recipe.validation.source == "split":
         present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
         if (counts < 2).any():

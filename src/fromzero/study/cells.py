@@ -73,7 +73,7 @@ def train_cell(
     StoppedError when asked to stop, the cell saved. `note` is told what a user should know."""
     if not is_finished(cell, images):
         with closing(_begun(cell, images, setting, note)) as training:
-            steps = training.recipe.epochs * training.steps_per_epoch
+            steps = training.timetable.start_of(training.recipe.epochs)
             yield training.state.counters.step / steps
             for progress in training:
                 yield min(progress.counters.step / steps, 0.999)
