@@ -136,6 +136,7 @@ def run_cold(arguments, results):
             continue
         results["cold"][name] = {
             "seconds": [run["seconds"] for run in runs],
+            "end_seconds": [run["end_seconds"] for run in runs],
             "accuracy": [run["accuracy"] for run in runs],
             "keras_epoch_seconds": [(a + b) / 2 for a, b in pairwise(keras)],
             "keras_way": way,

@@ -1,6 +1,7 @@
 """Whole runs of fromzero: a worker for what happens inside a run, and cold starts of the command itself."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from benchmarks import figures
 from benchmarks.timing import ENVIRONMENT, ROOT, WorkerError, main_of_worker
 
 RECIPE = "train3"
+RESULT = re.compile(r"\btest 0\.\d+ in ")  # the line that says how a run has ended
 LINEAR_RECIPE, LINEAR_IMAGES, LINEAR_REPEATS = "train1", (3_200, 6_400, 12_800), 3
 
 
@@ -85,19 +87,25 @@ def seconds_of(ends):
 
 def cold_run(recipe, seed, data_dir, threads):
     """`fromzero train cifar10 --recipe RECIPE --seed SEED` as a user types it: seconds from the start of its process
-    to its end, and the test accuracy that it printed (as its summary has it)."""
+    until the test accuracy is printed and until its end, and that accuracy (as its summary has it)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fromzero", "train", "cifar10", "--recipe", recipe, "--runs-dir", folder]
         command += ["--seed", str(seed)]
         command += ["--data-dir", str(Path(data_dir).resolve())] if data_dir else []
         command += ["--threads", str(threads)] if threads else []
-        began = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-        seconds = time.perf_counter() - began
-        if done.returncode != 0:
-            raise WorkerError(f"{recipe}: {done.stderr.strip()[-2000:]}")
+        began, printed, seconds = time.perf_counter(), [], None
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes) as process:
+            for line in process.stdout:
+                printed.append(line)
+                if RESULT.search(line):
+                    seconds = time.perf_counter() - began
+        end_seconds = time.perf_counter() - began
+        if process.returncode != 0 or seconds is None:
+            raise WorkerError(f"{recipe}: {''.join(printed).strip()[-2000:]}")
         (summary,) = Path(folder).glob("*/summary.json")
-        return {"seconds": seconds, "accuracy": json.loads(summary.read_text("utf-8"))["test/accuracy"]}
+        accuracy = json.loads(summary.read_text("utf-8"))["test/accuracy"]
+        return {"seconds": seconds, "end_seconds": end_seconds, "accuracy": accuracy}
 
 
 if __name__ == "__main__":

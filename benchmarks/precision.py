@@ -57,6 +57,7 @@ def pairs(name, arguments):
     for seed in arguments.seeds:
         for precision in ("bfloat16", "float32"):
             changes = {"seed": seed, "precision": precision, "validation.source": "test", "clean_train_images": 10}
+            changes["skip_easy"] = 0.0  # so that a pair trains on the same images
             changes |= {} if arguments.full else {"epochs": arguments.epochs}
             recipe = load_recipe(name).override(changes)
             found[precision].append(trained_accuracy(recipe, images, arguments.threads))

@@ -67,7 +67,9 @@ def cold_verdicts(cold):
         accuracy = Spread.of(found["accuracy"])
         unit = "epochs of Keras float32, train 3"
         verdicts += [
-            Verdict(f"{name}, process start to end", epochs, goal.keras_epochs, unit, at_least=False, form=".3f"),
+            Verdict(
+                f"{name}, process start to printed result", epochs, goal.keras_epochs, unit, at_least=False, form=".3f"
+            ),
             Verdict(f"{name}, test accuracy", accuracy, goal.accuracy, "", at_least=True, form=".4f"),
         ]
     return verdicts

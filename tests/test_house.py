@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import fromzero
+from fromzero.machine import NUMERIC_MODULES
 
 SOURCE = Path(fromzero.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,15 @@ def test_imports_run_one_way():
         if imported != name and level.get(imported, 99) >= level[name]
     ]
     assert not wrong
+
+
+def test_a_source_digest_covers_what_a_training_computes_with():
+    """All that training.py imports, but for what only reads, writes and reports."""
+    harmless = {"checkpoint", "data", "errors", "recipe", "report", "runs", "signals"}
+    listed = {name.partition("/")[0] for name in NUMERIC_MODULES}
+    assert set(imports_of(SOURCE / "training.py")) <= listed | harmless
+    assert "data/images" in NUMERIC_MODULES  # its splits
+    assert all((SOURCE / f"{name}.py").exists() for name in NUMERIC_MODULES)
 
 
 def test_only_the_cli_and_the_display_print():

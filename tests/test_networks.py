@@ -283,6 +283,13 @@ def test_a_whitening_layer_with_same_padding_keeps_the_size(side):
     assert networks.layers(network, (20, 18, 3), 7)[0].shape == (20, 18, 6 * side**2)
 
 
+def test_a_window_larger_than_the_images_is_refused():
+    for padding in ("same", "valid"):
+        network = NetworkRecipe(channels=[[6]], whitening=4, whitening_padding=padding)
+        with pytest.raises(InputError, match="the whitening leaves no pixel of 3×9 images"):
+            networks.layers(network, (3, 9, 3), 10)
+
+
 def test_a_whitening_layer_makes_patches_uncorrelated_with_variance_one():
     images = torch.randn(50, 3, 12, 12).cumsum(2).cumsum(3) / 8
     model = networks.build(NetworkRecipe(**FAST), (12, 12, 3), 7)

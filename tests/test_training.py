@@ -162,6 +162,15 @@ def test_a_timetable_counts_steps_and_images_of_unequal_epochs():
     assert [table.steps_before(epochs) for epochs in (0, 0.5, 1, 1.5, 3)] == [0, 1.5, 3, 4, 7]
 
 
+def test_classes_of_one_image_have_a_clean_accuracy_too(small, tiny_images):
+    part = tiny_images.train
+    places = [int((part.labels == label).argmax()) for label in range(10)]
+    few = dataclasses.replace(part, pixels=part.pixels[places], labels=part.labels[places])
+    recipe = small.override({"validation.source": "test", "clean_train_images": 5})
+    data = Data.of(recipe, dataclasses.replace(tiny_images, train=few), "cpu")
+    assert len(data.clean_train.labels) == 10
+
+
 def count(run, indices):
     run.state.counters.step += 1
     run.state.counters.running_images += len(indices)
@@ -614,6 +623,7 @@ def test_a_crop_larger_than_the_images_or_before_a_flat_head_is_refused(small, t
     smaller = {"augment.scale": 0.1, "augment.scale_epochs": 1}
     with pytest.raises(InputError, match=r"augment\.scale .* it needs network\.head max or mean"):
         small.override(smaller)
-    with pytest.raises(InputError, match="leaves no pixel of 3×3 images"):
+    told = "leaves no pixel of 3×3 images.*; 32×32 images are trained on as 3×3: see augment.scale"
+    with pytest.raises(InputError, match=told):
         new_training(small.override({**smaller, "network.head": "mean"}), tiny_images, runs_dir=tmp_path / "none")
     assert not (tmp_path / "none").exists()

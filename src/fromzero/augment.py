@@ -83,7 +83,7 @@ def _flips(indices: Tensor, num_images: int, recipe: AugmentRecipe, seed: int, e
     """Which images of a batch are mirrored, bool (B,).
 
     alternating: half of the images, by chance, in the first epoch, the other half in the second, and so on, so that
-    two epochs always show an image both ways (Jordan, 2024)."""
+    two epochs in a row show an image both ways (Jordan, 2024), if neither skips it."""
     match recipe.flip:
         case "none":
             return torch.zeros(len(indices), dtype=torch.bool)

@@ -30,6 +30,7 @@ ELEMENTS: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float32":
 MAX_THREADS = 1024
 NUMERIC_MODULES = (
     "augment",
+    "data/images",
     "evaluate",
     "fused",
     "kernels/__init__",
@@ -41,6 +42,7 @@ NUMERIC_MODULES = (
     "optim",
     "rng",
     "state",
+    "timetable",
     "training",
 )
 

@@ -76,9 +76,9 @@ def layers(network: NetworkRecipe, image_shape: ImageShape, num_classes: int) ->
             add("MaxPooling2D", (height, width, channels), pool=size)
 
     if side := network.whitening:
+        _check_size(height - side + 1, width - side + 1, image_shape, "the whitening")
         if network.whitening_padding == "valid":
             height, width = height - side + 1, width - side + 1
-        _check_size(height, width, image_shape, "the whitening")
         inputs = side * side * channels
         directions = network.whitening_directions or inputs
         if directions > inputs:

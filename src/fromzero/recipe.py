@@ -180,7 +180,9 @@ class AugmentRecipe(_Part):
     )
     scale: float = Field(1.0, gt=0, le=1, description="factor on the sides of train images in the first `scale_epochs`")
     scale_epochs: float = Field(0.0, ge=0, description="epochs, from the first, on smaller images; 0: none")
-    cutout: int = Field(0, ge=0, le=10_000, description="side in pixels of a square set to zero; 0 is none")
+    cutout: int = Field(
+        0, ge=0, le=10_000, description="side in pixels of a square set to zero, after scaling; 0 is none"
+    )
 
 
 class OptimizerRecipe(_Part):
@@ -231,7 +233,7 @@ class Recipe(_Part):
     name: str = Field("custom", min_length=1, description="what the recipe is called")
     dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, or a CIFAR folder or archive")
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and dropout")
-    epochs: int = Field(10, ge=1, le=1_000_000, description="passes over the training images")
+    epochs: int = Field(10, ge=1, le=1_000_000, description="passes over the train images; see skip_easy")
     batch_size: int = Field(
         128, ge=1, le=1_000_000, description="images a step; the last batch of an epoch may be smaller"
     )

@@ -1,7 +1,8 @@
 """Every random draw is a pure function of (seed, purpose, step).
 
 There is no generator state to save: whoever knows the three numbers can repeat the draw. That is what makes
-resuming exact by construction, and what gives two recipes with the same seed the same data order.
+resuming exact by construction, and what gives two recipes with the same seed the same data order (of the images that
+they train on, where a recipe skips easy ones).
 """
 
 from __future__ import annotations

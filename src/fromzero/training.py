@@ -1,8 +1,8 @@
 """The training loop.
 
 A training is a state and the page of code that moves it on. Every step is a pure function of the state, the recipe
-and the images: order of examples, dropout masks and learning rate are functions of (seed, step), so a training that
-was stopped anywhere and taken up again ends in the same bits.
+and the images: order of examples, dropout masks and learning rate are functions of (seed, step), and which easy images
+an epoch skips is part of the state, so a training that was stopped anywhere and taken up again ends in the same bits.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Data:
         clean = train
         if recipe.clean_train_images < len(train.labels):
             share = recipe.clean_train_images / len(train.labels)
-            clean = train.take(stratified_split(train.labels.numpy(), share, "clean train")[1])
+            some = stratified_split(train.labels.numpy(), share, "clean train")[1]
+            clean = train.take(some) if len(some) else train  # no class can spare one
         train, clean, validation, test = (part.to(device) for part in (train, clean, validation, test))
         return cls(train, clean, validation, test, Normalise.of(recipe, train.pixels))
 
@@ -351,7 +352,13 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
         if (pixels := getattr(recipe.augment, change)) > min(height, width):
             raise InputError(f"augment.{change}: {pixels} is more than the {height}×{width} images have")
     smallest = augment.smallest_size(recipe.augment, height, width)
-    layers(recipe.network, (*smallest, images.image_shape[2]), images.num_classes)  # raises where they are too small
+    try:
+        layers(recipe.network, (*smallest, images.image_shape[2]), images.num_classes)
+    except InputError as error:
+        if smallest == (height, width):
+            raise
+        sizes = f"{height}×{width} images are trained on as {smallest[0]}×{smallest[1]}"
+        raise InputError(f"{error}; {sizes}: see augment.scale and augment.crop") from None
     if recipe.validation.source == "split":
         present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
         if (counts < 2).any():

@@ -34,6 +34,7 @@ from fromzero.runs import Run
 from fromzero.study.cells import Cell, Setting, is_finished
 from fromzero.study.definition import TUNING_SEEDS_FROM, Study
 from fromzero.study.pools import Event, on_ray, on_this_machine, usable_cores
+from fromzero.timetable import Timetable
 from fromzero.training import check_image_set
 
 Place = Literal["local", "ray"]
@@ -151,8 +152,10 @@ class Execution:
         validation = round(held * len(self.images.train))
         train = len(self.images.train) - validation
         clean = min(recipe.clean_train_images, train)
-        each_epoch = 3 * train + validation + clean  # the backward pass costs twice the forward one
-        return float(size * (recipe.epochs * each_epoch + len(self.images.test) + validation) + OVERHEAD_CELL)
+        timetable = Timetable.of(recipe, train)
+        trained_on = 3 * timetable.images_after(timetable.start_of(recipe.epochs))  # a backward pass costs two forward
+        scored = recipe.epochs * (validation + clean) + len(self.images.test) + validation
+        return float(size * (trained_on + scored) + OVERHEAD_CELL)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
