@@ -102,8 +102,10 @@ def _first_flips(num_images: int, seed: int) -> Tensor:
 def _places(size: int, count: int, recipe: AugmentRecipe, draws: torch.Generator) -> Tensor:
     """For `count` images, which of the `size` rows (or columns) is seen in each place: int64 (count, crop or size)."""
     crop = recipe.crop or size
-    start = torch.randint(-recipe.translate, size - crop + recipe.translate + 1, (count, 1), generator=draws)
-    return _reflected(start + torch.arange(crop), size)
+    beyond = recipe.translate
+    start = torch.randint(-beyond, size - crop + beyond + 1, (count, 1), generator=draws)
+    reflected = _reflected(torch.arange(-beyond, size + beyond), size)  # of all places there are, and then looked up
+    return reflected[start + torch.arange(beyond, beyond + crop)]
 
 
 def _reflected(places: Tensor, size: int) -> Tensor:

@@ -68,7 +68,7 @@ class Muon(fused.Optimizer):
 
     def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         hidden = group["kind"] == "hidden"
-        if not hidden:
+        if not hidden and group["weight_decay"]:
             gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
         for weight in weights:
             if "momentum_buffer" not in self.state[weight]:

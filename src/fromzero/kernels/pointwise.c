@@ -418,6 +418,12 @@ void descend(float *weights, const float *floats, const element *elements, float
     }
 }
 
+/* A pixel of so many bytes; the compiler spells the usual three out. */
+static inline void copy_pixel(const uint8_t *from, uint8_t *to, long c) {
+    if (c == 3) memcpy(to, from, 3);
+    else memcpy(to, from, c);
+}
+
 /* y (B, H', W', C) of bytes: image i of it has the pixels of the image indices[i] of x (N, H, W, C) that are in its rows rows[i] and
    columns columns[i], (B, H') and (B, W'). */
 void gather(const uint8_t *x, uint8_t *y, const int64_t *indices, const int64_t *rows, const int64_t *columns, long count, long h,
@@ -427,8 +433,15 @@ void gather(const uint8_t *x, uint8_t *y, const int64_t *indices, const int64_t 
         for (long row = 0; row < height; row++) {
             const uint8_t *from = x + (indices[image] * h + rows[image * height + row]) * w * c;
             uint8_t *to = y + (image * height + row) * width * c;
-            for (long column = 0; column < width; column++)
-                for (long channel = 0; channel < c; channel++)
-                    to[column * c + channel] = from[columns[image * width + column] * c + channel];
+            const int64_t *at = columns + image * width;
+            if (image + 1 < count) { /* images lie anywhere: the next one's row is asked for */
+                const uint8_t *next = x + (indices[image + 1] * h + rows[(image + 1) * height + row]) * w * c;
+                for (long byte = 0; byte < w * c; byte += 64) __builtin_prefetch(next + byte, 0, 3);
+            }
+            for (long column = 0, run; column < width; column += run) { /* of neighbours in both, copied at once */
+                for (run = 1; column + run < width && at[column + run] == at[column] + run;) run++;
+                if (run == 1) copy_pixel(from + at[column] * c, to + column * c, c);
+                else memcpy(to + column * c, from + at[column] * c, run * c);
+            }
         }
 }
