@@ -35,6 +35,11 @@ class Optimizer(ABC):
         self.param_groups: list[dict[str, Any]] = [defaults | group for group in groups]
         self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
 
+    def gradients(self) -> list[Tensor]:
+        """All gradients there are."""
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        return [weight.grad for weight in weights if weight.grad is not None]
+
     @torch.no_grad()
     def step(self) -> None:
         """Move every weight that has a gradient."""

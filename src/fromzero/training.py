@@ -319,8 +319,8 @@ def train_step(
     if not math.isfinite(loss_value):
         raise NonFiniteError(_non_finite(step, f"the loss is {loss_value}", learning_rate))
     loss.backward()
-    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    if not kernels.within(gradients.values(), LARGEST_GRADIENT):
+    if not kernels.within(state.optimizer.gradients(), LARGEST_GRADIENT):
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         name = next(name for name, gradient in gradients.items() if not kernels.within([gradient], LARGEST_GRADIENT))
         state.optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,8 +245,7 @@ class Kernels:
         """Whether no value of x, float32 or of the element type, is NaN or beyond ± limit; x is contiguous in some
         order of its dimensions."""
         pointers = (x.data_ptr(), None) if x.dtype == torch.float32 else (None, x.data_ptr())
-        limits = torch.tensor([limit], dtype=torch.float32, device="cpu")
-        return not self._call.count_beyond(*pointers, limits.data_ptr(), x.numel(), torch.get_num_threads())
+        return not self._call.count_beyond(*pointers, _number(limit).data_ptr(), x.numel(), torch.get_num_threads())
 
     def descends(self, weights: Tensor, gradient: Tensor, momenta: Tensor | None) -> bool:
         """Whether `descend` takes them. Not where elements are float32: then torch's SGD has nothing to convert."""
@@ -338,6 +338,12 @@ class Kernels:
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+@cache
+def _number(value: float) -> Tensor:
+    """A number as functions in C read it. Read only."""
+    return torch.tensor([value], dtype=torch.float32, device="cpu")
 
 
 def _floats(*shape: int) -> Tensor:
