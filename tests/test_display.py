@@ -56,3 +56,22 @@ def test_the_result_is_printed_before_the_curves_are_drawn(training, monkeypatch
     assert drawn[0] == out.getvalue()
     assert "test 0." in drawn[0]
     assert (training.run.path / "curves.png").stat().st_size > 1000
+
+
+def test_what_a_recipe_leaves_out_is_said_and_counted(tiny_images, tmp_path):
+    changes = {
+        "epochs": 3,
+        "validation.source": "split",
+        "batch_size": 40,
+        "validation.fraction": 0.2,
+        "network.head": "mean",
+        "network.channels": [[8]],
+    }
+    scaled = {"skip_easy": 0.5, "augment.scale": 0.5, "augment.scale_epochs": 1.0}
+    run = new_training(load_recipe("train1").override(changes | scaled), tiny_images, runs_dir=tmp_path)
+    lines = display.header(run).splitlines()
+    assert "  up to epoch 1 on images of 16×16 pixels" in lines
+    assert "  epochs after the first skip the 80 easiest images; running accuracy is that of the rest" in lines
+    # 160 images of a quarter of the area, in four steps, then twice 80, in two steps
+    assert [display._work(run, step) for step in (0, 2, 4, 5, 8)] == [0, 20, 40, 80, 200]
+    run.close()

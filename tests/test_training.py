@@ -279,6 +279,30 @@ def test_a_run_stopped_at_every_kind_of_moment_ends_in_the_same_bits(variant, sm
     assert first_difference(straight, broken.run) is None
 
 
+def test_an_edited_recipe_is_not_resumed(small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path)
+    for progress in run:
+        if progress.counters.step == 5:
+            run.save()
+            break
+    run.close()
+    path = run.run.path / "recipe.toml"
+    whole = path.read_text()
+    path.write_text(whole.replace("batch_size = 48", "batch_size = 96"))
+    told = r"recipe\.toml: batch_size is 96, but this run was trained with 48: put that back.*--from"
+    with pytest.raises(FromzeroError, match=told):
+        resumed_training(run.run.path, tiny_images)
+    path.write_text(whole)
+    extended = resumed_training(run.run.path, tiny_images, epochs=4)
+    extended.close()
+    again = resumed_training(run.run.path, tiny_images)  # whose recipe has the new number of epochs
+    assert again.recipe.epochs == 4
+    again.close()
+    path.write_text(whole.replace("epochs = 3", "epochs = 5"))
+    with pytest.raises(FromzeroError, match="epochs is 5, but this run was trained with 3"):
+        resumed_training(run.run.path, tiny_images)
+
+
 def test_rows_after_the_last_checkpoint_are_cut_not_doubled(small, tiny_images, tmp_path):
     straight = fromzero.train(small, tiny_images, runs_dir=tmp_path / "straight")
     broken = new_training(small, tiny_images, runs_dir=tmp_path / "broken")
@@ -620,6 +644,11 @@ def test_a_crop_larger_than_the_images_or_before_a_flat_head_is_refused(small, t
     assert not (tmp_path / "none").exists()
     with pytest.raises(InputError, match=r"augment\.crop .* it needs network\.head max or mean"):
         small.override({"augment.crop": 24})
+    blank = {"augment.cutout": 20, "augment.scale": 0.5, "augment.scale_epochs": 1, "network.head": "mean"}
+    with pytest.raises(
+        InputError, match="cutout: 20 is more than the 16×16 images, as they are cropped and scaled, have"
+    ):
+        new_training(small.override(blank), tiny_images, runs_dir=tmp_path / "none")
     smaller = {"augment.scale": 0.1, "augment.scale_epochs": 1}
     with pytest.raises(InputError, match=r"augment\.scale .* it needs network\.head max or mean"):
         small.override(smaller)

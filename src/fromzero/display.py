@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from fromzero import training
+from fromzero import augment, training
 from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.report import validation_label
@@ -50,6 +51,15 @@ def header(run: Training) -> str:
         f"  {here.device}, {_counted(here.threads, 'thread')}, {here.precision}{kernels}; {recipe.optimizer.name} at"
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {_counted(recipe.epochs, 'epoch')}",
     ]
+    augmentation, timetable = recipe.augment, run.timetable
+    if augmentation.scale < 1 and augmentation.scale_epochs > 0:
+        size = "×".join(map(str, augment.smallest_size(augmentation, *run.images.image_shape[:2])))
+        lines.append(f"  up to epoch {augmentation.scale_epochs:g} on images of {size} pixels")
+    if recipe.skip_easy:
+        skipped = timetable.images - timetable.later_images
+        lines.append(
+            f"  epochs after the first skip the {skipped:,} easiest images; running accuracy is that of the rest"
+        )
     if counters.step:
         lines.append(f"  going on at step {counters.step:,}, {counters.epoch} of {recipe.epochs} epochs done")
     return "\n".join(lines)
@@ -108,11 +118,17 @@ def _timed(run: Training) -> Iterator[Timed]:
         seconds = time.monotonic() - started
         step, timetable = progress.counters.step, progress.timetable
         if step > first_step:
-            images = timetable.images_after(step) - timetable.images_after(first_step)
-            images_left = timetable.images_after(timetable.start_of(progress.epochs)) - timetable.images_after(step)
-            timed.images_per_second = images / seconds
-            timed.seconds_left = seconds * images_left / images
+            timed.images_per_second = (timetable.images_after(step) - timetable.images_after(first_step)) / seconds
+            before, done, in_all = (_work(run, to) for to in (first_step, step, timetable.start_of(progress.epochs)))
+            timed.seconds_left = seconds * (in_all - done) / (done - before)
         yield timed
+
+
+def _work(run: Training, step: int) -> float:
+    """Images trained on in so many steps, a smaller one counted by its area."""
+    augmentation, timetable = run.recipe.augment, run.timetable
+    small = timetable.images_after(min(step, math.ceil(timetable.steps_before(augmentation.scale_epochs))))
+    return timetable.images_after(step) - (1 - augmentation.scale**2) * small
 
 
 def _watch_lines(progress: Iterator[Timed], console: Console) -> None:

@@ -300,6 +300,16 @@ class Recipe(_Part):
             text = re.sub(pattern, joined, text)
         return text
 
+    def fields(self) -> dict[str, Any]:
+        """Dotted path of every field → its value, as JSON has it."""
+        found, tree = {}, self.model_dump(mode="json")
+        for path in field_types():
+            value: Any = tree
+            for key in path.split("."):
+                value = value[key]
+            found[path] = value
+        return found
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the recipe's fields; equal recipes have equal fingerprints."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

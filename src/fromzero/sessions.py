@@ -94,7 +94,14 @@ def new_training(
         "order": images.order_digest(),
     }
     run.write_provenance(
-        {**describe_program(), "machine": asdict(here), "data": described, "from": origin, "resumed": []}
+        {
+            **describe_program(),
+            "machine": asdict(here),
+            "data": described,
+            "recipe": recipe.fields(),
+            "from": origin,
+            "resumed": [],
+        }
     )
     training = Training(run, recipe, images, here, state, data, checkpoint_minutes, keep)
     training.take_lock()
@@ -145,6 +152,7 @@ def _loaded(
     """The training of a run whose lock is held, at its last checkpoint; the run folder is cut back to it."""
     recipe, provenance = run.recipe, run.provenance
     recorded = [provenance, *provenance["resumed"]][-1]["machine"]
+    _check_unedited(run)
     if epochs is not None and epochs < recipe.epochs:
         raise InputError(f"{run.path}: --epochs {epochs} is less than the run's {recipe.epochs}")
     if run.summary is not None and epochs in (None, recipe.epochs):
@@ -181,10 +189,24 @@ def _loaded(
     if epochs is not None and epochs != recipe.epochs:
         note["epochs"] = [recipe.epochs, epochs]
         recipe = recipe.override({"epochs": epochs})
-        run.write_recipe(recipe)
     (run.path / "summary.json").unlink(missing_ok=True)
     run.write_provenance({**provenance, "resumed": [*provenance["resumed"], note]})
+    if "epochs" in note:  # last: a recipe with epochs that provenance does not know would count as edited
+        run.write_recipe(recipe)
     return Training(run, recipe, images, here, state, Data.of(recipe, images, here.device))
+
+
+def _check_unedited(run: Run) -> None:
+    """Refuse to go on by another recipe than so far, for which the checkpoint is none. Raises FromzeroError."""
+    provenance, now = run.provenance, run.recipe.fields()
+    extended = {epochs for note in provenance["resumed"] for epochs in note.get("epochs", ())}
+    for path, then in provenance.get("recipe", {}).items():  # of a field that is no more nothing can be said
+        fits = now.get(path, then) == then or path == "name" or (path == "epochs" and now[path] in extended)
+        if not fits:
+            raise FromzeroError(
+                f"{run.path}/recipe.toml: {path} is {now[path]}, but this run was trained with {then}: put that back;"
+                f" to train on in another way, start a new run from its weights: fromzero train --from {run.path}"
+            )
 
 
 def extension_note(before: Recipe, after: Recipe, step: int, timetable: Timetable) -> str:

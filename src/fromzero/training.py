@@ -348,10 +348,14 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
         if part.labels.min() < 0 or part.labels.max() >= images.num_classes:
             raise InputError(f"{images.source}: {split} labels are not all from 0 to {images.num_classes - 1}")
     height, width = images.image_shape[:2]
-    for change in ("crop", "cutout", "translate"):
+    for change in ("crop", "translate"):
         if (pixels := getattr(recipe.augment, change)) > min(height, width):
             raise InputError(f"augment.{change}: {pixels} is more than the {height}×{width} images have")
     smallest = augment.smallest_size(recipe.augment, height, width)
+    if recipe.augment.cutout > min(smallest):
+        as_what = "" if smallest == (height, width) else ", as they are cropped and scaled,"
+        size = f"{smallest[0]}×{smallest[1]}"
+        raise InputError(f"augment.cutout: {recipe.augment.cutout} is more than the {size} images{as_what} have")
     try:
         layers(recipe.network, (*smallest, images.image_shape[2]), images.num_classes)
     except InputError as error:
