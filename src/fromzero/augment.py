@@ -48,7 +48,7 @@ def scaled(pixels: Tensor, factor: float) -> Tensor:
 def smallest_size(recipe: AugmentRecipe, height: int, width: int) -> tuple[int, int]:
     """The smallest size that images of this size are trained on in."""
     size = (recipe.crop or height, recipe.crop or width)
-    return _scaled_size(size, recipe.scale) if recipe.scale_epochs > 0 else size
+    return _scaled_size(size, recipe.scale) if recipe.scales else size
 
 
 def _scaled_size(size: Sequence[int], factor: float) -> tuple[int, int]:

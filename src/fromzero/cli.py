@@ -85,8 +85,8 @@ def _train(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.data import load_images
 
-        # Importing torch takes as long as reading CIFAR-10, about a second: both at once. First for the digits: reading
-        # them imports scikit-learn, which would look into a torch that is half there.
+        # Importing torch takes as long as reading CIFAR-10, about a second: both at once. Not so for the digits: with
+        # them comes scikit-learn, which looks into torch while it is imported and would find half of it.
         importing = threading.Thread(target=importlib.import_module, args=("torch",))
         importing.start()
         if recipe.dataset == "digits":
@@ -205,7 +205,10 @@ def _runs(arguments: argparse.Namespace) -> None:
         )
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
-    print("train: clean, last epoch · running: as Keras prints it · … not ended: fromzero resume RUN")
+    print(
+        "train: clean, last epoch · running: as Keras prints it, without what skip_easy leaves out · … not ended:"
+        " fromzero resume RUN"
+    )
     if on_test:
         print("* validated on the test images, as the notes did; best is the best epoch on them, so it flatters")
 

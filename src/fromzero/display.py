@@ -52,7 +52,7 @@ def header(run: Training) -> str:
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {_counted(recipe.epochs, 'epoch')}",
     ]
     augmentation, timetable = recipe.augment, run.timetable
-    if augmentation.scale < 1 and augmentation.scale_epochs > 0:
+    if augmentation.scales:
         size = "×".join(map(str, augment.smallest_size(augmentation, *run.images.image_shape[:2])))
         lines.append(f"  up to epoch {augmentation.scale_epochs:g} on images of {size} pixels")
     if recipe.skip_easy:
@@ -127,7 +127,7 @@ def _timed(run: Training) -> Iterator[Timed]:
 def _work(run: Training, step: int) -> float:
     """Images trained on in so many steps, a smaller one counted by its area."""
     augmentation, timetable = run.recipe.augment, run.timetable
-    small = timetable.images_after(min(step, math.ceil(timetable.steps_before(augmentation.scale_epochs))))
+    small = timetable.images_after(math.ceil(min(step, timetable.steps_before(augmentation.scale_epochs))))
     return timetable.images_after(step) - (1 - augmentation.scale**2) * small
 
 

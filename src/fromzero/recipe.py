@@ -184,6 +184,11 @@ class AugmentRecipe(_Part):
         0, ge=0, le=10_000, description="side in pixels of a square set to zero, after scaling; 0 is none"
     )
 
+    @property
+    def scales(self) -> bool:
+        """Whether images are ever made smaller."""
+        return self.scale < 1 and self.scale_epochs > 0
+
 
 class OptimizerRecipe(_Part):
     """Which optimizer, and its constants. Fields that an optimizer does not use are ignored by it.
@@ -270,9 +275,8 @@ class Recipe(_Part):
 
     @pydantic.model_validator(mode="after")
     def _crops_fit(self) -> Recipe:
-        scaled = self.augment.scale < 1 and self.augment.scale_epochs > 0
-        if (self.augment.crop or scaled) and self.network.head == "flatten":
-            field = "scale" if scaled else "crop"
+        if (self.augment.crop or self.augment.scales) and self.network.head == "flatten":
+            field = "scale" if self.augment.scales else "crop"
             raise ValueError(f"augment.{field} gives images of another size: it needs network.head max or mean")
         return self
 

@@ -127,8 +127,8 @@ def resumed_training(
     """A training that goes on where a run's last checkpoint stands, bit for bit.
 
     epochs: a new total, to extend the run. Device and threads are by default the recorded ones. Raises FromzeroError
-    when the run has ended, when the images differ from the recorded ones, or when the machine differs and
-    `allow_inexact` is not set.
+    when the run has ended, when its recipe was edited, when the images differ from the recorded ones, or when the
+    machine differs and `allow_inexact` is not set.
     """
     run = run if isinstance(run, Run) else load_run(run, runs_dir)
     with contextlib.ExitStack() as lock:
@@ -197,11 +197,15 @@ def _loaded(
 
 
 def _check_unedited(run: Run) -> None:
-    """Refuse to go on by another recipe than so far, for which the checkpoint is none. Raises FromzeroError."""
+    """Refuse an edited recipe: the checkpoint is that of a training by the old one. Raises FromzeroError.
+
+    The images may have moved (theirs is a fingerprint of its own), and epochs change where a run was extended."""
     provenance, now = run.provenance, run.recipe.fields()
     extended = {epochs for note in provenance["resumed"] for epochs in note.get("epochs", ())}
     for path, then in provenance.get("recipe", {}).items():  # of a field that is no more nothing can be said
-        fits = now.get(path, then) == then or path == "name" or (path == "epochs" and now[path] in extended)
+        fits = (
+            now.get(path, then) == then or path in ("name", "dataset") or (path == "epochs" and now[path] in extended)
+        )
         if not fits:
             raise FromzeroError(
                 f"{run.path}/recipe.toml: {path} is {now[path]}, but this run was trained with {then}: put that back;"

@@ -45,7 +45,8 @@ class State:
     recipe asks for one; `best_weights` are those of the best epoch until they have been written.
 
     losses, skipped: where the recipe skips easy images, of each train image its loss when it was last trained on,
-    float32 (N,), and whether the epoch under way leaves it out, bool (N,)."""
+    float32 (N,), and whether the epoch under way leaves it out, bool (N,): losses change while it is under way, so it
+    could not be told from them after a stop."""
 
     model: Network
     optimizer: Optimizer
