@@ -146,12 +146,10 @@ def keep_large_buffers() -> bool:
 
 
 def _kernels(device: str, precision: Precision) -> str:
-    """Which compiled kernels to use: those of bfloat16 need AVX512-BF16, and where there is AMX, oneDNN convolves
-    faster."""
-    features = _bfloat16_features()
-    if device != "cpu" or (precision == "bfloat16" and "avx512_bf16" not in features):
+    """Which compiled kernels to use: those of bfloat16 need AVX512-BF16."""
+    if device != "cpu" or (precision == "bfloat16" and "avx512_bf16" not in _bfloat16_features()):
         return kernels.NONE
-    return kernels.find(ELEMENTS[precision], convolutions=precision == "float32" or "amx_bf16" not in features)
+    return kernels.find(ELEMENTS[precision])
 
 
 def peak_memory_bytes() -> int | None:

@@ -171,10 +171,10 @@ class Convolution(nn.Conv2d):
         kernel = kernels.in_use(x) if large and fitting else None
         pooled = self.pooling is not None and self.pooling.kernel_size == 2 and min(height, width) >= 2
         relu = self.pooling.relu if self.pooling else self.relu
-        if kernel and kernel.convolves and inputs <= kernels.DIRECT_CHANNELS and (pooled or not self.pooling):
+        if kernel and inputs <= kernels.DIRECT_CHANNELS and (pooled or not self.pooling):
             y = kernels.ConvolveDirectly.apply(x, self.weight, self.bias, padding, pooled, relu, kernel)
             relu = False
-        elif kernel and kernel.convolves and inputs >= WINOGRAD_INPUTS:
+        elif kernel and inputs >= WINOGRAD_INPUTS:
             after: kernels.Pooled = "" if not pooled else "relu" if relu else "pool"
             mask = self.dropout.mask() if self.dropout and pooled else None
             y = kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, after, mask, kernel)

@@ -34,7 +34,6 @@ __all__ = [
     "ACTIVATIONS",
     "DIRECT_CHANNELS",
     "NONE",
-    "POINTWISE",
     "BatchNorm",
     "Convolve3x3",
     "ConvolveDirectly",
@@ -52,9 +51,8 @@ __all__ = [
 ]
 
 NONE = "none"
-POINTWISE = "-pointwise"  # ends the name of kernels that leave convolutions to PyTorch
 SOURCE_FOLDER = Path(__file__).parent
-SOURCES = ("winograd.c", "direct.c", "pointwise.c", "orthogonal.c", "vectors.h", "convolution.h")
+SOURCES = ("winograd.c", "direct.c", "pointwise.c", "orthogonal.c", "vectors.h", "products.h", "convolution.h")
 # What objects are compiled from; winograd.c twice, the second time for maps of 2×2 pixels.
 OBJECTS = (("winograd.c",), ("winograd.c", "-DSMALL"), ("direct.c",), ("pointwise.c",), ("orthogonal.c",))
 # Compiled and linked apart, so that OpenMP is the one that torch has loaded, with its threads, and not a second.
@@ -68,12 +66,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 _loaded: dict[torch.dtype, Kernels] = {}
 
 
-def find(element: torch.dtype, convolutions: bool = True) -> str:
+def find(element: torch.dtype) -> str:
     """The name of the kernels for `element` on this machine, made if need be; NONE where there are none."""
     if os.name != "posix" or os.environ.get("FROMZERO_KERNELS") == "off":
         return NONE
     name, _ = _made(element)
-    return name if convolutions or name == NONE else name + POINTWISE
+    return name
 
 
 def use(name: str, element: torch.dtype) -> None:
@@ -83,9 +81,8 @@ def use(name: str, element: torch.dtype) -> None:
     if name == NONE:
         return
     found, kernels = _made(element)
-    if kernels is None or name.removesuffix(POINTWISE) != found:
+    if kernels is None or name != found:
         raise FromzeroError(f"the kernels {name} are not on this machine; it has: {found}")
-    kernels.convolves = name == found
     _loaded[element] = kernels
 
 

@@ -13,7 +13,7 @@
 
 /* A strip of the output's `height` x `width`, and the padded rows that it sees, `padded` pixels each, whole units. `depth`: units of a
    window. `taps`: elements that one row of a window sees, a multiple of ROWS. `size`: floats of all gradients. `pixels` of a
-   strip, a multiple of ROWS; `line`: elements of its padded rows, with room to load LANES more (and the next pixel's, C <= LANES).
+   strip, a multiple of GROUP; `line`: elements of its padded rows, with room to load LANES more (and the next pixel's, C <= LANES).
    `own`: floats that a thread needs. */
 typedef struct {
     long height, width, padded, strips, pixels, o_lanes, depth, taps, size, line, own;
@@ -22,8 +22,8 @@ typedef struct {
 static plan plan_of(long h, long w, long c, long o, long pad) {
     plan p;
     p.height = h + 2 * pad - 2, p.width = w + 2 * pad - 2, p.padded = round_up(w + 2 * pad, PAIR);
-    p.strips = (p.height + STRIP - 1) / STRIP, p.pixels = round_up(STRIP * p.padded, ROWS);
-    p.o_lanes = round_up(o, LANES), p.depth = (9 * c + PAIR - 1) / PAIR, p.taps = round_up(3 * c, ROWS);
+    p.strips = (p.height + STRIP - 1) / STRIP, p.pixels = round_up(STRIP * p.padded, GROUP);
+    p.o_lanes = round_up(o, LANES), p.depth = round_up((9 * c + PAIR - 1) / PAIR, DEEP), p.taps = round_up(3 * c, ROWS);
     p.size = (3 * p.taps + 1) * p.o_lanes;
     p.line = round_up((p.pixels + 2 * p.padded) * c + p.taps, LANES) + LANES;
     long forward = p.pixels * (p.depth + WIDE) + 3 * MOST, backward = p.line + p.pixels / PAIR * p.o_lanes;
@@ -65,46 +65,51 @@ void convolve_directly(const element *x, const float *filters, const float *bias
                        long threads) {
     plan p = plan_of(h, w, c, o, pad);
     load_filters(filters, c, o, &p, matrix);
-#pragma omp parallel for schedule(static) num_threads(threads) firstprivate(p)
-    for (long strip = 0; strip < n * p.strips; strip++) {
-        float *sums = own + omp_get_thread_num() * each, *windows = sums + p.pixels * WIDE;
-        element *line = (element *)(windows + p.pixels * p.depth + 3 * MOST);
-        long image = strip / p.strips, first = strip % p.strips * STRIP, rows = min(STRIP, p.height - first);
-        load_strip(x + image * h * w * c, first, h, w, c, pad, &p, line);
-        for (long i = 0; i < rows; i++)
-            for (long j = 0; j < p.width; j++)
-                for (long row = 0; row < 3; row++)
-                    memcpy((element *)(windows + (i * p.width + j) * p.depth) + row * 3 * c,
-                           line + ((i + row) * p.padded + j) * c, 3 * MOST * sizeof(element)); /* what is too much, the next row or pixel writes over */
-        for (long out = 0; out < o; out += WIDE) {
-            long wide = min(WIDE, p.o_lanes - out);
-            for (long pixel = 0; pixel < rows * p.width; pixel += ROWS)
-                product(wide / LANES, windows + pixel * p.depth, p.depth, 1, matrix + out * p.depth, wide, p.depth,
-                        sums + pixel * WIDE, WIDE, 0, matrix + out * p.depth);
-            for (long lane = out; lane < min(out + wide, o); lane += LANES) {
-                const vector *found = (const vector *)(sums + lane - out);
-                vector shift = {0};
-                lanes which = lanes_of(o - lane);
-                if (bias) memcpy(&shift, bias + lane, 4 * min(o - lane, LANES));
-                for (long pixel = 0; !y_picked && pixel < rows * p.width; pixel++) {
-                    vector value = found[pixel * COLUMNS] + shift;
-                    if (relu) value = choose((whole)(value < 0), (vector){0}, value);
-                    long to = ((image * p.height + first) * p.width + pixel) * o + lane;
-                    store(y + to, value, which);
-                    ask_to_write(y + to, FURTHER);
-                }
-                for (long i = 0; y_picked && i < rows / 2; i++)
-                    for (long j = 0; j < p.width / 2; j++) {
-                        long to = ((image * (p.height / 2) + first / 2 + i) * (p.width / 2) + j) * o + lane;
-                        whole where;
-                        vector most = pool(found + (2 * i * p.width + 2 * j) * COLUMNS, p.width * COLUMNS, COLUMNS, shift,
-                                           relu, &where);
-                        store(y + to, most, which);
-                        store_bytes(y_picked + to, where, which);
-                        ask_to_write(y + to, FURTHER), ask_to_write(y_picked + to, FURTHER);
+#pragma omp parallel num_threads(threads) firstprivate(p)
+    {
+        before tiles_before = begin_products();
+        if (DEEP > 1) memset(own + omp_get_thread_num() * each, 0, p.own * sizeof(float)); /* windows end with zeros */
+#pragma omp for schedule(static)
+        for (long strip = 0; strip < n * p.strips; strip++) {
+            float *sums = own + omp_get_thread_num() * each, *windows = sums + p.pixels * WIDE;
+            element *line = (element *)(windows + p.pixels * p.depth + 3 * MOST);
+            long image = strip / p.strips, first = strip % p.strips * STRIP, rows = min(STRIP, p.height - first);
+            load_strip(x + image * h * w * c, first, h, w, c, pad, &p, line);
+            for (long i = 0; i < rows; i++)
+                for (long j = 0; j < p.width; j++)
+                    for (long row = 0; row < 3; row++)
+                        memcpy((element *)(windows + (i * p.width + j) * p.depth) + row * 3 * c,
+                               line + ((i + row) * p.padded + j) * c, 3 * MOST * sizeof(element)); /* what is too much, the next row or pixel writes over */
+            for (long out = 0; out < o; out += WIDE) {
+                long wide = min(WIDE, p.o_lanes - out);
+                products(rows * p.width, wide / LANES, windows, p.depth, 1, matrix + out * p.depth, wide, p.depth, sums, WIDE, 0,
+                         matrix + out * p.depth);
+                for (long lane = out; lane < min(out + wide, o); lane += LANES) {
+                    const vector *found = (const vector *)(sums + lane - out);
+                    vector shift = {0};
+                    lanes which = lanes_of(o - lane);
+                    if (bias) memcpy(&shift, bias + lane, 4 * min(o - lane, LANES));
+                    for (long pixel = 0; !y_picked && pixel < rows * p.width; pixel++) {
+                        vector value = found[pixel * COLUMNS] + shift;
+                        if (relu) value = choose((whole)(value < 0), (vector){0}, value);
+                        long to = ((image * p.height + first) * p.width + pixel) * o + lane;
+                        store(y + to, value, which);
+                        ask_to_write(y + to, FURTHER);
                     }
+                    for (long i = 0; y_picked && i < rows / 2; i++)
+                        for (long j = 0; j < p.width / 2; j++) {
+                            long to = ((image * (p.height / 2) + first / 2 + i) * (p.width / 2) + j) * o + lane;
+                            whole where;
+                            vector most = pool(found + (2 * i * p.width + 2 * j) * COLUMNS, p.width * COLUMNS, COLUMNS, shift,
+                                               relu, &where);
+                            store(y + to, most, which);
+                            store_bytes(y_picked + to, where, which);
+                            ask_to_write(y + to, FURTHER), ask_to_write(y_picked + to, FURTHER);
+                        }
+                }
             }
         }
+        end_products(tiles_before);
     }
 }
 

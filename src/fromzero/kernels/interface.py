@@ -28,13 +28,11 @@ class Mask(NamedTuple):
 
 class Kernels:
     """Functions on images (N, H, W, C) of `element`: 3×3 convolutions of stride 1 with zero padding, filters
-    (O, 3, 3, C) in float32; 2×2 max pooling; batch normalisation; dropout. All tensors are contiguous. `convolves`:
-    whether convolutions are to be computed by them."""
+    (O, 3, 3, C) in float32; 2×2 max pooling; batch normalisation; dropout. All tensors are contiguous."""
 
     def __init__(self, library: Path, element: torch.dtype):
-        """Raises OSError if the library cannot be loaded."""
+        """Raises OSError if the library cannot be loaded, or the system does not let this process use it."""
         self.element = element
-        self.convolves = True
         self._call = ctypes.CDLL(str(library))
         self._scratch = threading.local()
         winograd: list[tuple[str, int, int, Any]] = [
@@ -50,6 +48,7 @@ class Kernels:
         for function, pointers, numbers, result in (
             *winograd,
             *((function + "_small", *signature) for function, *signature in winograd),
+            ("granted", 0, 0, ctypes.c_long),
             ("convolve_directly", 7, 9, None),
             ("gradients_directly", 8, 8, None),
             ("max_pool", 2, 6, None),
@@ -74,6 +73,8 @@ class Kernels:
             entry = getattr(self._call, function)
             entry.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_long] * numbers
             entry.restype = result
+        if not self._call.granted():
+            raise OSError("the system does not grant this process the processor's matrix tiles")
 
     def forward(self, x: Tensor, filters: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         """x (N, H, W, C) → (N, H', W', O), H' = H + 2 padding - 2; bias float32 (O,) or None."""

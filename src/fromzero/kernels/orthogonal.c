@@ -1,20 +1,33 @@
 /* Newton-Schulz steps, by which Muon makes a matrix orthogonal (Jordan et al., 2024): matrix products of a few hundred rows, many
    of them, whose calls cost a library more than their arithmetic. Products are of `element`, sums and all else in float. */
 
-#include "convolution.h"
+#include "products.h"
 
 #include <stddef.h>
+#ifdef TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+/* Whether the system lets this process compute as these are compiled to: tiles it grants on request. */
+long granted(void) {
+#ifdef TILES
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM of XTILEDATA */
+#else
+    return 1;
+#endif
+}
 
 /* Two operands of a product as units: `rows` of pairs side by side; and `columns`, pairs one above the other, in blocks of WIDE
-   columns. A matrix is padded with zeros to whole groups of ROWS rows and whole vectors. */
+   columns. A matrix is padded with zeros to whole groups of rows, whole vectors and whole steps. */
 typedef struct {
     float *rows, *columns;
 } operand;
 
-static inline long group_of(long m) { return round_up(m, ROWS * PAIR); }
+static inline long group_of(long m) { return round_up(m, GROUP * PAIR); }
 
 /* How many pairs of rows either operand has. */
-static inline long pairs_of(long m) { return (group_of(m) > round_up(m, LANES) ? group_of(m) : round_up(m, LANES)) / PAIR; }
+static inline long pairs_of(long m) { return (group_of(m) > whole_steps(m) ? group_of(m) : whole_steps(m)) / PAIR; }
 
 /* The place of a unit, `pair` of `depth` from the top and in `column`, in blocks of WIDE columns of so many in all. */
 static inline float *place(float *columns, long depth, long all, long pair, long column) {
@@ -45,15 +58,15 @@ static void multiply(const float *a, const float *b, float *to, long to_row, lon
         long wide = min(WIDE, all - start);
         const float *panel = b + start * depth;
 #pragma omp for schedule(static) nowait
-        for (long row = 0; row < group_of(m); row += ROWS)
-            product(wide / LANES, a + row * depth, depth, 1, panel, wide, depth, to + row * to_row + start, to_row, 0, panel);
+        for (long row = 0; row < group_of(m); row += GROUP * PAIR)
+            products(GROUP * PAIR, wide / LANES, a + row * depth, depth, 1, panel, wide, depth, to + row * to_row + start, to_row, 0, panel);
     }
 #pragma omp barrier
 }
 
 /* Floats that `orthogonalise` needs: operands of x and their transpose, y padded, seven matrices (M, M). */
 long orthogonalise_scratch(long m, long n) {
-    long rows = group_of(m), lanes_m = round_up(m, LANES), lanes_n = round_up(n, LANES);
+    long rows = group_of(m), lanes_m = whole_steps(m), lanes_n = whole_steps(n);
     return rows * lanes_n / PAIR + 2 * lanes_m * lanes_n / PAIR + rows * lanes_n + 3 * (rows + lanes_m) * lanes_m / PAIR +
            4 * rows * lanes_m + PARTS + 16 * 16;
 }
@@ -67,7 +80,7 @@ static float *taken(float **scratch, long floats) {
 /* y (M, N) = U V^T, roughly, of x = U S V^T; M <= N. Each step multiplies x by a + b s + c s s, where s = x x^T. Such factors
    commute, so they are multiplied with each other and x is once. coefficients: a, b, c. */
 void orthogonalise(const float *x, float *y, float *scratch, const float *coefficients, long m, long n, long steps, long threads) {
-    long rows = group_of(m), lanes_m = round_up(m, LANES), lanes_n = round_up(n, LANES);
+    long rows = group_of(m), lanes_m = whole_steps(m), lanes_n = whole_steps(n);
     long depth = lanes_m / PAIR, deep = lanes_n / PAIR, square = lanes_m * depth;
     float *parts = taken(&scratch, PARTS);
     operand of_x = {taken(&scratch, rows * deep), taken(&scratch, depth * lanes_n)};
@@ -79,6 +92,7 @@ void orthogonalise(const float *x, float *y, float *scratch, const float *coeffi
     float *factor = taken(&scratch, rows * lanes_m), *factors = taken(&scratch, rows * lanes_m);
 #pragma omp parallel num_threads(threads)
     {
+        before tiles_before = begin_products();
 #pragma omp for schedule(static)
         for (long part = 0; part < PARTS; part++) {
             vector sum = {0};
@@ -137,6 +151,7 @@ void orthogonalise(const float *x, float *y, float *scratch, const float *coeffi
             multiply(of_s.rows, of_factor.columns, s, lanes_m, m, depth, lanes_m);
         }
         multiply(of_product.rows, of_x.columns, padded, lanes_n, m, depth, lanes_n);
+        end_products(tiles_before);
 #pragma omp for schedule(static)
         for (long row = 0; row < m; row++) memcpy(y + row * n, padded + row * lanes_n, n * sizeof(float));
     }

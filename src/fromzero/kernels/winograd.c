@@ -229,22 +229,27 @@ static inline __attribute__((always_inline)) void half_gradient(const element *d
     for (int j = 0; j < MADE; j++) gradient_transform(pixels + j, MADE, half + j, MADE);
 }
 
-/* Tiles are transformed and multiplied in blocks that stay in a core's cache, groups of ROWS tiles each, so many that all
+/* Tiles are transformed and multiplied in blocks that stay in a core's cache, groups of GROUP tiles each, so many that all
    threads have as much to do. */
 typedef struct {
     long groups, blocks, most; /* of all tiles; of these groups; tiles in a block */
 } division;
 
 static division division_of(long c, long o, long tiles, long threads) {
-    long fitting = 600000 / (POSITIONS * (c > 16 ? c : 16) * (long)sizeof(element));
+    long of_tile = POSITIONS * (c > 16 ? c : 16) * (long)sizeof(element);
     /* Small filters are soon read again, so what they are multiplied by may be so little that it stays in the nearest cache. */
-    long wished = (c * o > 4096 ? 24 : 12) * 36 / POSITIONS;
-    long most = fitting < 12 ? 12 : min(fitting, wished), groups = (tiles + ROWS - 1) / ROWS;
+#ifdef TILES /* whoever has them has a cache of 2 MB, but multiplies faster than filters come */
+    long fitting = 1600000 / (of_tile + POSITIONS * WIDE * (long)sizeof(float)), wished = c * o > 16384 ? 64 : 32;
+#else
+    long fitting = 600000 / of_tile, wished = c * o > 4096 ? 24 : 12;
+#endif
+    wished = wished * 36 / POSITIONS;
+    long most = fitting < 2 * GROUP ? 2 * GROUP : min(fitting, wished), groups = (tiles + GROUP - 1) / GROUP;
     long blocks = (tiles + most * threads - 1) / (most * threads) * threads;
-    return (division){groups, blocks, (groups + blocks - 1) / blocks * ROWS};
+    return (division){groups, blocks, (groups + blocks - 1) / blocks * GROUP};
 }
 
-static inline long start_of(long block, division d) { return d.groups * block / d.blocks * ROWS; }
+static inline long start_of(long block, division d) { return d.groups * block / d.blocks * GROUP; }
 
 /* y (N, H', W', O) = x (N, H, W, C) convolved, H' = H + 2 pad - 2, plus `bias` (O) where there is one.
 
@@ -258,85 +263,88 @@ void NAME(convolve)(const element *x, const uint8_t *x_picked, const float *u, c
     long height = h + 2 * pad - 2, width = w + 2 * pad - 2;
     long down = tiles_of(height), across = tiles_of(width), tiles = n * down * across;
     division d = division_of(c, o, tiles, threads);
-    long c_units = round_up(c, LANES) / PAIR, o_lanes = round_up(o, LANES);
+    long c_units = whole_steps(c) / PAIR, o_lanes = round_up(o, LANES);
     long v_apart = apart(d.most * c_units), m_apart = apart(d.most * WIDE), u_apart = apart(o_lanes * c_units);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long block = 0; block < d.blocks; block++) {
-        float *v = own + omp_get_thread_num() * each, *m = v + POSITIONS * v_apart;
-        long start = start_of(block, d), count = min(start_of(block + 1, d), tiles) - start;
-        for (long t = 0; t < count; t++) {
-            place at = input_place(start + t, down, across, h, w, c, pad, x_picked != NULL);
-            place soon = input_place(start + t + SOON, down, across, h, w, c, pad, x_picked != NULL);
-            for (long channel = 0; channel < c; channel += LANES) {
-                if (channel * sizeof(element) % 64 == 0)
-                    prefetch_input(x + channel, x_picked ? x_picked + channel : NULL, soon, 1, 1);
-                vector half[POINTS * SEEN];
-                element *to = (element *)(v + t * c_units) + channel;
-                half_input(x + channel, x_picked ? x_picked + channel : NULL, pad % 2, at, lanes_of(c - channel), half);
-                for (long i = 0; i < POINTS; i++) {
-                    vector row[POINTS];
-                    input_transform(half + SEEN * i, 1, row, 1);
-                    for (long j = 0; j < POINTS; j++)
-                        store(to + (POINTS * i + j) * v_apart * PAIR, row[j], lanes_of(LANES));
-                }
-            }
-        }
-        for (long out = 0; out < o; out += WIDE) {
-            long wide = min(WIDE, o_lanes - out);
-            for (long position = 0; position < POSITIONS; position++) {
-                /* Meanwhile what comes next: this block's output, the next position's filters. */
-                for (long t = start + count * position / POSITIONS; t < start + count * (position + 1) / POSITIONS; t++) {
-                    place to = output_place(t, down, across, height, width, o, y_picked != NULL);
-                    if (y_picked) prefetch(y + to.offset + out, MADE / 2, to, wide, 1, 0);
-                    else prefetch(y + to.offset + out, MADE, to, wide, 1, 0);
-                }
-                const float *next = u + (position + 1) * u_apart + out * c_units;
-                if (position + 1 == POSITIONS) next = u + (out + WIDE) * c_units;
-                for (long row = 0; row < count; row += ROWS)
-                    product(wide / LANES, v + position * v_apart + row * c_units, c_units, 1,
-                            u + position * u_apart + out * c_units, wide, c_units, m + position * m_apart + row * WIDE,
-                            WIDE, 0, next + row / ROWS * c_units * LANES);
-            }
+#pragma omp parallel num_threads(threads)
+    {
+        before tiles_before = begin_products();
+#pragma omp for schedule(static)
+        for (long block = 0; block < d.blocks; block++) {
+            float *v = own + omp_get_thread_num() * each, *m = v + POSITIONS * v_apart;
+            long start = start_of(block, d), count = min(start_of(block + 1, d), tiles) - start;
             for (long t = 0; t < count; t++) {
-                place at = output_place(start + t, down, across, height, width, o, y_picked != NULL);
-                for (long lane = out; lane < min(out + wide, o); lane += LANES) {
-                    vector half[MADE * POINTS], pixels[MADE * MADE], shift = {0};
-                    const vector *products = (const vector *)(m + t * WIDE + lane - out);
-                    long step = m_apart / LANES;
-                    lanes which = lanes_of(o - lane);
-                    for (int j = 0; j < POINTS; j++)
-                        output_transform(products + j * step, POINTS * step, half + j, POINTS);
-                    for (int i = 0; i < MADE; i++) output_transform(half + POINTS * i, 1, pixels + MADE * i, 1);
-                    if (bias) memcpy(&shift, bias + lane, 4 * min(o - lane, LANES));
-                    if (!y_picked) {
-                        for (long i = 0; i < at.bottom; i++)
-                            for (long j = 0; j < at.right; j++)
-                                store(y + at.offset + i * at.row_apart + j * o + lane, pixels[MADE * i + j] + shift, which);
-                        continue;
+                place at = input_place(start + t, down, across, h, w, c, pad, x_picked != NULL);
+                place soon = input_place(start + t + SOON, down, across, h, w, c, pad, x_picked != NULL);
+                for (long channel = 0; channel < c_units * PAIR; channel += LANES) {
+                    if (channel * sizeof(element) % 64 == 0)
+                        prefetch_input(x + channel, x_picked ? x_picked + channel : NULL, soon, 1, 1);
+                    vector half[POINTS * SEEN];
+                    element *to = (element *)(v + t * c_units) + channel;
+                    half_input(x + channel, x_picked ? x_picked + channel : NULL, pad % 2, at, lanes_of(c - channel), half);
+                    for (long i = 0; i < POINTS; i++) {
+                        vector row[POINTS];
+                        input_transform(half + SEEN * i, 1, row, 1);
+                        for (long j = 0; j < POINTS; j++)
+                            store(to + (POINTS * i + j) * v_apart * PAIR, row[j], lanes_of(LANES));
                     }
-                    for (long i = 0; i < at.bottom; i++)
-                        for (long j = 0; j < at.right; j++) {
-                            long to = at.offset + i * at.row_apart + j * o + lane;
-                            whole where;
-                            vector most = pool(pixels + 2 * MADE * i + 2 * j, MADE, 1, shift, relu, &where);
-                            if (draws) {
-                                whole kept = load_bytes(draws + to, which) >= (int32_t)threshold;
-                                most = choose(kept, most * kept_scale(threshold), (vector){0});
-                                where = (kept & where) | (~kept & 4);
-                            }
-                            store(y + to, most, which);
-                            store_bytes(y_picked + to, where, which);
+                }
+            }
+            for (long out = 0; out < o; out += WIDE) {
+                long wide = min(WIDE, o_lanes - out);
+                for (long position = 0; position < POSITIONS; position++) {
+                    /* Meanwhile what comes next: this block's output, the next position's filters. */
+                    for (long t = start + count * position / POSITIONS; t < start + count * (position + 1) / POSITIONS; t++) {
+                        place to = output_place(t, down, across, height, width, o, y_picked != NULL);
+                        if (y_picked) prefetch(y + to.offset + out, MADE / 2, to, wide, 1, 0);
+                        else prefetch(y + to.offset + out, MADE, to, wide, 1, 0);
+                    }
+                    const float *next = u + (position + 1) * u_apart + out * c_units;
+                    if (position + 1 == POSITIONS) next = u + (out + WIDE) * c_units;
+                    products(count, wide / LANES, v + position * v_apart, c_units, 1, u + position * u_apart + out * c_units, wide,
+                             c_units, m + position * m_apart, WIDE, 0, next);
+                }
+                for (long t = 0; t < count; t++) {
+                    place at = output_place(start + t, down, across, height, width, o, y_picked != NULL);
+                    for (long lane = out; lane < min(out + wide, o); lane += LANES) {
+                        vector half[MADE * POINTS], pixels[MADE * MADE], shift = {0};
+                        const vector *products = (const vector *)(m + t * WIDE + lane - out);
+                        long step = m_apart / LANES;
+                        lanes which = lanes_of(o - lane);
+                        for (int j = 0; j < POINTS; j++)
+                            output_transform(products + j * step, POINTS * step, half + j, POINTS);
+                        for (int i = 0; i < MADE; i++) output_transform(half + POINTS * i, 1, pixels + MADE * i, 1);
+                        if (bias) memcpy(&shift, bias + lane, 4 * min(o - lane, LANES));
+                        if (!y_picked) {
+                            for (long i = 0; i < at.bottom; i++)
+                                for (long j = 0; j < at.right; j++)
+                                    store(y + at.offset + i * at.row_apart + j * o + lane, pixels[MADE * i + j] + shift, which);
+                            continue;
                         }
+                        for (long i = 0; i < at.bottom; i++)
+                            for (long j = 0; j < at.right; j++) {
+                                long to = at.offset + i * at.row_apart + j * o + lane;
+                                whole where;
+                                vector most = pool(pixels + 2 * MADE * i + 2 * j, MADE, 1, shift, relu, &where);
+                                if (draws) {
+                                    whole kept = load_bytes(draws + to, which) >= (int32_t)threshold;
+                                    most = choose(kept, most * kept_scale(threshold), (vector){0});
+                                    where = (kept & where) | (~kept & 4);
+                                }
+                                store(y + to, most, which);
+                                store_bytes(y_picked + to, where, which);
+                            }
+                    }
                 }
             }
         }
+        end_products(tiles_before);
     }
 }
 
 /* Floats of its own that a thread needs in `convolve`. */
 long NAME(convolve_scratch)(long n, long h, long w, long c, long o, long pad, long threads) {
     division d = division_of(c, o, n * tiles_of(h + 2 * pad - 2) * tiles_of(w + 2 * pad - 2), threads);
-    return POSITIONS * (apart(d.most * (round_up(c, LANES) / PAIR)) + apart(d.most * WIDE));
+    return POSITIONS * (apart(d.most * whole_steps(c) / PAIR) + apart(d.most * WIDE));
 }
 
 /* G g G^T of LANES filters side by side; `g` are their nine weights, turned by 180 degrees for the gradient of the input. */
@@ -347,11 +355,11 @@ static inline void transformed_filter(const vector g[9], vector u[POSITIONS]) {
 }
 
 /* Floats of the transformed filters from `c` to `o` channels. */
-long NAME(filters_size)(long c, long o) { return POSITIONS * apart(round_up(o, LANES) * (round_up(c, LANES) / PAIR)); }
+long NAME(filters_size)(long c, long o) { return POSITIONS * apart(round_up(o, LANES) * whole_steps(c) / PAIR); }
 
 /* Filters (O, 3, 3, C) as `convolve` wants them: a matrix of units for each position, (C, O) in blocks of WIDE columns. */
 void NAME(transform_filters)(const float *weights, float *u, long c, long o, long threads) {
-    long c_lanes = round_up(c, LANES), c_units = c_lanes / PAIR, o_lanes = round_up(o, LANES);
+    long c_lanes = whole_steps(c), c_units = c_lanes / PAIR, o_lanes = round_up(o, LANES);
     long u_apart = apart(o_lanes * c_units);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long out = 0; out < o_lanes; out += LANES) {
@@ -384,7 +392,7 @@ void NAME(transform_filters)(const float *weights, float *u, long c, long o, lon
 /* The filters of the gradient of the input: matrices of units, (O, C) in blocks of WIDE columns. `threshold`: of the dropout
    behind the convolution, or zero. */
 void NAME(transform_turned_filters)(const float *weights, float *u, long c, long o, long threshold, long threads) {
-    long c_lanes = round_up(c, LANES), o_units = round_up(o, LANES) / PAIR, u_apart = apart(c_lanes * o_units);
+    long c_lanes = round_up(c, LANES), o_units = whole_steps(o) / PAIR, u_apart = apart(c_lanes * o_units);
     float scale = kept_scale(threshold);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long unit = 0; unit < o_units; unit++)
@@ -413,14 +421,14 @@ void NAME(transform_turned_filters)(const float *weights, float *u, long c, long
    output channels into `shares`, so many that all threads have as much to do. Whoever has a share transforms the tiles that it needs
    itself, a chunk at a time: tiles that go from one core to another can take longer than all the rest (docs/log.md).
    Sums are taken for a piece of at most OUT x WIDE channels at a time, over DEPTH units, so that they stay in a core's cache. */
-#define OUT (8 * ROWS)
+#define OUT (8 * GROUP)
 #define DEPTH 64
 #define PARTED (1 << 14) /* sums of a position, of all parts, at most */
 #define FITTING (83000 / POSITIONS) /* floats of a position in a chunk: with a piece's sums they leave room in a megabyte */
 
 typedef struct {
     long down, across, tiles, units, parts, depth, chunk;  /* depth: units in a part; chunk: that are transformed at a time */
-    long groups, pieces, shares, blocks;                   /* of output channels, each of ROWS, then of these; of input channels */
+    long groups, pieces, shares, blocks;                   /* of output channels, each of GROUP, then of these; of input channels */
     long c_lanes, e_lanes, v_apart, e_apart, kept;         /* kept: pieces' sums outlast a chunk, each in a place of its own */
 } plan;
 
@@ -429,12 +437,12 @@ static plan plan_of(long n, long h, long w, long c, long o, long pad, long threa
     p.down = tiles_of(h + 2 * pad - 2), p.across = tiles_of(w + 2 * pad - 2), p.tiles = n * p.down * p.across;
     p.units = (p.tiles + PAIR - 1) / PAIR, p.parts = 1, p.shares = 1;
     while (p.parts < 8 && 2 * p.parts * c * o <= PARTED && 4 * DEPTH * p.parts <= p.units) p.parts *= 2;
-    p.depth = (p.units + p.parts - 1) / p.parts;
-    p.groups = (o + ROWS - 1) / ROWS, p.blocks = (c + WIDE - 1) / WIDE;
+    p.depth = round_up((p.units + p.parts - 1) / p.parts, DEEP), p.parts = (p.units + p.depth - 1) / p.depth;
+    p.groups = (o + GROUP - 1) / GROUP, p.blocks = (c + WIDE - 1) / WIDE;
     while (p.parts * p.shares % threads != 0 && p.shares < p.groups) p.shares++;
     p.pieces = (o + OUT - 1) / OUT;
     while (p.pieces % p.shares != 0) p.pieces++;
-    p.c_lanes = round_up(c, LANES), p.e_lanes = round_up((p.groups / p.shares + p.pieces / p.shares) * ROWS, LANES);
+    p.c_lanes = round_up(c, LANES), p.e_lanes = round_up((p.groups / p.shares + p.pieces / p.shares) * GROUP, LANES);
     long fitting = FITTING / (p.c_lanes + p.e_lanes), half = DEPTH / 2;
     p.chunk = min(p.depth, fitting < half / 2 ? DEPTH : fitting < half ? half : fitting / half * half);
     p.v_apart = apart(p.chunk * p.c_lanes), p.e_apart = apart(p.chunk * p.e_lanes);
@@ -443,7 +451,7 @@ static plan plan_of(long n, long h, long w, long c, long o, long pad, long threa
 }
 
 /* The first output channel of a piece. */
-static inline long first_of(long piece, const plan *p) { return p->groups * piece / p->pieces * ROWS; }
+static inline long first_of(long piece, const plan *p) { return p->groups * piece / p->pieces * GROUP; }
 
 /* Floats of the sums of a piece and a block. */
 #define SUMS (POSITIONS * apart(OUT * WIDE))
@@ -530,32 +538,35 @@ void NAME(filter_gradient)(const element *x, const element *dy, const uint8_t *p
 #pragma omp parallel num_threads(threads)
     {
         float *v = own + omp_get_thread_num() * each, *e = v + POSITIONS * p.v_apart;
+        before tiles_before = begin_products();
 #pragma omp for schedule(static)
         for (long job = 0; job < p.parts * p.shares; job++) {
             long part = job / p.shares, share = job % p.shares, first = part * p.depth, depth = min(p.depth, p.units - first);
             long from = p.pieces * share / p.shares, to = p.pieces * (share + 1) / p.shares;
             long out = first_of(from, &p), width = min(first_of(to, &p), o) - out;
             for (long done = 0; done < depth; done += p.chunk) {
-                long chunk = min(p.chunk, depth - done);
+                long chunk = round_up(min(p.chunk, depth - done), DEEP);
                 for (long k = 0; k < chunk; k++)
                     transform_unit(x, dy, picked, v, e, h, w, c, o, pad, &p, first + done + k, k, out, width);
+                for (long position = 0; DEEP > 1 && position < POSITIONS; position++)
+                    for (long k = 0; k < chunk; k += DEEP)
+                        for (long row = 0; row < width; row += LANES) turn(e + position * p.e_apart + k * p.e_lanes + row, p.e_lanes);
                 for (long task = from * p.blocks; task < to * p.blocks; task++) {
                     long piece = task / p.blocks, start = task % p.blocks * WIDE, wide = min(WIDE, p.c_lanes - start);
                     long row = first_of(piece, &p) - out, end = min(first_of(piece + 1, &p) - out, width);
                     float *sums = p.kept ? kept + (part * p.pieces * p.blocks + task) * SUMS : e + POSITIONS * p.e_apart;
                     for (long position = 0; position < POSITIONS; position++)
-                        for (long k = 0; k < chunk; k += DEPTH)
-                            for (long r = row; r < end; r += ROWS) {
-                                long deep = min(DEPTH, chunk - k);
-                                const float *units = v + position * p.v_apart + start * p.chunk + k * wide;
-                                product(wide / LANES, e + position * p.e_apart + k * p.e_lanes + r, 1, p.e_lanes, units, wide,
-                                        deep, sums + position * apart(OUT * WIDE) + (r - row) * wide, wide, done + k > 0,
-                                        units + p.v_apart + (r - row) / ROWS * deep * LANES);
-                            }
-                    if (p.parts == 1 && done + chunk == depth) finish_piece(sums, gradient, c, o, piece, start, scale, &p);
+                        for (long k = 0; k < chunk; k += DEPTH) {
+                            const float *units = v + position * p.v_apart + start * p.chunk + k * wide;
+                            products(end - row, wide / LANES, e + position * p.e_apart + k * p.e_lanes + row, 1, p.e_lanes, units,
+                                     wide, min(DEPTH, chunk - k), sums + position * apart(OUT * WIDE), wide, done + k > 0,
+                                     units + p.v_apart);
+                        }
+                    if (p.parts == 1 && done + chunk >= depth) finish_piece(sums, gradient, c, o, piece, start, scale, &p);
                 }
             }
         }
+        end_products(tiles_before);
         if (p.parts > 1) {
 #pragma omp for schedule(static)
             for (long task = 0; task < p.pieces * p.blocks; task++)
