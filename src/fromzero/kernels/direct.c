@@ -12,8 +12,8 @@
 #define STRIP 8 /* rows of the output at a time: even, so that no pooling window is cut */
 
 /* A strip of the output's `height` x `width`, and the padded rows that it sees, `padded` pixels each, whole units. `depth`: units of a
-   window. `taps`: elements that one row of a window sees, a multiple of ROWS. `size`: floats of all gradients. `pixels` of a
-   strip, a multiple of GROUP; `line`: elements of its padded rows, with room to load LANES more (and the next pixel's, C <= LANES).
+   window. `taps`: elements that one row of a window sees, a multiple of GROUP. `size`: floats of all gradients. `pixels` of a
+   strip, whole groups and steps; `line`: elements of its padded rows, with room to load LANES more (and the next pixel's, C <= LANES).
    `own`: floats that a thread needs. */
 typedef struct {
     long height, width, padded, strips, pixels, o_lanes, depth, taps, size, line, own;
@@ -22,11 +22,11 @@ typedef struct {
 static plan plan_of(long h, long w, long c, long o, long pad) {
     plan p;
     p.height = h + 2 * pad - 2, p.width = w + 2 * pad - 2, p.padded = round_up(w + 2 * pad, PAIR);
-    p.strips = (p.height + STRIP - 1) / STRIP, p.pixels = round_up(STRIP * p.padded, GROUP);
-    p.o_lanes = round_up(o, LANES), p.depth = round_up((9 * c + PAIR - 1) / PAIR, DEEP), p.taps = round_up(3 * c, ROWS);
+    p.strips = (p.height + STRIP - 1) / STRIP, p.pixels = round_up(round_up(STRIP * p.padded, GROUP), DEEP * PAIR);
+    p.o_lanes = round_up(o, LANES), p.depth = round_up((9 * c + PAIR - 1) / PAIR, DEEP), p.taps = round_up(3 * c, GROUP);
     p.size = (3 * p.taps + 1) * p.o_lanes;
     p.line = round_up((p.pixels + 2 * p.padded) * c + p.taps, LANES) + LANES;
-    long forward = p.pixels * (p.depth + WIDE) + 3 * MOST, backward = p.line + p.pixels / PAIR * p.o_lanes;
+    long forward = p.pixels * (p.depth + WIDE) + 3 * MOST, backward = p.line + p.pixels / PAIR * (p.o_lanes + GROUP);
     p.own = p.line + round_up(forward > backward ? forward : backward, LANES);
     return p;
 }
@@ -154,25 +154,39 @@ void gradients_directly(const element *x, const element *dy, const element *y, c
                         long threads) {
     plan p = plan_of(h, w, c, o, pad);
     long strips = n * p.strips, of_image = picked ? (p.height / 2) * (p.width / 2) * o : p.height * p.width * o;
-#pragma omp parallel for schedule(static) num_threads(threads) firstprivate(p)
-    for (long part = 0; part < PARTS; part++) {
-        float *sums = parts + part * p.size, *units = own + omp_get_thread_num() * each, *gradients = units + p.line;
-        element *line = (element *)(gradients + p.pixels / PAIR * p.o_lanes);
-        memset(sums, 0, p.size * sizeof(float));
-        for (long strip = strips * part / PARTS; strip < strips * (part + 1) / PARTS; strip++) {
-            long image = strip / p.strips, first = strip % p.strips * STRIP, at = image * of_image;
-            load_strip(x + image * h * w * c, first, h, w, c, pad, &p, line);
-            for (long i = 0; i < p.line - LANES; i += LANES) /* each element and that of the next pixel */
-                store_units(units + i, load(line + i, lanes_of(LANES)), load(line + i + c, lanes_of(LANES)));
-            load_gradient(dy + at, y ? y + at : NULL, picked ? picked + at : NULL, first, o, &p, gradients,
-                          sums + 3 * p.taps * p.o_lanes);
-            for (long out = 0; out < o; out += WIDE)
-                for (long row = 0; row < 3; row++)
-                    for (long tap = 0; tap < 3 * c; tap += ROWS)
-                        product(min(WIDE, p.o_lanes - out) / LANES, units + row * p.padded * c + tap, 1, PAIR * c,
-                                gradients + out, p.o_lanes, STRIP * p.padded / PAIR, sums + (row * p.taps + tap) * p.o_lanes + out,
-                                p.o_lanes, 1, gradients + out);
+    long depth = round_up(STRIP * p.padded / PAIR, DEEP);
+#pragma omp parallel num_threads(threads) firstprivate(p)
+    {
+        float *units = own + omp_get_thread_num() * each, *gradients = units + p.line;
+        float *turned = gradients + p.pixels / PAIR * p.o_lanes;
+        element *line = (element *)(turned + p.pixels / PAIR * GROUP);
+        before tiles_before = begin_products();
+        if (DEEP > 1) memset(gradients, 0, depth * p.o_lanes * sizeof(float)); /* up to a whole step */
+#pragma omp for schedule(static)
+        for (long part = 0; part < PARTS; part++) {
+            float *sums = parts + part * p.size;
+            memset(sums, 0, p.size * sizeof(float));
+            for (long strip = strips * part / PARTS; strip < strips * (part + 1) / PARTS; strip++) {
+                long image = strip / p.strips, first = strip % p.strips * STRIP, at = image * of_image;
+                load_strip(x + image * h * w * c, first, h, w, c, pad, &p, line);
+                for (long i = 0; i < p.line - LANES; i += LANES) /* each element and that of the next pixel */
+                    store_units(units + i, load(line + i, lanes_of(LANES)), load(line + i + c, lanes_of(LANES)));
+                load_gradient(dy + at, y ? y + at : NULL, picked ? picked + at : NULL, first, o, &p, gradients,
+                              sums + 3 * p.taps * p.o_lanes);
+                for (long row = 0; row < 3; row++) {
+                    const float *seen = units + row * p.padded * c;
+                    long tap_apart = 1, k_apart = PAIR * c;
+#ifdef TILES
+                    for (long k = 0; k < depth; k += DEEP) turn(seen + k * k_apart, k_apart, turned + k * LANES, LANES);
+                    seen = turned, tap_apart = k_apart = LANES;
+#endif
+                    for (long out = 0; out < o; out += WIDE)
+                        products(3 * c, min(WIDE, p.o_lanes - out) / LANES, seen, tap_apart, k_apart, gradients + out, p.o_lanes,
+                                 depth, sums + row * p.taps * p.o_lanes + out, p.o_lanes, 1, gradients + out);
+                }
+            }
         }
+        end_products(tiles_before);
     }
     for (long out = 0; out < o; out += LANES)
         for (long weight = 0; weight <= 9 * c; weight++) {

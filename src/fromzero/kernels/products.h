@@ -61,7 +61,7 @@ static inline before begin_products(void) { return 0; }
 static inline void end_products(before it) { (void)it; }
 
 /* Matrix product: c (rows, columns x LANES) = or += sum over k of a[row, k] * b[k, :]; a[row, k] lies at row * a_row + k * a_k, where
-   one of these is 1. Where a_row is, tiles want squares of a turned by `turn` before. Of `next`, what is multiplied after it, it asks
+   one of these is 1. Where a_row is, tiles want a's squares turned before. Of `next`, what is multiplied after it, it asks
    for a part while it multiplies. */
 static inline void products(long rows, long columns, const float *a, long a_row, long a_k, const float *b, long b_k, long depth,
                             float *c, long c_row, int add, const float *next) {
@@ -70,7 +70,6 @@ static inline void products(long rows, long columns, const float *a, long a_row,
                 next + row / ROWS * depth * LANES);
 }
 
-static inline void turn(float *square, long apart) { (void)square, (void)apart; }
 #else
 /* A tile: 16 rows of 16 units, or sums. What tiles a thread has, as the processor reads it. */
 typedef struct {
@@ -151,11 +150,11 @@ static inline void products(long rows, long columns, const float *a, long a_row,
     __asm__ volatile("" ::: "memory");
 }
 
-/* Turn a square of 16 x 16 units, whose rows lie so many floats apart, in its place. */
-static inline void turn(float *square, long apart) {
+/* Turn a square of 16 x 16 units, whose rows lie so many floats apart; `to` may be where it is. */
+static inline void turn(const float *square, long apart, float *to, long to_apart) {
     vector rows[LANES];
     for (long row = 0; row < LANES; row++) rows[row] = *(const loose *)(square + row * apart);
     transpose(rows);
-    for (long row = 0; row < LANES; row++) *(loose *)(square + row * apart) = rows[row];
+    for (long row = 0; row < LANES; row++) *(loose *)(to + row * to_apart) = rows[row];
 }
 #endif

@@ -267,15 +267,16 @@ void NAME(convolve)(const element *x, const uint8_t *x_picked, const float *u, c
     long v_apart = apart(d.most * c_units), m_apart = apart(d.most * WIDE), u_apart = apart(o_lanes * c_units);
 #pragma omp parallel num_threads(threads)
     {
+        float *v = own + omp_get_thread_num() * each, *m = v + POSITIONS * v_apart;
         before tiles_before = begin_products();
+        if (c_units * PAIR > round_up(c, LANES)) memset(v, 0, POSITIONS * v_apart * sizeof(float)); /* a step's last channels */
 #pragma omp for schedule(static)
         for (long block = 0; block < d.blocks; block++) {
-            float *v = own + omp_get_thread_num() * each, *m = v + POSITIONS * v_apart;
             long start = start_of(block, d), count = min(start_of(block + 1, d), tiles) - start;
             for (long t = 0; t < count; t++) {
                 place at = input_place(start + t, down, across, h, w, c, pad, x_picked != NULL);
                 place soon = input_place(start + t + SOON, down, across, h, w, c, pad, x_picked != NULL);
-                for (long channel = 0; channel < c_units * PAIR; channel += LANES) {
+                for (long channel = 0; channel < c; channel += LANES) {
                     if (channel * sizeof(element) % 64 == 0)
                         prefetch_input(x + channel, x_picked ? x_picked + channel : NULL, soon, 1, 1);
                     vector half[POINTS * SEEN];
@@ -548,9 +549,14 @@ void NAME(filter_gradient)(const element *x, const element *dy, const uint8_t *p
                 long chunk = round_up(min(p.chunk, depth - done), DEEP);
                 for (long k = 0; k < chunk; k++)
                     transform_unit(x, dy, picked, v, e, h, w, c, o, pad, &p, first + done + k, k, out, width);
-                for (long position = 0; DEEP > 1 && position < POSITIONS; position++)
+#ifdef TILES
+                for (long position = 0; position < POSITIONS; position++)
                     for (long k = 0; k < chunk; k += DEEP)
-                        for (long row = 0; row < width; row += LANES) turn(e + position * p.e_apart + k * p.e_lanes + row, p.e_lanes);
+                        for (long row = 0; row < width; row += LANES) {
+                            float *square = e + position * p.e_apart + k * p.e_lanes + row;
+                            turn(square, p.e_lanes, square, p.e_lanes);
+                        }
+#endif
                 for (long task = from * p.blocks; task < to * p.blocks; task++) {
                     long piece = task / p.blocks, start = task % p.blocks * WIDE, wide = min(WIDE, p.c_lanes - start);
                     long row = first_of(piece, &p) - out, end = min(first_of(piece + 1, &p) - out, width);
