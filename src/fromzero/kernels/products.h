@@ -82,13 +82,14 @@ typedef struct {
 static inline before begin_products(void) {
     before it, whole = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) whole.bytes[tile] = 64, whole.rows[tile] = 16;
-    _tile_storeconfig(&it);
-    _tile_loadconfig(&whole);
+    /* Not by intrinsics, which do not tell every compiler that all 64 bytes are written and read. */
+    __asm__ volatile("sttilecfg %0" : "=m"(it));
+    __asm__ volatile("ldtilecfg %0" : : "m"(whole));
     return it;
 }
 
 static inline void end_products(before it) {
-    if (it.palette) _tile_loadconfig(&it);
+    if (it.palette) __asm__ volatile("ldtilecfg %0" : : "m"(it));
     else _tile_release();
 }
 
