@@ -308,6 +308,16 @@ def test_a_network_learns_the_same_with_and_without_kernels(name, tiny_images, m
     assert convolved[1] == convolved[0], "convolutions were to be left to PyTorch"
 
 
+def test_without_tiles_vectors_compute_the_same(tmp_path, monkeypatch):
+    if machine.prepare("bfloat16", device="cpu").kernels == kernels.NONE:
+        pytest.skip("no kernels of bfloat16 on this machine")
+    monkeypatch.setenv("FROMZERO_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "_tiles_granted", lambda: False)
+    name, made = kernels._made.__wrapped__(torch.bfloat16)
+    assert name != kernels.NONE
+    assert kernels.agrees(made)
+
+
 @pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-march=x86-64"]])
 def test_other_instruction_sets_compute_the_same(flags, tmp_path, monkeypatch):
     if kernels.find(torch.float32) == kernels.NONE or platform.machine() not in kernels.NATIVE:

@@ -9,6 +9,7 @@ else, PyTorch's own are used: the same functions, other bits. So what is used ha
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import os
@@ -138,7 +139,7 @@ def _made(element: torch.dtype) -> tuple[str, Kernels | None]:
         return NONE, None
     flags = [*COMPILE, NATIVE.get(platform.machine(), "-mcpu=native")]
     if element == torch.bfloat16:
-        flags.append("-DBFLOAT16")
+        flags += ["-DBFLOAT16"] if _tiles_granted() else ["-DBFLOAT16", "-DNO_TILES"]
     try:
         _, _, version = _run([compiler, "--version"]).partition("\n")[0].partition(" ")  # the name is how it was called
         sources = [(SOURCE_FOLDER / name).read_text("utf-8") for name in SOURCES]
@@ -152,6 +153,15 @@ def _made(element: torch.dtype) -> tuple[str, Kernels | None]:
         return (NONE, None) if kernels is None else (digest, kernels)
     except (OSError, subprocess.SubprocessError, AttributeError):
         return NONE, None
+
+
+@cache
+def _tiles_granted() -> bool:
+    """Whether this process may compute in the tiles of AMX: Linux grants them on request, and kills who does not ask."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    arch_prctl, request, tile_data = 158, 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XTILEDATA; an error where there is no AMX
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0)
 
 
 def _kept(folder: Path, digest: str, element: torch.dtype) -> Kernels | None:

@@ -31,7 +31,7 @@ class Kernels:
     (O, 3, 3, C) in float32; 2×2 max pooling; batch normalisation; dropout. All tensors are contiguous."""
 
     def __init__(self, library: Path, element: torch.dtype):
-        """Raises OSError if the library cannot be loaded, or the system does not let this process use it."""
+        """Raises OSError if the library cannot be loaded."""
         self.element = element
         self._call = ctypes.CDLL(str(library))
         self._scratch = threading.local()
@@ -48,7 +48,6 @@ class Kernels:
         for function, pointers, numbers, result in (
             *winograd,
             *((function + "_small", *signature) for function, *signature in winograd),
-            ("granted", 0, 0, ctypes.c_long),
             ("convolve_directly", 7, 9, None),
             ("gradients_directly", 8, 8, None),
             ("max_pool", 2, 6, None),
@@ -73,8 +72,6 @@ class Kernels:
             entry = getattr(self._call, function)
             entry.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_long] * numbers
             entry.restype = result
-        if not self._call.granted():
-            raise OSError("the system does not grant this process the processor's matrix tiles")
 
     def forward(self, x: Tensor, filters: Tensor, bias: Tensor | None, padding: int) -> Tensor:
         """x (N, H, W, C) → (N, H', W', O), H' = H + 2 padding - 2; bias float32 (O,) or None."""

@@ -4,19 +4,6 @@
 #include "products.h"
 
 #include <stddef.h>
-#ifdef TILES
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-/* Whether the system lets this process compute as these are compiled to: tiles it grants on request. */
-long granted(void) {
-#ifdef TILES
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM of XTILEDATA */
-#else
-    return 1;
-#endif
-}
 
 /* Two operands of a product as units: `rows` of pairs side by side; and `columns`, pairs one above the other, in blocks of WIDE
    columns. A matrix is padded with zeros to whole groups of rows, whole vectors and whole steps. */

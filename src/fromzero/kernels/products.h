@@ -43,7 +43,7 @@ static inline void product(long columns, const float *a, long a_row, long a_k, c
 
 /* `products` multiplies GROUP rows at a time and takes DEEP units in a step: operands have room for whole groups, and zeros up to
    whole steps. Each thread is to `begin_products` before and to `end_products` after. */
-#if defined(BFLOAT16) && defined(__AMX_BF16__) && defined(__linux__)
+#if defined(BFLOAT16) && defined(__AMX_BF16__) && !defined(NO_TILES)
 #define TILES
 #define GROUP 16
 #define DEEP 16
@@ -67,7 +67,7 @@ static inline void products(long rows, long columns, const float *a, long a_row,
                             float *c, long c_row, int add, const float *next) {
     for (long row = 0; row < rows; row += ROWS)
         product(columns, a + row * a_row, a_row, a_k, b, b_k, depth, c + row * c_row, c_row, add,
-                next + row / ROWS * depth * LANES);
+                next + row / ROWS % COLUMNS * depth * LANES);
 }
 
 #else
@@ -93,16 +93,16 @@ static inline void end_products(before it) {
     else _tile_release();
 }
 
-/* `down` x `across` tiles of a product; strides in bytes. A step asks for so many `lines` of what is `next`. */
+/* `down` x `across` tiles of a product; strides in bytes. In brackets, as GCC 11's macros have none of their own. A step asks for so many `lines` of what is `next`. */
 static inline __attribute__((always_inline)) void product_of_tiles(const int down, const int across, const float *a, long a_down,
                                                                    long a_k, long a_stride, const float *b, long b_k, long depth,
                                                                    float *c, long c_stride, int add, const char *next, long lines) {
     float *below = c + 4 * c_stride; /* 16 rows */
     if (add) {
         _tile_loadd(0, c, c_stride);
-        if (across > 1) _tile_loadd(1, c + 16, c_stride);
+        if (across > 1) _tile_loadd(1, (c + 16), c_stride);
         if (down > 1) _tile_loadd(2, below, c_stride);
-        if (down > 1 && across > 1) _tile_loadd(3, below + 16, c_stride);
+        if (down > 1 && across > 1) _tile_loadd(3, (below + 16), c_stride);
     } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -111,23 +111,23 @@ static inline __attribute__((always_inline)) void product_of_tiles(const int dow
     }
     for (long k = 0; k < depth; k += DEEP) {
         for (long line = 0; line < lines; line++, next += 64) __builtin_prefetch(next, 0, 2);
-        _tile_loadd(4, a + k * a_k, a_stride);
-        _tile_loadd(6, b + k * b_k, 4 * b_k);
+        _tile_loadd(4, (a + k * a_k), a_stride);
+        _tile_loadd(6, (b + k * b_k), (4 * b_k));
         _tile_dpbf16ps(0, 4, 6);
         if (across > 1) {
-            _tile_loadd(7, b + k * b_k + 16, 4 * b_k);
+            _tile_loadd(7, (b + k * b_k + 16), (4 * b_k));
             _tile_dpbf16ps(1, 4, 7);
         }
         if (down > 1) {
-            _tile_loadd(5, a + k * a_k + a_down, a_stride);
+            _tile_loadd(5, (a + k * a_k + a_down), a_stride);
             _tile_dpbf16ps(2, 5, 6);
             if (across > 1) _tile_dpbf16ps(3, 5, 7);
         }
     }
     _tile_stored(0, c, c_stride);
-    if (across > 1) _tile_stored(1, c + 16, c_stride);
+    if (across > 1) _tile_stored(1, (c + 16), c_stride);
     if (down > 1) _tile_stored(2, below, c_stride);
-    if (down > 1 && across > 1) _tile_stored(3, below + 16, c_stride);
+    if (down > 1 && across > 1) _tile_stored(3, (below + 16), c_stride);
 }
 
 static inline void products(long rows, long columns, const float *a, long a_row, long a_k, const float *b, long b_k, long depth,
