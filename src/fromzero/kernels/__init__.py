@@ -157,7 +157,7 @@ def _made(element: torch.dtype) -> tuple[str, Kernels | None]:
 
 @cache
 def _tiles_granted() -> bool:
-    """Whether this process may compute in the tiles of AMX: Linux grants them on request, and kills who does not ask."""
+    """Whether this process may compute in the tiles of AMX: Linux grants them on request, kills who does not ask."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return False
     arch_prctl, request, tile_data = 158, 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XTILEDATA; an error where there is no AMX
