@@ -71,8 +71,7 @@ def find(element: torch.dtype) -> str:
     """The name of the kernels for `element` on this machine, made if need be; NONE where there are none."""
     if os.name != "posix" or os.environ.get("FROMZERO_KERNELS") == "off":
         return NONE
-    name, _ = _made(element)
-    return name
+    return _made(element)[0]
 
 
 def use(name: str, element: torch.dtype) -> None:

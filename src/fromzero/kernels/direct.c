@@ -67,12 +67,12 @@ void convolve_directly(const element *x, const float *filters, const float *bias
     load_filters(filters, c, o, &p, matrix);
 #pragma omp parallel num_threads(threads) firstprivate(p)
     {
-        before tiles_before = begin_products();
-        if (DEEP > 1) memset(own + omp_get_thread_num() * each, 0, p.own * sizeof(float)); /* windows end with zeros */
+        float *sums = own + omp_get_thread_num() * each, *windows = sums + p.pixels * WIDE;
+        element *line = (element *)(windows + p.pixels * p.depth + 3 * MOST);
+        tile_shapes former = begin_products();
+        if (DEEP > 1) memset(windows, 0, p.pixels * p.depth * sizeof(float)); /* they end with zeros, up to a whole step */
 #pragma omp for schedule(static)
         for (long strip = 0; strip < n * p.strips; strip++) {
-            float *sums = own + omp_get_thread_num() * each, *windows = sums + p.pixels * WIDE;
-            element *line = (element *)(windows + p.pixels * p.depth + 3 * MOST);
             long image = strip / p.strips, first = strip % p.strips * STRIP, rows = min(STRIP, p.height - first);
             load_strip(x + image * h * w * c, first, h, w, c, pad, &p, line);
             for (long i = 0; i < rows; i++)
@@ -109,7 +109,7 @@ void convolve_directly(const element *x, const float *filters, const float *bias
                 }
             }
         }
-        end_products(tiles_before);
+        end_products(former);
     }
 }
 
@@ -160,7 +160,7 @@ void gradients_directly(const element *x, const element *dy, const element *y, c
         float *units = own + omp_get_thread_num() * each, *gradients = units + p.line;
         float *turned = gradients + p.pixels / PAIR * p.o_lanes;
         element *line = (element *)(turned + p.pixels / PAIR * GROUP);
-        before tiles_before = begin_products();
+        tile_shapes former = begin_products();
         if (DEEP > 1) memset(gradients, 0, depth * p.o_lanes * sizeof(float)); /* up to a whole step */
 #pragma omp for schedule(static)
         for (long part = 0; part < PARTS; part++) {
@@ -186,7 +186,7 @@ void gradients_directly(const element *x, const element *dy, const element *y, c
                 }
             }
         }
-        end_products(tiles_before);
+        end_products(former);
     }
     for (long out = 0; out < o; out += LANES)
         for (long weight = 0; weight <= 9 * c; weight++) {

@@ -79,7 +79,7 @@ void orthogonalise(const float *x, float *y, float *scratch, const float *coeffi
     float *factor = taken(&scratch, rows * lanes_m), *factors = taken(&scratch, rows * lanes_m);
 #pragma omp parallel num_threads(threads)
     {
-        before tiles_before = begin_products();
+        tile_shapes former = begin_products();
 #pragma omp for schedule(static)
         for (long part = 0; part < PARTS; part++) {
             vector sum = {0};
@@ -138,7 +138,7 @@ void orthogonalise(const float *x, float *y, float *scratch, const float *coeffi
             multiply(of_s.rows, of_factor.columns, s, lanes_m, m, depth, lanes_m);
         }
         multiply(of_product.rows, of_x.columns, padded, lanes_n, m, depth, lanes_n);
-        end_products(tiles_before);
+        end_products(former);
 #pragma omp for schedule(static)
         for (long row = 0; row < m; row++) memcpy(y + row * n, padded + row * lanes_n, n * sizeof(float));
     }

@@ -28,7 +28,7 @@ static inline __attribute__((always_inline)) void product_of(const int columns, 
 }
 
 static inline void product(long columns, const float *a, long a_row, long a_k, const float *b, long b_k, long depth, float *c,
-                    long c_row, int add, const float *next) {
+                           long c_row, int add, const float *next) {
     switch (columns) {
         case 1: product_of(1, a, a_row, a_k, b, b_k, depth, c, c_row, add, next); break;
 #if COLUMNS > 1
@@ -55,14 +55,15 @@ static inline void product(long columns, const float *a, long a_row, long a_k, c
 /* So many elements, rounded up to whole vectors and to whole steps. */
 static inline long whole_steps(long elements) { return round_up(round_up(elements, LANES), DEEP * PAIR); }
 
+/* Matrix product, of either kind below: c (rows, columns x LANES) = or += sum over k of a[row, k] * b[k, :]; a[row, k] lies at
+   row * a_row + k * a_k. Units side by side are those of a row (a_k is 1) or those that meet the same unit of b (a_row is 1); these
+   tiles want turned, in squares: in their place, or as one square behind the other (a_row and a_k are 16). Of `next`, what is
+   multiplied after it, it asks for a part while it multiplies. */
 #ifndef TILES
-typedef int before;
-static inline before begin_products(void) { return 0; }
-static inline void end_products(before it) { (void)it; }
+typedef int tile_shapes; /* none */
+static inline tile_shapes begin_products(void) { return 0; }
+static inline void end_products(tile_shapes former) { (void)former; }
 
-/* Matrix product: c (rows, columns x LANES) = or += sum over k of a[row, k] * b[k, :]; a[row, k] lies at row * a_row + k * a_k, where
-   one of these is 1. Where a_row is, tiles want a's squares turned before. Of `next`, what is multiplied after it, it asks
-   for a part while it multiplies. */
 static inline void products(long rows, long columns, const float *a, long a_row, long a_k, const float *b, long b_k, long depth,
                             float *c, long c_row, int add, const float *next) {
     for (long row = 0; row < rows; row += ROWS)
@@ -71,29 +72,30 @@ static inline void products(long rows, long columns, const float *a, long a_row,
 }
 
 #else
-/* A tile: 16 rows of 16 units, or sums. What tiles a thread has, as the processor reads it. */
+/* Of what shape a thread's tiles are, as the processor reads it; here all have 16 rows of 16 units, or sums. */
 typedef struct {
     uint8_t palette, start, zero[14];
     uint16_t bytes[16];
     uint8_t rows[16];
-} before;
+} tile_shapes;
 
-/* Another library may have said of what shape tiles are: it finds them as they were. */
-static inline before begin_products(void) {
-    before it, whole = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) whole.bytes[tile] = 64, whole.rows[tile] = 16;
+/* Returns the former shapes: another library may have set them, and is to find them as they were. */
+static inline tile_shapes begin_products(void) {
+    tile_shapes former, ours = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) ours.bytes[tile] = 64, ours.rows[tile] = 16;
     /* Not by intrinsics, which do not tell every compiler that all 64 bytes are written and read. */
-    __asm__ volatile("sttilecfg %0" : "=m"(it));
-    __asm__ volatile("ldtilecfg %0" : : "m"(whole));
-    return it;
+    __asm__ volatile("sttilecfg %0" : "=m"(former));
+    __asm__ volatile("ldtilecfg %0" : : "m"(ours));
+    return former;
 }
 
-static inline void end_products(before it) {
-    if (it.palette) __asm__ volatile("ldtilecfg %0" : : "m"(it));
+static inline void end_products(tile_shapes former) {
+    if (former.palette) __asm__ volatile("ldtilecfg %0" : : "m"(former));
     else _tile_release();
 }
 
-/* `down` x `across` tiles of a product; strides in bytes. In brackets, as GCC 11's macros have none of their own. A step asks for so many `lines` of what is `next`. */
+/* `down` x `across` tiles of a product; strides in bytes. A step asks for so many `lines` of what is `next`. Addresses are in
+   brackets because GCC 11's macros have none of their own. */
 static inline __attribute__((always_inline)) void product_of_tiles(const int down, const int across, const float *a, long a_down,
                                                                    long a_k, long a_stride, const float *b, long b_k, long depth,
                                                                    float *c, long c_stride, int add, const char *next, long lines) {

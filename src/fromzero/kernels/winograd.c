@@ -268,7 +268,7 @@ void NAME(convolve)(const element *x, const uint8_t *x_picked, const float *u, c
 #pragma omp parallel num_threads(threads)
     {
         float *v = own + omp_get_thread_num() * each, *m = v + POSITIONS * v_apart;
-        before tiles_before = begin_products();
+        tile_shapes former = begin_products();
         if (c_units * PAIR > round_up(c, LANES)) memset(v, 0, POSITIONS * v_apart * sizeof(float)); /* a step's last channels */
 #pragma omp for schedule(static)
         for (long block = 0; block < d.blocks; block++) {
@@ -338,7 +338,7 @@ void NAME(convolve)(const element *x, const uint8_t *x_picked, const float *u, c
                 }
             }
         }
-        end_products(tiles_before);
+        end_products(former);
     }
 }
 
@@ -539,7 +539,7 @@ void NAME(filter_gradient)(const element *x, const element *dy, const uint8_t *p
 #pragma omp parallel num_threads(threads)
     {
         float *v = own + omp_get_thread_num() * each, *e = v + POSITIONS * p.v_apart;
-        before tiles_before = begin_products();
+        tile_shapes former = begin_products();
 #pragma omp for schedule(static)
         for (long job = 0; job < p.parts * p.shares; job++) {
             long part = job / p.shares, share = job % p.shares, first = part * p.depth, depth = min(p.depth, p.units - first);
@@ -572,7 +572,7 @@ void NAME(filter_gradient)(const element *x, const element *dy, const uint8_t *p
                 }
             }
         }
-        end_products(tiles_before);
+        end_products(former);
         if (p.parts > 1) {
 #pragma omp for schedule(static)
             for (long task = 0; task < p.pieces * p.blocks; task++)
