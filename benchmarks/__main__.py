@@ -102,6 +102,8 @@ def run_lifetime(arguments, results):
         ]
         say("an epoch of train 3 on CIFAR-10")
         found["epochs"] = [run_worker("lifetime", {"what": "epoch", **on_cifar10}) for _ in range(arguments.rounds)]
+        say("steps after an epoch of it and steps of a run just begun, in turn")
+        found["late_by_early"] = [lifetime.late_by_early(**on_cifar10) for _ in range(arguments.rounds)]
     except WorkerError as error:
         found["not_measured"] = str(error).splitlines()[-1]
         say(f"  not measured: {found['not_measured']}")

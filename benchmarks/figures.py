@@ -65,12 +65,6 @@ def epoch_seconds(images_per_second, epochs=1.0, images=50_000):
     return epochs * images / images_per_second
 
 
-def drift(seconds, share=0.2):
-    """Median of the last share of step times over the median of the first: 1 when a step costs the same all along."""
-    count = max(1, round(share * len(seconds)))
-    return statistics.median(seconds[-count:]) / statistics.median(seconds[:count])
-
-
 def unevenness(seconds_of_images):
     """Seconds an image at the most images over seconds an image at the fewest: 1 when time is linear in images."""
     fewest, most = min(seconds_of_images), max(seconds_of_images)

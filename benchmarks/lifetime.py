@@ -6,19 +6,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks import figures
 from benchmarks.timing import ENVIRONMENT, ROOT, WorkerError, main_of_worker
 
 RECIPE = "train3"
 RESULT = re.compile(r"\btest 0\.\d+ in ")  # the line that says how a run has ended
 LINEAR_RECIPE, LINEAR_IMAGES, LINEAR_REPEATS = "train1", (3_200, 6_400, 12_800), 3
+LATE_STEPS, WARM_UP_STEPS = (
+    391,
+    20,
+)  # how old two runs are whose steps are compared: an epoch of CIFAR-10, and hardly begun
+BLOCKS, BLOCK_STEPS = 10, 10
 
 
 def measure(what, **task):
-    return {"start": start, "epoch": epoch, "linear": linear}[what](**task)
+    return {"start": start, "epoch": epoch, "linear": linear, "on_demand": on_demand}[what](**task)
 
 
 def start(started, data_dir, threads):
@@ -33,7 +37,7 @@ def start(started, data_dir, threads):
 
 
 def epoch(data_dir, threads):
-    """An epoch on CIFAR-10 as a run: its step times, what evaluating 10,000 images takes (with the row of metrics
+    """An epoch on CIFAR-10 as a run: what its steps take, what evaluating 10,000 images takes (with the row of metrics
     that it ends in), the memory that the run says it needed."""
     with tempfile.TemporaryDirectory() as folder:
         training = cifar10_training(folder, data_dir, threads)
@@ -46,11 +50,61 @@ def epoch(data_dir, threads):
         summary = training.run.summary
     return {
         "recipe": RECIPE,
-        "drift": figures.drift([after - before for before, after in pairwise(ends)]),
         "epoch_seconds": seconds_of(ends),
         "evaluation_seconds": evaluated - ends[-1],
         "peak_bytes": summary["memory/peak_bytes"],
     }
+
+
+def late_by_early(data_dir, threads):
+    """Seconds of steps of a run that has trained an epoch over those of a run that has just begun, block by block in
+    turn, each run in a process of its own: 1 when a step costs the same all along. In turn, because over an epoch the
+    machine's own speed changes by more than what is looked for."""
+    with pace(data_dir, threads) as late, pace(data_dir, threads) as early:
+        late(LATE_STEPS)
+        early(WARM_UP_STEPS)
+        return {"recipe": RECIPE, "ratios": [late(BLOCK_STEPS) / early(BLOCK_STEPS) for _ in range(BLOCKS)]}
+
+
+@contextmanager
+def pace(data_dir, threads):
+    """A run in a process of its own that trains when it is told to: a function from a number of steps to the seconds
+    that so many more of them take. It raises WorkerError."""
+    task = {"what": "on_demand", "data_dir": data_dir, "threads": threads}
+    command = [sys.executable, "-m", "benchmarks.lifetime", json.dumps(task)]
+    with tempfile.TemporaryFile("w+") as said:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
+
+        def seconds(steps):
+            try:
+                process.stdin.write(f"{steps}\n")
+                process.stdin.flush()
+                return float(process.stdout.readline())
+            except (OSError, ValueError) as error:
+                process.wait()
+                said.seek(0)
+                raise WorkerError(f"on_demand: {said.read().strip()[-2000:]}") from error
+
+        try:
+            yield seconds
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def on_demand(data_dir, threads):
+    """So many training steps as each line of the standard input says; prints the seconds that they take."""
+    with tempfile.TemporaryDirectory() as folder:
+        training = cifar10_training(folder, data_dir, threads, epochs=10)
+        steps = (progress for progress in training if progress.row is None)
+        for line in sys.stdin:
+            began = time.perf_counter()
+            for _ in range(int(line)):
+                next(steps)
+            print(time.perf_counter() - began, flush=True)
+        training.close()
+    return {}
 
 
 def linear(threads):
@@ -70,11 +124,11 @@ def linear(threads):
     return {"recipe": LINEAR_RECIPE, "seconds": seconds}
 
 
-def cifar10_training(folder, data_dir, threads):
-    """An epoch on all train images, validated on the 10,000 test images, about to begin."""
+def cifar10_training(folder, data_dir, threads, epochs=1):
+    """So many epochs on all train images, validated on the 10,000 test images, about to begin."""
     from fromzero import load_images, load_recipe, new_training
 
-    changes = {"epochs": 1, "clean_train_images": 10, "validation.source": "test"}
+    changes = {"epochs": epochs, "clean_train_images": 10, "validation.source": "test"}
     images = load_images("cifar10", data_dir=data_dir)
     return new_training(load_recipe(RECIPE).override(changes), images, runs_dir=folder, device="cpu", threads=threads)
 

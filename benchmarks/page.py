@@ -1,6 +1,6 @@
 """docs/benchmarks.md and its picture, from the results of a run."""
 
-from benchmarks import figures, targets
+from benchmarks import figures, lifetime, targets
 from benchmarks.figures import FALLS_SHORT, Paired, Spread
 from benchmarks.targets import FROMZERO, KERAS_BF16, KERAS_FLOAT32, PLAIN_BF16, PLAIN_FLOAT32, SIDES
 
@@ -280,10 +280,16 @@ def lifetime_section(results):
         of = {key: Spread.of([epoch[key] for epoch in epochs]) for key in epochs[0] if key != "recipe"}
         lines += [
             f"- An epoch of {epochs[0]['recipe']} on CIFAR-10: {of['epoch_seconds'].text('.1f')} s of steps; evaluating"
-            f" 10,000 images {of['evaluation_seconds'].text('.2f')} s; the last fifth of the steps takes"
-            f" {of['drift'].text('.2f')} times as long as the first; peak memory of the process"
+            f" 10,000 images {of['evaluation_seconds'].text('.2f')} s; peak memory of the process"
             f" {max(epoch['peak_bytes'] for epoch in epochs) / 1e9:.2f} GB.",
         ]
+    if late := found.get("late_by_early"):
+        blocks = Spread.of([ratio for round_ in late for ratio in round_["ratios"]])
+        lines.append(
+            f"- Steps of {late[0]['recipe']} after an epoch and steps of a run just begun, in turn, in blocks of"
+            f" {lifetime.BLOCK_STEPS}: the former take {blocks.text('.2f')} times as long ({len(late)} pairs of runs,"
+            f" {sum(len(round_['ratios']) for round_ in late)} pairs of blocks)."
+        )
     if reason := found.get("not_measured"):
         lines.append(f"- What needs CIFAR-10 was not measured: {reason}")
     return lines

@@ -1,5 +1,6 @@
 """What fromzero means to reach, and the verdicts on a run's results. Pure functions."""
 
+import statistics
 from typing import NamedTuple
 
 from benchmarks import figures
@@ -88,12 +89,14 @@ def lifetime_verdicts(lifetime):
         name = epochs[0]["recipe"]
         shares = [100 * epoch["evaluation_seconds"] / epoch["epoch_seconds"] for epoch in epochs]
         memory = [epoch["peak_bytes"] / 1e9 for epoch in epochs]
-        drifts = [epoch["drift"] for epoch in epochs]
         verdicts += [
-            _at_most(f"{name}, last fifth of an epoch's step times ÷ first", drifts, 1 + EVEN, "×"),
             _at_most(f"{name}, peak memory on CIFAR-10", memory, 2.0, "GB"),
             _at_most(f"{name}, evaluating 10,000 images ÷ an epoch", shares, 5.0, "%"),
         ]
+    if late := lifetime.get("late_by_early"):
+        ratios = [statistics.median(found["ratios"]) for found in late]
+        what = f"{late[0]['recipe']}, a step after an epoch ÷ one of a run just begun, in turn"
+        verdicts.append(_at_most(what, ratios, 1 + EVEN, "×"))
     if starts := lifetime.get("start_seconds"):
         verdicts.append(_at_most("train3 on CIFAR-10, process start to first step", starts, 8.0, "s"))
     return verdicts

@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from benchmarks import figures, networks, page, targets
+from benchmarks import figures, lifetime, networks, page, targets
 from benchmarks.figures import Paired, Spread, Verdict
 from benchmarks.targets import FROMZERO, KERAS_BF16, KERAS_FLOAT32, PLAIN_BF16, SIDES
-from benchmarks.timing import Stopwatch
+from benchmarks.timing import Stopwatch, WorkerError
 from fromzero.networks import num_parameters
 from fromzero.recipe import load_recipe
 
@@ -90,10 +90,7 @@ def test_cold_starts_are_counted_in_epochs_of_keras():
     assert targets.cold_verdicts({"other": cold["quick"]}) == []
 
 
-def test_drift_and_unevenness():
-    assert figures.drift([1.0] * 10) == 1.0
-    assert figures.drift([1.0] * 5 + [2.0] * 5) == 2.0
-    assert figures.drift([1.0, 1.0, 9.0, 1.0, 1.0] * 5) == 1.0  # one slow step in five is no drift
+def test_unevenness():
     assert figures.unevenness({100: 1.0, 1000: 10.0}) == 1.0
     assert figures.unevenness({100: 1.0, 1000: 20.0}) == 2.0
 
@@ -141,9 +138,10 @@ RESULTS = {
         "linear": {"recipe": "train1", "seconds": {"100": [1.0, 1.1], "200": [2.0, 2.1]}},
         "start_seconds": [4.0, 5.0],
         "epochs": [
-            {"recipe": "train3", "drift": drift, "epoch_seconds": 100.0, "evaluation_seconds": s, "peak_bytes": 1.5e9}
-            for drift, s in ((1.01, 6.0), (1.0, 9.0), (1.2, 4.0))
+            {"recipe": "train3", "epoch_seconds": 100.0, "evaluation_seconds": seconds, "peak_bytes": 1.5e9}
+            for seconds in (6.0, 9.0, 4.0)
         ],
+        "late_by_early": [{"recipe": "train3", "ratios": [1.0, ratio, 1.4]} for ratio in (1.1, 1.2, 1.3)],
     },
     "precision": {
         "scale": "1,000 train images, 1 epochs", "date": "2026-01-02",
@@ -171,6 +169,11 @@ def test_the_page_shows_every_part_and_what_falls_short(tmp_path):
     assert "train3, fromzero ÷ Keras mixed_bfloat16: 2.50 ×, target at least 2: met" in text
     assert "0.150 epochs of Keras float32, train 3, target at most 0.1: FALLS SHORT" in text
     assert "6.00 (4.00–9.00) %, target at most 5: FALLS SHORT" in text
+    # A slow block in three is no growing cost; the rounds' medians are 1.1, 1.2 and 1.3.
+    assert (
+        "a step after an epoch ÷ one of a run just begun, in turn: 1.20 (1.10–1.30) ×, target at most 1.1: FALLS"
+        in text
+    )
     assert "peak memory on CIFAR-10: 1.50 GB, target at most 2: met" in text
     assert "| train3 | fromzero | 525 (500–550) |" in text
     assert "the processor has avx512_bf16" in text
@@ -184,3 +187,13 @@ def test_the_page_does_with_the_parts_there_are(tmp_path):
     results["lifetime"] = {"not_measured": "no CIFAR-10"}
     assert [path.name for path in page.write(results, tmp_path)] == ["benchmarks.md"]
     assert "not measured: no CIFAR-10" in (tmp_path / "benchmarks.md").read_text("utf-8")
+
+
+def test_a_run_that_trains_when_it_is_told_to(cifar10_dir):
+    with lifetime.pace(str(cifar10_dir), None) as seconds:
+        assert seconds(2) > seconds(0) >= 0
+
+
+def test_what_stops_such_a_run_is_said(tmp_path):
+    with lifetime.pace(str(tmp_path), None) as seconds, pytest.raises(WorkerError, match="cifar-10"):
+        seconds(1)
