@@ -421,16 +421,24 @@ void NAME(transform_turned_filters)(const float *weights, float *u, long c, long
 /* The gradient of the filters is a sum over tiles, in so many `parts` as shapes say, and in each of them over units. A part is cut by
    output channels into `shares`, so many that all threads have as much to do. Whoever has a share transforms the tiles that it needs
    itself, a chunk at a time: tiles that go from one core to another can take longer than all the rest (docs/log.md).
-   Sums are taken for a piece of at most OUT x WIDE channels at a time, over DEPTH units, so that they stay in a core's cache. */
+   Sums are taken for a piece of at most OUT x WIDE channels at a time, over DEPTH units, so that they stay in a core's cache.
+
+   Of many channels, sums of all positions are too much for it, and go through it once a chunk. With tiles, which multiply faster than
+   sums come and go, the chunk is then STAGED units, which all threads transform into memory that they share, past their caches, and
+   multiply position by position: those sums fit. */
 #define OUT (8 * GROUP)
 #define DEPTH 64
 #define PARTED (1 << 14) /* sums of a position, of all parts, at most */
 #define FITTING (83000 / POSITIONS) /* floats of a position in a chunk: with a piece's sums they leave room in a megabyte */
+#define STAGED 512
+#define STEPS 256                   /* units of a staged chunk whose products are summed in registers */
+#define MANY (1 << 14)              /* channel pairs from which on a chunk is staged */
 
 typedef struct {
     long down, across, tiles, units, parts, depth, chunk;  /* depth: units in a part; chunk: that are transformed at a time */
     long groups, pieces, shares, blocks;                   /* of output channels, each of GROUP, then of these; of input channels */
     long c_lanes, e_lanes, v_apart, e_apart, kept;         /* kept: pieces' sums outlast a chunk, each in a place of its own */
+    long staged;                                           /* floats of a chunk that all threads share; none: each has its own */
 } plan;
 
 static plan plan_of(long n, long h, long w, long c, long o, long pad, long threads) {
@@ -446,8 +454,18 @@ static plan plan_of(long n, long h, long w, long c, long o, long pad, long threa
     p.c_lanes = round_up(c, LANES), p.e_lanes = round_up((p.groups / p.shares + p.pieces / p.shares) * GROUP, LANES);
     long fitting = FITTING / (p.c_lanes + p.e_lanes), half = DEPTH / 2;
     p.chunk = min(p.depth, fitting < half / 2 ? DEPTH : fitting < half ? half : fitting / half * half);
+#ifdef TILES
+    p.staged = c * o >= MANY && p.units > 2 * DEPTH;
+#else
+    p.staged = 0;
+#endif
+    if (p.staged) {
+        long chunks = (p.units + STAGED - 1) / STAGED;
+        p.chunk = round_up((p.units + chunks - 1) / chunks, DEEP), p.e_lanes = round_up(o, LANES);
+    }
     p.v_apart = apart(p.chunk * p.c_lanes), p.e_apart = apart(p.chunk * p.e_lanes);
-    p.kept = p.parts > 1 || p.chunk < p.depth;
+    p.kept = p.parts > 1 || p.chunk < p.depth || p.staged;
+    if (p.staged) p.staged = POSITIONS * (p.v_apart + p.e_apart);
     return p;
 }
 
@@ -460,17 +478,35 @@ static inline long first_of(long piece, const plan *p) { return p->groups * piec
 /* Floats of its own that a thread needs in `filter_gradient`, and those that all share. */
 long NAME(filter_gradient_scratch)(long n, long h, long w, long c, long o, long pad, long threads) {
     plan p = plan_of(n, h, w, c, o, pad, threads);
-    return POSITIONS * (p.v_apart + p.e_apart) + SUMS;
+    return p.staged ? STEPS * p.e_lanes : POSITIONS * (p.v_apart + p.e_apart) + SUMS;
 }
 
 long NAME(filter_gradient_sums)(long n, long h, long w, long c, long o, long pad, long threads) {
     plan p = plan_of(n, h, w, c, o, pad, threads);
-    return p.kept ? p.parts * p.pieces * p.blocks * SUMS : 0;
+    return (p.kept ? p.parts * p.pieces * p.blocks * SUMS : 0) + p.staged;
 }
 
-/* Transform one unit of tiles, the input's and, of the channels from `out` on, `rows` of them, those of the output's gradient. */
-static void transform_unit(const element *x, const element *dy, const uint8_t *picked, float *v, float *e, long h, long w,
-                           long c, long o, long pad, const plan *p, long unit, long k, long out, long rows) {
+/* `store_units`, or past the caches what is too much for them; whole lines of memory are stored. */
+static inline __attribute__((always_inline)) void put_units(float *to, vector low, vector high, const int past) {
+#ifdef TILES
+    if (past) {
+        vector units;
+        store_units((float *)&units, low, high);
+        _mm512_stream_ps(to, (__m512)units);
+        return;
+    }
+#endif
+    (void)past;
+    store_units(to, low, high);
+}
+
+/* Transform one unit of tiles, the input's and, of the channels from `out` on, `rows` of them, those of the output's gradient. `past`:
+   as of `put_units`. */
+static inline __attribute__((always_inline)) void transform_unit(const element *x, const element *dy, const uint8_t *picked,
+                                                                 float *v, float *e, long h, long w, long c, long o, long pad,
+                                                                 const plan *p, long unit, long k, long out, long rows,
+                                                                 const int past) {
+    const long v_apart = p->v_apart, e_apart = p->e_apart; /* for all that compilers know, what is stored could change p */
     vector halves[PAIR][POSITIONS];
     place of_x[PAIR], of_dy[PAIR];
     for (int each = 0; each < PAIR; each++) {
@@ -492,7 +528,7 @@ static void transform_unit(const element *x, const element *dy, const uint8_t *p
             vector lines[PAIR][POINTS];
             for (int each = 0; each < PAIR; each++) input_transform(halves[each] + SEEN * i, 1, lines[each], 1);
             for (long j = 0; j < POINTS; j++)
-                store_units(to + (POINTS * i + j) * p->v_apart, lines[0][j], lines[PAIR - 1][j]);
+                put_units(to + (POINTS * i + j) * v_apart, lines[0][j], lines[PAIR - 1][j], past);
         }
     }
     for (long row = 0; row < rows; row += LANES) {
@@ -504,7 +540,7 @@ static void transform_unit(const element *x, const element *dy, const uint8_t *p
             vector lines[PAIR][POINTS];
             for (int each = 0; each < PAIR; each++) gradient_transform(halves[each] + MADE * i, 1, lines[each], 1);
             for (long j = 0; j < POINTS; j++)
-                store_units(to + (POINTS * i + j) * p->e_apart, lines[0][j], lines[PAIR - 1][j]);
+                put_units(to + (POINTS * i + j) * e_apart, lines[0][j], lines[PAIR - 1][j], past);
         }
     }
 }
@@ -528,6 +564,38 @@ static void finish_piece(const float *sums, float *gradient, long c, long o, lon
         }
 }
 
+#ifdef TILES
+/* The sums of all pieces from chunks that are staged behind them. To be called by all threads; turned: STEPS x e_lanes floats. */
+static void sum_staged(const element *x, const element *dy, const uint8_t *picked, float *kept, float *turned, long h, long w, long c,
+                       long o, long pad, const plan *p) {
+    float *v = kept + p->pieces * p->blocks * SUMS, *e = v + POSITIONS * p->v_apart;
+    for (long done = 0; done < p->units; done += p->chunk) {
+        long chunk = round_up(min(p->chunk, p->units - done), DEEP);
+#pragma omp for schedule(static) nowait
+        for (long k = 0; k < chunk; k++) transform_unit(x, dy, picked, v, e, h, w, c, o, pad, p, done + k, k, 0, o, 1);
+        _mm_sfence();
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (long position = 0; position < POSITIONS; position++)
+            for (long k = 0; k < chunk; k += STEPS) {
+                long depth = min(STEPS, chunk - k);
+                for (long unit = 0; unit < depth; unit += DEEP)
+                    for (long row = 0; row < p->e_lanes; row += LANES)
+                        turn(e + position * p->e_apart + (k + unit) * p->e_lanes + row, p->e_lanes, turned + unit * p->e_lanes + row,
+                             p->e_lanes);
+                for (long start = 0; start < p->c_lanes; start += WIDE)
+                    for (long piece = 0; piece < p->pieces; piece++) {
+                        long wide = min(WIDE, p->c_lanes - start), row = first_of(piece, p);
+                        const float *units = v + position * p->v_apart + start * p->chunk + k * wide;
+                        float *sums = kept + (piece * p->blocks + start / WIDE) * SUMS + position * apart(OUT * WIDE);
+                        products(first_of(piece + 1, p) - row, wide / LANES, turned + row, 1, p->e_lanes, units, wide, depth, sums, wide,
+                                 done + k > 0, piece > 0 ? units : units + p->chunk * wide);
+                    }
+            }
+    }
+}
+#endif
+
 /* gradient (O, 3, 3, C) of the filters from that of the output, dy (N, H', W', O), or, where `picked` is not NULL, from that of
    the pooled output; `threshold`: of the dropout behind it, or zero. kept, own: floats as the functions above say, `each` of the latter
    for every thread.
@@ -540,15 +608,18 @@ void NAME(filter_gradient)(const element *x, const element *dy, const uint8_t *p
     {
         float *v = own + omp_get_thread_num() * each, *e = v + POSITIONS * p.v_apart;
         tile_shapes former = begin_products();
+#ifdef TILES
+        if (p.staged) sum_staged(x, dy, picked, kept, v, h, w, c, o, pad, &p);
+#endif
 #pragma omp for schedule(static)
-        for (long job = 0; job < p.parts * p.shares; job++) {
+        for (long job = 0; job < (p.staged ? 0 : p.parts * p.shares); job++) {
             long part = job / p.shares, share = job % p.shares, first = part * p.depth, depth = min(p.depth, p.units - first);
             long from = p.pieces * share / p.shares, to = p.pieces * (share + 1) / p.shares;
             long out = first_of(from, &p), width = min(first_of(to, &p), o) - out;
             for (long done = 0; done < depth; done += p.chunk) {
                 long chunk = round_up(min(p.chunk, depth - done), DEEP);
                 for (long k = 0; k < chunk; k++)
-                    transform_unit(x, dy, picked, v, e, h, w, c, o, pad, &p, first + done + k, k, out, width);
+                    transform_unit(x, dy, picked, v, e, h, w, c, o, pad, &p, first + done + k, k, out, width, 0);
 #ifdef TILES
                 for (long position = 0; position < POSITIONS; position++)
                     for (long k = 0; k < chunk; k += DEEP)
@@ -573,7 +644,7 @@ void NAME(filter_gradient)(const element *x, const element *dy, const uint8_t *p
             }
         }
         end_products(former);
-        if (p.parts > 1) {
+        if (p.parts > 1 || p.staged) {
 #pragma omp for schedule(static)
             for (long task = 0; task < p.pieces * p.blocks; task++)
                 finish_piece(kept + task * SUMS, gradient, c, o, task / p.blocks, task % p.blocks * WIDE, scale, &p);
