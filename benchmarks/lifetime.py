@@ -14,10 +14,8 @@ from benchmarks.timing import ENVIRONMENT, ROOT, WorkerError, main_of_worker
 RECIPE = "train3"
 RESULT = re.compile(r"\btest 0\.\d+ in ")  # the line that says how a run has ended
 LINEAR_RECIPE, LINEAR_IMAGES, LINEAR_REPEATS = "train1", (3_200, 6_400, 12_800), 3
-LATE_STEPS, WARM_UP_STEPS = (
-    391,
-    20,
-)  # how old two runs are whose steps are compared: an epoch of CIFAR-10, and hardly begun
+# How old two runs are whose steps are compared: past an epoch of CIFAR-10, with what comes at its end, and hardly begun.
+LATE_STEPS, WARM_UP_STEPS = 411, 20
 BLOCKS, BLOCK_STEPS = 10, 10
 
 
@@ -63,7 +61,8 @@ def late_by_early(data_dir, threads):
     with pace(data_dir, threads) as late, pace(data_dir, threads) as early:
         late(LATE_STEPS)
         early(WARM_UP_STEPS)
-        return {"recipe": RECIPE, "ratios": [late(BLOCK_STEPS) / early(BLOCK_STEPS) for _ in range(BLOCKS)]}
+        ratios = [late(BLOCK_STEPS) / early(BLOCK_STEPS) for _ in range(BLOCKS)]
+    return {"recipe": RECIPE, "block_steps": BLOCK_STEPS, "ratios": ratios}
 
 
 @contextmanager
@@ -82,12 +81,14 @@ def pace(data_dir, threads):
                 process.stdin.flush()
                 return float(process.stdout.readline())
             except (OSError, ValueError) as error:
-                process.wait()
+                process.kill()
+                status = process.wait()
                 said.seek(0)
-                raise WorkerError(f"on_demand: {said.read().strip()[-2000:]}") from error
+                raise WorkerError(f"on_demand ({status}): {said.read().strip()[-2000:]}") from error
 
         try:
             yield seconds
+            process.communicate(timeout=60)  # no more lines: it removes its run and ends
         finally:
             process.kill()
             process.communicate()
@@ -96,7 +97,9 @@ def pace(data_dir, threads):
 def on_demand(data_dir, threads):
     """So many training steps as each line of the standard input says; prints the seconds that they take."""
     with tempfile.TemporaryDirectory() as folder:
-        training = cifar10_training(folder, data_dir, threads, epochs=10)
+        training = cifar10_training(
+            folder, data_dir, threads, epochs=10, checkpoint_minutes=10_000
+        )  # none between steps
         steps = (progress for progress in training if progress.row is None)
         for line in sys.stdin:
             began = time.perf_counter()
@@ -124,13 +127,14 @@ def linear(threads):
     return {"recipe": LINEAR_RECIPE, "seconds": seconds}
 
 
-def cifar10_training(folder, data_dir, threads, epochs=1):
+def cifar10_training(folder, data_dir, threads, epochs=1, **options):
     """So many epochs on all train images, validated on the 10,000 test images, about to begin."""
     from fromzero import load_images, load_recipe, new_training
 
     changes = {"epochs": epochs, "clean_train_images": 10, "validation.source": "test"}
     images = load_images("cifar10", data_dir=data_dir)
-    return new_training(load_recipe(RECIPE).override(changes), images, runs_dir=folder, device="cpu", threads=threads)
+    recipe = load_recipe(RECIPE).override(changes)
+    return new_training(recipe, images, runs_dir=folder, device="cpu", threads=threads, **options)
 
 
 def seconds_of(ends):

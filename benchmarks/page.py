@@ -284,11 +284,11 @@ def lifetime_section(results):
             f" {max(epoch['peak_bytes'] for epoch in epochs) / 1e9:.2f} GB.",
         ]
     if late := found.get("late_by_early"):
-        blocks = Spread.of([ratio for round_ in late for ratio in round_["ratios"]])
+        pairs = [ratio for round_ in late for ratio in round_["ratios"]]
         lines.append(
-            f"- Steps of {late[0]['recipe']} after an epoch and steps of a run just begun, in turn, in blocks of"
-            f" {lifetime.BLOCK_STEPS}: the former take {blocks.text('.2f')} times as long ({len(late)} pairs of runs,"
-            f" {sum(len(round_['ratios']) for round_ in late)} pairs of blocks)."
+            f"- Steps of {late[0]['recipe']} after an epoch and steps of a run just begun, in turn, {late[0]['block_steps']} at"
+            f" a time: the former take {Spread.of(pairs).text('.2f')} times as long ({len(pairs)} pairs, of {len(late)} pairs"
+            " of runs; the verdict is on the median of each pair of runs)."
         )
     if reason := found.get("not_measured"):
         lines.append(f"- What needs CIFAR-10 was not measured: {reason}")

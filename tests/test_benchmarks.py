@@ -141,7 +141,9 @@ RESULTS = {
             {"recipe": "train3", "epoch_seconds": 100.0, "evaluation_seconds": seconds, "peak_bytes": 1.5e9}
             for seconds in (6.0, 9.0, 4.0)
         ],
-        "late_by_early": [{"recipe": "train3", "ratios": [1.0, ratio, 1.4]} for ratio in (1.1, 1.2, 1.3)],
+        "late_by_early": [
+            {"recipe": "train3", "block_steps": 10, "ratios": [1.0, ratio, 1.4]} for ratio in (1.1, 1.2, 1.3)
+        ],
     },
     "precision": {
         "scale": "1,000 train images, 1 epochs", "date": "2026-01-02",

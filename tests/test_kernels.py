@@ -20,7 +20,7 @@ SHAPES = [
     (130, 4, 4, 70, 50, 1),
     (70, 2, 2, 40, 70, 1),  # the tiles of maps of 2×2
     (20, 30, 33, 16, 20, 1),  # the gradient of the filters in parts, and in chunks
-    (20, 31, 32, 137, 130, 1),  # in chunks that are staged, where there are tiles
+    (19, 33, 33, 137, 130, 1),  # in chunks that are staged, where there are tiles; the last unit is half empty
 ]
 # The same of few channels; strips of eight rows cut off.
 FEW = [(3, 19, 12, 3, 32, 1), (2, 9, 7, 1, 70, 0), (4, 5, 6, 4, 16, 0), (70, 10, 9, 2, 17, 1), (1, 3, 40, 3, 130, 1)]
@@ -98,7 +98,7 @@ def test_threads_do_not_change_the_bits(made):
     # The gradient of filters: of one part in several chunks, of several, of several blocks and pieces, of 2×2, staged.
     maps = [(torch.randn(shape).to(made.element), o) for shape, o in (((7, 11, 10, 48), 80), ((40, 20, 20, 64), 128))]
     maps += [(torch.randn(shape).to(made.element), o) for shape, o in (((20, 32, 32, 16), 20), ((50, 2, 2, 130), 150))]
-    maps += [(torch.randn(20, 30, 30, 130).to(made.element), 140)]
+    maps += [(torch.randn(19, 33, 33, 130).to(made.element), 140)]
     gradients = [torch.randn(*images.shape[:3], outputs).to(made.element) for images, outputs in maps]
     found = []
     for threads in (1, 2, 3, 5, 2):

@@ -425,14 +425,17 @@ void NAME(transform_turned_filters)(const float *weights, float *u, long c, long
 
    Of many channels, sums of all positions are too much for it, and go through it once a chunk. With tiles, which multiply faster than
    sums come and go, the chunk is then STAGED units, which all threads transform into memory that they share, past their caches, and
-   multiply position by position: those sums fit. */
+   multiply position by position: those sums fit. (Measured on two threads; more than there are positions have nothing to multiply.) */
 #define OUT (8 * GROUP)
 #define DEPTH 64
 #define PARTED (1 << 14) /* sums of a position, of all parts, at most */
 #define FITTING (83000 / POSITIONS) /* floats of a position in a chunk: with a piece's sums they leave room in a megabyte */
+#if defined(TILES) && !defined(SMALL)
 #define STAGED 512
-#define STEPS 256                   /* units of a staged chunk whose products are summed in registers */
+#define ROOM (1 << 19)              /* floats of a position in a staged chunk, at most */
+#define STEPS 256                   /* units of it whose products are summed in registers */
 #define MANY (1 << 14)              /* channel pairs from which on a chunk is staged */
+#endif
 
 typedef struct {
     long down, across, tiles, units, parts, depth, chunk;  /* depth: units in a part; chunk: that are transformed at a time */
@@ -454,18 +457,17 @@ static plan plan_of(long n, long h, long w, long c, long o, long pad, long threa
     p.c_lanes = round_up(c, LANES), p.e_lanes = round_up((p.groups / p.shares + p.pieces / p.shares) * GROUP, LANES);
     long fitting = FITTING / (p.c_lanes + p.e_lanes), half = DEPTH / 2;
     p.chunk = min(p.depth, fitting < half / 2 ? DEPTH : fitting < half ? half : fitting / half * half);
-#ifdef TILES
-    p.staged = c * o >= MANY && p.units > 2 * DEPTH;
-#else
     p.staged = 0;
-#endif
-    if (p.staged) {
-        long chunks = (p.units + STAGED - 1) / STAGED;
-        p.chunk = round_up((p.units + chunks - 1) / chunks, DEEP), p.e_lanes = round_up(o, LANES);
+#ifdef STAGED
+    if (c * o >= MANY && p.units > 2 * DEPTH) {
+        p.shares = 1, p.pieces = (o + OUT - 1) / OUT, p.e_lanes = round_up(o, LANES);
+        long most = min(STAGED, ROOM / (p.c_lanes + p.e_lanes) + 1), chunks = (p.units + most - 1) / most;
+        p.chunk = round_up((p.units + chunks - 1) / chunks, DEEP);
+        p.staged = POSITIONS * (apart(p.chunk * p.c_lanes) + apart(p.chunk * p.e_lanes));
     }
+#endif
     p.v_apart = apart(p.chunk * p.c_lanes), p.e_apart = apart(p.chunk * p.e_lanes);
     p.kept = p.parts > 1 || p.chunk < p.depth || p.staged;
-    if (p.staged) p.staged = POSITIONS * (p.v_apart + p.e_apart);
     return p;
 }
 
@@ -478,7 +480,10 @@ static inline long first_of(long piece, const plan *p) { return p->groups * piec
 /* Floats of its own that a thread needs in `filter_gradient`, and those that all share. */
 long NAME(filter_gradient_scratch)(long n, long h, long w, long c, long o, long pad, long threads) {
     plan p = plan_of(n, h, w, c, o, pad, threads);
-    return p.staged ? STEPS * p.e_lanes : POSITIONS * (p.v_apart + p.e_apart) + SUMS;
+#ifdef STAGED
+    if (p.staged) return STEPS * p.e_lanes;
+#endif
+    return POSITIONS * (p.v_apart + p.e_apart) + SUMS;
 }
 
 long NAME(filter_gradient_sums)(long n, long h, long w, long c, long o, long pad, long threads) {
@@ -486,9 +491,9 @@ long NAME(filter_gradient_sums)(long n, long h, long w, long c, long o, long pad
     return (p.kept ? p.parts * p.pieces * p.blocks * SUMS : 0) + p.staged;
 }
 
-/* `store_units`, or past the caches what is too much for them; whole lines of memory are stored. */
+/* `store_units`, or, where a whole line of memory is stored, past the caches: what is too much for them. */
 static inline __attribute__((always_inline)) void put_units(float *to, vector low, vector high, const int past) {
-#ifdef TILES
+#ifdef STAGED
     if (past) {
         vector units;
         store_units((float *)&units, low, high);
@@ -564,7 +569,7 @@ static void finish_piece(const float *sums, float *gradient, long c, long o, lon
         }
 }
 
-#ifdef TILES
+#ifdef STAGED
 /* The sums of all pieces from chunks that are staged behind them. To be called by all threads; turned: STEPS x e_lanes floats. */
 static void sum_staged(const element *x, const element *dy, const uint8_t *picked, float *kept, float *turned, long h, long w, long c,
                        long o, long pad, const plan *p) {
@@ -598,7 +603,7 @@ static void sum_staged(const element *x, const element *dy, const uint8_t *picke
 
 /* gradient (O, 3, 3, C) of the filters from that of the output, dy (N, H', W', O), or, where `picked` is not NULL, from that of
    the pooled output; `threshold`: of the dropout behind it, or zero. kept, own: floats as the functions above say, `each` of the latter
-   for every thread.
+   for every thread, all at multiples of 64 bytes.
    G^T [ sum over tiles of (A dy A^T) (B^T d B) ] G. */
 void NAME(filter_gradient)(const element *x, const element *dy, const uint8_t *picked, float *gradient, float *kept, float *own,
                      long each, long n, long h, long w, long c, long o, long pad, long threshold, long threads) {
@@ -608,7 +613,7 @@ void NAME(filter_gradient)(const element *x, const element *dy, const uint8_t *p
     {
         float *v = own + omp_get_thread_num() * each, *e = v + POSITIONS * p.v_apart;
         tile_shapes former = begin_products();
-#ifdef TILES
+#ifdef STAGED
         if (p.staged) sum_staged(x, dy, picked, kept, v, h, w, c, o, pad, &p);
 #endif
 #pragma omp for schedule(static)
