@@ -14,7 +14,7 @@ from benchmarks.timing import ENVIRONMENT, ROOT, WorkerError, main_of_worker
 RECIPE = "train3"
 RESULT = re.compile(r"\btest 0\.\d+ in ")  # the line that says how a run has ended
 LINEAR_RECIPE, LINEAR_IMAGES, LINEAR_REPEATS = "train1", (3_200, 6_400, 12_800), 3
-# How old two runs are whose steps are compared: past an epoch of CIFAR-10, with what comes at its end, and hardly begun.
+# How old two runs are whose steps are compared: past an epoch of CIFAR-10 and what comes at its end, and hardly begun.
 LATE_STEPS, WARM_UP_STEPS = 411, 20
 BLOCKS, BLOCK_STEPS = 10, 10
 

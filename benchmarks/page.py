@@ -1,6 +1,6 @@
 """docs/benchmarks.md and its picture, from the results of a run."""
 
-from benchmarks import figures, lifetime, targets
+from benchmarks import figures, targets
 from benchmarks.figures import FALLS_SHORT, Paired, Spread
 from benchmarks.targets import FROMZERO, KERAS_BF16, KERAS_FLOAT32, PLAIN_BF16, PLAIN_FLOAT32, SIDES
 
@@ -286,9 +286,9 @@ def lifetime_section(results):
     if late := found.get("late_by_early"):
         pairs = [ratio for round_ in late for ratio in round_["ratios"]]
         lines.append(
-            f"- Steps of {late[0]['recipe']} after an epoch and steps of a run just begun, in turn, {late[0]['block_steps']} at"
-            f" a time: the former take {Spread.of(pairs).text('.2f')} times as long ({len(pairs)} pairs, of {len(late)} pairs"
-            " of runs; the verdict is on the median of each pair of runs)."
+            f"- Steps of {late[0]['recipe']} after an epoch and steps of a run just begun, in turn,"
+            f" {late[0]['block_steps']} at a time: the former take {Spread.of(pairs).text('.2f')} times as long"
+            f" ({len(pairs)} pairs, of {len(late)} pairs of runs; the verdict is on the median of each pair of runs)."
         )
     if reason := found.get("not_measured"):
         lines.append(f"- What needs CIFAR-10 was not measured: {reason}")
