@@ -175,7 +175,7 @@ def ceiling_section(results):
         "",
         *room_lines(results),
         f"bfloat16 computes {gain.text('.1f')} times as fast as float32 here ({feature_note(results['about'])}). That"
-        " decides the ratios to float32: with AMX (`amx_bf16`) the processor multiplies bfloat16 five to eight times as"
+        " decides the ratios to float32: with AMX (`amx_bf16`) the processor multiplies bfloat16 several times as"
         " fast as float32, with `avx512_bf16` alone about twice, and without either fromzero computes in float32."
         " Figures from processors that differ in this cannot be compared.",
     ]
@@ -280,7 +280,7 @@ def lifetime_section(results):
         of = {key: Spread.of([epoch[key] for epoch in epochs]) for key in epochs[0] if key != "recipe"}
         lines += [
             f"- An epoch of {epochs[0]['recipe']} on CIFAR-10: {of['epoch_seconds'].text('.1f')} s of steps; evaluating"
-            f" 10,000 images {of['evaluation_seconds'].text('.2f')} s; peak memory of the process"
+            f" 10,000 images {of['evaluation_seconds'].text('.2f')} s; peak memory of the process at most"
             f" {max(epoch['peak_bytes'] for epoch in epochs) / 1e9:.2f} GB.",
         ]
     if late := found.get("late_by_early"):
