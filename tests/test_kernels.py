@@ -233,18 +233,22 @@ def test_dropout_keeps_what_it_keeps_without_kernels(made, shape):
         torch.testing.assert_close(ours, plain)
 
 
-def test_the_activations_are_those_of_pytorch():
-    """GELU by a formula of our own: everywhere, and its slope."""
-    here = machine.prepare("float32", device="cpu", threads=1)
-    if here.kernels == kernels.NONE:
-        pytest.skip("no kernels on this machine")
-    made, zero, one = kernels._loaded[torch.float32], torch.zeros(1), torch.ones(1)
+def test_the_activations_and_their_slopes_are_those_of_pytorch(made):
+    """GELU by a formula of our own, or by a table of it: everywhere."""
+    near, rounded = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (2e-5, 2**-8)}[made.element]
     x = torch.cat([torch.linspace(-20, 20, 100_001), torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30])])
+    x = x.to(made.element)
+    zero, one, leaf = torch.zeros(len(x)), torch.ones(len(x)), x.double().requires_grad_()
     for name, function in (("relu", F.relu), ("gelu", F.gelu), ("", lambda z: z)):
-        ours = made.normalise(x[:, None], zero, one, zero, name)[:, 0]
-        assert ((ours - function(x)).abs() <= 2e-6 * x.abs().clamp(min=1)).all()
-    assert made.normalise(torch.full((1, 1), torch.nan), zero, one, zero, "gelu").isnan().all()
-    assert made.normalise(torch.full((1, 1), torch.nan), zero, one, zero, "relu").isnan().all()
+        expected = function(leaf)
+        ours = made.normalise(x[None], zero, one, zero, name)[0]
+        assert ((ours - expected).abs() <= near + rounded * expected.abs()).all()
+        (slopes,) = torch.autograd.grad(expected.sum(), leaf)
+        _, ours = made.normalise_gradient(x[None], torch.ones_like(x)[None], zero, one, zero, name)  # that of one row
+        assert ((ours - slopes).abs() <= 2.5 * near).all()
+    for name in kernels.ACTIVATIONS:
+        nan = torch.full((1, 1), torch.nan, dtype=made.element)
+        assert made.normalise(nan, zero[:1], one[:1], zero[:1], name).isnan().all()
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -490,6 +494,17 @@ def test_normalised_pixels_have_the_same_bits_with_kernels_and_without(made, cha
     theirs = kernels.normalise_pixels(pixels, shift, scale)
     assert torch.equal(ours, theirs)
     assert torch.equal(ours, (pixels.float() - shift) * scale)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 7, 9, 3), (2000, 33, 5, 4), (3, 2, 300, 37)])
+def test_sums_of_bytes_are_exact(made, shape):
+    for pixels in (torch.randint(0, 256, shape, dtype=torch.uint8), torch.full(shape, 255, dtype=torch.uint8)):
+        whole = pixels.long().flatten(0, 2)
+        expected = torch.stack([whole.sum(0), whole.square().sum(0)])
+        kernels.use(kernels.find(made.element), made.element)
+        assert torch.equal(kernels.byte_sums(pixels), expected)
+        kernels.use(kernels.NONE, made.element)
+        assert torch.equal(kernels.byte_sums(pixels), expected)
 
 
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)

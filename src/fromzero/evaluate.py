@@ -39,17 +39,12 @@ class Normalise(NamedTuple):
         if recipe.normalise == "unit":
             shift, scale = torch.zeros(channels), torch.full((channels,), 1 / 255)
         else:
-            # Sums in integers are exact, so the result does not depend on threads.
-            sums, squares = torch.zeros(2, channels, dtype=torch.int64, device=train_pixels.device)
-            for part in train_pixels.split(BATCH):
-                rows = part.flatten(2).flatten(0, 1).int()  # (N·H, W·C): a vector is as long as a row, not as a pixel
-                sums += rows.sum(0).view(-1, channels).sum(0)
-                squares += (rows * rows).sum(0).view(-1, channels).sum(0)
+            sums, squares = kernels.byte_sums(train_pixels).tolist()
             count = train_pixels.numel() // channels
-            means = [total / count for total in sums.tolist()]
+            means = [total / count for total in sums]
             variances = [
                 (count * square - total * total) / count**2
-                for total, square in zip(sums.tolist(), squares.tolist(), strict=True)
+                for total, square in zip(sums, squares, strict=True)
             ]
             shift = torch.tensor(means)
             scale = torch.tensor(variances, dtype=torch.float64).sqrt().clamp(min=1e-6).reciprocal().float()

@@ -131,13 +131,17 @@ def whiten(model: Network, images: Tensor) -> None:
     layer = getattr(model, "whitening", None)
     if layer is None:
         return
-    side, inputs = layer.kernel_size[0], layer.weight[0].numel()
-    covariance, count = torch.zeros(inputs, inputs, dtype=torch.float64), 0
+    side, channels = layer.kernel_size[0], layer.in_channels
+    height, width = (size - side + 1 for size in images.shape[2:])
+    covariance, count = torch.zeros(layer.weight[0].numel(), layer.weight[0].numel(), dtype=torch.float64), 0
     for part in images.split(50):  # whose patches stay in the cache
-        patches = part.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
-        patches = patches.cpu().double()
+        pixels = part.cpu().permute(0, 2, 3, 1).double()
+        seen = [pixels[:, y : y + height, x : x + width] for y in range(side) for x in range(side)]
+        patches = torch.cat(seen, dim=3).flatten(0, 2)  # their pixels side by side, as memory has them
         covariance += patches.T @ patches
         count += len(patches)
+    order = torch.arange(len(covariance)).view(side, side, channels).permute(2, 0, 1).flatten()  # as the filters have them
+    covariance = covariance[order][:, order]
     values, vectors = torch.linalg.eigh(covariance / count)
     filters = (vectors / (values + 5e-4).sqrt()).T.flip(0)[: len(layer.weight) // 2]
     # An eigenvector is one only up to its sign: make the largest entry positive.

@@ -60,6 +60,7 @@ class Kernels:
             ("normalise_gradient", 8, 4, None),
             ("descend", 5, 3, None),
             ("gather", 5, 7, None),
+            ("byte_sums", 3, 4, None),
             ("normalise_pixels", 4, 3, None),
             ("convolve_pixels", 4, 9, None),
             ("count_beyond", 3, 2, ctypes.c_long),
@@ -229,6 +230,15 @@ class Kernels:
         sizes = (len(y), *x.shape[1:], *y.shape[1:3], torch.get_num_threads())
         self._call.gather(*map(_pointer, (x, y, indices, rows, columns)), *sizes)
         return y
+
+    def byte_sums(self, x: Tensor) -> Tensor:
+        """int64 (2, C): the sums over all but the last dimension of x, uint8 (N, H, W, C), and those of its squares."""
+        images, height, width, channels = x.shape
+        sums = torch.empty((2, channels), dtype=torch.int64, device="cpu")
+        parts = torch.empty(self._call.sums_scratch(width * channels), dtype=torch.int64, device="cpu")
+        sizes = (images * height, width, channels, torch.get_num_threads())
+        self._call.byte_sums(*map(_pointer, (x, sums, parts)), *sizes)
+        return sums
 
     def convolve_pixels(self, x: Tensor, filters: Tensor, activation: str) -> Tensor:
         """activation(x convolved without padding), x float32 (N, H, W, C), filters float32 (side, side, C, O)."""
