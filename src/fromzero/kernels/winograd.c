@@ -270,7 +270,7 @@ void NAME(convolve)(const element *x, const uint8_t *x_picked, const float *u, c
         float *v = own + omp_get_thread_num() * each, *m = v + POSITIONS * v_apart;
         tile_shapes former = begin_products();
         if (c_units * PAIR > round_up(c, LANES)) memset(v, 0, POSITIONS * v_apart * sizeof(float)); /* a step's last channels */
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, FEW_OF(d.blocks))
         for (long block = 0; block < d.blocks; block++) {
             long start = start_of(block, d), count = min(start_of(block + 1, d), tiles) - start;
             for (long t = 0; t < count; t++) {
@@ -616,7 +616,7 @@ void NAME(filter_gradient)(const element *x, const element *dy, const uint8_t *p
 #ifdef STAGED
         if (p.staged) sum_staged(x, dy, picked, kept, v, h, w, c, o, pad, &p);
 #endif
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
         for (long job = 0; job < (p.staged ? 0 : p.parts * p.shares); job++) {
             long part = job / p.shares, share = job % p.shares, first = part * p.depth, depth = min(p.depth, p.units - first);
             long from = p.pieces * share / p.shares, to = p.pieces * (share + 1) / p.shares;
