@@ -235,7 +235,7 @@ def test_dropout_keeps_what_it_keeps_without_kernels(made, shape):
 
 def test_the_activations_and_their_slopes_are_those_of_pytorch(made):
     """GELU by a formula of our own, or by a table of it: everywhere."""
-    near, rounded = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (2e-5, 2**-8)}[made.element]
+    near, rounded = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (2.5e-5, 2**-8)}[made.element]
     x = torch.cat([torch.linspace(-20, 20, 100_001), torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30])])
     x = x.to(made.element)
     zero, one, leaf = torch.zeros(len(x)), torch.ones(len(x)), x.double().requires_grad_()
@@ -245,10 +245,12 @@ def test_the_activations_and_their_slopes_are_those_of_pytorch(made):
         assert ((ours - expected).abs() <= near + rounded * expected.abs()).all()
         (slopes,) = torch.autograd.grad(expected.sum(), leaf)
         _, ours = made.normalise_gradient(x[None], torch.ones_like(x)[None], zero, one, zero, name)  # that of one row
-        assert ((ours - slopes).abs() <= 2.5 * near).all()
+        assert ((ours - slopes).abs() <= 2 * near).all()
     for name in kernels.ACTIVATIONS:
         nan = torch.full((1, 1), torch.nan, dtype=made.element)
         assert made.normalise(nan, zero[:1], one[:1], zero[:1], name).isnan().all()
+    _, ours = made.normalise_gradient(x[None, :1], x[None, :1], zero[:1], one[:1], one[:1] * torch.nan, "gelu")
+    assert ours.isnan().all()
 
 
 @pytest.mark.parametrize("relu", [False, True])

@@ -43,8 +43,7 @@ class Normalise(NamedTuple):
             count = train_pixels.numel() // channels
             means = [total / count for total in sums]
             variances = [
-                (count * square - total * total) / count**2
-                for total, square in zip(sums, squares, strict=True)
+                (count * square - total * total) / count**2 for total, square in zip(sums, squares, strict=True)
             ]
             shift = torch.tensor(means)
             scale = torch.tensor(variances, dtype=torch.float64).sqrt().clamp(min=1e-6).reciprocal().float()

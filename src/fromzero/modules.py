@@ -140,7 +140,8 @@ def whiten(model: Network, images: Tensor) -> None:
         patches = torch.cat(seen, dim=3).flatten(0, 2)  # their pixels side by side, as memory has them
         covariance += patches.T @ patches
         count += len(patches)
-    order = torch.arange(len(covariance)).view(side, side, channels).permute(2, 0, 1).flatten()  # as the filters have them
+    # The filters have a channel's pixels side by side.
+    order = torch.arange(len(covariance)).view(side, side, channels).permute(2, 0, 1).flatten()
     covariance = covariance[order][:, order]
     values, vectors = torch.linalg.eigh(covariance / count)
     filters = (vectors / (values + 5e-4).sqrt()).T.flip(0)[: len(layer.weight) // 2]

@@ -71,7 +71,7 @@ void convolve_directly(const element *x, const float *filters, const float *bias
         element *line = (element *)(windows + p.pixels * p.depth + 3 * MOST);
         tile_shapes former = begin_products();
         if (DEEP > 1) memset(windows, 0, p.pixels * p.depth * sizeof(float)); /* they end with zeros, up to a whole step */
-#pragma omp for schedule(dynamic, FEW_OF(n * p.strips))
+#pragma omp for schedule(dynamic, FEW_OF(n * p.strips, threads))
         for (long strip = 0; strip < n * p.strips; strip++) {
             long image = strip / p.strips, first = strip % p.strips * STRIP, rows = min(STRIP, p.height - first);
             load_strip(x + image * h * w * c, first, h, w, c, pad, &p, line);

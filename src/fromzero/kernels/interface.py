@@ -235,7 +235,7 @@ class Kernels:
         """int64 (2, C): the sums over all but the last dimension of x, uint8 (N, H, W, C), and those of its squares."""
         images, height, width, channels = x.shape
         sums = torch.empty((2, channels), dtype=torch.int64, device="cpu")
-        parts = torch.empty(self._call.sums_scratch(width * channels), dtype=torch.int64, device="cpu")
+        parts = torch.empty(self._call.sums_scratch(channels), dtype=torch.int64, device="cpu")
         sizes = (images * height, width, channels, torch.get_num_threads())
         self._call.byte_sums(*map(_pointer, (x, sums, parts)), *sizes)
         return sums

@@ -220,7 +220,7 @@ static inline vector normal(vector z, vector *density) {
 
 enum { LINEAR, RELU, GELU };
 
-/* The two halves of GELU and of its slope that are the same for z and -z, but for a sign. */
+/* What is the same for z and -z, but for a sign, in GELU and in its slope: beside a ReLU, and above 1/2. */
 static inline vector gelu_beside_relu(vector far) {
     vector density;
     return far * normal(-far, &density);
@@ -231,12 +231,15 @@ static inline vector gelu_slope_above_half(vector far) {
     return below - 0.5f + far * density;
 }
 
-/* A function of what is at least zero: for bfloat16 as a table of parabolas, each through three of its points, off by less
-   than 5e-5: rounding to bfloat16 costs up to 2e-3 near one. Behind the last it stays as it ends. */
 #ifdef BFLOAT16
+/* A function of what is at least zero, as parabolas side by side up to LAST, each through three of its points: off by less than
+   5e-5, where rounding to bfloat16 costs 2e-3 below one. Behind LAST it stays as it ends: 1.4e-6 for the first of those above,
+   1/2 + 7e-6 for the second. */
 #define PIECES (2 * LANES)
 #define LAST 5.0f
-typedef struct { vector terms[3][2]; } curve; /* of a PIECES / LAST: constant, linear, quadratic */
+typedef struct {
+    vector terms[3][2]; /* constant, linear and quadratic in far * PIECES / LAST: two vectors hold those of all pieces */
+} curve;
 
 static inline curve tabulated(vector function(vector)) {
     curve table;
@@ -253,35 +256,48 @@ static inline curve tabulated(vector function(vector)) {
     return table;
 }
 
-static inline vector looked_up(const curve *table, vector function(vector), vector far) {
-    (void)function;
-    __m512 place = _mm512_min_ps((__m512)far * (PIECES / LAST), _mm512_set1_ps(PIECES - 1e-5f));
+static inline vector looked_up(const curve *table, vector z) {
+    vector far = (vector)((whole)z & 0x7FFFFFFF);
+    /* In this order: of a NaN and a number the second is taken, so a NaN stays. */
+    __m512 place = _mm512_min_ps(_mm512_set1_ps(PIECES - 1e-5f), (__m512)far * (PIECES / LAST));
     __m512i piece = _mm512_cvttps_epi32(place);
     __m512 terms[3];
     for (int i = 0; i < 3; i++)
         terms[i] = _mm512_permutex2var_ps((__m512)table->terms[i][0], piece, (__m512)table->terms[i][1]);
     return (vector)(terms[0] + place * (terms[1] + place * terms[2]));
 }
-#else
-typedef int curve;
-static inline curve tabulated(vector function(vector)) { return function != 0; }
-static inline vector looked_up(const curve *table, vector function(vector), vector far) { return (void)table, function(far); }
-#endif
 
-/* The activation of z. GELU: that of `table`, tabulated(gelu_beside_relu). */
-static inline vector activated(vector z, long activation, const curve *table) {
-    vector above = choose((whole)(z < 0), (vector){0}, z);
-    if (activation == GELU) return above - looked_up(table, gelu_beside_relu, (vector)((whole)z & 0x7FFFFFFF));
-    return activation == RELU ? above : z;
+static inline vector gelu(vector z, const curve *beside_relu) {
+    return choose((whole)(z < 0), (vector){0}, z) - looked_up(beside_relu, z);
 }
 
-/* Its slope at z. GELU: by the table of gelu_slope_above_half. */
+static inline vector gelu_slope(vector z, const curve *above_half) {
+    return 0.5f + (vector)((whole)looked_up(above_half, z) ^ ((whole)z & INT32_MIN));
+}
+#else
+typedef int curve; /* none */
+static inline curve tabulated(vector function(vector)) { return (void)function, 0; }
+
+static inline vector gelu(vector z, const curve *none) {
+    vector density;
+    return (void)none, z * normal(z, &density);
+}
+
+static inline vector gelu_slope(vector z, const curve *none) {
+    vector density, below = normal(z, &density);
+    return (void)none, below + z * density;
+}
+#endif
+
+/* `table`: for GELU that of gelu_beside_relu. */
+static inline vector activated(vector z, long activation, const curve *table) {
+    if (activation == GELU) return gelu(z, table);
+    return activation == RELU ? choose((whole)(z < 0), (vector){0}, z) : z;
+}
+
+/* `table`: for GELU that of gelu_slope_above_half. */
 static inline vector slope(vector z, long activation, const curve *table) {
-    if (activation == GELU) {
-        whole sign = (whole)z & INT32_MIN;
-        vector away = looked_up(table, gelu_slope_above_half, (vector)((whole)z & 0x7FFFFFFF));
-        return 0.5f + (vector)((whole)away ^ sign);
-    }
+    if (activation == GELU) return gelu_slope(z, table);
     return activation == RELU ? choose((whole)(z > 0), (vector){0} + 1, (vector){0}) : (vector){0} + 1;
 }
 
@@ -424,16 +440,18 @@ void normalise_pixels(const uint8_t *x, float *y, const float *shift, const floa
 }
 
 /* sums (2, C): over all bytes of each channel of x (rows, W, C) their sum, and that of their squares, exactly: in floats over so
-   few rows that they hold every whole number there. `parts`: 2 PARTS W C of the same. */
+   few rows that they hold every whole number there. `parts`: so many of the same as
+   `sums_scratch` says. */
+_Static_assert(AT_ONCE * 255 * 255 < 1 << 24, "sums of squares are exact");
+
 void byte_sums(const uint8_t *x, int64_t *sums, int64_t *parts, long rows, long w, long c, long threads) {
-    long each = w * c;
-    memset(parts, 0, 2 * PARTS * each * sizeof(int64_t));
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long part = 0; part < PARTS; part++) {
-        int64_t *to = parts + 2 * part * each;
-        long end = rows * (part + 1) / PARTS;
+        int64_t *to = parts + 2 * part * c;
+        long each = w * c, end = rows * (part + 1) / PARTS;
+        memset(to, 0, 2 * c * sizeof(int64_t));
         for (long block = rows * part / PARTS; block < end; block += AT_ONCE)
-            for (long i = 0; i < each; i += LANES) {
+            for (long i = 0, channel = 0; i < each; i += LANES) {
                 lanes which = lanes_of(each - i);
                 vector sum = {0}, square = {0};
                 for (long row = block; row < min(block + AT_ONCE, end); row++) {
@@ -441,12 +459,14 @@ void byte_sums(const uint8_t *x, int64_t *sums, int64_t *parts, long rows, long 
                     sum += pixel, square += pixel * pixel;
                     ask(x + row * each + i, AT_ONCE * each);
                 }
-                for (long lane = 0; lane < min(LANES, each - i); lane++)
-                    to[i + lane] += (int64_t)sum[lane], to[each + i + lane] += (int64_t)square[lane];
+                for (long lane = 0; lane < min(LANES, each - i); lane++) {
+                    to[channel] += (int64_t)sum[lane], to[c + channel] += (int64_t)square[lane];
+                    if (++channel == c) channel = 0;
+                }
             }
     }
     memset(sums, 0, 2 * c * sizeof(int64_t));
-    for (long i = 0; i < 2 * PARTS * each; i++) sums[i / each % 2 * c + i % c] += parts[i];
+    for (long i = 0; i < 2 * PARTS * c; i++) sums[i % (2 * c)] += parts[i];
 }
 
 /* How many of so many floats, or elements where there are no floats, are NaN or larger than `limit` on either side. */

@@ -42,8 +42,8 @@ static inline long min(long a, long b) { return a < b ? a : b; }
 static inline float kept_scale(long threshold) { return 256.0f / (256 - threshold); }
 
 /* Cores are not equally fast, least of all those that others use too. So threads take what comes next when they have done what they
-   had, of so many pieces a sixteenth of their part at a time: schedule(dynamic, FEW_OF(pieces)). */
-#define FEW_OF(pieces) ((pieces) > 32 * threads ? (pieces) / (16 * threads) : 1)
+   had, of many pieces a sixteenth of their part at a time, of few one: schedule(dynamic, FEW_OF(pieces, threads)). */
+#define FEW_OF(pieces, threads) ((pieces) > 32 * (threads) ? (pieces) / (16 * (threads)) : 1)
 
 static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 

@@ -270,7 +270,7 @@ void NAME(convolve)(const element *x, const uint8_t *x_picked, const float *u, c
         float *v = own + omp_get_thread_num() * each, *m = v + POSITIONS * v_apart;
         tile_shapes former = begin_products();
         if (c_units * PAIR > round_up(c, LANES)) memset(v, 0, POSITIONS * v_apart * sizeof(float)); /* a step's last channels */
-#pragma omp for schedule(dynamic, FEW_OF(d.blocks))
+#pragma omp for schedule(dynamic, FEW_OF(d.blocks, threads))
         for (long block = 0; block < d.blocks; block++) {
             long start = start_of(block, d), count = min(start_of(block + 1, d), tiles) - start;
             for (long t = 0; t < count; t++) {
