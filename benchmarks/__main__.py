@@ -91,8 +91,8 @@ def run_steps(arguments, results):
 def run_lifetime(arguments, results):
     """Whether cost grows as the work does."""
     found = results["lifetime"] = {}
-    say("time with fewer and more images")
-    found["linear"] = run_worker("lifetime", {"what": "linear", "threads": arguments.threads})
+    say("steps with fewer and more images, in turn")
+    found["linear"] = [lifetime.with_fewer_and_more(arguments.threads) for _ in range(arguments.rounds)]
     on_cifar10 = {"data_dir": arguments.data_dir, "threads": arguments.threads}
     try:
         say("process start to first step on CIFAR-10")

@@ -66,9 +66,10 @@ def epoch_seconds(images_per_second, epochs=1.0, images=50_000):
 
 
 def unevenness(seconds_of_images):
-    """Seconds an image at the most images over seconds an image at the fewest: 1 when time is linear in images."""
-    fewest, most = min(seconds_of_images), max(seconds_of_images)
-    return (seconds_of_images[most] / most) / (seconds_of_images[fewest] / fewest)
+    """Seconds that equally many steps take with the most images over those with the fewest, from lists of blocks taken
+    in turn: the median of their pairs, 1 when time is linear in images."""
+    fewest, most = (seconds_of_images[pick(seconds_of_images, key=int)] for pick in (min, max))
+    return statistics.median(a / b for a, b in zip(most, fewest, strict=True))
 
 
 class Paired(NamedTuple):

@@ -6,28 +6,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.timing import ENVIRONMENT, ROOT, WorkerError, main_of_worker
 
 RECIPE = "train3"
 RESULT = re.compile(r"\btest 0\.\d+ in ")  # the line that says how a run has ended
-LINEAR_RECIPE, LINEAR_IMAGES, LINEAR_REPEATS = "train1", (3_200, 6_400, 12_800), 3
+LINEAR_RECIPE, LINEAR_IMAGES, LINEAR_STEPS = "train1", (3_200, 6_400, 12_800), 25
 # How old two runs are whose steps are compared: past an epoch of CIFAR-10 and what comes at its end, and hardly begun.
 LATE_STEPS, WARM_UP_STEPS = 411, 20
 BLOCKS, BLOCK_STEPS = 10, 10
 
 
 def measure(what, **task):
-    return {"start": start, "epoch": epoch, "linear": linear, "on_demand": on_demand}[what](**task)
+    return {"start": start, "epoch": epoch, "on_demand": on_demand}[what](**task)
 
 
 def start(started, data_dir, threads):
     """Seconds from the start of this process (`started`, time.time() of who started it) to the end of the first step
     on CIFAR-10."""
     with tempfile.TemporaryDirectory() as folder:
-        training = cifar10_training(folder, data_dir, threads)
+        training = new_training_of(cifar10(data_dir), folder, threads)
         next(iter(training))
         seconds = time.time() - started
         training.close()
@@ -38,7 +38,7 @@ def epoch(data_dir, threads):
     """An epoch on CIFAR-10 as a run: what its steps take, what evaluating 10,000 images takes (with the row of metrics
     that it ends in), the memory that the run says it needed."""
     with tempfile.TemporaryDirectory() as folder:
-        training = cifar10_training(folder, data_dir, threads)
+        training = new_training_of(cifar10(data_dir), folder, threads)
         ends, evaluated = [], 0.0
         for progress in training:
             if progress.row is None:
@@ -58,18 +58,31 @@ def late_by_early(data_dir, threads):
     """Seconds of steps of a run that has trained an epoch over those of a run that has just begun, block by block in
     turn, each run in a process of its own: 1 when a step costs the same all along. In turn, because over an epoch the
     machine's own speed changes by more than what is looked for."""
-    with pace(data_dir, threads) as late, pace(data_dir, threads) as early:
+    task = {"recipe": RECIPE, "data_dir": data_dir, "threads": threads}
+    with pace(**task) as late, pace(**task) as early:
         late(LATE_STEPS)
         early(WARM_UP_STEPS)
         ratios = [late(BLOCK_STEPS) / early(BLOCK_STEPS) for _ in range(BLOCKS)]
     return {"recipe": RECIPE, "block_steps": BLOCK_STEPS, "ratios": ratios}
 
 
+def with_fewer_and_more(threads):
+    """Seconds of so many steps of runs on fewer and more images, block by block in turn as above."""
+    with ExitStack() as stack:
+        task = {"recipe": LINEAR_RECIPE, "threads": threads}
+        runs = {count: stack.enter_context(pace(**task, images=count)) for count in LINEAR_IMAGES}
+        for run in runs.values():
+            run(WARM_UP_STEPS)
+        blocks = [{count: run(LINEAR_STEPS) for count, run in runs.items()} for _ in range(BLOCKS)]
+    seconds = {count: [block[count] for block in blocks] for count in LINEAR_IMAGES}
+    return {"recipe": LINEAR_RECIPE, "block_steps": LINEAR_STEPS, "seconds": seconds}
+
+
 @contextmanager
-def pace(data_dir, threads):
-    """A run in a process of its own that trains when it is told to: a function from a number of steps to the seconds
-    that so many more of them take. It raises WorkerError."""
-    task = {"what": "on_demand", "data_dir": data_dir, "threads": threads}
+def pace(**task):
+    """A run in a process of its own, `on_demand` of that task, that trains when it is told to: a function from a number
+    of steps to the seconds that so many more of them take. It raises WorkerError."""
+    task["what"] = "on_demand"
     command = [sys.executable, "-m", "benchmarks.lifetime", json.dumps(task)]
     with tempfile.TemporaryFile("w+") as said:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said, "text": True}
@@ -94,45 +107,39 @@ def pace(data_dir, threads):
             process.communicate()
 
 
-def on_demand(data_dir, threads):
-    """So many training steps as each line of the standard input says; prints the seconds that they take."""
+def on_demand(recipe, threads, images=None, data_dir=None):
+    """So many training steps as each line of the standard input says, on so many random images or on CIFAR-10; prints
+    the seconds that they take, evaluations between them left out."""
+    from benchmarks.steps_torch import random_images
+
     with tempfile.TemporaryDirectory() as folder:
         # A checkpoint would count as the steps that it falls between: none is due.
-        training = cifar10_training(folder, data_dir, threads, epochs=10, checkpoint_minutes=10_000)
-        steps = (progress for progress in training if progress.row is None)
+        options = {"recipe": recipe, "epochs": 1000, "checkpoint_minutes": 10_000}
+        training = new_training_of(random_images(images) if images else cifar10(data_dir), folder, threads, **options)
+        progresses = iter(training)
         for line in sys.stdin:
-            began = time.perf_counter()
-            for _ in range(int(line)):
-                next(steps)
-            print(time.perf_counter() - began, flush=True)
+            seconds, left = 0.0, int(line)
+            while left:
+                began = time.perf_counter()
+                if next(progresses).row is None:
+                    seconds, left = seconds + time.perf_counter() - began, left - 1
+            print(seconds, flush=True)
         training.close()
     return {}
 
 
-def linear(threads):
-    """Seconds of an epoch's steps with fewer and more images, in turn."""
-    from benchmarks.steps_torch import random_images
+def cifar10(data_dir):
+    from fromzero import load_images
+
+    return load_images("cifar10", data_dir=data_dir)
+
+
+def new_training_of(images, folder, threads, recipe=RECIPE, epochs=1, **options):
+    """So many epochs on all train images, validated on the test images, about to begin."""
     from fromzero import load_recipe, new_training
 
-    recipe = load_recipe(LINEAR_RECIPE).override({"epochs": 1, "clean_train_images": 10, "validation.source": "test"})
-    seconds = {count: [] for count in LINEAR_IMAGES}
-    for repeat in range(LINEAR_REPEATS + 1):
-        for count in LINEAR_IMAGES:
-            with tempfile.TemporaryDirectory() as folder:
-                training = new_training(recipe, random_images(count), runs_dir=folder, device="cpu", threads=threads)
-                ends = [time.perf_counter() for progress in training if progress.row is None]
-            if repeat:  # the first time round warms up
-                seconds[count].append(seconds_of(ends))
-    return {"recipe": LINEAR_RECIPE, "seconds": seconds}
-
-
-def cifar10_training(folder, data_dir, threads, epochs=1, **options):
-    """So many epochs on all train images, validated on the 10,000 test images, about to begin."""
-    from fromzero import load_images, load_recipe, new_training
-
     changes = {"epochs": epochs, "clean_train_images": 10, "validation.source": "test"}
-    images = load_images("cifar10", data_dir=data_dir)
-    recipe = load_recipe(RECIPE).override(changes)
+    recipe = load_recipe(recipe).override(changes)
     return new_training(recipe, images, runs_dir=folder, device="cpu", threads=threads, **options)
 
 

@@ -267,11 +267,16 @@ def lifetime_section(results):
         return []
     lines = []
     if linear := found.get("linear"):
-        cells = [
-            f"{int(images):,} images {Spread.of([1e6 * s / int(images) for s in seconds]).text('.0f')} µs"
-            for images, seconds in linear["seconds"].items()
-        ]
-        lines.append(f"- Training time an image, {linear['recipe']}: " + ", ".join(cells) + ".")
+        blocks = {int(images): [] for images in linear[0]["seconds"]}
+        for round_ in linear:
+            for images, seconds in round_["seconds"].items():
+                blocks[int(images)] += [1e3 * s / round_["block_steps"] for s in seconds]
+        cells = [f"{images:,} images {Spread.of(times).text('.1f')} ms" for images, times in blocks.items()]
+        lines.append(
+            f"- A step of {linear[0]['recipe']}, in runs on fewer and more images in turn, {linear[0]['block_steps']}"
+            f" steps at a time: {', '.join(cells)} ({len(next(iter(blocks.values())))} blocks each; the verdict is on"
+            " the median of each round's pairs)."
+        )
     if starts := found.get("start_seconds"):
         lines.append(
             f"- Process start to the end of the first step, train 3 on CIFAR-10: {Spread.of(starts).text('.1f')} s."

@@ -80,11 +80,10 @@ def lifetime_verdicts(lifetime):
     """Whether cost grows as the work does, from the lifetime part."""
     verdicts = []
     if linear := lifetime.get("linear"):
-        seconds = {int(images): Spread.of(times).median for images, times in linear["seconds"].items()}
-        fewest, most = min(seconds), max(seconds)
-        ratio = figures.unevenness(seconds)
-        what = f"{linear['recipe']}, time an image with {most:,} images ÷ with {fewest:,}"
-        verdicts.append(_at_most(what, [ratio], 1 + EVEN, "×"))
+        ratios = [figures.unevenness(found["seconds"]) for found in linear]
+        fewest, *_, most = sorted(int(images) for images in linear[0]["seconds"])
+        what = f"{linear[0]['recipe']}, a step of a run on {most:,} images ÷ one of a run on {fewest:,}, in turn"
+        verdicts.append(_at_most(what, ratios, 1 + EVEN, "×"))
     if epochs := lifetime.get("epochs"):
         name = epochs[0]["recipe"]
         shares = [100 * epoch["evaluation_seconds"] / epoch["epoch_seconds"] for epoch in epochs]

@@ -91,8 +91,8 @@ def test_cold_starts_are_counted_in_epochs_of_keras():
 
 
 def test_unevenness():
-    assert figures.unevenness({100: 1.0, 1000: 10.0}) == 1.0
-    assert figures.unevenness({100: 1.0, 1000: 20.0}) == 2.0
+    assert figures.unevenness({"50": [1.0, 2.0, 3.0], "100": [9.0, 9.0, 9.0], "1000": [1.0, 2.0, 9.0]}) == 1.0
+    assert figures.unevenness({"100": [1.0, 2.0, 3.0], "1000": [1.0, 4.0, 9.0]}) == 2.0
 
 
 def test_paired_differences():
@@ -135,7 +135,7 @@ RESULTS = {
     ] * 2,
     "cold": {"quick": {"seconds": [30.0], "end_seconds": [30.5], "keras_epoch_seconds": [200.0], "accuracy": [0.85]}},
     "lifetime": {
-        "linear": {"recipe": "train1", "seconds": {"100": [1.0, 1.1], "200": [2.0, 2.1]}},
+        "linear": [{"recipe": "train1", "block_steps": 10, "seconds": {"100": [1.0, 1.1], "200": [1.0, 1.1]}}] * 2,
         "start_seconds": [4.0, 5.0],
         "epochs": [
             {"recipe": "train3", "epoch_seconds": 100.0, "evaluation_seconds": seconds, "peak_bytes": 1.5e9}
@@ -192,10 +192,13 @@ def test_the_page_does_with_the_parts_there_are(tmp_path):
 
 
 def test_a_run_that_trains_when_it_is_told_to(cifar10_dir):
-    with lifetime.pace(str(cifar10_dir), None) as seconds:
+    with lifetime.pace(recipe="train1", data_dir=str(cifar10_dir), threads=None) as seconds:
         assert seconds(2) > seconds(0) >= 0
 
 
 def test_what_stops_such_a_run_is_said(tmp_path):
-    with lifetime.pace(str(tmp_path), None) as seconds, pytest.raises(WorkerError, match="cifar-10"):
+    with (
+        lifetime.pace(recipe="train1", data_dir=str(tmp_path), threads=None) as seconds,
+        pytest.raises(WorkerError, match="cifar-10"),
+    ):
         seconds(1)
