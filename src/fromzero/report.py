@@ -54,7 +54,8 @@ def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, path: Path) -> 
         f"validation: last {rows[-1]['val/accuracy']:.4f}, best {best['val/accuracy']:.4f} (epoch {best['epoch']})",
         fontsize=10,
     )
-    loss.legend(fontsize=8, frameon=False)
+    # Below both: wherever it lay in a picture of three epochs, it would lie over a curve.
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(
         f"{title} · {recipe.name.replace('$', chr(92) + '$')} · seed {recipe.seed} · {validation_label(recipe)}",
         fontsize=10,
