@@ -439,11 +439,10 @@ void normalise_pixels(const uint8_t *x, float *y, const float *shift, const floa
         }
 }
 
-/* sums (2, C): over all bytes of each channel of x (rows, W, C) their sum, and that of their squares, exactly: in floats over so
-   few rows that they hold every whole number there. `parts`: so many of the same as
-   `sums_scratch` says. */
-_Static_assert(AT_ONCE * 255 * 255 < 1 << 24, "sums of squares are exact");
+_Static_assert(AT_ONCE * 255 * 255 < 1 << 24, "a float holds the squares of so many bytes in sum");
 
+/* sums (2, C): over all bytes of each channel of x (rows, W, C) their sum, and that of their squares, exactly: in floats over so
+   few rows that they hold every whole number there. `parts`: so many of the same as `sums_scratch` says. */
 void byte_sums(const uint8_t *x, int64_t *sums, int64_t *parts, long rows, long w, long c, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long part = 0; part < PARTS; part++) {
