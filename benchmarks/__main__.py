@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,15 +43,22 @@ def main():
     else:
         parts = {"steps": run_steps, "lifetime": run_lifetime, "cold": run_cold}
         for name in arguments.parts:
-            parts[name](arguments, results)
-            results["about"] |= {"minutes": (time.time() - started) / 60, "load_after": os.getloadavg()[0]}
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+            try:
+                parts[name](arguments, results)
+            finally:  # what was measured before something failed took as long
+                results["about"] |= {"minutes": (time.time() - started) / 60, "load_after": os.getloadavg()[0]}
+                RESULTS.parent.mkdir(exist_ok=True)
+                RESULTS.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     if precision.OUTPUT.exists():
         results["precision"] = json.loads(precision.OUTPUT.read_text("utf-8"))
-    for line in page.verdict_lines(results):
-        print(line)
-    for path in page.write(results, arguments.output):
+    try:
+        print("\n".join(page.verdict_lines(results)))
+        written = page.write(results, arguments.output)
+    except (KeyError, TypeError, ValueError) as error:
+        if not arguments.render:
+            raise
+        sys.exit(f"{RESULTS} lacks what the page shows ({error!r}); another version measured it: measure again")
+    for path in written:
         print(f"wrote {path}")
 
 
@@ -91,22 +99,35 @@ def run_steps(arguments, results):
 def run_lifetime(arguments, results):
     """Whether cost grows as the work does."""
     found = results["lifetime"] = {}
-    say("steps with fewer and more images, in turn")
-    found["linear"] = [lifetime.with_fewer_and_more(arguments.threads) for _ in range(arguments.rounds)]
     on_cifar10 = {"data_dir": arguments.data_dir, "threads": arguments.threads}
-    try:
-        say("process start to first step on CIFAR-10")
-        found["start_seconds"] = [
-            run_worker("lifetime", {"what": "start", "started": time.time(), **on_cifar10})["seconds"]
-            for _ in range(arguments.rounds)
-        ]
-        say("an epoch of train 3 on CIFAR-10")
-        found["epochs"] = [run_worker("lifetime", {"what": "epoch", **on_cifar10}) for _ in range(arguments.rounds)]
-        say("steps after an epoch of it and steps of a run just begun, in turn")
-        found["late_by_early"] = [lifetime.late_by_early(**on_cifar10) for _ in range(arguments.rounds)]
-    except WorkerError as error:
-        found["not_measured"] = str(error).splitlines()[-1]
-        say(f"  not measured: {found['not_measured']}")
+
+    def start_seconds():
+        return run_worker("lifetime", {"what": "start", "started": time.time(), **on_cifar10})["seconds"]
+
+    measurements = {
+        "linear": (
+            "steps with fewer and more images, in turn",
+            partial(lifetime.with_fewer_and_more, arguments.threads),
+        ),
+        "start_seconds": ("process start to first step on CIFAR-10", start_seconds),
+        "epochs": (
+            "an epoch of train 3 on CIFAR-10",
+            partial(run_worker, "lifetime", {"what": "epoch", **on_cifar10}),
+        ),
+        "late_by_early": (
+            "steps after an epoch of it and steps of a run just begun, in turn",
+            partial(lifetime.late_by_early, **on_cifar10),
+        ),
+    }
+    for name, (what, measure) in measurements.items():
+        say(what)
+        found[name] = []
+        try:
+            for _ in range(arguments.rounds):
+                found[name].append(measure())
+        except WorkerError as error:  # the rounds before it stand
+            found.setdefault("not_measured", {})[what] = str(error).splitlines()[-1]
+            say(f"  failed in round {len(found[name]) + 1}: {found['not_measured'][what]}")
 
 
 def run_cold(arguments, results):
@@ -130,11 +151,13 @@ def run_cold(arguments, results):
         runs, keras = [], [keras_epoch_seconds()]
         try:
             for seed in range(arguments.rounds if name == "quick" else arguments.long_rounds):
-                runs.append(lifetime.cold_run(name, seed, arguments.data_dir, arguments.threads))
+                run = lifetime.cold_run(name, seed, arguments.data_dir, arguments.threads)
                 keras.append(keras_epoch_seconds())
+                runs.append(run)
                 say(f"  {runs[-1]['seconds']:.1f} s, test accuracy {runs[-1]['accuracy']:.4f}")
-        except WorkerError as error:
-            say(f"  not measured: {str(error).splitlines()[-1]}")
+        except WorkerError as error:  # the runs before it stand
+            say(f"  failed in run {len(runs) + 1}: {str(error).splitlines()[-1]}")
+        if not runs:
             continue
         results["cold"][name] = {
             "seconds": [run["seconds"] for run in runs],

@@ -295,8 +295,8 @@ def lifetime_section(results):
             f" {late[0]['block_steps']} at a time: the former take {Spread.of(pairs).text('.2f')} times as long"
             f" ({len(pairs)} pairs, of {len(late)} pairs of runs; the verdict is on the median of each pair of runs)."
         )
-    if reason := found.get("not_measured"):
-        lines.append(f"- What needs CIFAR-10 was not measured: {reason}")
+    for what, reason in found.get("not_measured", {}).items():
+        lines.append(f"- Not measured in every round: {what}: {reason}")
     return lines
 
 

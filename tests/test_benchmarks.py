@@ -1,10 +1,14 @@
 """The arithmetic behind docs/benchmarks.md: work, ratios, ceilings, targets, verdicts, and the page made of them."""
 
+import argparse
 import copy
+import json
 import math
+import sys
 
 import pytest
 
+import benchmarks.__main__ as bench
 from benchmarks import figures, lifetime, networks, page, targets
 from benchmarks.figures import Paired, Spread, Verdict
 from benchmarks.targets import FROMZERO, KERAS_BF16, KERAS_FLOAT32, PLAIN_BF16, SIDES
@@ -186,9 +190,38 @@ def test_the_page_shows_every_part_and_what_falls_short(tmp_path):
 
 def test_the_page_does_with_the_parts_there_are(tmp_path):
     results = copy.deepcopy({key: RESULTS[key] for key in ("about", "lifetime")})
-    results["lifetime"] = {"not_measured": "no CIFAR-10"}
+    results["lifetime"] = {"epochs": [], "not_measured": {"an epoch": "no CIFAR-10"}}
     assert [path.name for path in page.write(results, tmp_path)] == ["benchmarks.md"]
-    assert "not measured: no CIFAR-10" in (tmp_path / "benchmarks.md").read_text("utf-8")
+    assert "Not measured in every round: an epoch: no CIFAR-10" in (tmp_path / "benchmarks.md").read_text("utf-8")
+
+
+def test_rounds_before_one_that_failed_are_kept(monkeypatch):
+    left = [1.0, 2.0]
+
+    def measure(*arguments, **options):
+        if not left:
+            raise WorkerError("worker:\nno memory")
+        return left.pop()
+
+    for name in ("with_fewer_and_more", "late_by_early"):
+        monkeypatch.setattr(bench.lifetime, name, measure)
+    monkeypatch.setattr(bench, "run_worker", lambda *arguments: {"seconds": 3.0})
+    results = {}
+    bench.run_lifetime(argparse.Namespace(rounds=3, threads=None, data_dir=None), results)
+    found = results["lifetime"]
+    assert (found["linear"], found["late_by_early"], found["start_seconds"]) == ([2.0, 1.0], [], [3.0] * 3)
+    assert set(found["not_measured"].values()) == {"no memory"}
+    assert len(found["not_measured"]) == 2
+
+
+def test_results_of_another_version_are_refused_in_a_line(tmp_path, monkeypatch):
+    old = copy.deepcopy(RESULTS)
+    old["lifetime"]["linear"] = {"3200": [1.0]}  # as they once were
+    (tmp_path / "benchmarks.json").write_text(json.dumps(old), "utf-8")
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "benchmarks.json")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--render", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="another version measured it: measure again"):
+        bench.main()
 
 
 def test_a_run_that_trains_when_it_is_told_to(cifar10_dir):

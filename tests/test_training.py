@@ -402,6 +402,17 @@ def test_non_finite_values_stop_before_the_weights_change(poison, small, tiny_im
     assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
 
 
+def test_weights_that_no_longer_compute_end_in_an_error_not_in_an_accuracy(small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path)
+    with pytest.raises(NonFiniteError, match=r"the loss on the train images is nan.*--optimizer.learning_rate"):
+        for progress in run:
+            if progress.row is None and progress.counters.step == run.timetable.start_of(1):
+                with torch.no_grad():
+                    run.state.model.get_parameter("predictions.weight")[0, 0] = math.nan
+    assert run.run.metrics() == []
+    assert run.run.summary is None
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_whole(small, tiny_images, tmp_path, monkeypatch):
     run = new_training(small, tiny_images, runs_dir=tmp_path)
     iterator = iter(run)

@@ -106,7 +106,7 @@ def _train(arguments: argparse.Namespace) -> None:
     )
     origin = training.run.provenance["from"] or {}
     if origin:
-        print(f"starting from the weights of {origin['run']} at step {origin['step']:,}")
+        print(f"starting from the weights of {origin['run']} ({origin['recipe']}) at step {origin['step']:,}")
     left = origin.get("left")
     if left:
         print(f"not taken from {getattr(arguments, 'from')}, drawn anew: {', '.join(left)}")
@@ -312,20 +312,24 @@ def _verify_resume(arguments: argparse.Namespace) -> None:
         if found.difference:
             keep = True
             raise FromzeroError(f"resuming is not exact here: {found.difference}; both runs are kept in {folder}")
-        _print_verdict(found)
+        _print_verdict(found, arguments.interruptions)
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _print_verdict(found: Verdict) -> None:
+def _print_verdict(found: Verdict, wanted: int) -> None:
     from fromzero import checkpoint
 
     tensors = checkpoint.load(found.straight.checkpoints / checkpoint.LAST).tensors
     values = sum(tensor.numel() for tensor in tensors.values())
+    happened = len(found.interruptions)
+    interrupted = f"{happened} interruption{'' if happened == 1 else 's'}"
+    if happened < wanted:
+        interrupted += f" of {wanted}: it ended before the next (with more --epochs it does not)"
     print(
         f"exact: {len(tensors)} tensors ({values:,} values of the state), {len(found.straight.metrics())}"
-        f" rows of metrics and the best weights are bit-identical after {len(found.interruptions)} interruptions"
+        f" rows of metrics and the best weights are bit-identical after {interrupted}"
     )
 
 

@@ -21,7 +21,7 @@ class InputError(FromzeroError):
 
 
 class NonFiniteError(FromzeroError):
-    """A loss or gradient became infinite or NaN; the weights were left as they were."""
+    """A loss or gradient became infinite or NaN. In a step the weights are left as they were."""
 
 
 class StoppedError(FromzeroError):

@@ -83,7 +83,7 @@ def new_training(
             left = load_weights(state.model, model_weights(found), partial=partial)
         except InputError as error:
             raise InputError(f"{source.path}: {error} (--partial takes the weights that fit)") from None
-        origin = {"run": str(source.path), "step": found.state.get("step"), "left": left}
+        origin = {"run": str(source.path), "recipe": source.recipe.name, "step": found.state.get("step"), "left": left}
     state.start_average()
     total = networks.num_parameters(recipe.network, images.image_shape, images.num_classes)
     run = create_run(Path(runs_dir), name or f"{images.name.replace(':', '-')}-{total}")

@@ -24,7 +24,7 @@ from fromzero import augment, checkpoint, kernels
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import ImageSet, stratified_split
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
-from fromzero.evaluate import Normalise, evaluate
+from fromzero.evaluate import Normalise, Outcomes, evaluate
 from fromzero.machine import Machine, peak_memory_bytes
 from fromzero.networks import layers, num_parameters
 from fromzero.optim import learning_rate_at, set_learning_rate
@@ -181,10 +181,13 @@ class Training:
 
     def _measure(self, between: Callable[[], None]) -> Row:
         """The row of the epoch that has just been trained: the three accuracies, never confused, and their losses."""
-        counters, model = self.state.counters, self.state.scored
+        counters = self.state.counters
         outcomes = {
-            split: evaluate(model, *subset, self.data.normalise, self.machine, between)
-            for split, subset in (("train", self.data.clean_train), ("val", self.data.validation))
+            split: self._evaluated(what, subset, between)
+            for split, what, subset in (
+                ("train", "train", self.data.clean_train),
+                ("val", "validation", self.data.validation),
+            )
         }
         self._tick()
         row: Row = {
@@ -197,6 +200,18 @@ class Training:
         for split, outcome in outcomes.items():
             row |= {f"{split}/loss": outcome.loss, f"{split}/accuracy": outcome.accuracy}
         return row | {"time/seconds": round(counters.seconds, 3)}
+
+    def _evaluated(self, what: str, subset: Subset, between: Callable[[], None] = lambda: None) -> Outcomes:
+        """Outcomes on a subset. Raises NonFiniteError where its loss is no number: such a network has no accuracy."""
+        found = evaluate(self.state.scored, *subset, self.data.normalise, self.machine, between)
+        if not math.isfinite(found.loss):
+            step = self.state.counters.step
+            rate = learning_rate_at(self.recipe, step - 1, self.timetable)
+            raise NonFiniteError(
+                f"step {step}: after it, the loss on the {what} images is {found.loss}: its weights are too large to"
+                f" compute with; {_try_instead(rate)}"
+            )
+        return found
 
     def _end_epoch(self, row: Row) -> None:
         counters = self.state.counters
@@ -252,7 +267,7 @@ class Training:
         if self.recipe.validation.source == "test":  # they have just been scored
             accuracy, loss = last["val/accuracy"], last["val/loss"]
         else:
-            test = evaluate(self.state.scored, *self.data.test, self.data.normalise, self.machine)
+            test = self._evaluated("test", self.data.test)
             accuracy, loss = test.accuracy, test.loss
         self._tick()
         self.run.write_summary(
@@ -335,9 +350,12 @@ def train_step(
 
 def _non_finite(step: int, what: str, learning_rate: float) -> str:
     return (
-        f"step {step + 1}: {what}; the weights were not changed, checkpoints are whole: try a lower"
-        f" --optimizer.learning_rate (it was {learning_rate:g}), a warm-up, or --precision float32"
+        f"step {step + 1}: {what}; the weights were not changed, checkpoints are whole: {_try_instead(learning_rate)}"
     )
+
+
+def _try_instead(learning_rate: float) -> str:
+    return f"try a lower --optimizer.learning_rate (it was {learning_rate:g}), a warm-up, or --precision float32"
 
 
 def check_image_set(recipe: Recipe, images: ImageSet) -> None:

@@ -250,6 +250,9 @@ def agrees(kernels: Kernels) -> bool:
         of_convolved = drawn(*convolved.shape).to(element)
         small, of_small = drawn(5, 2, 2, 33).to(element), drawn(5, 2, 2, 19).to(element)
         leaf_small = small.float().permute(0, 3, 1, 2).detach().requires_grad_()
+        many, of_many = drawn(33, 8, 8, 128).to(element), drawn(33, 8, 8, 128).to(element)
+        # So many channels' filters have their gradient computed in another way, position by position.
+        leaf_many = torch.zeros(128, 128, 3, 3, dtype=torch.float32, device="cpu", requires_grad=True)
         # A gradient as the pooling hands it back: the pooled map's, where it was picked.
         places = (picked[..., None] == torch.arange(4, device="cpu")) * of_convolved[..., None]
         spread = torch.zeros_like(gradient)
@@ -295,6 +298,7 @@ def agrees(kernels: Kernels) -> bool:
             kernels.forward(small, filters, bias, 1),
             kernels.input_gradient(of_small, filters, 1, small.shape),
             kernels.filter_gradient(small, of_small, 1).permute(0, 2, 3, 1),
+            kernels.filter_gradient(many, of_many, 1).permute(0, 2, 3, 1),
             rectified,
             kernels.forward_directly(image, few, bias, 1, pooled=True, relu=False)[0],
             of_few.permute(0, 2, 3, 1),
@@ -320,6 +324,7 @@ def agrees(kernels: Kernels) -> bool:
         theirs += [z, *of(z, x, leaf), leaf * kept.view(x.shape).permute(0, 3, 1, 2)]
         y = F.conv2d(leaf_small, leaf_filters, bias, padding=1)
         theirs += [y, *of(y, of_small, leaf_small, leaf_filters)]
+        theirs += of(F.conv2d(many.float().permute(0, 3, 1, 2), leaf_many, padding=1), of_many, leaf_many)
         y = F.conv2d(leaf_image, leaf_few, bias, padding=1)
         of_y = of_image * (rectified > 0)
         theirs += [F.relu(y), F.max_pool2d(y, 2), *of(y, of_y, leaf_few)]
