@@ -299,7 +299,8 @@ class _Dense(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradient = gradients[0]
         of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        return of_x, gradient.T @ x, gradient.sum(0), None
+        # Turned before it is multiplied: the library takes half the time then, for the same bits.
+        return of_x, gradient.T.contiguous() @ x, gradient.sum(0), None
 
 
 class MaxPool(nn.MaxPool2d):
