@@ -3,8 +3,9 @@
     python -m benchmarks [--parts steps lifetime cold] [--rounds 5] [--cold quick strong best] [--render]
 
 Prints medians, ratios with their spread and the processor's ceiling, and writes docs/benchmarks.md and
-docs/benchmarks.png. What was measured stays in build/benchmarks.json, part by part; --render writes the page from it
-again. Keras runs in an environment of its own, .venv-bench, which the Makefile makes.
+docs/benchmarks.png. What was measured stays in build/benchmarks.json, and --render writes the page from it again; what
+a run measured that then failed is in build/benchmarks-unfinished.json. Keras runs in an environment of its own,
+.venv-bench, which the Makefile makes.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from benchmarks.targets import GOALS, KERAS_FLOAT32, POLICIES, SIDES
 from benchmarks.timing import ROOT, WorkerError, default_data_dir, run_worker
 
 RESULTS = ROOT / "build" / "benchmarks.json"
+UNFINISHED = RESULTS.with_name("benchmarks-unfinished.json")  # of a run under way, or of one that failed
 PEERS_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 RECIPES = ("train1", "train2", "train3")
 WAYS = ("fit", "train_on_batch", "fit, XLA", "train_on_batch, XLA")  # of steps_keras, which needs TensorFlow to import
@@ -38,28 +40,29 @@ def main():
         say(
             f"the load average is {results['about']['load_before']:.2f}: other work runs here, do not trust the figures"
         )
-    if arguments.render:
-        results = json.loads(RESULTS.read_text("utf-8"))
-    else:
+    if not arguments.render:
         parts = {"steps": run_steps, "lifetime": run_lifetime, "cold": run_cold}
         for name in arguments.parts:
             try:
                 parts[name](arguments, results)
             finally:  # what was measured before something failed took as long
                 results["about"] |= {"minutes": (time.time() - started) / 60, "load_after": os.getloadavg()[0]}
-                RESULTS.parent.mkdir(exist_ok=True)
-                RESULTS.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    if precision.OUTPUT.exists():
-        results["precision"] = json.loads(precision.OUTPUT.read_text("utf-8"))
+                UNFINISHED.parent.mkdir(exist_ok=True)
+                UNFINISHED.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+        UNFINISHED.replace(RESULTS)
     try:
-        print("\n".join(page.verdict_lines(results)))
+        results = json.loads(RESULTS.read_text("utf-8"))
+        if precision.OUTPUT.exists():
+            results["precision"] = json.loads(precision.OUTPUT.read_text("utf-8"))
+        lines = page.verdict_lines(results)
         written = page.write(results, arguments.output)
-    except (KeyError, TypeError, ValueError) as error:
-        if not arguments.render:
-            raise
-        sys.exit(f"{RESULTS} lacks what the page shows ({error!r}); another version measured it: measure again")
-    for path in written:
-        print(f"wrote {path}")
+    except FileNotFoundError as error:
+        sys.exit(f"benchmarks: {error.filename} is not there: measure first, without --render")
+    except OSError as error:
+        sys.exit(f"benchmarks: {error.filename}: {error.strerror}; mend that, then write the page with --render")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # damaged, or of a version before this
+        sys.exit(f"benchmarks: {RESULTS} does not hold what the page shows ({error!r}): measure again")
+    print("\n".join([*lines, *(f"wrote {path}" for path in written)]))
 
 
 def run_steps(arguments, results):

@@ -17,12 +17,12 @@ COLOURS = {
 
 def write(results, folder):
     """Write benchmarks.md and, when training steps were measured, benchmarks.png into `folder`; their paths."""
+    page, written = text(results), []
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
     if "steps" in results:
         draw(results, folder / "benchmarks.png")
         written.append(folder / "benchmarks.png")
-    (folder / "benchmarks.md").write_text(text(results), "utf-8")
+    (folder / "benchmarks.md").write_text(page, "utf-8")
     return [*written, folder / "benchmarks.md"]
 
 

@@ -214,14 +214,43 @@ def test_rounds_before_one_that_failed_are_kept(monkeypatch):
     assert len(found["not_measured"]) == 2
 
 
-def test_results_of_another_version_are_refused_in_a_line(tmp_path, monkeypatch):
-    old = copy.deepcopy(RESULTS)
-    old["lifetime"]["linear"] = {"3200": [1.0]}  # as they once were
-    (tmp_path / "benchmarks.json").write_text(json.dumps(old), "utf-8")
+OLD = copy.deepcopy(RESULTS)
+OLD["lifetime"]["linear"] = {"3200": [1.0]}  # as they once were
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        (json.dumps(OLD), "does not hold what the page shows"),
+        (json.dumps(RESULTS)[:-100], "does not hold what the page shows"),
+        ("[]", "does not hold what the page shows"),
+        (None, "is not there: measure first"),
+    ],
+)
+def test_results_that_cannot_be_shown_are_refused_in_a_line(held, said, tmp_path, monkeypatch):
+    if held is not None:
+        (tmp_path / "benchmarks.json").write_text(held, "utf-8")
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "benchmarks.json")
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--render", "--output", str(tmp_path)])
-    with pytest.raises(SystemExit, match="another version measured it: measure again"):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--render", "--output", str(tmp_path / "page")])
+    with pytest.raises(SystemExit, match=said):
         bench.main()
+    assert not (tmp_path / "page").exists()
+
+
+def test_a_run_that_fails_leaves_the_last_results_alone(tmp_path, monkeypatch):
+    def fails(arguments, results):
+        results["steps"] = {"train1": {}}
+        raise WorkerError("no memory")
+
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "benchmarks.json")
+    monkeypatch.setattr(bench, "UNFINISHED", tmp_path / "unfinished.json")
+    monkeypatch.setattr(bench, "run_steps", fails)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--parts", "steps"])
+    (tmp_path / "benchmarks.json").write_text("whole", "utf-8")
+    with pytest.raises(WorkerError):
+        bench.main()
+    assert (tmp_path / "benchmarks.json").read_text("utf-8") == "whole"
+    assert json.loads((tmp_path / "unfinished.json").read_text("utf-8"))["steps"] == {"train1": {}}
 
 
 def test_a_run_that_trains_when_it_is_told_to(cifar10_dir):

@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, their output and exit codes."""
 
+import math
 import os
 import re
 import signal
@@ -8,6 +9,10 @@ import sys
 import time
 
 import pytest
+
+import fromzero as library
+from fromzero import cli
+from fromzero.verify import Verdict
 
 FAST = [
     "--recipe",
@@ -57,8 +62,6 @@ def test_train_prints_a_line_an_epoch_and_where_the_run_is(trained):
 
 
 def test_runs_lists_and_evaluate_repeats_the_recorded_figures(trained):
-    import fromzero as library
-
     folder, _ = trained
     run = library.list_runs(folder / "runs")[0]
     listed = fromzero("runs", cwd=folder).stdout
@@ -71,17 +74,37 @@ def test_runs_lists_and_evaluate_repeats_the_recorded_figures(trained):
 
 def test_train_from_and_resume_with_more_epochs(trained):
     folder, _ = trained
-    import fromzero as library
-
     first = library.list_runs(folder / "runs")[0]
     again = fromzero("train", "digits", *FAST, "--from", first.name, cwd=folder)
     assert again.returncode == 0, again.stderr
+    assert f"starting from the weights of runs/{first.name} ({first.recipe.name}) at step" in again.stdout
     longer = fromzero("resume", library.list_runs(folder / "runs")[-1].name, "--epochs", "3", cwd=folder)
     assert "extended from 2 to 3 epochs: the learning rate is constant" in longer.stdout
     refused = fromzero("train", "digits", "--from", first.name, cwd=folder)
     assert refused.returncode == 2
     assert "do not fit this network" in refused.stderr
     assert "conv2d_1.weight" in refused.stderr
+
+
+def test_a_verdict_on_resuming_says_how_often_it_was_tried(trained, capsys):
+    folder, _ = trained
+    run = library.list_runs(folder / "runs")[0]
+    for happened, said in (
+        (("SIGKILL",), "after 1 interruption of 2: it ended before the next"),
+        (("SIGKILL", "SIGTERM"), "after 2 interruptions\n"),
+    ):
+        cli._print_verdict(Verdict(run, run, happened, None), 2)
+        assert said in capsys.readouterr().out
+
+
+def test_weights_that_do_not_compute_are_refused_by_evaluate(trained, capsys, monkeypatch):
+    folder, _ = trained
+    run = library.list_runs(folder / "runs")[0]
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", lambda logits, labels, **_: logits[:, 0] * math.nan)
+    assert cli.main(["evaluate", str(run.path), "--threads", "1"]) == 1
+    refused = capsys.readouterr().err
+    assert f"{run.checkpoints}/last.safetensors: the network's loss is nan" in refused
+    assert "try --checkpoint best" in refused
 
 
 BAD = [
@@ -247,9 +270,6 @@ def test_a_second_signal_leaves_at_once_and_loses_nothing_that_was_saved(tmp_pat
 
 def test_a_damaged_run_is_named_and_does_not_hide_the_others(trained, capsys):
     import shutil
-
-    import fromzero as library
-    from fromzero import cli
 
     folder, _ = trained
     runs = library.list_runs(folder / "runs")

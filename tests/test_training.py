@@ -404,12 +404,37 @@ def test_non_finite_values_stop_before_the_weights_change(poison, small, tiny_im
 
 def test_weights_that_no_longer_compute_end_in_an_error_not_in_an_accuracy(small, tiny_images, tmp_path):
     run = new_training(small, tiny_images, runs_dir=tmp_path)
-    with pytest.raises(NonFiniteError, match=r"the loss on the train images is nan.*--optimizer.learning_rate"):
+    with pytest.raises(NonFiniteError, match=r"train images, the network's loss is nan.*--optimizer.learning_rate"):
         for progress in run:
             if progress.row is None and progress.counters.step == run.timetable.start_of(1):
                 with torch.no_grad():
                     run.state.model.get_parameter("predictions.weight")[0, 0] = math.nan
     assert run.run.metrics() == []
+    assert run.run.summary is None
+
+
+def test_a_training_that_overflows_keeps_its_best_weights_and_its_curves(small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path)
+    best = None
+    with pytest.raises(NonFiniteError, match="the loss is nan"):
+        for progress in run:
+            if progress.row is not None:
+                best = {name: t.clone() for name, t in run.state.model.state_dict().items()}
+                with torch.no_grad():
+                    run.state.model.get_parameter("predictions.weight")[0, 0] = math.nan
+    found = checkpoint.load(run.run.checkpoints / checkpoint.BEST)
+    assert found.state["epoch"] == len(run.run.metrics()) == 1
+    assert all(torch.equal(found.tensors[f"model/{name}"], tensor) for name, tensor in best.items())
+    assert (run.run.path / "curves.png").exists()
+
+
+def test_test_images_that_cannot_be_scored_are_an_error(small, tiny_images, tmp_path):
+    run = new_training(small.override({"validation.source": "split"}), tiny_images, runs_dir=tmp_path)
+    with pytest.raises(NonFiniteError, match="on the test images, the network's loss is nan"):
+        for progress in run:
+            if progress.row is not None and progress.counters.epoch == small.epochs:
+                with torch.no_grad():
+                    run.state.model.get_parameter("predictions.weight")[0, 0] = math.nan
     assert run.run.summary is None
 
 

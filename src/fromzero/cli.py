@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import parse
-from fromzero.errors import FromzeroError, InputError
+from fromzero.errors import FromzeroError, InputError, NonFiniteError
 from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names
 
 if TYPE_CHECKING:
@@ -236,7 +236,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         ("val", data.validation),
         ("test", data.test),
     ):
-        found = evaluate(network, *subset, data.normalise, here, views=arguments.tta)
+        try:
+            found = evaluate(network, *subset, data.normalise, here, views=arguments.tta)
+        except NonFiniteError as error:
+            other = "best" if arguments.checkpoint == "last" else "last"
+            raise NonFiniteError(f"{weights}: {error}; try --checkpoint {other}") from None
         low, high = _wilson(found.accuracy, len(subset.labels))
         print(
             f"  {label:<28} accuracy {found.accuracy:.4f} ({low:.4f}–{high:.4f}, 95 % for {len(subset.labels):,}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fromzero import augment, kernels
+from fromzero.errors import NonFiniteError
 from fromzero.machine import Machine
 from fromzero.recipe import Recipe
 
@@ -87,7 +89,10 @@ def evaluate(
     views: str = "none",
 ) -> Outcomes:
     """Outcomes of `model` on `pixels` uint8 (N, H, W, C), in evaluation mode; the mode is left as it was found.
-    `between` is called after every batch and may raise to stop. `views`: one of VIEWS, whose outputs are averaged."""
+    `between` is called after every batch and may raise to stop. `views`: one of VIEWS, whose outputs are averaged.
+
+    Raises NonFiniteError where the loss is no number: such a network predicts the first class of all, and what share
+    of the images that is would pass for an accuracy."""
     was_training = model.training
     model.eval()
     losses, predictions = [], []
@@ -104,7 +109,10 @@ def evaluate(
                 between()
     finally:
         model.train(was_training)
-    return Outcomes(torch.cat(losses).float(), torch.cat(predictions), labels)
+    found = Outcomes(torch.cat(losses).float(), torch.cat(predictions), labels)
+    if not math.isfinite(found.loss):
+        raise NonFiniteError(f"the network's loss is {found.loss}: its weights are too large to compute with")
+    return found
 
 
 def _seen(pixels: Tensor, how: tuple[bool, int, int]) -> Tensor:

@@ -299,7 +299,7 @@ class _Dense(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradient = gradients[0]
         of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        # Turned before it is multiplied: the library takes half the time then, for the same bits.
+        # Turned before it is multiplied: the library takes up to half as long then (docs/log.md).
         return of_x, gradient.T.contiguous() @ x, gradient.sum(0), None
 
 

@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -132,7 +132,7 @@ class Training:
 
     def __iter__(self) -> Iterator[Progress]:
         recipe, counters = self.recipe, self.state.counters
-        with self.lock, StopSignals() as stop:
+        with self.lock, StopSignals() as stop, self._last_words():
             self.machine.set_up()
             self._saved_at = self._ticked_at = time.monotonic()
             while counters.epoch < recipe.epochs:
@@ -202,16 +202,14 @@ class Training:
         return row | {"time/seconds": round(counters.seconds, 3)}
 
     def _evaluated(self, what: str, subset: Subset, between: Callable[[], None] = lambda: None) -> Outcomes:
-        """Outcomes on a subset. Raises NonFiniteError where its loss is no number: such a network has no accuracy."""
-        found = evaluate(self.state.scored, *subset, self.data.normalise, self.machine, between)
-        if not math.isfinite(found.loss):
+        """Outcomes on a subset. Raises NonFiniteError."""
+        try:
+            return evaluate(self.state.scored, *subset, self.data.normalise, self.machine, between)
+        except NonFiniteError as error:
             step = self.state.counters.step
             rate = learning_rate_at(self.recipe, step - 1, self.timetable)
-            raise NonFiniteError(
-                f"step {step}: after it, the loss on the {what} images is {found.loss}: its weights are too large to"
-                f" compute with; {_try_instead(rate)}"
-            )
-        return found
+            instead = _try_instead(rate, self.machine)
+            raise NonFiniteError(f"after step {step}, on the {what} images, {error}; {instead}") from None
 
     def _end_epoch(self, row: Row) -> None:
         counters = self.state.counters
@@ -241,16 +239,22 @@ class Training:
         if time.monotonic() - self._saved_at >= due:
             self.save()
 
+    @contextmanager
+    def _last_words(self) -> Iterator[None]:
+        """When a value overflows, what the run has reached stays: its best weights and its curves."""
+        try:
+            yield
+        except NonFiniteError:
+            with suppress(OSError):  # that it overflowed says more
+                self._save_best()
+            self._draw()
+            raise
+
     def save(self) -> None:
         """Write the state to the run's checkpoints; the best weights go first, so that `last` never outruns them."""
         started = time.monotonic()
         try:
-            if self.state.best_weights is not None:
-                tensors = {f"model/{name}": tensor for name, tensor in self.state.best_weights.items()}
-                counters = self.state.counters
-                best = {"epoch": counters.best_epoch, "val/accuracy": counters.best_accuracy}
-                checkpoint.save_best(self.run.checkpoints, Checkpoint(tensors, best))
-                self.state.best_weights = None
+            self._save_best()
             checkpoint.save(self.run.checkpoints, self.state.to_checkpoint(), self.keep)
         except OSError as error:
             raise FromzeroError(
@@ -260,6 +264,15 @@ class Training:
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - started
         self.state.counters.saving_seconds += self._save_seconds
+
+    def _save_best(self) -> None:
+        """Write the best weights, unless they have been written. Raises OSError."""
+        if self.state.best_weights is not None:
+            tensors = {f"model/{name}": tensor for name, tensor in self.state.best_weights.items()}
+            counters = self.state.counters
+            best = {"epoch": counters.best_epoch, "val/accuracy": counters.best_accuracy}
+            checkpoint.save_best(self.run.checkpoints, Checkpoint(tensors, best))
+            self.state.best_weights = None
 
     def _finish(self) -> None:
         """Score the test images, once, and write the summary, which says that the run has ended."""
@@ -332,14 +345,16 @@ def train_step(
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
     loss_value = loss.item()
     if not math.isfinite(loss_value):
-        raise NonFiniteError(_non_finite(step, f"the loss is {loss_value}", learning_rate))
+        raise NonFiniteError(_non_finite(step, f"the loss is {loss_value}", learning_rate, machine))
     loss.backward()
     if not kernels.within(state.optimizer.gradients(), LARGEST_GRADIENT):
         gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         name = next(name for name, gradient in gradients.items() if not kernels.within([gradient], LARGEST_GRADIENT))
         state.optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(
-            _non_finite(step, f"the gradient of {name} is not finite or beyond {LARGEST_GRADIENT:g}", learning_rate)
+            _non_finite(
+                step, f"the gradient of {name} is not finite or beyond {LARGEST_GRADIENT:g}", learning_rate, machine
+            )
         )
     set_learning_rate(state.optimizer, learning_rate)
     with machine.autocast():
@@ -348,14 +363,14 @@ def train_step(
     return loss_value, logits.detach()
 
 
-def _non_finite(step: int, what: str, learning_rate: float) -> str:
-    return (
-        f"step {step + 1}: {what}; the weights were not changed, checkpoints are whole: {_try_instead(learning_rate)}"
-    )
+def _non_finite(step: int, what: str, learning_rate: float, machine: Machine) -> str:
+    instead = _try_instead(learning_rate, machine)
+    return f"step {step + 1}: {what}; the weights were not changed, checkpoints are whole: {instead}"
 
 
-def _try_instead(learning_rate: float) -> str:
-    return f"try a lower --optimizer.learning_rate (it was {learning_rate:g}), a warm-up, or --precision float32"
+def _try_instead(learning_rate: float, machine: Machine) -> str:
+    precise = "" if machine.precision == "float32" else ", or --precision float32"
+    return f"try a lower --optimizer.learning_rate (it was {learning_rate:g}), or a warm-up{precise}"
 
 
 def check_image_set(recipe: Recipe, images: ImageSet) -> None:

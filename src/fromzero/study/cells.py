@@ -184,10 +184,10 @@ def _record_outcomes(cell: Cell, images: ImageSet) -> None:
     here = machine.prepare(recorded["precision"], device=recorded["device"], threads=recorded["threads"])
     try:
         network, _ = sessions.load_network(run, images, here)
+        data = Data.of(cell.recipe, images, here.device)
+        outcomes = evaluate(network, *data.validation, data.normalise, here)
     except FromzeroError:
         return
-    data = Data.of(cell.recipe, images, here.device)
-    outcomes = evaluate(network, *data.validation, data.normalise, here)
     summary = run.summary or {}
     if outcomes.accuracy == summary["val/accuracy"]:
         right = (outcomes.predictions == outcomes.labels).cpu().numpy()
