@@ -14,6 +14,9 @@ from fromzero.data.cifar import CIFAR10_CLASSES
 # A shell's background job has Ctrl-C ignored, and so would everything that a test starts and then interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# And under nohup a hang-up; with a handler it is ignored here still, but not by the processes that tests start.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 class Python2Pickler(pickle._Pickler):
