@@ -34,22 +34,8 @@ OPTIMIZER = {"learning_rate": 0.01, "momentum": 0.9}  # SGD, on all sides
 
 def main():
     arguments = parse()
-    started = time.time()
-    results = {"about": about(arguments)}
-    if results["about"]["load_before"] > IDLE:
-        say(
-            f"the load average is {results['about']['load_before']:.2f}: other work runs here, do not trust the figures"
-        )
     if not arguments.render:
-        parts = {"steps": run_steps, "lifetime": run_lifetime, "cold": run_cold}
-        for name in arguments.parts:
-            try:
-                parts[name](arguments, results)
-            finally:  # what was measured before something failed took as long
-                results["about"] |= {"minutes": (time.time() - started) / 60, "load_after": os.getloadavg()[0]}
-                UNFINISHED.parent.mkdir(exist_ok=True)
-                UNFINISHED.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-        UNFINISHED.replace(RESULTS)
+        measure_parts(arguments)
     try:
         results = json.loads(RESULTS.read_text("utf-8"))
         if precision.OUTPUT.exists():
@@ -63,6 +49,25 @@ def main():
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # damaged, or of a version before this
         sys.exit(f"benchmarks: {RESULTS} does not hold what the page shows ({error!r}): measure again")
     print("\n".join([*lines, *(f"wrote {path}" for path in written)]))
+
+
+def measure_parts(arguments):
+    """Measure the parts that are asked for, into RESULTS when all of them are done."""
+    started = time.time()
+    results = {"about": about(arguments)}
+    if results["about"]["load_before"] > IDLE:
+        say(
+            f"the load average is {results['about']['load_before']:.2f}: other work runs here, do not trust the figures"
+        )
+    parts = {"steps": run_steps, "lifetime": run_lifetime, "cold": run_cold}
+    for name in arguments.parts:
+        try:
+            parts[name](arguments, results)
+        finally:  # what was measured before something failed took as long
+            results["about"] |= {"minutes": (time.time() - started) / 60, "load_after": os.getloadavg()[0]}
+            UNFINISHED.parent.mkdir(exist_ok=True)
+            UNFINISHED.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    UNFINISHED.replace(RESULTS)
 
 
 def run_steps(arguments, results):

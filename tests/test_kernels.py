@@ -326,6 +326,22 @@ def test_without_tiles_vectors_compute_the_same(tmp_path, monkeypatch):
     assert kernels.agrees(made)
 
 
+def test_the_check_reaches_the_gradient_that_is_computed_position_by_position(tmp_path, monkeypatch):
+    if machine.prepare("bfloat16", device="cpu").kernels == kernels.NONE or not kernels._tiles_granted():
+        pytest.skip("no tiles on this machine, which has no such gradient then")
+    for source in kernels.SOURCE_FOLDER.glob("*.[ch]"):
+        text = source.read_text("utf-8")
+        if source.name == "winograd.c":
+            before, staged, after = text.partition("static void sum_staged(")
+            assert staged
+            text = before + staged + after.replace("units, wide, depth, sums", "units, wide, depth / 32 * 16, sums", 1)
+            assert "depth / 32 * 16" in text
+        (tmp_path / source.name).write_text(text, "utf-8")
+    monkeypatch.setattr(kernels, "SOURCE_FOLDER", tmp_path)
+    library = kernels.built("cc", [*kernels.COMPILE, "-march=native", "-DBFLOAT16"], tmp_path)
+    assert not kernels.agrees(kernels.Kernels(library, torch.bfloat16))
+
+
 @pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-march=x86-64"]])
 def test_other_instruction_sets_compute_the_same(flags, tmp_path, monkeypatch):
     if kernels.find(torch.float32) == kernels.NONE or platform.machine() not in kernels.NATIVE:

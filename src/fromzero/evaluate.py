@@ -91,8 +91,8 @@ def evaluate(
     """Outcomes of `model` on `pixels` uint8 (N, H, W, C), in evaluation mode; the mode is left as it was found.
     `between` is called after every batch and may raise to stop. `views`: one of VIEWS, whose outputs are averaged.
 
-    Raises NonFiniteError where the loss is no number: such a network predicts the first class of all, and what share
-    of the images that is would pass for an accuracy."""
+    Raises NonFiniteError where the loss is no number: what such a network predicts means nothing, but some of it is
+    right and would pass for an accuracy."""
     was_training = model.training
     model.eval()
     losses, predictions = [], []

@@ -132,7 +132,7 @@ class Training:
 
     def __iter__(self) -> Iterator[Progress]:
         recipe, counters = self.recipe, self.state.counters
-        with self.lock, StopSignals() as stop, self._last_words():
+        with self.lock, StopSignals() as stop, self._saving_what_an_overflow_leaves():
             self.machine.set_up()
             self._saved_at = self._ticked_at = time.monotonic()
             while counters.epoch < recipe.epochs:
@@ -240,7 +240,7 @@ class Training:
             self.save()
 
     @contextmanager
-    def _last_words(self) -> Iterator[None]:
+    def _saving_what_an_overflow_leaves(self) -> Iterator[None]:
         """When a value overflows, what the run has reached stays: its best weights and its curves."""
         try:
             yield

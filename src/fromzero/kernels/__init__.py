@@ -250,8 +250,8 @@ def agrees(kernels: Kernels) -> bool:
         of_convolved = drawn(*convolved.shape).to(element)
         small, of_small = drawn(5, 2, 2, 33).to(element), drawn(5, 2, 2, 19).to(element)
         leaf_small = small.float().permute(0, 3, 1, 2).detach().requires_grad_()
-        many, of_many = drawn(33, 8, 8, 128).to(element), drawn(33, 8, 8, 128).to(element)
-        # So many channels' filters have their gradient computed in another way, position by position.
+        many, of_many = drawn(260, 3, 3, 128).to(element), drawn(260, 3, 3, 128).to(element)
+        # Of so many tiles and channels the filters' gradient is computed in another way, position by position.
         leaf_many = torch.zeros(128, 128, 3, 3, dtype=torch.float32, device="cpu", requires_grad=True)
         # A gradient as the pooling hands it back: the pooled map's, where it was picked.
         places = (picked[..., None] == torch.arange(4, device="cpu")) * of_convolved[..., None]
