@@ -1,13 +1,16 @@
 """Compiled kernels: the same functions as PyTorch's, whatever the shapes, the threads and the instruction set."""
 
 import platform
+import shutil
+import subprocess
 import tomllib
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fromzero import FromzeroError, kernels, load_recipe, machine, modules, networks
+from fromzero import FromzeroError, kernels, load_recipe, machine, modules, networks, new_training
+from fromzero.display import header
 
 ELEMENTS = [torch.float32, torch.bfloat16]
 # Images, rows, columns, channels in and out, padding: tiles cut off on either side, channels that fill no vector.
@@ -344,7 +347,7 @@ def test_the_check_reaches_the_gradient_that_is_computed_position_by_position(tm
 
 @pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-march=x86-64"]])
 def test_other_instruction_sets_compute_the_same(flags, tmp_path, monkeypatch):
-    if kernels.find(torch.float32) == kernels.NONE or platform.machine() not in kernels.NATIVE:
+    if kernels.find(torch.float32) == kernels.NONE or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("no kernels on this machine")
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("needs a processor with AVX2")
@@ -360,13 +363,39 @@ def broken_compiler(folder):
     return compiler
 
 
-def test_without_a_compiler_pytorch_computes(tmp_path, monkeypatch):
+def test_without_a_compiler_pytorch_computes_and_it_is_said(tmp_path, monkeypatch, tiny_images):
     monkeypatch.setenv("FROMZERO_HOME", str(tmp_path / "home"))
-    for setting, value in (("PATH", str(tmp_path)), ("CC", str(broken_compiler(tmp_path / "bin")))):
+    monkeypatch.setattr(kernels, "_made", kernels._made.__wrapped__)
+    broken = str(broken_compiler(tmp_path / "bin"))
+    for setting, value, why in (
+        ("PATH", str(tmp_path), "there is no C compiler for its own"),
+        ("CC", broken, f"{broken} could not compile its own"),
+        ("FROMZERO_KERNELS", "off", "FROMZERO_KERNELS is off"),
+    ):
         with monkeypatch.context() as patch:
             patch.delenv("CC", raising=False)
+            patch.delenv("FROMZERO_KERNELS", raising=False)
             patch.setenv(setting, value)
-            assert kernels._made.__wrapped__(torch.float32) == (kernels.NONE, None)
+            recipe = load_recipe("train1").override({"precision": "float32"})
+            training = new_training(recipe, tiny_images, runs_dir=tmp_path / "runs", device="cpu", threads=1)
+            training.close()
+            assert training.machine.kernels == kernels.NONE
+            assert header(training).splitlines()[3] == f"  by PyTorch's kernels, about half as fast: {why}"
+
+
+def test_kernels_of_bfloat16_need_a_processor_that_multiplies_it(monkeypatch):
+    monkeypatch.setattr(machine, "_bfloat16_features", list)
+    here = machine.prepare("bfloat16", device="cpu", threads=1)
+    assert here.why_no_kernels == "its own of bfloat16 need AVX512-BF16"
+
+
+@pytest.mark.skipif(shutil.which("clang") is None, reason="no clang on this machine")
+@pytest.mark.parametrize("flags", [[], [kernels.NATIVE.get(platform.machine(), "-mcpu=native")]])
+def test_clang_compiles_them_as_on_a_mac(flags, tmp_path):
+    """Compiled alone: what Apple's linker is told, others are not, and of OpenMP torch may have loaded another kind."""
+    for source, *more in kernels.OBJECTS:
+        command = ["clang", "-Werror", "-O3", "-Xclang", "-fopenmp", "-fPIC", "-c", *flags, *more]
+        subprocess.run([*command, str(kernels.SOURCE_FOLDER / source), "-o", str(tmp_path / "object.o")], check=True)
 
 
 def test_kernels_that_compute_something_else_are_not_used(tmp_path, monkeypatch):

@@ -79,6 +79,13 @@ class Machine:
             if other.get(field) != value
         ]
 
+    @property
+    def why_no_kernels(self) -> str:
+        """Why a processor computes by PyTorch's kernels alone, in a few words; empty where it does not."""
+        if self.device != "cpu" or self.kernels != kernels.NONE:
+            return ""
+        return "its own of bfloat16 need AVX512-BF16" if _beyond(self.precision) else kernels.why_none()
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which a network computes on this machine."""
         kind = torch.device(self.device).type
@@ -146,10 +153,13 @@ def keep_large_buffers() -> bool:
 
 
 def _kernels(device: str, precision: Precision) -> str:
-    """Which compiled kernels to use: those of bfloat16 need AVX512-BF16."""
-    if device != "cpu" or (precision == "bfloat16" and "avx512_bf16" not in _bfloat16_features()):
-        return kernels.NONE
-    return kernels.find(ELEMENTS[precision])
+    """Which compiled kernels to use."""
+    return kernels.NONE if device != "cpu" or _beyond(precision) else kernels.find(ELEMENTS[precision])
+
+
+def _beyond(precision: Precision) -> bool:
+    """Whether this processor lacks the instructions that compiled kernels of that precision need."""
+    return precision == "bfloat16" and "avx512_bf16" not in _bfloat16_features()
 
 
 def peak_memory_bytes() -> int | None:

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable
 from functools import cache
@@ -50,6 +51,7 @@ __all__ = [
     "in_use",
     "normalise_pixels",
     "use",
+    "why_none",
     "within",
 ]
 
@@ -59,9 +61,12 @@ SOURCES = ("winograd.c", "direct.c", "pointwise.c", "orthogonal.c", "vectors.h",
 # What objects are compiled from; winograd.c twice, the second time for maps of 2×2 pixels.
 OBJECTS = (("winograd.c",), ("winograd.c", "-DSMALL"), ("direct.c",), ("pointwise.c",), ("orthogonal.c",))
 # Compiled and linked apart, so that OpenMP is the one that torch has loaded, with its threads, and not a second.
-COMPILE = ("-O3", "-fopenmp", "-fPIC", "-c")
-LINK = ("-shared",)
-NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native"}  # elsewhere -mcpu=native
+# Apple's compiler knows OpenMP and says it does not; its linker wants to be told that something will be found later.
+APPLE = sys.platform == "darwin"
+COMPILE = ("-O3", *(("-Xclang", "-fopenmp") if APPLE else ("-fopenmp",)), "-fPIC", "-c")
+LINK = ("-shared", "-undefined", "dynamic_lookup") if APPLE else ("-shared",)
+# For this very processor; Apple's, which it calls arm64, has vectors of one width.
+NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native", "arm64": "-mcpu=apple-m1"}  # elsewhere -mcpu=native
 COMPILE_SECONDS = 60.0
 # Of the check, over the largest value. Errors are a tenth of it.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -71,9 +76,12 @@ _loaded: dict[torch.dtype, Kernels] = {}
 
 def find(element: torch.dtype) -> str:
     """The name of the kernels for `element` on this machine, made if need be; NONE where there are none."""
-    if os.name != "posix" or os.environ.get("FROMZERO_KERNELS") == "off":
-        return NONE
-    return _made(element)[0]
+    return NONE if _ruled_out() else _made(element)[0]
+
+
+def why_none() -> str:
+    """Why `find` finds none, in a few words."""
+    return _ruled_out() or f"{_compiler()} could not compile its own"
 
 
 def use(name: str, element: torch.dtype) -> None:
@@ -147,17 +155,30 @@ def normalise_pixels(pixels: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (rows - shift.repeat(width)).mul_(scale.repeat(width)).view(pixels.shape)
 
 
+def _ruled_out() -> str:
+    """Why there is no need to try; empty where there is."""
+    if os.environ.get("FROMZERO_KERNELS") == "off":
+        return "FROMZERO_KERNELS is off"
+    if os.name != "posix":
+        return "its own are for Linux and macOS"
+    return "" if _compiler() else "there is no C compiler for its own"
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+
+
 @cache
 def _made(element: torch.dtype) -> tuple[str, Kernels | None]:
     """Name and kernels for `element`, compiled unless they are there already; (NONE, None) where that fails."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    command = _compiler()
+    if command is None:
         return NONE, None
     flags = [*COMPILE, NATIVE.get(platform.machine(), "-mcpu=native")]
     if element == torch.bfloat16:
         flags += ["-DBFLOAT16"] if _tiles_granted() else ["-DBFLOAT16", "-DNO_TILES"]
     try:
-        _, _, version = _run([compiler, "--version"]).partition("\n")[0].partition(" ")  # the name is how it was called
+        _, _, version = _run([command, "--version"]).partition("\n")[0].partition(" ")  # the name is how it was called
         sources = [(SOURCE_FOLDER / name).read_text("utf-8") for name in SOURCES]
         identity = "\0".join([*sources, *flags, str(OBJECTS), *LINK, version, _processor()])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -165,7 +186,7 @@ def _made(element: torch.dtype) -> tuple[str, Kernels | None]:
         kernels = _kept(kept, digest, element)
         with tempfile.TemporaryDirectory() as nowhere:
             if kernels is None:
-                kernels = _compiled(compiler, flags, _writable(kept) or Path(nowhere), digest, element)
+                kernels = _compiled(command, flags, _writable(kept) or Path(nowhere), digest, element)
         return (NONE, None) if kernels is None else (digest, kernels)
     except (OSError, subprocess.SubprocessError, AttributeError):
         return NONE, None
@@ -192,10 +213,10 @@ def _kept(folder: Path, digest: str, element: torch.dtype) -> Kernels | None:
     return None
 
 
-def _compiled(compiler: str, flags: list[str], folder: Path, digest: str, element: torch.dtype) -> Kernels | None:
+def _compiled(command: str, flags: list[str], folder: Path, digest: str, element: torch.dtype) -> Kernels | None:
     """Kernels compiled into `folder`; None where they compute something else than PyTorch."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        fresh = built(compiler, flags, Path(place))
+        fresh = built(command, flags, Path(place))
         kernels = Kernels(fresh, element)
         if not agrees(kernels):
             return None
@@ -203,14 +224,14 @@ def _compiled(compiler: str, flags: list[str], folder: Path, digest: str, elemen
         return kernels
 
 
-def built(compiler: str, flags: Iterable[str], folder: Path) -> Path:
+def built(command: str, flags: Iterable[str], folder: Path) -> Path:
     """The library, compiled and linked in `folder`. Raises subprocess.SubprocessError."""
     objects: list[str] = []
     library = folder / "kernels.so"
     for source, *more in OBJECTS:
         objects.append(str(folder / f"{len(objects)}.o"))
-        _run([compiler, *flags, *more, str(SOURCE_FOLDER / source), "-o", objects[-1]])
-    _run([compiler, *LINK, *objects, "-o", str(library)])
+        _run([command, *flags, *more, str(SOURCE_FOLDER / source), "-o", objects[-1]])
+    _run([command, *LINK, *objects, "-o", str(library)])
     return library
 
 

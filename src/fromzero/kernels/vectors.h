@@ -4,11 +4,9 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-#endif
+
+/* OpenMP is the one that torch has loaded; its header is not everywhere where that is. */
+extern int omp_get_thread_num(void);
 
 /* Vectors as wide as the processor's registers. A matrix product of ROWS x COLUMNS vectors accumulates in 24 of 32
    registers, or in 12 of 16. */
