@@ -72,6 +72,19 @@ def test_runs_lists_and_evaluate_repeats_the_recorded_figures(trained):
     assert fromzero("evaluate", run.path, "--checkpoint", "best", cwd=folder).returncode == 0
 
 
+def test_runs_explains_a_mark_only_where_there_is_one(tmp_path, tiny_images, capsys):
+    recipe = library.load_recipe("train1").override({"epochs": 1, "batch_size": 500})
+    training = library.new_training(recipe, tiny_images, runs_dir=tmp_path, device="cpu", threads=1)
+    training.close()
+    for epochs, marked in ((0, False), (1, True)):
+        for _ in training if epochs else ():
+            pass
+        cli.main(["runs", "--runs-dir", str(tmp_path)])
+        printed = capsys.readouterr().out
+        assert f"{epochs}/1" in printed
+        assert ("*" in printed) == ("flatters" in printed) == marked
+
+
 def test_train_from_and_resume_with_more_epochs(trained):
     folder, _ = trained
     first = library.list_runs(folder / "runs")[0]

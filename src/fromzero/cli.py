@@ -190,7 +190,7 @@ def _runs(arguments: argparse.Namespace) -> None:
             continue
         last = rows[-1] if rows else None
         mark = "*" if recipe.validation.source == "test" else ""
-        on_test = on_test or bool(mark)
+        on_test = on_test or bool(mark and rows)
         table.add_row(
             escape(run.name),
             escape(recipe.name),
