@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import modules of the lines above its own, and of its own line where that is said.
 ORDER = [
-    ["errors", "rng", "files", "stats"],
+    ["errors", "rng", "files", "stats", "cores"],
     ["recipe", "kernels", "signals"],
     ["machine", "modules", "fused", "arguments", "timetable"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],

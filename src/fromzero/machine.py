@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from fromzero import kernels
+from fromzero.cores import usable_cores
 from fromzero.errors import InputError
 
 Precision = Literal["bfloat16", "float32"]
@@ -96,7 +97,7 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
     """Choose device, precision and threads, set them for this process, and say what was chosen.
 
     precision: "auto", "bfloat16" or "float32"; device: "auto", "cpu", "cuda" or "cuda:N"; threads: CPU threads, by
-    default one for each core this process may use. Raises InputError for a device that is not there.
+    default one for each of the `usable_cores`. Raises InputError for a device that is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,7 +125,7 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
         device=str(kind),
         processor=processor,
         instructions=_instructions(),
-        threads=threads or _usable_cores(),
+        threads=threads or _default_threads(),
         precision=chosen,
         kernels=_kernels(kind.type, chosen),
         torch=torch.__version__,
@@ -172,10 +173,9 @@ def peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _usable_cores() -> int:
-    """Cores that this process may use; no more than OMP_NUM_THREADS, where the user has set it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
+def _default_threads() -> int:
+    """One for each usable core; no more than OMP_NUM_THREADS, where the user has set it."""
+    cores, wanted = len(usable_cores()), os.environ.get("OMP_NUM_THREADS", "")
     return min(cores, int(wanted)) if wanted.isdecimal() and int(wanted) > 0 else cores
 
 

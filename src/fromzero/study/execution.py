@@ -24,6 +24,7 @@ import filelock
 import numpy as np
 import torch
 
+from fromzero.cores import usable_cores
 from fromzero.data import ImageSet, load_images
 from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.files import write_atomically
@@ -33,7 +34,7 @@ from fromzero.recipe import Recipe
 from fromzero.runs import Run
 from fromzero.study.cells import Cell, Setting, is_finished
 from fromzero.study.definition import TUNING_SEEDS_FROM, Study
-from fromzero.study.pools import Event, on_ray, on_this_machine, usable_cores
+from fromzero.study.pools import Event, on_ray, on_this_machine
 from fromzero.timetable import Timetable
 from fromzero.training import check_image_set
 

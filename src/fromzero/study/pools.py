@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from fromzero.cores import usable_cores
 from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.runs import Run
 from fromzero.signals import StopSignals
@@ -171,11 +172,6 @@ def _pinned(cores: list[int]) -> Iterator[None]:
 def _blocked(cell: Cell, waiting: Sequence[Cell], busy: set[Path]) -> bool:
     """Whether the cell from whose weights this one starts is still to be trained."""
     return cell.after is not None and (cell.after in busy or any(cell.after == other.path for other in waiting))
-
-
-def usable_cores() -> list[int]:
-    """The cores this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def _core_groups(jobs: int, threads: int) -> list[list[int]]:
