@@ -1,5 +1,6 @@
 """A training on another device than the processor, where none is at hand: on PyTorch's device `meta`, whose tensors
 have shapes and a place but no values. An operation on one of them and one of the processor's fails as on a GPU.
+And the network compiled, as it is for a GPU, on the processor.
 """
 
 import contextlib
@@ -7,9 +8,10 @@ import dataclasses
 
 import pytest
 import torch
+import torch._dynamo
 import torch.fx.experimental._config
 
-from fromzero import augment, kernels, machine
+from fromzero import FromzeroError, augment, kernels, machine, modules, new_training
 from fromzero.recipe import load_recipe
 from fromzero.state import State
 from fromzero.training import Data, Training
@@ -75,3 +77,85 @@ def test_this_would_find_a_tensor_on_the_wrong_device(tiny_images, elsewhere, mo
     monkeypatch.setattr(augment, "cut_out", lambda images, *rest: images * torch.ones(images.shape[2:], device="cpu"))
     with pytest.raises(RuntimeError, match="device"):
         training._step(training._order()[:30])
+
+
+torchs_own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+SMALL = {
+    "train3": {
+        "network.channels": [[4], [8]],
+        "network.activation_layers": True,
+        "network.pool": 4,
+        "network.block_dropout": 0.4,
+        "network.dense": [16],
+    },
+    "quick": {"epochs": 2, "network.channels": [[4], [8, 8], [16]], "augment.scale": 0.6},
+}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """A processor that computes as a GPU does: by PyTorch, and small maps as any."""
+    monkeypatch.setenv("FROMZERO_KERNELS", "off")
+    monkeypatch.setattr(modules, "SMALL_MAP_PIXELS", 0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def trained(name, images, where, backend=None, **changes):
+    """The weights of a small network after two epochs, and the shapes of batches that it was trained on."""
+    recipe = load_recipe(name).override({"epochs": 2, "batch_size": 100, "validation.source": "split", **changes})
+    training = new_training(recipe, images, runs_dir=where, device="cpu", threads=1)
+    shapes = set()
+    if backend:
+        training.state.compile_network(backend)
+    else:
+        training.state.model.register_forward_pre_hook(
+            lambda model, given: shapes.add(given[0].shape) if model.training else None
+        )
+    for _ in training:
+        pass
+    return training.state.model.state_dict(), shapes
+
+
+@torchs_own_warnings
+@pytest.mark.parametrize("name", SMALL)
+def test_a_network_is_compiled_whole_once_for_each_size_of_batch(name, tiny_images, as_on_a_gpu, tmp_path):
+    plain, shapes = trained(name, tiny_images, tmp_path, **SMALL[name])
+    assert len(shapes) > 1
+    for _ in range(2):  # the second run finds what the first one compiled
+        compiled, _ = trained(name, tiny_images, tmp_path, "aot_eager", **SMALL[name])
+        assert as_on_a_gpu()["stats"]["unique_graphs"] == len(shapes)
+        assert not as_on_a_gpu()["graph_break"]
+        assert all(torch.equal(plain[key], compiled[key]) for key in plain)
+
+
+@torchs_own_warnings
+def test_a_compiled_network_trains_as_without_and_to_the_same_bits_again(tiny_images, as_on_a_gpu, tmp_path):
+    """By torch.compile's own backend, which on a processor takes seconds for a convolution and minutes for dropout."""
+    changes = SMALL["train3"] | {"network.channels": [[4]], "precision": "float32"}
+    changes |= {"network.block_dropout": 0.0, "network.dense_dropout": 0.0}
+    (plain, _), (once, _), (again, _) = (
+        trained("train3", tiny_images, tmp_path, backend, **changes) for backend in (None, "inductor", "inductor")
+    )
+    assert all(torch.equal(once[key], again[key]) for key in once)
+    for key in plain:
+        assert (plain[key] - once[key]).abs().max() <= 1e-4 * plain[key].abs().max()
+
+
+@torchs_own_warnings
+def test_a_compiler_that_fails_is_named(tiny_images, as_on_a_gpu, tmp_path):
+    def broken(*given):
+        raise RuntimeError("no such chip")
+
+    with pytest.raises(FromzeroError, match=r"torch.compile failed \(.*no such chip\); the run is at step 0, .* false"):
+        trained("quick", tiny_images, tmp_path, broken, **SMALL["quick"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_recipe_compiles_where_there_are_no_kernels(device, tiny_images, elsewhere):
+    where = elsewhere if device == "meta" else dataclasses.replace(elsewhere, device="cpu")
+    training = training_there("quick", tiny_images, where, compile=True)
+    assert (training.state.compiled is not None) == (device == "meta")

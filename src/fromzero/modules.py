@@ -7,7 +7,7 @@ compiled kernels, modules compute by them: the same functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -28,11 +28,20 @@ WINOGRAD_INPUTS = 16  # channels from which Winograd's method is used; between i
 @dataclass
 class Masks:
     """What the dropout masks of a network are functions of: a key of 64 bits, which changes from step to step, beside
-    the number of the layer, of which there are so many; and whether dropout is on."""
+    the number of the layer, of which there are so many; and whether dropout is on.
+
+    words: the key as int32 (2,) on the network's device, for those who compute by PyTorch: where the network is
+    compiled, a number would be part of the program, and every step another one."""
 
     key: int = 0
     layers: int = 0
     on: bool = True
+    words: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int32))
+
+    def reseed(self, key: int, on: bool = True) -> None:
+        """Make the next masks those of another key, or none."""
+        self.key, self.on = key, on
+        self.words = torch.tensor(words(key), dtype=torch.int32, device=self.words.device)
 
 
 class Network(nn.Sequential):
@@ -44,9 +53,15 @@ class Network(nn.Sequential):
             self.add_module(name, module)
         self.masks = masks
 
+    def forward(self, x: Tensor) -> Tensor:
+        # What nn.Sequential does; but what torch itself defines, torch.compile does not look into.
+        for layer in self:
+            x = layer(x)
+        return x
+
     def reseed(self, seed: int, step: int, dropout: bool = True) -> None:
         """Make the dropout masks of the next forward pass those of (seed, step), or turn dropout off."""
-        self.masks.key, self.masks.on = derive(seed, "dropout", step), dropout
+        self.masks.reseed(derive(seed, "dropout", step), dropout)
 
 
 class Residual(nn.Sequential):
@@ -336,25 +351,27 @@ class Dropout(nn.Module):
         masks.layers += 1
         self.threshold = min(round(rate * 256), 255)
 
+    @property
+    def drops(self) -> bool:
+        """Whether it drops anything in this step."""
+        return self.training and self.masks.on and self.threshold > 0
+
     def mask(self) -> kernels.Mask | None:
-        """What it keeps in this step; None when all."""
-        if not self.training or not self.masks.on or self.threshold == 0:
-            return None
-        return kernels.Mask(self.threshold, self.masks.key, self.layer)
+        """What it keeps in this step, for compiled kernels; None when all."""
+        return kernels.Mask(self.threshold, self.masks.key, self.layer) if self.drops else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if (mask := self.mask()) is None:
+        if not self.drops:
             return x
         if x.dim() == 4:
-            return self._drop(x.permute(0, 2, 3, 1), mask).permute(0, 3, 1, 2)
-        return self._drop(x, mask)
+            return self._drop(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self._drop(x)
 
-    def _drop(self, x: Tensor, mask: kernels.Mask) -> Tensor:
+    def _drop(self, x: Tensor) -> Tensor:
         if (kernel := kernels.in_use(x)) and x.dtype == kernel.element:
-            return kernels.Drop.apply(x, mask, kernel)
-        key = torch.tensor(words(mask.key), dtype=torch.int32, device=x.device)
-        kept = random_bytes(key, mask.layer, x.numel()).view(x.shape) >= mask.threshold
-        return x * kept.to(x.dtype).mul_(256 / (256 - mask.threshold))
+            return kernels.Drop.apply(x, self.mask(), kernel)
+        kept = random_bytes(self.masks.words, self.layer, x.numel()).view(x.shape) >= self.threshold
+        return x * kept.to(x.dtype).mul_(256 / (256 - self.threshold))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

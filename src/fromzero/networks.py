@@ -205,6 +205,7 @@ def build(
                     into[f"{network.activation}_{len(into)}"] = modules.Activation(network.activation)
             case "Rescaling":
                 into[row.name] = modules.Scale(row.rate)
+    masks.words = masks.words.to(device)
     model = modules.Network(parts, masks)
     _draw_weights(model, network.initial, seed)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

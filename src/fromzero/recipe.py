@@ -248,6 +248,11 @@ class Recipe(_Part):
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="auto is bfloat16 where the processor computes fast in it, else float32"
     )
+    compile: bool = Field(
+        False,
+        description="on a GPU make steps by the network as torch.compile compiles it, once for each size of batch; a"
+        " processor has fromzero's own kernels, and this changes nothing there",
+    )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each label spread over all classes (Szegedy et al., 2016)"
     )

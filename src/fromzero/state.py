@@ -6,7 +6,7 @@ went through a checkpoint is equal bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,7 +42,8 @@ class Counters:
 @dataclass
 class State:
     """Network, optimizer and counters; `average` is the network with the moving average of the weights, where the
-    recipe asks for one; `best_weights` are those of the best epoch until they have been written.
+    recipe asks for one; `best_weights` are those of the best epoch until they have been written; `compiled` is the
+    network as it makes steps, where it is compiled for that.
 
     losses, skipped: where the recipe skips easy images, of each train image its loss when it was last trained on,
     float32 (N,), and whether the epoch under way leaves it out, bool (N,): losses change while it is under way, so it
@@ -55,6 +56,7 @@ class State:
     losses: Tensor | None = None
     skipped: Tensor | None = None
     best_weights: dict[str, Tensor] | None = None
+    compiled: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def initial(cls, recipe: Recipe, image_shape: ImageShape, num_classes: int, device: str) -> State:
@@ -69,6 +71,14 @@ class State:
     def scored(self) -> Network:
         """The network whose weights are evaluated: the average where there is one."""
         return self.average or self.model
+
+    def compile_network(self, backend: str = "inductor") -> None:
+        """From now on have steps made by `compiled`: the same weights and the same function, other bits. It is compiled
+        anew for each size of batch; evaluations, of many sizes, are left as they are."""
+        # A limit that is reached would leave the rest uncompiled, and a run that is resumed would not come to it at the
+        # same step.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 100_000
+        self.compiled = torch.compile(self.model, dynamic=False, backend=backend)
 
     def start_average(self) -> None:
         """Begin the average, if there is one, at the network's weights."""

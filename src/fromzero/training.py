@@ -127,12 +127,14 @@ class Training:
         self.timetable = Timetable.of(self.recipe, len(self.data.train.labels))
         if self.recipe.skip_easy:
             self.state.watch_losses(len(self.data.train.labels), self.machine.device)
+        if self.recipe.compile and self.machine.device != "cpu":
+            self.state.compile_network()
         self._saved_at = self._ticked_at = time.monotonic()
         self._save_seconds = 0.0  # of the last save here; what saves took before a resume says little of this disk
 
     def __iter__(self) -> Iterator[Progress]:
         recipe, counters = self.recipe, self.state.counters
-        with self.lock, StopSignals() as stop, self._saving_what_an_overflow_leaves():
+        with self.lock, StopSignals() as stop, self._saving_what_an_overflow_leaves(), self._naming_the_compiler():
             self.machine.set_up()
             self._saved_at = self._ticked_at = time.monotonic()
             while counters.epoch < recipe.epochs:
@@ -250,6 +252,20 @@ class Training:
             self._draw()
             raise
 
+    @contextmanager
+    def _naming_the_compiler(self) -> Iterator[None]:
+        """Where torch.compile fails, say so and what to do; a traceback of its own names neither."""
+        try:
+            yield
+        except Exception as error:
+            if self.state.compiled is None or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            why = " ".join(str(error).split("\n")[:2])
+            raise FromzeroError(
+                f"{self.run.path}: torch.compile failed ({why}); the run is at step {self.state.counters.step}, begin"
+                " it again with --compile false"
+            ) from None
+
     def save(self) -> None:
         """Write the state to the run's checkpoints; the best weights go first, so that `last` never outruns them."""
         started = time.monotonic()
@@ -340,7 +356,7 @@ def train_step(
     model.reseed(recipe.seed, step, dropout=progress >= recipe.network.dropout_from_epoch)
     images = augment.cut_out(normalise(batch.pixels), recipe.augment, recipe.seed, step)
     with machine.autocast():
-        logits = model(images)
+        logits = (state.compiled or model)(images)
     logits = logits.float()
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
     loss_value = loss.item()
