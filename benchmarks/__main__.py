@@ -200,10 +200,10 @@ def fastest(rates):
 def about(arguments):
     """Machine, versions, date and command, as the page shows them."""
     from fromzero import machine
+    from fromzero.cores import usable_cores
     from fromzero.runs import describe_program
 
     program, here = describe_program(), machine.prepare(device="cpu", threads=arguments.threads)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "command": command_without_paths(sys.argv[1:]),
@@ -212,7 +212,7 @@ def about(arguments):
         "instructions": here.instructions,
         "precision": here.precision,
         "kernels": here.kernels,
-        "cores": cores,
+        "cores": len(usable_cores()),
         "threads": here.threads,
         "python": program["python"],
         "versions": {"fromzero": here.fromzero, "torch": here.torch},

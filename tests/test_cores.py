@@ -19,7 +19,7 @@ def system(tmp_path, monkeypatch):
     def write(place, text):
         path = tmp_path / place
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_bytes(os.fsencode(text))
 
     return write
 
@@ -41,6 +41,8 @@ def test_one_of_each_core(system, monkeypatch, siblings, usable):
     assert cores.usable_cores() == usable
     assert machine._default_threads() == 4
     assert pools._core_groups(2, 2) == [usable[:2], usable[2:]]
+    assert pools._core_groups(4, 2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert pools._core_groups(9, 1) == [[]] * 9
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 7})
     assert len(cores.usable_cores()) == (1 if usable == [0, 1, 2, 3] else 2)
 
@@ -53,10 +55,10 @@ def test_one_of_each_core(system, monkeypatch, siblings, usable):
         ("0::/a/b\n", {"cpu.max": "max 100000", "a/cpu.max": "300000 100000", "a/b/cpu.max": "500000 100000"}, 3),
         ("0::/docker/of-the-host\n", {"cpu.max": "150000 100000"}, 2),
         ("0::/../beside\n", {"cpu.max": "20000 100000"}, 1),
-        ("9:memory:/\n4:cpu,cpuacct:/x\n0::/\n", {"cpu,cpuacct/x/cpu.cfs_quota_us": "400000"}, 8),
+        ("9:memory:/\n4:cpu,cpuacct:/x\n0::/\n", {"cpu/x/cpu.cfs_quota_us": "400000"}, 8),
         (
-            "4:cpu,cpuacct:/x\n0::/\n",
-            {"cpu,cpuacct/x/cpu.cfs_quota_us": "400000", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"},
+            "4:cpuacct,cpu:/x\n0::/\n",
+            {"cpu/x/cpu.cfs_quota_us": "400000", "cpu/x/cpu.cfs_period_us": "100000"},
             4,
         ),
         ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
@@ -64,11 +66,19 @@ def test_one_of_each_core(system, monkeypatch, siblings, usable):
         ("0::/\n", {"cpu.max": "6400000 100000"}, 8),
         ("0::/\n", {"cpu.max": "100000 0"}, 8),
         ("0::/\n", {"cpu.max": ""}, 8),
+        ("0::/\n", {"cpu.max": "149999 100000"}, 1),
+        ("0::/\n", {"cpu.max": "150000 100000"}, 2),
+        ("0::/\n", {"cpu.max": "250000 100000"}, 3),
+        ("0::/a:b\x0b\u2028\udcff\n", {"a:b\x0b\u2028\udcff/cpu.max": "300000 100000"}, 3),
+        ("garbage\n0::/\0\n\n", {"cpu.max": "100000 100000"}, 1),
+        ("0::/\n", {"cpu.max": "\udcff 100000"}, 8),
     ],
 )
-def test_no_more_than_a_control_group_grants(system, own, files, count):
+def test_no_more_threads_than_a_control_group_grants(system, own, files, count):
     system("own", own)
     for name, text in files.items():
         system(f"groups/{name}", text + "\n")
-    assert cores.usable_cores() == list(range(count))
-    assert machine._default_threads() == count
+    assert cores.num_threads() == machine._default_threads() == count
+    # How many is not which: nothing is pinned then.
+    assert cores.usable_cores() == list(range(8))
+    assert pools._core_groups(1, 1) == ([[0]] if count == 8 else [[]])

@@ -324,7 +324,7 @@ def test_without_tiles_vectors_compute_the_same(tmp_path, monkeypatch):
         pytest.skip("no kernels of bfloat16 on this machine")
     monkeypatch.setenv("FROMZERO_HOME", str(tmp_path))
     monkeypatch.setattr(kernels, "_tiles_granted", lambda: False)
-    name, made = kernels._made.__wrapped__(torch.bfloat16)
+    name, made, _ = kernels._made.__wrapped__(torch.bfloat16)
     assert name != kernels.NONE
     assert kernels.agrees(made)
 
@@ -347,7 +347,7 @@ def test_the_check_reaches_the_gradient_that_is_computed_position_by_position(tm
 
 @pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-march=x86-64"]])
 def test_other_instruction_sets_compute_the_same(flags, tmp_path, monkeypatch):
-    if kernels.find(torch.float32) == kernels.NONE or platform.machine() not in ("x86_64", "AMD64"):
+    if kernels.find(torch.float32).kernels is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("no kernels on this machine")
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("needs a processor with AVX2")
@@ -355,38 +355,63 @@ def test_other_instruction_sets_compute_the_same(flags, tmp_path, monkeypatch):
     assert kernels.agrees(kernels.Kernels(library, torch.float32))
 
 
-def broken_compiler(folder):
-    folder.mkdir()
+def fake_compiler(folder, then):
+    """A program that has a version and, asked to compile, does something else."""
+    folder.mkdir(exist_ok=True)
     compiler = folder / "cc"
-    compiler.write_text("#!/bin/sh\n[ $1 = --version ] && echo broken && exit 0\nexit 1\n")
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo fake 1 && exit 0\n{then}\n')
     compiler.chmod(0o755)
-    return compiler
+    return str(compiler)
 
 
 def test_without_a_compiler_pytorch_computes_and_it_is_said(tmp_path, monkeypatch, tiny_images):
     monkeypatch.setenv("FROMZERO_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("FROMZERO_KERNELS", raising=False)
     monkeypatch.setattr(kernels, "_made", kernels._made.__wrapped__)
-    broken = str(broken_compiler(tmp_path / "bin"))
-    for setting, value, why in (
-        ("PATH", str(tmp_path), "there is no C compiler for its own"),
-        ("CC", broken, f"{broken} could not compile its own"),
-        ("FROMZERO_KERNELS", "off", "FROMZERO_KERNELS is off"),
+    monkeypatch.setattr(kernels, "COMPILE_SECONDS", 1.0)
+    fake = tmp_path / "bin" / "cc"
+    for then, why in (
+        ("", "no C compiler was found"),
+        (
+            "echo 'In file x'; echo 'x.c:1: Error: no such chip' >&2; exit 1",
+            f"{fake} failed: x.c:1: Error: no such chip",
+        ),
+        ("exit 1", f"{fake} failed"),
+        ("exec /bin/sleep 9", f"{fake} gave no answer in 1 s"),
+        ("for last; do :; done; echo > $last", f"{fake}: {tmp_path / 'home' / 'kernels'}/"),
     ):
-        with monkeypatch.context() as patch:
-            patch.delenv("CC", raising=False)
-            patch.delenv("FROMZERO_KERNELS", raising=False)
-            patch.setenv(setting, value)
-            recipe = load_recipe("train1").override({"precision": "float32"})
-            training = new_training(recipe, tiny_images, runs_dir=tmp_path / "runs", device="cpu", threads=1)
-            training.close()
-            assert training.machine.kernels == kernels.NONE
-            assert header(training).splitlines()[3] == f"  by PyTorch's kernels, about half as fast: {why}"
+        monkeypatch.setenv("CC", fake_compiler(tmp_path / "bin", then) if then else "")
+        recipe = load_recipe("train1").override({"precision": "float32"})
+        training = new_training(recipe, tiny_images, runs_dir=tmp_path / "runs", device="cpu", threads=1)
+        training.close()
+        assert training.machine.kernels == kernels.NONE
+        assert header(training).splitlines()[3].startswith(f"  by PyTorch's kernels, which are slower: {why}")
+    monkeypatch.setenv("FROMZERO_KERNELS", "off")
+    assert training.machine.why_no_kernels == "FROMZERO_KERNELS is off"
+
+
+def test_another_compiler_is_tried_and_what_it_made_is_kept(tmp_path, monkeypatch):
+    if kernels.find(torch.float32).kernels is None:
+        pytest.skip("no kernels on this machine")
+    monkeypatch.setenv("FROMZERO_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CC", fake_compiler(tmp_path / "bin", f"echo >> {tmp_path}/asked; exit 1"))
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc on this machine")
+    assert agree_twice(lambda: kernels._made.__wrapped__(torch.float32).name)
+    assert (tmp_path / "asked").read_text().count("\n") == 1
+
+
+def agree_twice(ask):
+    """Whether the answer is something, and the same when asked again."""
+    first = ask()
+    return first != kernels.NONE and ask() == first
 
 
 def test_kernels_of_bfloat16_need_a_processor_that_multiplies_it(monkeypatch):
     monkeypatch.setattr(machine, "_bfloat16_features", list)
     here = machine.prepare("bfloat16", device="cpu", threads=1)
-    assert here.why_no_kernels == "its own of bfloat16 need AVX512-BF16"
+    assert here.why_no_kernels == "fromzero's of bfloat16 need AVX512-BF16"
 
 
 @pytest.mark.skipif(shutil.which("clang") is None, reason="no clang on this machine")
@@ -399,15 +424,17 @@ def test_clang_compiles_them_as_on_a_mac(flags, tmp_path):
 
 
 def test_kernels_that_compute_something_else_are_not_used(tmp_path, monkeypatch):
-    if kernels.find(torch.float32) == kernels.NONE:
+    if kernels.find(torch.float32).kernels is None:
         pytest.skip("no kernels on this machine")
     monkeypatch.setenv("FROMZERO_HOME", str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "agrees", lambda made: False)
-        assert kernels._made.__wrapped__(torch.float32) == (kernels.NONE, None)
+        none = kernels._made.__wrapped__(torch.float32)
+        assert (none.name, none.kernels) == (kernels.NONE, None)
+        assert none.why.endswith("made computes something else")
     assert list((tmp_path / "kernels").iterdir()) == []
-    name, made = kernels._made.__wrapped__(torch.float32)
-    assert name == kernels.find(torch.float32)
+    name, made, _ = kernels._made.__wrapped__(torch.float32)
+    assert name == kernels.find(torch.float32).name
     assert kernels.agrees(made)
     (library,) = (tmp_path / "kernels").iterdir()
     assert library.name == f"{name}-{kernels._content_digest(library)}.so"
@@ -415,7 +442,7 @@ def test_kernels_that_compute_something_else_are_not_used(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:9000], lambda content: content[::-1]])
 def test_damaged_kernels_are_made_again(damage, tmp_path, monkeypatch):
-    if kernels.find(torch.float32) == kernels.NONE:
+    if kernels.find(torch.float32).kernels is None:
         pytest.skip("no kernels on this machine")
     monkeypatch.setenv("FROMZERO_HOME", str(tmp_path))
     kernels._made.__wrapped__(torch.float32)
@@ -423,8 +450,8 @@ def test_damaged_kernels_are_made_again(damage, tmp_path, monkeypatch):
     whole = library.read_bytes()
     library.unlink()  # it is loaded
     library.write_bytes(damage(whole))
-    name, made = kernels._made.__wrapped__(torch.float32)
-    assert name == kernels.find(torch.float32)
+    name, made, _ = kernels._made.__wrapped__(torch.float32)
+    assert name == kernels.find(torch.float32).name
     assert kernels.agrees(made)
     assert any(kernels._content_digest(path) in path.name for path in (tmp_path / "kernels").iterdir())
 
@@ -548,7 +575,7 @@ def test_sums_of_bytes_are_exact(made, shape):
     for pixels in (torch.randint(0, 256, shape, dtype=torch.uint8), torch.full(shape, 255, dtype=torch.uint8)):
         whole = pixels.long().flatten(0, 2)
         expected = torch.stack([whole.sum(0), whole.square().sum(0)])
-        kernels.use(kernels.find(made.element), made.element)
+        kernels.use(kernels.find(made.element).name, made.element)
         assert torch.equal(kernels.byte_sums(pixels), expected)
         kernels.use(kernels.NONE, made.element)
         assert torch.equal(kernels.byte_sums(pixels), expected)
@@ -630,6 +657,6 @@ def test_kernels_can_be_turned_off(monkeypatch):
 def test_which_kernels_a_processor_gets(features, precision, expected, monkeypatch):
     monkeypatch.delenv("FROMZERO_KERNELS", raising=False)
     monkeypatch.setattr(machine, "_bfloat16_features", lambda: features)
-    monkeypatch.setattr(kernels, "_made", lambda element: ("found", None))
-    assert machine._kernels("cpu", precision) == expected
-    assert machine._kernels("cuda", precision) == "none"
+    monkeypatch.setattr(kernels, "_made", lambda element: kernels.Made("found", None))
+    assert machine._kernels("cpu", precision).name == expected
+    assert machine._kernels("cuda", precision).name == "none"

@@ -12,17 +12,27 @@ PROCESSORS = Path("/sys/devices/system/cpu")
 
 
 def usable_cores() -> list[int]:
-    """Numbers of the processors to compute on, ascending, one at least: those that this process may run on, one of each
-    core, and no more than its control group gives it time for.
+    """Numbers of the processors that this process may run on, ascending, where Linux says so one of each core.
 
-    Two threads on one core share what multiplies, so a second one gains little and can cost much. A control group
-    (`docker run --cpus 2`, a Kubernetes limit) stops all threads of a process for the rest of a tenth of a second when
-    they have used up its share, however many processors there are.
+    Two threads on one core share what multiplies, so a second one gains little and can cost much.
     """
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = {_siblings(number): number for number in reversed(allowed)}  # the first of each
-    time = _granted_processors()
-    return sorted(cores.values())[: len(cores) if math.isinf(time) else max(1, round(time))]
+    first = {_siblings(number): number for number in reversed(usable_processors())}
+    return sorted(first.values())
+
+
+def usable_processors() -> list[int]:
+    """Numbers of the processors that this process may run on, ascending, one at least."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def num_threads() -> int:
+    """How many threads to compute by: one a usable core, but no more than the control groups of this process have time
+    for, to the nearest whole number, and one at least.
+
+    A control group (`docker run --cpus 2`, a Kubernetes limit) stops all threads of a process for the rest of a tenth
+    of a second when they have used up its share, however many processors there are.
+    """
+    return int(min(len(usable_cores()), max(1.0, granted_processors() + 0.5)))
 
 
 def _siblings(number: int) -> str:
@@ -30,14 +40,14 @@ def _siblings(number: int) -> str:
     return _text(PROCESSORS / f"cpu{number}/topology/thread_siblings_list") or str(number)
 
 
-def _granted_processors() -> float:
+def granted_processors() -> float:
     """How many processors' time the control groups of this process grant it; infinity where they set no limit."""
     granted = math.inf
-    for line in _text(OWN_GROUPS).splitlines():
-        _, controllers, path = line.split(":", 2)
+    for line in _text(OWN_GROUPS).split("\n"):
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
-        root = CONTROL_GROUPS / controllers
+        root = CONTROL_GROUPS / ("cpu" if controllers else "")
         group = root / path.lstrip("/")
         # Up to the root: groups within groups limit each other, and in a container the path can be that of the host.
         for each in (group, *group.parents):
@@ -58,6 +68,6 @@ def _granted_by(group: Path) -> float:
 def _text(path: Path) -> str:
     """What the file holds; empty where it cannot be read."""
     try:
-        return path.read_text("utf-8").strip()
-    except OSError:
+        return os.fsdecode(path.read_bytes()).strip()
+    except (OSError, ValueError):  # a name with a zero byte in it
         return ""

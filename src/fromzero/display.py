@@ -52,7 +52,7 @@ def header(run: Training) -> str:
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {_counted(recipe.epochs, 'epoch')}",
     ]
     if here.why_no_kernels:
-        lines.append(f"  by PyTorch's kernels, about half as fast: {here.why_no_kernels}")
+        lines.append(f"  by PyTorch's kernels, which are slower: {here.why_no_kernels}")
     augmentation, timetable = recipe.augment, run.timetable
     if augmentation.scales:
         size = "×".join(map(str, augment.smallest_size(augmentation, *run.images.image_shape[:2])))

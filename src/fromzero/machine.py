@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from fromzero import kernels
-from fromzero.cores import usable_cores
+from fromzero.cores import num_threads
 from fromzero.errors import InputError
 
 Precision = Literal["bfloat16", "float32"]
@@ -83,9 +83,7 @@ class Machine:
     @property
     def why_no_kernels(self) -> str:
         """Why a processor computes by PyTorch's kernels alone, in a few words; empty where it does not."""
-        if self.device != "cpu" or self.kernels != kernels.NONE:
-            return ""
-        return "its own of bfloat16 need AVX512-BF16" if _beyond(self.precision) else kernels.why_none()
+        return "" if self.device != "cpu" or self.kernels != kernels.NONE else _kernels("cpu", self.precision).why
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which a network computes on this machine."""
@@ -97,7 +95,7 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
     """Choose device, precision and threads, set them for this process, and say what was chosen.
 
     precision: "auto", "bfloat16" or "float32"; device: "auto", "cpu", "cuda" or "cuda:N"; threads: CPU threads, by
-    default one for each of the `usable_cores`. Raises InputError for a device that is not there.
+    default as `cores.num_threads` says. Raises InputError for a device that is not there.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,7 +125,7 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
         instructions=_instructions(),
         threads=threads or _default_threads(),
         precision=chosen,
-        kernels=_kernels(kind.type, chosen),
+        kernels=_kernels(kind.type, chosen).name,
         torch=torch.__version__,
         fromzero=f"{metadata.version('fromzero')} ({_source_digest()})",
     )
@@ -153,14 +151,13 @@ def keep_large_buffers() -> bool:
     return all([mallopt(name, value) == 1 for name, value in settings])
 
 
-def _kernels(device: str, precision: Precision) -> str:
+def _kernels(device: str, precision: Precision) -> kernels.Made:
     """Which compiled kernels to use."""
-    return kernels.NONE if device != "cpu" or _beyond(precision) else kernels.find(ELEMENTS[precision])
-
-
-def _beyond(precision: Precision) -> bool:
-    """Whether this processor lacks the instructions that compiled kernels of that precision need."""
-    return precision == "bfloat16" and "avx512_bf16" not in _bfloat16_features()
+    if device != "cpu":
+        return kernels.Made(kernels.NONE, None)
+    if precision == "bfloat16" and "avx512_bf16" not in _bfloat16_features():
+        return kernels.Made(kernels.NONE, None, "fromzero's of bfloat16 need AVX512-BF16")
+    return kernels.find(ELEMENTS[precision])
 
 
 def peak_memory_bytes() -> int | None:
@@ -174,9 +171,9 @@ def peak_memory_bytes() -> int | None:
 
 
 def _default_threads() -> int:
-    """One for each usable core; no more than OMP_NUM_THREADS, where the user has set it."""
-    cores, wanted = len(usable_cores()), os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(wanted)) if wanted.isdecimal() and int(wanted) > 0 else cores
+    """As many as `num_threads` says; no more than OMP_NUM_THREADS, where the user has set it."""
+    threads, wanted = num_threads(), os.environ.get("OMP_NUM_THREADS", "")
+    return min(threads, int(wanted)) if wanted.isdecimal() and int(wanted) > 0 else threads
 
 
 def _bfloat16_features() -> list[str]:

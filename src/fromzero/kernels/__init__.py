@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ __all__ = [
     "ConvolveDirectly",
     "Drop",
     "Kernels",
+    "Made",
     "Mask",
     "MaxPool2x2",
     "Pooled",
@@ -51,7 +53,6 @@ __all__ = [
     "in_use",
     "normalise_pixels",
     "use",
-    "why_none",
     "within",
 ]
 
@@ -74,14 +75,21 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 _loaded: dict[torch.dtype, Kernels] = {}
 
 
-def find(element: torch.dtype) -> str:
-    """The name of the kernels for `element` on this machine, made if need be; NONE where there are none."""
-    return NONE if _ruled_out() else _made(element)[0]
+class Made(NamedTuple):
+    """The kernels for a type of element and their name; or NONE, and in a few words why there are none."""
+
+    name: str
+    kernels: Kernels | None
+    why: str = ""
 
 
-def why_none() -> str:
-    """Why `find` finds none, in a few words."""
-    return _ruled_out() or f"{_compiler()} could not compile its own"
+def find(element: torch.dtype) -> Made:
+    """The kernels for `element` on this machine, made if need be."""
+    if os.environ.get("FROMZERO_KERNELS") == "off":
+        return Made(NONE, None, "FROMZERO_KERNELS is off")
+    if os.name != "posix":
+        return Made(NONE, None, "fromzero's are for Linux and macOS")
+    return _made(element)
 
 
 def use(name: str, element: torch.dtype) -> None:
@@ -90,10 +98,10 @@ def use(name: str, element: torch.dtype) -> None:
     _loaded.clear()
     if name == NONE:
         return
-    found, kernels = _made(element)
-    if kernels is None or name != found:
-        raise FromzeroError(f"the kernels {name} are not on this machine; it has: {found}")
-    _loaded[element] = kernels
+    found = _made(element)
+    if found.kernels is None or name != found.name:
+        raise FromzeroError(f"the kernels {name} are not on this machine; it has: {found.name}")
+    _loaded[element] = found.kernels
 
 
 def in_use(x: Tensor) -> Kernels | None:
@@ -155,41 +163,46 @@ def normalise_pixels(pixels: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (rows - shift.repeat(width)).mul_(scale.repeat(width)).view(pixels.shape)
 
 
-def _ruled_out() -> str:
-    """Why there is no need to try; empty where there is."""
-    if os.environ.get("FROMZERO_KERNELS") == "off":
-        return "FROMZERO_KERNELS is off"
-    if os.name != "posix":
-        return "its own are for Linux and macOS"
-    return "" if _compiler() else "there is no C compiler for its own"
-
-
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-
-
 @cache
-def _made(element: torch.dtype) -> tuple[str, Kernels | None]:
-    """Name and kernels for `element`, compiled unless they are there already; (NONE, None) where that fails."""
-    command = _compiler()
-    if command is None:
-        return NONE, None
+def _made(element: torch.dtype) -> Made:
+    """The kernels for `element` by the first of the machine's compilers that makes some, unless one has done so
+    before."""
+    wanted = dict.fromkeys((os.environ.get("CC") or "cc", "gcc", "clang"))
+    compilers = list(filter(None, map(shutil.which, wanted)))
+    failures: list[Made] = []
+    for compiles in (False, True):
+        for compiler in compilers:
+            found = _made_by(compiler, element, compiles)
+            if found.kernels:
+                return found
+            failures += [found] if compiles else []
+    return failures[0] if failures else Made(NONE, None, "no C compiler was found")
+
+
+def _made_by(compiler: str, element: torch.dtype, compiles: bool) -> Made:
+    """What this compiler has made, or `compiles` now."""
     flags = [*COMPILE, NATIVE.get(platform.machine(), "-mcpu=native")]
     if element == torch.bfloat16:
         flags += ["-DBFLOAT16"] if _tiles_granted() else ["-DBFLOAT16", "-DNO_TILES"]
     try:
-        _, _, version = _run([command, "--version"]).partition("\n")[0].partition(" ")  # the name is how it was called
+        _, _, version = _run([compiler, "--version"]).partition("\n")[0].partition(" ")  # the name is how it was called
         sources = [(SOURCE_FOLDER / name).read_text("utf-8") for name in SOURCES]
         identity = "\0".join([*sources, *flags, str(OBJECTS), *LINK, version, _processor()])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        kept = files.home() / "kernels"
-        kernels = _kept(kept, digest, element)
+        folder = files.home() / "kernels"
+        if not compiles:
+            return Made(digest, _kept(folder, digest, element))
         with tempfile.TemporaryDirectory() as nowhere:
-            if kernels is None:
-                kernels = _compiled(command, flags, _writable(kept) or Path(nowhere), digest, element)
-        return (NONE, None) if kernels is None else (digest, kernels)
-    except (OSError, subprocess.SubprocessError, AttributeError):
-        return NONE, None
+            kernels = _compiled(compiler, flags, _writable(folder) or Path(nowhere), digest, element)
+        return Made(digest, kernels) if kernels else Made(NONE, None, f"what {compiler} made computes something else")
+    except subprocess.TimeoutExpired:
+        why = f"{compiler} gave no answer in {COMPILE_SECONDS:.0f} s"
+    except subprocess.CalledProcessError as error:
+        said = [line for line in (error.stderr or "").splitlines() if "error" in line.lower()]
+        why = f"{compiler} failed{': ' + said[0].strip() if said else ''}"
+    except (OSError, AttributeError) as error:
+        why = f"{compiler}: {error}"
+    return Made(NONE, None, why)
 
 
 @cache
@@ -213,10 +226,10 @@ def _kept(folder: Path, digest: str, element: torch.dtype) -> Kernels | None:
     return None
 
 
-def _compiled(command: str, flags: list[str], folder: Path, digest: str, element: torch.dtype) -> Kernels | None:
+def _compiled(compiler: str, flags: list[str], folder: Path, digest: str, element: torch.dtype) -> Kernels | None:
     """Kernels compiled into `folder`; None where they compute something else than PyTorch."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        fresh = built(command, flags, Path(place))
+        fresh = built(compiler, flags, Path(place))
         kernels = Kernels(fresh, element)
         if not agrees(kernels):
             return None
@@ -224,14 +237,14 @@ def _compiled(command: str, flags: list[str], folder: Path, digest: str, element
         return kernels
 
 
-def built(command: str, flags: Iterable[str], folder: Path) -> Path:
+def built(compiler: str, flags: Iterable[str], folder: Path) -> Path:
     """The library, compiled and linked in `folder`. Raises subprocess.SubprocessError."""
     objects: list[str] = []
     library = folder / "kernels.so"
     for source, *more in OBJECTS:
         objects.append(str(folder / f"{len(objects)}.o"))
-        _run([command, *flags, *more, str(SOURCE_FOLDER / source), "-o", objects[-1]])
-    _run([command, *LINK, *objects, "-o", str(library)])
+        _run([compiler, *flags, *more, str(SOURCE_FOLDER / source), "-o", objects[-1]])
+    _run([compiler, *LINK, *objects, "-o", str(library)])
     return library
 
 

@@ -24,7 +24,7 @@ import filelock
 import numpy as np
 import torch
 
-from fromzero.cores import usable_cores
+from fromzero.cores import num_threads
 from fromzero.data import ImageSet, load_images
 from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.files import write_atomically
@@ -243,7 +243,7 @@ def prepare_study(
         except InputError as error:
             study.refuse(("arms", arm.name), f"arm {arm.name!r}: {error}")
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    cores = len(usable_cores())
+    cores = num_threads()
     jobs = jobs or (1 if on_gpu else max(1, cores // (threads or 1)))
     threads = threads or (max(1, cores // jobs) if on_gpu else 1)
     setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device or "auto", threads)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fromzero.cores import usable_cores
+from fromzero.cores import num_threads, usable_cores, usable_processors
 from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.runs import Run
 from fromzero.signals import StopSignals
@@ -175,9 +175,11 @@ def _blocked(cell: Cell, waiting: Sequence[Cell], busy: set[Path]) -> bool:
 
 
 def _core_groups(jobs: int, threads: int) -> list[list[int]]:
-    """Cores of each job, none shared; empty lists (no pinning) where they do not suffice or cannot be pinned."""
-    cores = usable_cores()
-    if jobs * threads > len(cores) or not hasattr(os, "sched_setaffinity"):
+    """Cores of each job, none shared; processors where cores do not suffice; empty lists (no pinning) where those do
+    not, or nothing can be pinned. Where a control group grants less time than there are cores nothing is pinned either:
+    others who do the same would all sit on the first."""
+    cores = next((found for found in (usable_cores(), usable_processors()) if jobs * threads <= len(found)), [])
+    if not cores or num_threads() < len(usable_cores()) or not hasattr(os, "sched_setaffinity"):
         return [[] for _ in range(jobs)]
     return [cores[job * threads : (job + 1) * threads] for job in range(jobs)]
 
@@ -202,7 +204,7 @@ def on_ray(cells: Sequence[Cell], setting: Setting) -> Iterator[Event]:
             raise FromzeroError(f"no Ray cluster at {address}, which RAY_ADDRESS names: {error}") from None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not address:
-        options |= {"num_cpus": len(usable_cores()), "include_dashboard": False}
+        options |= {"num_cpus": max(num_threads(), setting.threads or 1), "include_dashboard": False}
     try:
         ray.init(address=address or "local", **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
