@@ -24,7 +24,8 @@ class Elsewhere(machine.Machine):
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """A machine whose device is `meta`. Where a training reads a value from a device it gets one: there are none."""
+    """A machine whose device is `meta`. Where a training reads a value from it it gets one, though there are none; how it
+    read is noted in `waits`."""
     here = machine.prepare("float32", device="cpu")
     kernels.use(kernels.NONE, torch.float32)
     tensor = torch.Tensor
@@ -32,18 +33,24 @@ def elsewhere(monkeypatch):
     def stand_in(found):
         return torch.ones(found.shape, dtype=found.dtype, device="cpu")
 
-    for name, read in {
-        "item": tensor.item,
-        "tolist": tensor.tolist,
-        "cpu": tensor.cpu,
-        "__bool__": tensor.__bool__,
-    }.items():
-        monkeypatch.setattr(tensor, name, lambda self, read=read: read(stand_in(self) if self.is_meta else self))
+    def standing_in(name, read):
+        def wait(self):
+            if self.is_meta:
+                waits.append(name)
+            return read(stand_in(self) if self.is_meta else self)
+
+        return wait
+
+    waits = []
+    for name in ("item", "tolist", "cpu", "__bool__"):
+        monkeypatch.setattr(tensor, name, standing_in(name, getattr(tensor, name)))
     enabled = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and enabled(kind))
     # How many of a mask are set is a value, too: all.
     with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
-        yield Elsewhere(**(dataclasses.asdict(here) | {"device": "meta", "kernels": kernels.NONE}))
+        there = Elsewhere(**(dataclasses.asdict(here) | {"device": "meta", "kernels": kernels.NONE}))
+        object.__setattr__(there, "waits", waits)
+        yield there
     here.set_up()
 
 
@@ -70,6 +77,16 @@ def test_a_training_stays_on_its_device(name, tiny_images, elsewhere):
     tensors = state.to_checkpoint().tensors
     assert len(tensors) > len(state.model.state_dict())  # momenta, too
     assert all(tensor.is_meta for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("name", ["train3", "quick", "strong"])
+def test_a_step_waits_for_its_device_twice(name, tiny_images, elsewhere):
+    """For loss and accuracy together, and for the gradients to be finite; to gather, draw and count for nothing."""
+    training = training_there(name, tiny_images, elsewhere, **{"ema_decay": 0.9, "augment.cutout": 4})
+    order = training._order()
+    elsewhere.waits.clear()
+    training._step(order[:30])
+    assert elsewhere.waits == ["tolist", "__bool__"]
 
 
 def test_this_would_find_a_tensor_on_the_wrong_device(tiny_images, elsewhere, monkeypatch):

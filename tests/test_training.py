@@ -90,11 +90,12 @@ def test_a_step_is_plain_pytorch(small, tiny_images):
     data = Data.of(recipe, tiny_images, "cpu")
     for start in (0, 48):
         batch = training.Subset(data.train.pixels[start : start + 48], data.train.labels[start : start + 48])
-        loss, logged = training.train_step(state, batch, data.normalise, 0.05, recipe, 0.0, here)
+        loss, correct, logged = training.train_step(state, batch, data.normalise, 0.05, recipe, 0.0, here)
         x = batch.pixels.permute(0, 3, 1, 2).float() / 255
         logits = head(plain(x).permute(0, 2, 3, 1).flatten(1))
         expected = F.cross_entropy(logits, batch.labels)
         assert loss == pytest.approx(expected.item(), abs=1e-5)
+        assert correct == (logged.argmax(1) == batch.labels).sum()
         torch.testing.assert_close(logged, logits, rtol=1e-4, atol=1e-5)
         sgd.zero_grad()
         expected.backward()
@@ -129,10 +130,10 @@ def test_the_easiest_images_are_left_out_after_the_first_epoch(small, tiny_image
     seen, losses, trained_on = [[]], torch.zeros(everything), training.train_step
 
     def watched(state, batch, *others):
-        loss, logits = trained_on(state, batch, *others)
+        made = trained_on(state, batch, *others)
         (indices,) = batch_of
-        losses[indices] = F.cross_entropy(logits, batch.labels, reduction="none")
-        return loss, logits
+        losses[indices] = F.cross_entropy(made.logits, batch.labels, reduction="none")
+        return made
 
     batch_of, step = [None], run._step
     run._step = lambda indices: (seen[-1].extend(indices.tolist()), batch_of.__setitem__(0, indices), step(indices))

@@ -27,7 +27,7 @@ def gather(pixels: Tensor, indices: Tensor, recipe: AugmentRecipe, seed: int, ep
     if recipe.flip == "none" and recipe.translate == 0 and recipe.crop == 0:
         return pixels.index_select(0, indices)
     draws = generator(seed, "augment", step)
-    rows, columns = (_places(size, len(indices), recipe, draws) for size in pixels.shape[1:3])
+    rows, columns = (_places(size, len(indices), recipe, draws).to(pixels.device) for size in pixels.shape[1:3])
     flipped = _flips(indices, len(pixels), recipe, seed, epoch, step)
     columns = torch.where(flipped[:, None], columns.flip(1), columns)
     return kernels.gather(pixels, indices, rows, columns)
@@ -86,17 +86,18 @@ def _flips(indices: Tensor, num_images: int, recipe: AugmentRecipe, seed: int, e
     two epochs in a row show an image both ways (Jordan, 2024), if neither skips it."""
     match recipe.flip:
         case "none":
-            return torch.zeros(len(indices), dtype=torch.bool)
+            return torch.zeros(len(indices), dtype=torch.bool, device=indices.device)
         case "random":
-            return torch.randint(0, 2, (len(indices),), generator=generator(seed, "flip", step)).bool()
+            drawn = torch.randint(0, 2, (len(indices),), generator=generator(seed, "flip", step))
+            return drawn.bool().to(indices.device)
         case "alternating":
-            return (_first_flips(num_images, seed)[indices.cpu()] + epoch) % 2 == 1
+            return (_first_flips(num_images, seed, indices.device)[indices] + epoch) % 2 == 1
 
 
 @lru_cache(maxsize=1)
-def _first_flips(num_images: int, seed: int) -> Tensor:
+def _first_flips(num_images: int, seed: int, device: torch.device) -> Tensor:
     """By chance which of the train images the first epoch mirrors, 0 or 1 (N,). Read only."""
-    return torch.randint(0, 2, (num_images,), generator=generator(seed, "first flip"))
+    return torch.randint(0, 2, (num_images,), generator=generator(seed, "first flip")).to(device)
 
 
 def _places(size: int, count: int, recipe: AugmentRecipe, draws: torch.Generator) -> Tensor:

@@ -172,13 +172,13 @@ class Training:
         if progress < augmentation.scale_epochs:
             pixels = augment.scaled(pixels, augmentation.scale)
         batch = Subset(pixels, labels[indices])
-        loss, logits = train_step(self.state, batch, self.data.normalise, rate, self.recipe, progress, self.machine)
+        made = train_step(self.state, batch, self.data.normalise, rate, self.recipe, progress, self.machine)
         if self.state.losses is not None:
-            self.state.losses[indices] = F.cross_entropy(logits, batch.labels, reduction="none")
+            self.state.losses[indices] = F.cross_entropy(made.logits, batch.labels, reduction="none")
         counters.step += 1
         self.state.update_average(self.recipe.ema_decay)
-        counters.running_loss += loss * len(indices)
-        counters.running_correct += int((logits.argmax(1) == batch.labels).sum().item())
+        counters.running_loss += made.loss * len(indices)
+        counters.running_correct += made.correct
         counters.running_images += len(indices)
 
     def _measure(self, between: Callable[[], None]) -> Row:
@@ -336,6 +336,15 @@ class Training:
         self._ticked_at = now
 
 
+class Step(NamedTuple):
+    """What a step saw before it moved the weights: the batch's mean loss (nats), how many of its images were predicted
+    right, and its logits, float32 (B, classes)."""
+
+    loss: float
+    correct: int
+    logits: Tensor
+
+
 def train_step(
     state: State,
     batch: Subset,
@@ -344,8 +353,8 @@ def train_step(
     recipe: Recipe,
     progress: float,
     machine: Machine,
-) -> tuple[float, Tensor]:
-    """Move the weights by one step on `batch`; its mean loss (nats) and its logits, float32 (B, classes), before that.
+) -> Step:
+    """Move the weights by one step on `batch`.
 
     progress: epochs done so far, fractions included. Raises NonFiniteError, the weights untouched, when the loss or a
     gradient is infinite or NaN, or a gradient beyond ± LARGEST_GRADIENT.
@@ -359,29 +368,26 @@ def train_step(
         logits = (state.compiled or model)(images)
     logits = logits.float()
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
-    loss_value = loss.item()
-    if not math.isfinite(loss_value):
-        raise NonFiniteError(_non_finite(step, f"the loss is {loss_value}", learning_rate, machine))
+    correct = (logits.argmax(1) == batch.labels).sum()
     loss.backward()
-    if not kernels.within(state.optimizer.gradients(), LARGEST_GRADIENT):
+    # Read together, and when all is under way: on a GPU whoever reads waits for it, and it for what comes after.
+    mean_loss, num_correct = torch.stack([loss.detach().double(), correct.double()]).tolist()
+    wrong = "" if math.isfinite(mean_loss) else f"the loss is {mean_loss}"
+    if not wrong and not kernels.within(state.optimizer.gradients(), LARGEST_GRADIENT):
         gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         name = next(name for name, gradient in gradients.items() if not kernels.within([gradient], LARGEST_GRADIENT))
+        wrong = f"the gradient of {name} is not finite or beyond {LARGEST_GRADIENT:g}"
+    if wrong:
         state.optimizer.zero_grad(set_to_none=True)
+        instead = _try_instead(learning_rate, machine)
         raise NonFiniteError(
-            _non_finite(
-                step, f"the gradient of {name} is not finite or beyond {LARGEST_GRADIENT:g}", learning_rate, machine
-            )
+            f"step {step + 1}: {wrong}; the weights were not changed, checkpoints are whole: {instead}"
         )
     set_learning_rate(state.optimizer, learning_rate)
     with machine.autocast():
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return loss_value, logits.detach()
-
-
-def _non_finite(step: int, what: str, learning_rate: float, machine: Machine) -> str:
-    instead = _try_instead(learning_rate, machine)
-    return f"step {step + 1}: {what}; the weights were not changed, checkpoints are whole: {instead}"
+    return Step(mean_loss, int(num_correct), logits.detach())
 
 
 def _try_instead(learning_rate: float, machine: Machine) -> str:

@@ -129,13 +129,12 @@ def within(tensors: Iterable[Tensor], limit: float) -> bool:
 
 def gather(pixels: Tensor, indices: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """uint8 (B, H', W', C): of each of the images at `indices` (B,) of `pixels` uint8 (N, H, W, C), the pixels where
-    its rows and columns meet, int64 (B, H') and (B, W') on the processor."""
+    its rows and columns meet, int64 (B, H') and (B, W'); all on one device."""
     kernel = next(iter(_loaded.values()), None)
     if kernel is not None and pixels.device.type == "cpu" and pixels.is_contiguous():
         return kernel.gather(pixels, indices.contiguous(), rows.contiguous(), columns.contiguous())
-    base = (indices.cpu()[:, None] * pixels.shape[1] + rows) * pixels.shape[2]
-    positions = (base[:, :, None] + columns[:, None, :]).to(pixels.device)
-    return pixels.reshape(-1, pixels.shape[3])[positions]
+    base = (indices[:, None] * pixels.shape[1] + rows) * pixels.shape[2]
+    return pixels.reshape(-1, pixels.shape[3])[base[:, :, None] + columns[:, None, :]]
 
 
 def byte_sums(pixels: Tensor) -> Tensor:
