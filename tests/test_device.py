@@ -24,8 +24,8 @@ class Elsewhere(machine.Machine):
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """A machine whose device is `meta`. Where a training reads a value from it it gets one, though there are none; how it
-    read is noted in `waits`."""
+    """A machine whose device is `meta`. Where a training reads a value from there it gets one, though there are none;
+    `waits` notes how it read."""
     here = machine.prepare("float32", device="cpu")
     kernels.use(kernels.NONE, torch.float32)
     tensor = torch.Tensor
