@@ -11,7 +11,7 @@ import torch
 import torch._dynamo
 import torch.fx.experimental._config
 
-from fromzero import FromzeroError, augment, kernels, machine, modules, new_training
+from fromzero import FromzeroError, augment, kernels, machine, modules, networks, new_training
 from fromzero.recipe import load_recipe
 from fromzero.state import State
 from fromzero.training import Data, Training
@@ -147,6 +147,18 @@ def test_a_network_is_compiled_whole_once_for_each_size_of_batch(name, tiny_imag
         assert as_on_a_gpu()["stats"]["unique_graphs"] == len(shapes)
         assert not as_on_a_gpu()["graph_break"]
         assert all(torch.equal(plain[key], compiled[key]) for key in plain)
+
+
+@torchs_own_warnings
+@pytest.mark.parametrize("name", ["train1", "train2", "train3", "quick", "strong", "best"])
+def test_no_layer_of_any_recipe_is_left_out_of_the_program(name, as_on_a_gpu):
+    model = networks.build(load_recipe(name).network, (32, 32, 3), 10)
+    traced = torch.compile(model, dynamic=False, backend="eager", fullgraph=True)  # which fails where one is
+    images = torch.rand(2, 3, 32, 32)
+    for step in range(2):  # another key of the masks
+        model.reseed(0, step)
+        assert torch.equal(traced(images), model(images))
+    assert as_on_a_gpu()["stats"]["unique_graphs"] == 1
 
 
 @torchs_own_warnings

@@ -167,10 +167,12 @@ def _made(element: torch.dtype) -> Made:
     """The kernels for `element` by the first of the machine's compilers that makes some, unless one has done so
     before."""
     wanted = dict.fromkeys((os.environ.get("CC") or "cc", "gcc", "clang"))
-    compilers = list(filter(None, map(shutil.which, wanted)))
+    different: dict[str, str] = {}  # cc is gcc under another name, or clang
+    for compiler in filter(None, map(shutil.which, wanted)):
+        different.setdefault(os.path.realpath(compiler), compiler)
     failures: list[Made] = []
     for compiles in (False, True):
-        for compiler in compilers:
+        for compiler in different.values():
             found = _made_by(compiler, element, compiles)
             if found.kernels:
                 return found
