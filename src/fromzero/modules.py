@@ -53,12 +53,6 @@ class Network(nn.Sequential):
             self.add_module(name, module)
         self.masks = masks
 
-    def forward(self, x: Tensor) -> Tensor:
-        # What nn.Sequential does; but what torch itself defines, torch.compile does not look into.
-        for layer in self:
-            x = layer(x)
-        return x
-
     def reseed(self, seed: int, step: int, dropout: bool = True) -> None:
         """Make the dropout masks of the next forward pass those of (seed, step), or turn dropout off."""
         self.masks.reseed(derive(seed, "dropout", step), dropout)
