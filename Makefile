@@ -12,7 +12,7 @@ help: ## list the targets
 
 setup: .venv/.setup ## make .venv and install fromzero into it
 
-demo: .venv/.setup ## train the notes' three networks on handwritten digits, in about a minute
+demo: .venv/.setup ## train the notes' three networks on handwritten digits, in about two minutes
 	$(BIN)/fromzero demo
 
 test: .venv/.test ## install what tests need and run them

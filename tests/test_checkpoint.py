@@ -93,8 +93,11 @@ def test_all_damaged_is_an_error_and_none_is_none(small, tmp_path):
     (tmp_path / "last.safetensors").write_bytes(b"")
     with pytest.raises(DamagedCheckpointError, match=r"no whole checkpoint is left$"):
         checkpoint.load_last(tmp_path)
-    checkpoint.save_best(tmp_path, small)
-    with pytest.raises(DamagedCheckpointError, match=r"weights of the best epoch are in .*best\.safetensors"):
+    checkpoint.save_best(tmp_path, small._replace(state={"epoch": 7}))
+    with pytest.raises(DamagedCheckpointError, match=r"best epoch, 7, are: fromzero evaluate .* --checkpoint best$"):
+        checkpoint.load_last(tmp_path)
+    (tmp_path / "best.safetensors").write_bytes(b"")
+    with pytest.raises(DamagedCheckpointError, match=r"no whole checkpoint is left$"):
         checkpoint.load_last(tmp_path)
 
 

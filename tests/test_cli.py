@@ -72,6 +72,29 @@ def test_runs_lists_and_evaluate_repeats_the_recorded_figures(trained):
     assert fromzero("evaluate", run.path, "--checkpoint", "best", cwd=folder).returncode == 0
 
 
+def test_runs_cuts_nothing_off_on_a_narrow_terminal(trained, capsys, monkeypatch):
+    folder, _ = trained
+    run = library.list_runs(folder / "runs")[0]
+    monkeypatch.setenv("COLUMNS", "50")
+    assert cli.main(["runs", "--runs-dir", str(folder / "runs")]) == 0
+    piped = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert cli.main(["runs", "--runs-dir", str(folder / "runs")]) == 0
+    narrow = capsys.readouterr().out
+    for printed in (piped, narrow):
+        assert f"{run.summary['test/accuracy']:.4f}" in printed
+        assert run.name in printed
+    assert "running" in piped
+    assert "not shown, as the terminal is narrow: running" in narrow
+
+
+def test_output_that_is_closed_is_no_error(tmp_path):
+    done = subprocess.run(
+        f"{sys.executable} -m fromzero recipes >&-", shell=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_runs_explains_a_mark_only_where_there_is_one(tmp_path, tiny_images, capsys):
     recipe = library.load_recipe("train1").override({"epochs": 1, "batch_size": 500})
     training = library.new_training(recipe, tiny_images, runs_dir=tmp_path, device="cpu", threads=1)
@@ -152,6 +175,12 @@ BAD = [
     (["train", "digits", "--network.dense", "512"], "network.dense: 512: a list is meant: [512]\n"),
     (["train", "digits", "--network.dense", "512,256"], "network.dense: '512,256': a list is meant: [512,256]\n"),
     (["train", "digits", "--threads", "99999999999999999999"], "threads: 99999999999999999999"),
+    (["train", "digits", "--network.channels", "[32,64]"], "network.channels: 32: a list is meant: [[32]]\n"),
+    (["train", "digits", "--name", "a\nb"], "name: 'a\\nb' has characters that cannot be printed"),
+    (["train", "cifar10:many"], "'many' is no number of train images, as in cifar10:5000"),
+    (["verify-resume", "--epochs", "0"], "--epochs: 0 is less than 1"),
+    (["verify-resume", "--threads", "0"], "--threads: 0 is less than 1"),
+    (["--data-dir", "x", "train", "digits"], "unknown option --data-dir before a command"),
     (["runs", "--runs-dir", "nowhere"], "no folder nowhere"),
     (["summary", "train1", "--classes", "0"], "--classes: 0 is less than 1"),
     (["summary", "train9"], "unknown recipe 'train9'; nearest: train"),

@@ -355,12 +355,40 @@ def test_a_cell_whose_recipe_has_changed_is_set_aside_and_trained_anew(data_fold
     again = prepare_study(load_study(written(tmp_path, changed), "half"), runs_dir=tmp_path, jobs=1)
     notes = sorted(e.text for e in again if e.kind == "note")
     assert len(notes) == 2
-    assert "narrow-seed0: its recipe has changed (network.dense is (3,)): trained anew, the old run is" in notes[0]
+    assert "narrow-seed0: its recipe has changed (network.dense is [3]): trained anew, the old run is" in notes[0]
     assert (execution.folder / "set-aside" / "narrow-seed0-1" / "summary.json").exists()
     assert (execution.folder / "cells" / "wide-seed1" / "summary.json").stat().st_mtime_ns == kept
     result = read_result(execution.folder)
     assert result.arms["narrow"].n == "2"
     assert result.arms["narrow"].arm.recipe.network.dense == (3,)
+
+
+def test_damaged_cells_are_named_and_trained_anew(data_folder, tmp_path, text, capsys):
+    path = written(tmp_path, text)
+    execution = prepare_study(load_study(path, "half"), runs_dir=tmp_path, jobs=1)
+    list(execution)
+    said = answer(read_result(execution.folder))
+    cells = execution.folder / "cells"
+    (cells / "wide-seed0" / "recipe.toml").write_text("x")
+    (cells / "wide-seed1" / "provenance.json").write_text('{"machine": 3}')
+    (cells / "narrow-seed0" / "summary.json").write_bytes(b"")
+    (cells / "narrow-seed1" / "metrics.jsonl").unlink()
+    result = read_result(execution.folder)
+    assert [arm.n for arm in result.arms.values()] == ["0 of 2", "0 of 2"]
+    assert "metrics.jsonl: rows are missing; the same command trains it anew" in "\n".join(answer(result))
+    notes = {e.cell.name: e.text for e in prepare_study(load_study(path, "half"), runs_dir=tmp_path, jobs=1) if e.text}
+    assert "wide-seed0: recipe.toml: not valid TOML" in notes["wide-seed0"]
+    assert "provenance.json: damaged: machine" in notes["wide-seed1"]
+    assert "summary.json: damaged" in notes["narrow-seed0"]
+    assert notes["narrow-seed1"].startswith(
+        "narrow-seed1: rows of its metrics are missing: trained anew, the old run is"
+    )
+    assert len(list((execution.folder / "set-aside").iterdir())) == 4
+    assert answer(read_result(execution.folder)) == said
+    (tmp_path / "studies" / "another").mkdir()
+    (tmp_path / "studies" / "another" / "study.json").write_text("x")
+    with pytest.warns(UserWarning, match=r"another/study\.json: damaged: .* remove it"):
+        assert [found.folder for found in list_results(tmp_path)] == [execution.folder]
 
 
 def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_folder, tmp_path, text):

@@ -4,7 +4,11 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -489,6 +493,57 @@ def test_two_writers_are_refused_with_the_first_ones_process(small, tiny_images,
     assert resumed_training(run.run, tiny_images)
 
 
+def test_a_lock_whose_file_was_removed_is_still_held(small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path).run
+    (run.path / "lock").unlink()
+    writer = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (run.path / "writer.json").write_text(json.dumps({"host": socket.gethostname(), "pid": writer.pid}))
+        with pytest.raises(FromzeroError, match=f"process {writer.pid} on"):
+            resumed_training(run, tiny_images)
+    finally:
+        writer.communicate()
+    assert resumed_training(run, tiny_images)
+
+
+def test_a_checkpoint_folder_that_was_removed_is_made_anew(small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path)
+    shutil.rmtree(run.run.checkpoints)
+    for _ in run:
+        pass
+    assert (run.run.checkpoints / "last.safetensors").exists()
+    again = new_training(small, tiny_images, runs_dir=tmp_path)
+    iterator = iter(again)
+    next(iterator)
+    shutil.rmtree(again.run.path)
+    with pytest.raises(FromzeroError, match="no checkpoint is left there, the folder was moved or removed"):
+        again.save()
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("provenance.json", "recipe", 3),
+        ("provenance.json", "resumed", [3]),
+        ("provenance.json", "resumed", [{"machine": {}}]),
+        ("provenance.json", "machine", {"device": "cpu", "threads": "two", "precision": "float32"}),
+        ("provenance.json", "data", {"name": "a", "source": "b", "fingerprints": {}}),
+        ("provenance.json", "from", "nothing"),
+        ("metrics.jsonl", "epoch", "one"),
+        ("metrics.jsonl", "epoch", 2),
+        ("metrics.jsonl", "val/accuracy", None),
+        ("metrics.jsonl", "val/loss", "x"),
+        ("summary.json", "test/accuracy", True),
+    ],
+)
+def test_what_a_run_recorded_is_read_by_type(file, key, value, small, tiny_images, tmp_path):
+    run = fromzero.train(small.override({"epochs": 1}), tiny_images, runs_dir=tmp_path)
+    content = json.loads((run.path / file).read_text())
+    (run.path / file).write_text(json.dumps(content | {key: value}) + "\n")
+    with pytest.raises(FromzeroError, match=rf"{file}: (damaged|line 1 is)"):
+        resumed_training(run, tiny_images, epochs=2)
+
+
 def test_a_run_has_one_writer_from_the_moment_it_is_loaded(small, tiny_images, tmp_path):
     first = new_training(small, tiny_images, runs_dir=tmp_path)
     with pytest.raises(FromzeroError, match="another process writes to this run"):
@@ -512,17 +567,19 @@ def test_the_same_images_in_another_order_are_not_the_same(small, tiny_images, t
         resumed_training(training_.run, turned)
 
 
-@pytest.mark.parametrize("lost", ["checkpoints", "rows"])
+@pytest.mark.parametrize("lost", ["all but the best checkpoint", "rows"])
 def test_a_run_that_lost_its_record_is_left_as_it_is(lost, small, tiny_images, tmp_path):
     run = fromzero.train(small, tiny_images, runs_dir=tmp_path)
-    if lost == "checkpoints":
+    if lost != "rows":
         for path in run.checkpoints.iterdir():
-            path.unlink()
+            if path.stem != "best":
+                path.unlink()
     else:
         lines = (run.path / "metrics.jsonl").read_text().splitlines(keepends=True)
         (run.path / "metrics.jsonl").write_text(lines[0])
     before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
-    with pytest.raises(FromzeroError, match="nothing was changed"):
+    way_on = "best epoch, .* --checkpoint best" if lost != "rows" else "fromzero train --from"
+    with pytest.raises(FromzeroError, match=f"nothing was changed; .*{way_on}"):
         resumed_training(run, tiny_images, epochs=5)
     assert before == {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
 

@@ -22,11 +22,11 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, `command` being the name of the command. Raises InputError for what does not fit."""
     parser, commands = _parsers()
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
+        raise InputError(f"unknown option {argv[0]} before a command; see: fromzero --help")
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
         raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], commands)}")
     arguments, left = parser.parse_known_args(_with_known_spelling(argv, commands))
-    if left and not hasattr(arguments, "command"):
-        raise InputError(f"unknown option {left[0]} before a command; see: fromzero --help")
     if left:
         known = [s for action in commands[argv[0]]._actions for s in action.option_strings if s.startswith("--")]
         word = left[0].partition("=")[0]
@@ -127,7 +127,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     verify.add_argument("--seed", type=int, default=0, help="of the kinds and moments of interruption (0)")
     verify.add_argument("--threads", type=int, help="CPU threads (one a core)")
 
-    demo = add("demo", "train the notes' three networks on handwritten digits, in about a minute")
+    demo = add("demo", "train the notes' three networks on handwritten digits, in a minute or two")
     _add_shared(demo, "runs")
     return parser, commands
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import struct
 import warnings
 from pathlib import Path
@@ -124,9 +125,18 @@ def load_last(folder: Path) -> Checkpoint | None:
             warnings.warn(f"{message}; using {path.name} instead", stacklevel=2)
         return found
     if damaged:
-        best = f"; weights of the best epoch are in {folder / BEST}" if (folder / BEST).exists() else ""
-        raise DamagedCheckpointError("; ".join(damaged) + f"; no whole checkpoint is left{best}")
+        raise DamagedCheckpointError("; ".join(damaged) + f"; no whole checkpoint is left{best_left(folder)}")
     return None
+
+
+def best_left(folder: Path) -> str:
+    """Where no other checkpoint is left, what can be said of the best one; nothing where that is damaged or gone."""
+    try:
+        epoch = load(folder / BEST).state["epoch"]
+    except (OSError, KeyError, DamagedCheckpointError):
+        return ""
+    run = shlex.quote(str(folder.parent))
+    return f"; the weights of its best epoch, {epoch}, are: fromzero evaluate {run} --checkpoint best"
 
 
 def set_aside_damaged(folder: Path, used: Checkpoint) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fromzero.verify import Verdict
 
 DEMO_EPOCHS = 12
+NARROW_HIDES = ("running", "seed", "train", "best", "time", "recipe")  # columns of `runs`, the first to go first
 # The notes' own figures: running train accuracy, validation accuracy, epochs.
 NOTES = {
     "train1": ("0.92", "0.76", "30"),
@@ -34,6 +35,7 @@ NOTES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 and 143 stopped by a signal."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     warnings.showwarning = lambda message, *rest, **named: print(f"warning: {message}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one
         if isinstance(stream, io.TextIOWrapper):
@@ -167,6 +169,7 @@ def _summary(arguments: argparse.Namespace) -> None:
 def _runs(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.markup import escape
+    from rich.measure import Measurement
     from rich.table import Table
 
     from fromzero.display import duration
@@ -178,9 +181,7 @@ def _runs(arguments: argparse.Namespace) -> None:
     if not runs:
         print(f"no runs under {arguments.runs_dir}")
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("run", "recipe", "seed", "epochs", "train", "running", "val", "best", "test", "time"):
-        table.add_column(name, justify="left" if name in ("run", "recipe") else "right", no_wrap=True)
+    shown: list[dict[str, str]] = []
     on_test = False
     for run in runs:
         try:
@@ -191,20 +192,42 @@ def _runs(arguments: argparse.Namespace) -> None:
         last = rows[-1] if rows else None
         mark = "*" if recipe.validation.source == "test" else ""
         on_test = on_test or bool(mark and rows)
-        table.add_row(
-            escape(run.name),
-            escape(recipe.name),
-            str(recipe.seed),
-            f"{len(rows)}/{recipe.epochs}" + ("" if summary else " …"),
-            f"{last['train/accuracy']:.4f}" if last else "–",
-            f"{last['train/running_accuracy']:.4f}" if last else "–",
-            f"{last['val/accuracy']:.4f}{mark}" if last else "–",
-            f"{max(row['val/accuracy'] for row in rows):.4f}{mark}" if rows else "–",
-            f"{summary['test/accuracy']:.4f}" if summary else "–",
-            duration(last["time/seconds"]) if last else "–",
+        shown.append(
+            {
+                "run": escape(run.name),
+                "recipe": escape(recipe.name),
+                "seed": str(recipe.seed),
+                "epochs": f"{len(rows)}/{recipe.epochs}" + ("" if summary else " …"),
+                "train": f"{last['train/accuracy']:.4f}" if last else "–",
+                "running": f"{last['train/running_accuracy']:.4f}" if last else "–",
+                "val": f"{last['val/accuracy']:.4f}{mark}" if last else "–",
+                "best": f"{max(row['val/accuracy'] for row in rows):.4f}{mark}" if rows else "–",
+                "test": f"{summary['test/accuracy']:.4f}" if summary else "–",
+                "time": duration(last["time/seconds"]) if last else "–",
+            }
         )
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
+    console = Console()
+
+    def table(without: Sequence[str]) -> Table:
+        made = Table(box=None, header_style="bold", pad_edge=False)
+        names = [name for name in shown[0] if name not in without] if shown else []
+        for name in names:
+            made.add_column(name, justify="left" if name in ("run", "recipe") else "right", no_wrap=True)
+        for line in shown:
+            made.add_row(*(line[name] for name in names))
+        return made
+
+    def width(without: Sequence[str]) -> int:
+        return Measurement.get(console, console.options.update(max_width=10_000), table(without)).maximum
+
+    # A figure or a name that is cut off is worse than one that is not shown.
+    hidden: tuple[str, ...] = ()
+    while sys.stdout.isatty() and width(hidden) > console.width and len(hidden) < len(NARROW_HIDES):
+        hidden = NARROW_HIDES[: len(hidden) + 1]
+    console.width = max(width(hidden), console.width)
+    console.print(table(hidden))
+    if hidden:
+        print(f"not shown, as the terminal is narrow: {', '.join(hidden)}")
     print(
         "train: clean, last epoch · running: as Keras prints it, without what skip_easy leaves out · … not ended:"
         " fromzero resume RUN"
@@ -301,6 +324,11 @@ def _verify_resume(arguments: argparse.Namespace) -> None:
     from fromzero.verify import verify_resume
 
     load_recipe(arguments.recipe)
+    for option in ("epochs", "interruptions"):
+        if (value := getattr(arguments, option)) < 1:
+            raise InputError(f"--{option}: {value} is less than 1")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise InputError(f"--threads: {arguments.threads} is less than 1")
     folder = Path(tempfile.mkdtemp(prefix="fromzero-verify-"))
     keep = False
     try:
@@ -376,6 +404,8 @@ def _lessons(arguments: argparse.Namespace) -> None:
     from fromzero.study.definition import load_study, study_names
     from fromzero.study.results import list_results
 
+    if arguments.runs_dir.exists() and not arguments.runs_dir.is_dir():
+        raise InputError(f"{arguments.runs_dir} is a file; name the folder that holds the runs by --runs-dir")
     results = list_results(arguments.runs_dir)
     if arguments.write is not None:
         page.write_lessons(results, arguments.write)

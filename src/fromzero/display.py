@@ -15,9 +15,10 @@ from rich.table import Column
 from fromzero import augment, training
 from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
-from fromzero.report import validation_label
+from fromzero.report import counted, validation_label
 from fromzero.runs import Row, Run
 from fromzero.stats import fewest_pairs
+from fromzero.study.definition import short
 from fromzero.study.execution import Execution
 from fromzero.study.pools import Event
 from fromzero.training import Training
@@ -48,8 +49,8 @@ def header(run: Training) -> str:
         f"{run.run.path}: {recipe.name} on {run.images.name}, {parameters:,} parameters, seed {recipe.seed}",
         f"  {len(run.data.train.labels):,} train images from {run.images.source}; {validation_label(recipe)}"
         f" ({len(run.data.validation.labels):,})",
-        f"  {here.device}, {_counted(here.threads, 'thread')}, {here.precision}{kernels}; {recipe.optimizer.name} at"
-        f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {_counted(recipe.epochs, 'epoch')}",
+        f"  {here.device}, {counted(here.threads, 'thread')}, {here.precision}{kernels}; {recipe.optimizer.name} at"
+        f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {counted(recipe.epochs, 'epoch')}",
     ]
     if here.why_no_kernels:
         lines.append(f"  by PyTorch's kernels, which are slower: {here.why_no_kernels}")
@@ -57,7 +58,7 @@ def header(run: Training) -> str:
     if augmentation.scales:
         size = "×".join(map(str, augment.smallest_size(augmentation, *run.images.image_shape[:2])))
         lines.append(f"  up to epoch {augmentation.scale_epochs:g} on images of {size} pixels")
-    if recipe.skip_easy:
+    if recipe.skip_easy and recipe.epochs > 1:
         skipped = timetable.images - timetable.later_images
         lines.append(
             f"  epochs after the first skip the {skipped:,} easiest images; running accuracy is that of the rest"
@@ -212,7 +213,7 @@ def study_header(execution: Execution) -> str:
     for arm in study.arms.values():
         parameters = num_parameters(arm.recipe.network, shape, num_classes)
         cost = num_multiply_adds(arm.recipe.network, shape, num_classes)
-        changes = ", ".join(f"{path} = {value}" for path, value in arm.changes.items())
+        changes = ", ".join(f"{path} = {short(value)}" for path, value in arm.changes.items())
         if not changes:
             changes = study.base.name
         elif arm.like != next(iter(study.arms)):
@@ -225,7 +226,7 @@ def study_header(execution: Execution) -> str:
     where = (
         "on Ray"
         if execution.place == "ray"
-        else f"{execution.jobs} at a time, {_counted(setting.threads or 1, 'thread')} each"
+        else f"{execution.jobs} at a time, {counted(setting.threads or 1, 'thread')} each"
     )
     lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, validation held out of them")
     for group in dict.fromkeys(c.group for c in study.contrasts):
@@ -233,14 +234,10 @@ def study_header(execution: Execution) -> str:
         fewest = fewest_pairs(comparisons)
         if study.seeds < fewest:
             lines.append(
-                f"  note: with {study.seeds} seeds, {_counted(comparisons, 'comparison')} ({group}) can only read"
+                f"  note: with {study.seeds} seeds, {counted(comparisons, 'comparison')} ({group}) can only read"
                 f" undecided; from --seeds {fewest} on something can be settled"
             )
     return "\n".join(lines)
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def watch_study(execution: Execution, console: Console) -> None:

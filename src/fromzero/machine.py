@@ -105,6 +105,8 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
         raise InputError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:N") from None
     if kind.type not in ("cpu", "cuda"):
         raise InputError(f"device {device!r} is not supported; known: auto, cpu, cuda, cuda:N")
+    if kind.type == "cpu":
+        kind = torch.device("cpu")  # "cpu:1" is no other one
     if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
     if threads is not None and not 1 <= threads <= MAX_THREADS:

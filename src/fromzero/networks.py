@@ -232,7 +232,7 @@ def differing_layers(model: nn.Module, weights: Mapping[str, Tensor]) -> list[tu
     """(weight, shape in `weights`, shape in `model`), "–" where absent, for every weight that does not fit."""
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    names = [*ours, *(name for name in theirs if name not in ours)]
+    names = [*ours, *sorted(theirs.keys() - ours.keys())]
     return [
         (name, str(theirs.get(name, "–")), str(ours.get(name, "–")))
         for name in names

@@ -278,6 +278,13 @@ class Recipe(_Part):
     schedule: ScheduleRecipe = ScheduleRecipe()
     validation: ValidationRecipe = ValidationRecipe()
 
+    @pydantic.field_validator("name")
+    @classmethod
+    def _can_be_printed(cls, given: str) -> str:
+        if not given.isprintable():
+            raise ValueError(f"{given!r} has characters that cannot be printed")
+        return given
+
     @pydantic.model_validator(mode="after")
     def _crops_fit(self) -> Recipe:
         if (self.augment.crop or self.augment.scales) and self.network.head == "flatten":
@@ -373,10 +380,15 @@ def _load(source: str | Path, seen: tuple[Path, ...]) -> Recipe:
     base = tree.pop("base", None)
     if base is not None:
         place = Path(source).resolve()
-        if not isinstance(base, str) or place in seen:
+        if not isinstance(base, str):
             raise InputError(f"{label}: base must name another recipe or file, not {base!r}")
         here = Path(source).parent / base
-        inherited = _load(here if os.path.isfile(here) else base, (*seen, place))
+        if os.path.isfile(here) and here.resolve() in (*seen, place):
+            raise InputError(f"{label}: base must name another recipe or file: {base!r} is based on this one")
+        try:
+            inherited = _load(here if os.path.isfile(here) else base, (*seen, place))
+        except InputError as error:
+            raise InputError(f"{label}: base: {error}") from None
         tree = _merged(inherited.model_dump(), tree)
     return _validated(tree, label)
 
@@ -388,10 +400,12 @@ def _read(source: str | Path) -> tuple[str, str]:
     path = Path(source)
     if path.suffix == ".toml" or os.path.isfile(path):
         try:
-            return path.read_text("utf-8"), name
+            return path.read_text("utf-8-sig"), name  # some editors begin a file with a mark
         except (OSError, ValueError) as error:
             reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
             raise InputError(f"recipe file {name!r}: {reason}") from None
+    if os.path.isfile(path / "recipe.toml"):
+        raise InputError(f"{name!r} is the folder of a run, whose recipe is {path / 'recipe.toml'}")
     raise InputError(f"unknown recipe {name!r}{nearest(name, recipe_names())} (or give a .toml file)")
 
 
@@ -423,6 +437,8 @@ def _one_line(error: pydantic.ValidationError) -> str:
     while parts and ".".join(parts) not in known and len(parts) > 1 and first["type"] != "extra_forbidden":
         parts.pop()  # index or union member: name the field itself
     path = ".".join(parts)
+    if first["type"] == "extra_forbidden" and path in known and "." in path:
+        return f"field {path!r} is written in quotes: write it without them, above the first table, or under its table"
     if first["type"] == "extra_forbidden":
         return f"unknown field {path!r}{nearest(path, known)}"
     if first["type"] == "missing":
@@ -435,10 +451,12 @@ def _one_line(error: pydantic.ValidationError) -> str:
         hint = near if near.startswith("; nearest") else ""
         return f"{path}: {given} is not one of {', '.join(choices)}{hint}"
     if first["type"] == "tuple_type":
-        missing = _list_depth(known[path][0]) - (len(first["loc"]) - len(parts)) if path in known else 0
+        missing = _list_depth(known[path][0]) if path in known else 0
         numbers = re.fullmatch(r"[-+.,\d ]*\d[-+.,\d ]*", str(first["input"]))
         written = f": {'[' * missing}{first['input']}{']' * missing}" if numbers else ""
         return f"{path}: {given}: a list is meant{written}"
+    if first["type"] == "model_type":
+        return f"{path}: {given}: a table is meant: [{path}] and its fields below it"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{path}: {message}" if path else message

@@ -15,6 +15,7 @@ CURVES = {
     "clean": ("#c44e52", "-", "train, clean (evaluation mode, fixed subset)"),
     "val": ("#1f4e9c", "-", "validation"),
 }
+MARKERS = {"running": "x", "clean": "o", "val": "s"}  # of a single epoch, which draws no line
 KEYS = {
     "loss": {"running": "train/running_loss", "clean": "train/loss", "val": "val/loss"},
     "accuracy": {"running": "train/running_accuracy", "clean": "train/accuracy", "val": "val/accuracy"},
@@ -26,6 +27,11 @@ def validation_label(recipe: Recipe) -> str:
     if recipe.validation.source == "test":
         return "validation = the test images, as in the notes"
     return f"validation = {100 * recipe.validation.fraction:.4g}% of the train images, held out"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, path: Path) -> None:
@@ -40,9 +46,11 @@ def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, path: Path) -> 
             values = [row[KEYS[quantity][curve]] for row in rows]
             if curve == "running" and recipe.skip_easy:
                 label = "train, running (training mode, of images not skipped)"
-            marker = "o" if len(rows) == 1 else None
+            marker = MARKERS[curve] if len(rows) == 1 else None
             axes.plot(epochs, values, style, color=color, label=label, lw=1.6, marker=marker, ms=4)
         axes.set_xlabel("epoch")
+        if len(rows) == 1:
+            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
         axes.set_ylabel(quantity if quantity == "accuracy" else "loss (cross-entropy, nats)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)

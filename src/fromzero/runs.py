@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import pydantic
 
 from fromzero.errors import FromzeroError, InputError, nearest
 from fromzero.files import append_line, sync_folder, write_atomically
@@ -36,7 +37,49 @@ from fromzero.recipe import Recipe, load_recipe
 
 Row = dict[str, Any]
 
-ROW_KEYS = {"epoch", "step", "train/accuracy", "train/running_accuracy", "val/accuracy", "time/seconds"}
+# What is read of the files of a run, and so must be there and be of that type; whatever else they hold is kept.
+FIGURES = tuple(f"{curve}{what}" for curve in ("train/", "train/running_", "val/") for what in ("accuracy", "loss"))
+ROW_KEYS = ("epoch", "step", *FIGURES, "time/seconds")
+SUMMARY_KEYS = ("epoch", "test/accuracy", "val/accuracy", "time/seconds")
+
+
+class _Machine(pydantic.BaseModel):
+    device: str
+    threads: int
+    precision: str
+
+
+class _Fingerprints(pydantic.BaseModel):
+    train: str
+    test: str
+
+
+class _Data(pydantic.BaseModel):
+    name: str
+    source: str
+    fingerprints: _Fingerprints
+
+
+class _Resumed(pydantic.BaseModel):
+    machine: _Machine
+    epochs: list[int] = []
+
+
+class _Origin(pydantic.BaseModel):
+    run: str
+    recipe: str
+    step: int | None
+    left: list[str]
+
+
+class _Provenance(pydantic.BaseModel):
+    machine: _Machine
+    data: _Data
+    started: str
+    commit: str | None
+    recipe: dict[str, Any] = {}
+    origin: _Origin | None = pydantic.Field(None, alias="from")
+    resumed: list[_Resumed] = []
 
 
 class Run:
@@ -58,6 +101,20 @@ class Run:
         return f"fromzero resume {shlex.quote(str(self.path))}"
 
     @property
+    def way_on(self) -> str:
+        """What can still be done with a run whose records are damaged, in words."""
+        if any(self.checkpoints.glob("*.safetensors")):
+            return f"its weights can start a new run: fromzero train --from {shlex.quote(str(self.path))}"
+        return "no weights are left there either"
+
+    @property
+    def saved_before(self) -> str:
+        """What is left when saving fails, in words."""
+        if any(self.checkpoints.glob("*.safetensors")):
+            return f"checkpoints saved before are whole: mend that, then: {self.resume_command}"
+        return "no checkpoint is left there, the folder was moved or removed while the run trained"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -70,13 +127,14 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """Where the run's figures come from: versions, machine, command, commit, data."""
         found = self._json("provenance.json")
-        for key, fields in (
-            ("machine", ("device", "threads", "precision")),
-            ("data", ("name", "source", "fingerprints")),
-        ):
-            part = found.get(key)
-            if not isinstance(part, dict) or not all(field in part for field in fields):
-                raise FromzeroError(f"{self.path}/provenance.json: damaged: expected {key} with {', '.join(fields)}")
+        try:
+            _Provenance.model_validate(found, strict=True)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise FromzeroError(
+                f"{self.path}/provenance.json: damaged: {where}: {first['msg'].lower()}; {self.way_on}"
+            ) from None
         return {"from": None, "resumed": []} | found
 
     @property
@@ -85,9 +143,11 @@ class Run:
         if not (self.path / "summary.json").exists():
             return None
         found = self._json("summary.json")
-        missing = [key for key in ("epoch", "test/accuracy", "val/accuracy") if key not in found]
-        if missing:
-            raise FromzeroError(f"{self.path}/summary.json: damaged: {', '.join(missing)} not there")
+        if wrong := [key for key in SUMMARY_KEYS if not _is_number(found.get(key))]:
+            raise FromzeroError(
+                f"{self.path}/summary.json: damaged: {', '.join(wrong)}: no number; remove it, then:"
+                f" {self.resume_command}"
+            )
         return found if found["epoch"] == self.recipe.epochs else None
 
     def metrics(self) -> list[Row]:
@@ -104,10 +164,16 @@ class Run:
                 row = json.loads(line)
             except ValueError:
                 row = None
-            if isinstance(row, dict) and row.keys() >= ROW_KEYS:
+            whole = isinstance(row, dict) and all(_is_number(row.get(key)) for key in ROW_KEYS)
+            if whole and row["epoch"] == number:
                 rows.append(row)
-            elif number < len(lines):
-                raise FromzeroError(f"{self.path}/metrics.jsonl: line {number} is damaged")
+            elif whole:
+                raise FromzeroError(
+                    f"{self.path}/metrics.jsonl: line {number} is of epoch {row['epoch']:g}: rows are missing or out of"
+                    f" place; {self.way_on}"
+                )
+            elif number < len(lines) or row is not None:
+                raise FromzeroError(f"{self.path}/metrics.jsonl: line {number} is damaged; {self.way_on}")
         return rows
 
     def append_metrics(self, row: Row) -> None:
@@ -115,10 +181,7 @@ class Run:
         try:
             append_line(self.path / "metrics.jsonl", json.dumps(row))
         except OSError as error:
-            raise FromzeroError(
-                f"{self.path}/metrics.jsonl: {error.strerror}; checkpoints saved before are whole: mend that, then:"
-                f" {self.resume_command}"
-            ) from None
+            raise FromzeroError(f"{self.path}/metrics.jsonl: {error.strerror}; {self.saved_before}") from None
 
     def cut_metrics(self, epochs: int) -> None:
         """Drop the rows after epoch `epochs`: they were written after the checkpoint that the run goes on from."""
@@ -138,20 +201,27 @@ class Run:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the right to write. Raises FromzeroError, naming the holder's host and process, when another process
-        has it. The lock of a process that died is free: the operating system lets go of it."""
+        has it. The lock of a process that died is free: the operating system lets go of it. A lock whose file was
+        removed is still held by whoever writes, as long as that process lives."""
         held = filelock.FileLock(self.path / "lock", timeout=0)
+        holder: dict[str, Any] = {}
         try:
-            held.acquire()
+            with contextlib.suppress(FromzeroError):
+                holder = self._json("writer.json")
+            taken = not (self.path / "lock").exists() and _lives(holder)
+            if not taken:
+                held.acquire()
         except filelock.Timeout:
-            holder = self._json("writer.json") if (self.path / "writer.json").exists() else {}
-            raise FromzeroError(
-                f"{self.path}: another process writes to this run: process {holder.get('pid', '?')} on"
-                f" {holder.get('host', '?')}; wait for it, or stop it (Ctrl-C saves)"
-            ) from None
+            taken = True
         except OSError as error:
             raise FromzeroError(
                 f"{self.path}: cannot be written: {error.strerror}; make the folder writable, or copy it to one that is"
             ) from None
+        if taken:
+            raise FromzeroError(
+                f"{self.path}: another process writes to this run: process {holder.get('pid', '?')} on"
+                f" {holder.get('host', '?')}; wait for it, or stop it (Ctrl-C saves)"
+            )
         try:
             self._write_json("writer.json", {"host": socket.gethostname(), "pid": os.getpid()})
             yield
@@ -173,6 +243,24 @@ class Run:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _lives(writer: dict[str, Any]) -> bool:
+    """Whether the process that writer.json names is another one of this host that has not ended."""
+    pid = writer.get("pid")
+    if os.name != "posix" or not isinstance(pid, int) or pid <= 0:
+        return False
+    if writer.get("host") != socket.gethostname() or pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 def create_run(runs_dir: Path, name: str) -> Run:
@@ -200,9 +288,15 @@ def create_run(runs_dir: Path, name: str) -> Run:
 
 def load_run(run: str | Path, runs_dir: str | Path = "runs") -> Run:
     """The run at a path, or the one of that name under `runs_dir`. Raises InputError when there is none."""
-    for path in (Path(run), Path(runs_dir) / run):
+    places = (Path(run), Path(runs_dir) / run)
+    for path in places:
         if (path / "recipe.toml").is_file():
             return Run(path)
+    for path in places:
+        if (path / "metrics.jsonl").exists():
+            raise InputError(
+                f"{path}: its recipe.toml is not there; the fields that it held are listed in {path}/provenance.json"
+            )
     names = [r.name for r in list_runs(runs_dir)]
     raise InputError(f"no run {str(run)!r}, neither as a path nor under {runs_dir}{nearest(str(run), names)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def new_training(
         try:
             left = load_weights(state.model, model_weights(found), partial=partial)
         except InputError as error:
-            raise InputError(f"{source.path}: {error} (--partial takes the weights that fit)") from None
+            raise InputError(f"{source.path}: {error}\n--partial takes the weights that fit") from None
         origin = {"run": str(source.path), "recipe": source.recipe.name, "step": found.state.get("step"), "left": left}
     state.start_average()
     total = networks.num_parameters(recipe.network, images.image_shape, images.num_classes)
@@ -174,13 +175,15 @@ def _loaded(
         )
     found = checkpoint.load_last(run.checkpoints)
     if found is None:
-        raise FromzeroError(f"{run.path}: its checkpoints are gone; nothing was changed")
+        left = checkpoint.best_left(run.checkpoints)
+        raise FromzeroError(f"{run.path}: its checkpoints are gone; nothing was changed{left}")
     state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
-    state.load_checkpoint(found)
+    with _naming(found):
+        state.load_checkpoint(found)
     if len(run.metrics()) < state.counters.epoch:
         raise FromzeroError(
             f"{run.path}/metrics.jsonl: rows are missing: expected {state.counters.epoch}, found {len(run.metrics())};"
-            " nothing was changed"
+            f" nothing was changed; {run.way_on}"
         )
     checkpoint.set_aside_damaged(run.checkpoints, found)
     run.cut_metrics(state.counters.epoch)
@@ -268,8 +271,17 @@ def last_checkpoint(run: Run) -> Checkpoint:
     """The newest whole checkpoint of a run. Raises FromzeroError when it has none."""
     found = checkpoint.load_last(run.checkpoints)
     if found is None:
-        raise FromzeroError(f"{run.path}: it has no checkpoint")
+        raise FromzeroError(f"{run.path}: it has no checkpoint{checkpoint.best_left(run.checkpoints)}")
     return found
+
+
+@contextlib.contextmanager
+def _naming(found: Checkpoint) -> Iterator[None]:
+    """Name the file in what is said of weights that do not fit."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{found.path}: {error}") from None
 
 
 def load_network(run: Run, images: ImageSet, here: Machine, which: str = "last") -> tuple[Network, Path]:
@@ -280,6 +292,7 @@ def load_network(run: Run, images: ImageSet, here: Machine, which: str = "last")
         raise FromzeroError(f"{run.path}: it has no best checkpoint yet")
     found = checkpoint.load(path) if which == "best" else last_checkpoint(run)
     model = networks.build(run.recipe.network, images.image_shape, images.num_classes, device=here.device)
-    load_weights(model, model_weights(found))
+    with _naming(found):
+        load_weights(model, model_weights(found))
     assert found.path is not None  # it was read from a file
     return model.eval(), found.path

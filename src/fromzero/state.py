@@ -167,7 +167,7 @@ def load_weights(model: Network, weights: Mapping[str, Tensor], *, partial: bool
         table = "\n".join(f"  {name:<28} {theirs:<22} {ours}" for name, theirs, ours in differing)
         raise InputError(
             f"the saved weights do not fit this network, {len(differing)} differ:\n"
-            f"  {'weight':<28} {'saved':<22} here\n{table}\n "
+            f"  {'weight':<28} {'saved':<22} here\n{table}"
         )
     bad = {name for name, *_ in differing}
     model.load_state_dict({k: t for k, t in weights.items() if k not in bad}, strict=False)

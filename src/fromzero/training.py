@@ -270,12 +270,13 @@ class Training:
         """Write the state to the run's checkpoints; the best weights go first, so that `last` never outruns them."""
         started = time.monotonic()
         try:
+            if self.run.path.is_dir():
+                self.run.checkpoints.mkdir(exist_ok=True)  # somebody may have removed it, who still wants the run
             self._save_best()
             checkpoint.save(self.run.checkpoints, self.state.to_checkpoint(), self.keep)
         except OSError as error:
             raise FromzeroError(
-                f"{self.run.checkpoints}: saving failed: {error.strerror}; checkpoints saved before are whole: mend"
-                f" that, then: {self.run.resume_command}"
+                f"{self.run.checkpoints}: saving failed: {error.strerror}; {self.run.saved_before}"
             ) from None
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - started

@@ -19,6 +19,7 @@ import torch
 
 from fromzero import checkpoint
 from fromzero.errors import FromzeroError
+from fromzero.report import counted
 from fromzero.runs import Run, list_runs
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has none
@@ -50,7 +51,7 @@ def verify_resume(
     rng = random.Random(seed)
     options = ["--checkpoint-minutes", "0.01"] + (["--threads", str(threads)] if threads else [])
     command = ["train", "digits", "--recipe", recipe, "--epochs", str(epochs), "--validation.source", "split", *options]
-    say(f"training {recipe} on the digits for {epochs} epochs, straight through")
+    say(f"training {recipe} on the digits for {counted(epochs, 'epoch')}, straight through")
     seconds, _ = _finish(_start([*command, "--runs-dir", str(folder / "straight")]))
     straight = list_runs(folder / "straight")[0]
     happened: list[str] = []
@@ -70,7 +71,7 @@ def verify_resume(
     finally:
         process.kill()
     if not happened:
-        raise FromzeroError("no interruption came before the end: give more --epochs or --interruptions")
+        raise FromzeroError("no interruption came before the end: give more --epochs")
     interrupted = list_runs(folder / "interrupted")[0]
     return Verdict(straight, interrupted, tuple(happened), first_difference(straight, interrupted))
 
@@ -148,4 +149,4 @@ def _interrupt(process: subprocess.Popen[str], number: int, seconds: float) -> b
 def _position(run: Run) -> str:
     found = checkpoint.load_last(run.checkpoints)
     saved = f"saved at step {found.state['step']}" if found else "nothing saved"
-    return f"{len(run.metrics())} epochs, {saved}"
+    return f"{counted(len(run.metrics()), 'epoch')}, {saved}"

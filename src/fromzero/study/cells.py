@@ -1,7 +1,7 @@
 """A cell: one arm with one seed, an ordinary run in its own folder.
 
 `train_cell` does what is still to be done for it and nothing more: a finished cell is left alone, a broken one goes on
-to the bit, one whose recipe has changed is set aside (kept, not counted) and trained anew.
+to the bit, one whose recipe has changed or whose files are damaged is set aside (kept, not counted) and trained anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fromzero.evaluate import evaluate
 from fromzero.files import write_atomically
 from fromzero.recipe import Recipe
 from fromzero.runs import Run
-from fromzero.study.definition import differing_fields
+from fromzero.study.definition import differing_fields, short
 from fromzero.training import Data, Training
 
 OUTCOMES = "val-correct.bin"  # one byte for each validation image: 1 when it was right
@@ -63,7 +63,9 @@ class Setting:
 
 def is_finished(cell: Cell, images: ImageSet) -> bool:
     """Whether the cell has ended, with this recipe, these images and this start."""
-    return (cell.path / "recipe.toml").is_file() and not _differences(cell, images) and _has_ended(cell)
+    if not (cell.path / "recipe.toml").is_file() or _differences(cell, images):
+        return False
+    return Run(cell.path).summary is not None
 
 
 def train_cell(
@@ -102,8 +104,6 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
             try:
                 return sessions.resumed_training(Run(cell.path), images)
             except FromzeroError as error:
-                if _has_ended(cell):
-                    raise
                 why = str(error).removeprefix(f"{cell.path}: ").partition(", so the result")[0]
                 note(f"{cell.name}: {why}: begun again, what there was is {_set_aside(cell).name}")
     elif cell.path.exists():  # killed before it was a run
@@ -122,18 +122,21 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
     )
 
 
-def _has_ended(cell: Cell) -> bool:
-    return Run(cell.path).summary is not None
-
-
 def _differences(cell: Cell, images: ImageSet) -> list[str]:
     """Why the run in the cell's folder is not the one that the study asks for; empty when it is."""
     run = Run(cell.path)
-    recipe, provenance = run.recipe, run.provenance
+    try:
+        recipe, provenance, summary, rows = run.recipe, run.provenance, run.summary, run.metrics()
+    except FromzeroError as error:
+        return [str(error).removeprefix(f"{cell.path}/").partition("; ")[0]]
     reasons = []
+    if summary is not None and len(rows) < recipe.epochs:
+        reasons.append("rows of its metrics are missing")
     changed = differing_fields(recipe, cell.recipe)
     if changed:
-        reasons.append(f"its recipe has changed ({', '.join(f'{path} is {value}' for path, value in changed.items())})")
+        reasons.append(
+            f"its recipe has changed ({', '.join(f'{path} is {short(value)}' for path, value in changed.items())})"
+        )
     if recipe.seed != cell.seed:
         reasons.append("it has another seed")
     if provenance["data"]["fingerprints"] != images.fingerprints:

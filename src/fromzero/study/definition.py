@@ -271,8 +271,15 @@ def _refuse_first(label: str, lines: Mapping[tuple[str, ...], int], error: pydan
         inner: dict[str, type[_Table]] = {"comparisons": _Comparison, "tuning": _Tuning}
         model = inner.get(path[0], _File) if len(path) > 1 else _File
         refuse(label, lines, path, f"unknown key {shown!r}{nearest(path[-1], model.model_fields)}")
-    message = first["msg"]
+    message = "a table is meant" if first["type"] in ("dict_type", "model_type") else first["msg"]
     refuse(label, lines, path, f"{shown}: {first['input']!r}: {message[0].lower()}{message[1:]}")
+
+
+def short(value: object) -> str:
+    """A recipe's value as TOML has it, figures without needless digits."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(short, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

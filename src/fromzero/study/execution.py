@@ -135,13 +135,7 @@ class Execution:
             yield event
 
     def _open(self, cells: Sequence[Cell]) -> list[Cell]:
-        def is_open(cell: Cell) -> bool:
-            try:
-                return not is_finished(cell, self.images)
-            except FromzeroError:  # damaged: whoever trains it says how
-                return True
-
-        found = {cell.path for cell in cells if is_open(cell)}
+        found = {cell.path for cell in cells if not is_finished(cell, self.images)}
         return [cell for cell in cells if cell.path in found or cell.after in found]
 
     def _best_of(self, arm: str) -> dict[str, float]:
@@ -275,7 +269,10 @@ def sweep(study: Study, folder: Path) -> dict[str, dict[float, list[float | None
 
     def score(arm: str, value: float, seed: int) -> float | None:
         run = Run(folder / "tuning" / trial_name(arm, value, seed))
-        summary = run.summary if (run.path / "recipe.toml").is_file() else None
+        try:
+            summary = run.summary if (run.path / "recipe.toml").is_file() else None
+        except FromzeroError:  # damaged: trained anew when the study goes on
+            summary = None
         return None if summary is None else float(summary["val/accuracy"])
 
     seeds = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + tuning.seeds)
@@ -306,9 +303,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise FromzeroError(f"{path}: damaged: {error}") from None
+        raise FromzeroError(f"{path}: damaged: {error}; remove it, then the study's command writes it anew") from None
     except OSError as error:
         raise FromzeroError(f"{path}: {error.strerror}") from None
     if not isinstance(content, dict):
-        raise FromzeroError(f"{path}: damaged: expected an object")
+        raise FromzeroError(f"{path}: damaged: expected an object; remove it, then the study's command writes it anew")
     return content

@@ -11,7 +11,7 @@ import numpy as np
 from fromzero import stats
 from fromzero.errors import InputError
 from fromzero.files import write_atomically
-from fromzero.study.definition import CLAIM, METRICS, TUNING_SEEDS_FROM, Study, load_study, study_names
+from fromzero.study.definition import CLAIM, METRICS, TUNING_SEEDS_FROM, Study, load_study, short, study_names
 from fromzero.study.results import ArmResult, ContrastResult, Result, Spread, claimed, figure, unit
 
 COLORS = ("#1f4e9c", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd")
@@ -73,6 +73,7 @@ def draw_result(result: Result, path: Path) -> None:
             axes[0].fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
             marker = "o" if len(epochs) == 1 else None
             axes[0].plot(epochs, values.mean(0), color=color, lw=1.6, label=arm.arm.name, marker=marker)
+        axes[0].set_title("mean and range of the seeds", fontsize=8)
         axes[0].set_xlabel("epoch")
         axes[0].set_ylabel(f"{metric}{' (%)' if METRICS[metric] else ' (nats)'}")
         axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -103,6 +104,7 @@ def _draw_differences(axes: object, contrasts: Sequence[ContrastResult]) -> None
             axes.plot(mean, height, "o", color=color, ms=5)
     axes.axvline(0, color="#333333", lw=0.8)
     labels = [f"{c.contrast.arm} − {c.contrast.against}" for c in contrasts]
+    axes.set_title("pairs of a seed (ticks), their mean, its 95 % interval", fontsize=8)
     axes.set_yticks(list(heights), labels, fontsize=8)
     axes.set_ylim(0.4, len(contrasts) + 0.6)
     metrics = list(dict.fromkeys(c.contrast.metric for c in contrasts))
@@ -187,7 +189,7 @@ def _arms_table(result: Result) -> str:
     head = ["arm", "what it is", "parameters", "M multiply-adds", "n", *extra, "val, last", "val, best epoch"]
     lines = [_row([*head, "train", "test"]), _row(["---"] * (len(head) + 2))]
     for arm in result.arms.values():
-        changes = ", ".join(f"`{path} = {_short(value)}`" for path, value in arm.arm.changes.items())
+        changes = ", ".join(f"`{path} = {short(value)}`" for path, value in arm.arm.changes.items())
         if not changes:
             changes = f"{result.study.base.name}, as said above"
         elif arm.arm.like != next(iter(result.arms)):
@@ -294,11 +296,6 @@ def _sweep_table(result: Result) -> str:
 
 def _interval(low: float, high: float, metric: str) -> str:
     return f"{figure(low, metric, sign=True)} to {figure(high, metric, sign=True)}"
-
-
-def _short(value: object) -> str:
-    text = str(value).replace("(", "[").replace(",)", "]").replace(")", "]")
-    return f"{value:g}" if isinstance(value, float) else text
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,11 +119,17 @@ class Result:
 
 
 def list_results(runs_dir: Path) -> list[Result]:
-    """What all studies under that runs folder have found, by name. Raises FromzeroError where a folder is damaged."""
-    folder = runs_dir / "studies"
+    """What all studies under that runs folder have found, by name. A damaged one is named in a warning and left out."""
+    folder, found = runs_dir / "studies", []
     if not folder.is_dir():
         return []
-    return [read_result(path) for path in sorted(folder.iterdir()) if (path / "study.json").is_file()]
+    for path in sorted(folder.iterdir()):
+        if (path / "study.json").is_file():
+            try:
+                found.append(read_result(path))
+            except FromzeroError as error:
+                warnings.warn(str(error), stacklevel=2)
+    return found
 
 
 def read_result(folder: Path) -> Result:
@@ -246,10 +253,13 @@ def _arm_result(
     for seed in range(study.seeds):
         name = cell_name(arm.name, seed)
         run = Run(folder / "cells" / name)
-        if (run.path / "recipe.toml").is_file() and run.summary is not None and _is_of(run.recipe, arm, study, value):
-            runs[seed] = run
-        elif name in failures:
-            failed[name] = failures[name]
+        try:
+            if _has_ended(run) and _is_of(run.recipe, arm, study, value):
+                runs[seed] = run
+            elif name in failures:
+                failed[name] = failures[name]
+        except FromzeroError as error:
+            failed[name] = f"{str(error).partition('; ')[0]}; the same command trains it anew"
     return ArmResult(
         arm=arm,
         parameters=num_parameters(arm.recipe.network, shape, num_classes),
@@ -259,6 +269,16 @@ def _arm_result(
         failures=failed,
         value=value,
     )
+
+
+def _has_ended(run: Run) -> bool:
+    """Whether a run has ended and can be read whole. Raises FromzeroError where it is damaged."""
+    if not (run.path / "recipe.toml").is_file() or run.summary is None:
+        return False
+    assert run.provenance
+    if len(run.metrics()) < run.recipe.epochs:
+        raise FromzeroError(f"{run.path}/metrics.jsonl: rows are missing")
+    return True
 
 
 def _is_of(recipe: Recipe, arm: Arm, study: Study, value: float | None) -> bool:
