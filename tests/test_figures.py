@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fromzero
-from fromzero import checkpoint, kernels, machine, modules, networks, training
+from fromzero import augment, checkpoint, kernels, machine, modules, networks, training
 from fromzero.optim import make_optimizer
 from fromzero.recipe import Recipe
 from fromzero.rng import permutation
@@ -270,13 +270,15 @@ def test_held_out_images_are_train_images_that_are_not_learned_from(small, tiny_
 
 
 def test_no_step_sees_a_held_out_image(small, tiny_images, tmp_path, monkeypatch):
-    seen, train_step = [], training.train_step
+    """All images of a step come from `gather`."""
+    seen, gather = [], augment.gather
 
-    def watched(state, batch, *others):
-        seen.append(digests(batch))
-        return train_step(state, batch, *others)
+    def watched(pixels, indices, *others):
+        made = gather(pixels, indices, *others)
+        seen.append(digests(training.Subset(made, run.data.train.labels[indices])))
+        return made
 
-    monkeypatch.setattr(training, "train_step", watched)
+    monkeypatch.setattr(augment, "gather", watched)
     run = new_training(small, tiny_images, runs_dir=tmp_path, threads=1)
     for _ in run:
         pass
@@ -341,11 +343,11 @@ def test_a_step_draws_its_masks_from_seed_and_step(small, tiny_images):
     recipe = small.override({"optimizer.name": "sgd"})
     state = State.initial(recipe, tiny_images.image_shape, tiny_images.num_classes, "cpu")
     data = Data.of(recipe, tiny_images, "cpu")
-    batch = training.Subset(data.train.pixels[:48], data.train.labels[:48])
+    batch = training.Batch(data.normalise(data.train.pixels[:48]), data.train.labels[:48])
 
     def loss(seed, step):
         state.counters.step = step
-        return training.train_step(state, batch, data.normalise, 0.0, recipe.override({"seed": seed}), 0.0, here)[0]
+        return training.train_step(state, batch, 0.0, recipe.override({"seed": seed}), 0.0, here)[0]
 
     places = [(seed, step) for seed in (0, 1) for step in (0, 1, 2, 7)]
     losses = [loss(*place) for place in places]

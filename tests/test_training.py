@@ -93,9 +93,10 @@ def test_a_step_is_plain_pytorch(small, tiny_images):
     sgd = torch.optim.SGD(theirs, lr=0.05, momentum=0.9)
     data = Data.of(recipe, tiny_images, "cpu")
     for start in (0, 48):
-        batch = training.Subset(data.train.pixels[start : start + 48], data.train.labels[start : start + 48])
-        loss, correct, logged = training.train_step(state, batch, data.normalise, 0.05, recipe, 0.0, here)
-        x = batch.pixels.permute(0, 3, 1, 2).float() / 255
+        pixels = data.train.pixels[start : start + 48]
+        batch = training.Batch(data.normalise(pixels), data.train.labels[start : start + 48])
+        loss, correct, logged = training.train_step(state, batch, 0.05, recipe, 0.0, here)
+        x = pixels.permute(0, 3, 1, 2).float() / 255
         logits = head(plain(x).permute(0, 2, 3, 1).flatten(1))
         expected = F.cross_entropy(logits, batch.labels)
         assert loss == pytest.approx(expected.item(), abs=1e-5)
@@ -156,6 +157,61 @@ def test_the_easiest_images_are_left_out_after_the_first_epoch(small, tiny_image
     assert run.state.counters.step == run.timetable.start_of(4) == 4 + 3 * 3
     assert run.timetable.images_after(13) == 160 + 3 * 112
     assert [row["step"] for row in run.run.metrics()] == [4, 7, 10, 13]
+
+
+def test_steps_are_made_of_the_images_that_are_hardest_for_the_proxy(small, tiny_images, tmp_path, monkeypatch):
+    recipe = small.override(
+        {
+            "hardest": 0.4,
+            "proxy_channels": [[4], [6]],
+            "label_smoothing": 0.1,
+            "augment.cutout": 8,
+            "precision": "float32",
+        }
+    )
+    run = new_training(recipe, tiny_images, runs_dir=tmp_path, device="cpu", threads=1)
+    state, proxy, trained_on, steps = run.state, run.state.proxy, training.train_step, []
+    assert [w.shape[0] for name, w in proxy.model.named_parameters() if w.dim() == 4] == [4, 6]
+    drawn, chosen = [], []
+
+    def choosing(proxy, batch, *others):
+        proxy.model.train()
+        proxy.model.reseed(recipe.seed, state.counters.step, dropout=False)
+        drawn.append(
+            F.cross_entropy(proxy.model(batch.images).float(), batch.labels, label_smoothing=0.1, reduction="none")
+        )
+        made = choose(proxy, batch, *others)
+        keep = drawn[-1] >= drawn[-1].sort(descending=True).values[round(0.4 * len(batch.labels)) - 1]
+        assert torch.equal(made, keep.nonzero()[:, 0])
+        chosen.append(len(made))
+        return made
+
+    def watched(trained, batch, *others):
+        steps.append((trained is proxy, state.counters.step, len(batch.labels)))
+        return trained_on(trained, batch, *others)
+
+    choose = training.hardest
+    monkeypatch.setattr(training, "hardest", choosing)
+    monkeypatch.setattr(training, "train_step", watched)
+    for progress in run:
+        if progress.row is None and progress.counters.step == 4:
+            assert progress.counters.running_images == sum(chosen)
+    assert chosen == 3 * [19, 19, 19, 6]  # of 48, 48, 48 and 16
+    assert [step for is_proxy, step, _ in steps if not is_proxy] == list(range(12))
+    assert [step for is_proxy, step, _ in steps if is_proxy] == [0, 4, 8]
+    assert run.timetable.images_after(12) == 3 * 160
+
+
+def test_a_proxy_that_does_not_fit_is_refused(small, tiny_images, tmp_path):
+    for changes, says in (
+        ({"hardest": 0.5, "network.pool": [2, 2], "proxy_channels": [[4]]}, "proxy_channels: as .* pool has 2 values"),
+        ({"hardest": 0.0}, "hardest: 0.0: input should be greater than 0"),
+    ):
+        with pytest.raises(InputError, match=says):
+            small.override(changes)
+    deep = small.override({"hardest": 0.5, "proxy_channels": [[4]] * 6})
+    with pytest.raises(InputError, match="leaves no pixel of 32×32 images"):
+        new_training(deep, tiny_images, runs_dir=tmp_path)
 
 
 def test_a_timetable_counts_steps_and_images_of_unequal_epochs():
@@ -262,6 +318,20 @@ VARIANTS = {
         "optimizer.bias_learning_rate": 0.05,
         "optimizer.weight_decay": 1e-3,
         "schedule.name": "linear",
+    },
+    "the hardest of each batch": {
+        "hardest": 0.5,
+        "skip_easy": 0.2,
+        "batch_size": 20,
+        "network.batch_norm": True,
+        "network.whitening": 1,
+        "network.head": "mean",
+        "augment.cutout": 8,
+        "augment.flip": "random",
+        "augment.scale": 0.5,
+        "augment.scale_epochs": 1.25,
+        "optimizer.name": "muon",
+        "optimizer.learning_rate": 0.1,
     },
 }
 

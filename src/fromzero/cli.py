@@ -229,7 +229,7 @@ def _runs(arguments: argparse.Namespace) -> None:
     if hidden:
         print(f"not shown, as the terminal is narrow: {', '.join(hidden)}")
     print(
-        "train: clean, last epoch · running: as Keras prints it, without what skip_easy leaves out · … not ended:"
+        "train: clean, last epoch · running: as Keras prints it, of images trained on · … not ended:"
         " fromzero resume RUN"
     )
     if on_test:

@@ -63,6 +63,12 @@ def header(run: Training) -> str:
         lines.append(
             f"  epochs after the first skip the {skipped:,} easiest images; running accuracy is that of the rest"
         )
+    if run.state.proxy is not None:
+        parameters = num_parameters(recipe.proxy_network(), run.images.image_shape, run.images.num_classes)
+        lines.append(
+            f"  steps on the hardest {recipe.hardest:.4g} of each batch, as a proxy of {parameters:,} parameters finds"
+            " them; running accuracy is that of these"
+        )
     if counters.step:
         lines.append(f"  going on at step {counters.step:,}, {counters.epoch} of {recipe.epochs} epochs done")
     return "\n".join(lines)

@@ -267,6 +267,19 @@ class Recipe(_Part):
         description="share of the train images that each epoch after the first leaves out: those whose loss was lowest"
         " when last trained on (after Jiang et al., 2019, arXiv:1910.00762); running accuracy is then that of the rest",
     )
+    hardest: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each batch that is trained on: the images whose loss is highest for a proxy, a small"
+        " network that is trained beside (airbench96 of Jordan, 2024; after Coleman et al., 2020, arXiv:1906.11829);"
+        " running accuracy is then that of these; 1: all, and no proxy",
+    )
+    proxy_channels: tuple[tuple[Count, ...], ...] = Field(
+        (),
+        description="channels of the proxy's convolutions, where there is one: [[16, 16], [32]]; empty: an eighth of"
+        " the network's, at least 8; all else of it is as in the network, but that it has no residual connections",
+    )
     clean_train_images: int = Field(
         5000,
         ge=1,
@@ -291,6 +304,21 @@ class Recipe(_Part):
             field = "scale" if self.augment.scales else "crop"
             raise ValueError(f"augment.{field} gives images of another size: it needs network.head max or mean")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _a_proxy_fits(self) -> Recipe:
+        if self.hardest < 1:
+            try:
+                self.proxy_network()
+            except pydantic.ValidationError as error:
+                raise ValueError(f"proxy_channels: as network.channels, {_one_line(error)}") from None
+        return self
+
+    def proxy_network(self) -> NetworkRecipe:
+        """The network of the proxy that finds the hardest images of a batch."""
+        eighth = [[max(8, channels // 8) for channels in block] for block in self.network.channels]
+        changes = {"channels": self.proxy_channels or eighth, "residual": False}
+        return NetworkRecipe.model_validate(self.network.model_dump() | changes)
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with some fields changed, each named by its dotted path: `{"optimizer.name": "sgd"}`.

@@ -75,7 +75,8 @@ def new_training(
     here = machine.prepare(recipe.precision, device=device, threads=threads)
     state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
     data = Data.of(recipe, images, here.device)
-    modules.whiten(state.model, data.normalise(data.train.pixels[:WHITENING_IMAGES]))
+    for model in (state.model, *([state.proxy.model] if state.proxy else [])):
+        modules.whiten(model, data.normalise(data.train.pixels[:WHITENING_IMAGES]))
     origin = None
     if start_from is not None:
         source = start_from if isinstance(start_from, Run) else load_run(start_from, runs_dir)

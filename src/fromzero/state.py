@@ -45,6 +45,9 @@ class State:
     recipe asks for one; `best_weights` are those of the best epoch until they have been written; `compiled` is the
     network as it makes steps, where it is compiled for that.
 
+    proxy: where the recipe trains on the hardest images of a batch, the small network that finds them, with its
+    optimizer; of its counters the step alone is used, and is that of the network.
+
     losses, skipped: where the recipe skips easy images, of each train image its loss when it was last trained on,
     float32 (N,), and whether the epoch under way leaves it out, bool (N,): losses change while it is under way, so it
     could not be told from them after a stop."""
@@ -53,6 +56,7 @@ class State:
     optimizer: Optimizer
     average: Network | None = None
     counters: Counters = field(default_factory=Counters)
+    proxy: State | None = None
     losses: Tensor | None = None
     skipped: Tensor | None = None
     best_weights: dict[str, Tensor] | None = None
@@ -63,6 +67,9 @@ class State:
         """The state before the first step: weights drawn from the recipe's seed."""
         model = networks.build(recipe.network, image_shape, num_classes, recipe.seed, device)
         state = cls(model, optim.make_optimizer(recipe.optimizer, model))
+        if recipe.hardest < 1:
+            proxy = networks.build(recipe.proxy_network(), image_shape, num_classes, recipe.seed, device)
+            state.proxy = cls(proxy, optim.make_optimizer(recipe.optimizer, proxy))
         if recipe.ema_decay > 0:
             state.average = networks.build(recipe.network, image_shape, num_classes, recipe.seed, device)
         return state
@@ -117,6 +124,8 @@ class State:
             tensors |= {f"average/{name}": tensor for name, tensor in self.average.state_dict().items()}
         if self.losses is not None and self.skipped is not None:
             tensors |= {"images/losses": self.losses, "images/skipped": self.skipped}
+        if self.proxy is not None:
+            tensors |= {f"proxy/{name}": tensor for name, tensor in self.proxy.to_checkpoint().tensors.items()}
         for name, slots in self._slots():
             tensors |= {f"optimizer/{name}/{slot}": t for slot, t in slots.items() if isinstance(t, Tensor)}
         return Checkpoint(tensors, asdict(self.counters))
@@ -126,6 +135,8 @@ class State:
         load_weights(self.model, _under("model/", checkpoint))
         if self.average is not None:
             load_weights(self.average, _under("average/", checkpoint))
+        if self.proxy is not None:
+            self.proxy.load_checkpoint(Checkpoint(_under("proxy/", checkpoint), {}, checkpoint.path))
         for name, weight in self.model.named_parameters():
             prefix = f"optimizer/{name}/"
             slots = {

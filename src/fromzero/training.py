@@ -37,6 +37,7 @@ from fromzero.timetable import Timetable
 
 # By default a checkpoint is due after a minute, or later where saving is slow: then it takes this share of the time.
 SAVE_SECONDS, SAVE_SHARE = 60.0, 0.025
+PROXY_EVERY = 4  # as airbench96 does: losses only rank images, and change slowly
 LARGEST_GRADIENT = 1e18  # the square of ten times as much overflows a float
 
 
@@ -171,8 +172,13 @@ class Training:
         pixels = augment.gather(pixels, indices, augmentation, self.recipe.seed, counters.epoch, step)
         if progress < augmentation.scale_epochs:
             pixels = augment.scaled(pixels, augmentation.scale)
-        batch = Subset(pixels, labels[indices])
-        made = train_step(self.state, batch, self.data.normalise, rate, self.recipe, progress, self.machine)
+        images = augment.cut_out(self.data.normalise(pixels), augmentation, self.recipe.seed, step)
+        batch = Batch(images, labels[indices])
+        if self.state.proxy is not None:
+            self.state.proxy.counters.step = step
+            chosen = hardest(self.state.proxy, batch, rate, self.recipe, progress, self.machine)
+            batch, indices = Batch(batch.images[chosen], batch.labels[chosen]), indices[chosen]
+        made = train_step(self.state, batch, rate, self.recipe, progress, self.machine)
         if self.state.losses is not None:
             self.state.losses[indices] = F.cross_entropy(made.logits, batch.labels, reduction="none")
         counters.step += 1
@@ -337,6 +343,13 @@ class Training:
         self._ticked_at = now
 
 
+class Batch(NamedTuple):
+    """What a step is made of: normalised images (B, C, H, W) and labels int64 (B,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
 class Step(NamedTuple):
     """What a step saw before it moved the weights: the batch's mean loss (nats), how many of its images were predicted
     right, and its logits, float32 (B, classes)."""
@@ -347,13 +360,7 @@ class Step(NamedTuple):
 
 
 def train_step(
-    state: State,
-    batch: Subset,
-    normalise: Normalise,
-    learning_rate: float,
-    recipe: Recipe,
-    progress: float,
-    machine: Machine,
+    state: State, batch: Batch, learning_rate: float, recipe: Recipe, progress: float, machine: Machine
 ) -> Step:
     """Move the weights by one step on `batch`.
 
@@ -364,9 +371,8 @@ def train_step(
     if not model.training:
         model.train()
     model.reseed(recipe.seed, step, dropout=progress >= recipe.network.dropout_from_epoch)
-    images = augment.cut_out(normalise(batch.pixels), recipe.augment, recipe.seed, step)
     with machine.autocast():
-        logits = (state.compiled or model)(images)
+        logits = (state.compiled or model)(batch.images)
     logits = logits.float()
     loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
     correct = (logits.argmax(1) == batch.labels).sum()
@@ -391,6 +397,24 @@ def train_step(
     return Step(mean_loss, int(num_correct), logits.detach())
 
 
+def hardest(
+    proxy: State, batch: Batch, learning_rate: float, recipe: Recipe, progress: float, machine: Machine
+) -> Tensor:
+    """Where in `batch` the recipe's share of it is whose loss is highest for the proxy, one image at least: int64 (N,),
+    ascending. The proxy is itself trained on those every PROXY_EVERY steps. Raises what `train_step` raises."""
+    proxy.model.train()
+    proxy.model.reseed(recipe.seed, proxy.counters.step, dropout=False)
+    with torch.no_grad(), machine.autocast():
+        logits = proxy.model(batch.images)
+    losses = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing, reduction="none")
+    count = max(1, round(recipe.hardest * len(batch.labels)))
+    chosen = losses.argsort(descending=True, stable=True)[:count].sort().values
+    if proxy.counters.step % PROXY_EVERY == 0:
+        hard = Batch(batch.images[chosen], batch.labels[chosen])
+        train_step(proxy, hard, learning_rate, recipe, progress, machine)
+    return chosen
+
+
 def _try_instead(learning_rate: float, machine: Machine) -> str:
     precise = "" if machine.precision == "float32" else ", or --precision float32"
     return f"try a lower --optimizer.learning_rate (it was {learning_rate:g}), or a warm-up{precise}"
@@ -412,8 +436,10 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
         as_what = "" if smallest == (height, width) else ", as they are cropped and scaled,"
         size = f"{smallest[0]}×{smallest[1]}"
         raise InputError(f"augment.cutout: {recipe.augment.cutout} is more than the {size} images{as_what} have")
+    proxies = [recipe.proxy_network()] if recipe.hardest < 1 else []
     try:
-        layers(recipe.network, (*smallest, images.image_shape[2]), images.num_classes)
+        for network in (recipe.network, *proxies):
+            layers(network, (*smallest, images.image_shape[2]), images.num_classes)
     except InputError as error:
         if smallest == (height, width):
             raise
