@@ -66,8 +66,8 @@ def header(run: Training) -> str:
     if run.state.proxy is not None:
         parameters = num_parameters(recipe.proxy_network(), run.images.image_shape, run.images.num_classes)
         lines.append(
-            f"  steps on the hardest {100 * recipe.hardest:.4g} % of each batch, as a proxy of {parameters:,} parameters"
-            " finds them; running accuracy is that of these"
+            f"  steps on the hardest {100 * recipe.hardest:.4g} % of each batch, as a proxy of {parameters:,}"
+            " parameters finds them; running accuracy is that of these"
         )
     if counters.step:
         lines.append(f"  going on at step {counters.step:,}, {counters.epoch} of {recipe.epochs} epochs done")
