@@ -89,6 +89,15 @@ def test_a_step_waits_for_its_device_twice(name, tiny_images, elsewhere):
     assert elsewhere.waits == ["tolist", "__bool__"]
 
 
+def test_a_proxy_waits_where_it_is_trained_only(tiny_images, elsewhere):
+    training = training_there("best", tiny_images, elsewhere)
+    for step, waits in ((0, 4), (1, 2), (3, 2), (4, 4)):
+        training.state.counters.step = step
+        elsewhere.waits.clear()
+        training._step(training._order()[:30])
+        assert elsewhere.waits == ["tolist", "__bool__"] * (waits // 2)
+
+
 def test_this_would_find_a_tensor_on_the_wrong_device(tiny_images, elsewhere, monkeypatch):
     training = training_there("quick", tiny_images, elsewhere, **{"augment.cutout": 4})
     monkeypatch.setattr(augment, "cut_out", lambda images, *rest: images * torch.ones(images.shape[2:], device="cpu"))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fromzero
-from fromzero import augment, checkpoint, kernels, machine, modules, networks, training
+from fromzero import checkpoint, kernels, machine, modules, networks, training
 from fromzero.optim import make_optimizer
 from fromzero.recipe import Recipe
 from fromzero.rng import permutation
@@ -270,23 +270,24 @@ def test_held_out_images_are_train_images_that_are_not_learned_from(small, tiny_
 
 
 def test_no_step_sees_a_held_out_image(small, tiny_images, tmp_path, monkeypatch):
-    """All images of a step come from `gather`."""
-    seen, gather = [], augment.gather
+    seen, train_step = [], training.train_step
 
-    def watched(pixels, indices, *others):
-        made = gather(pixels, indices, *others)
-        seen.append(digests(training.Subset(made, run.data.train.labels[indices])))
-        return made
+    def watched(state, batch, *others):
+        seen.append(digests(training.Subset(batch.images.contiguous(), batch.labels)))
+        return train_step(state, batch, *others)
 
-    monkeypatch.setattr(augment, "gather", watched)
+    def normalised(part):
+        return digests(training.Subset(run.data.normalise(part.pixels).contiguous(), part.labels))
+
+    monkeypatch.setattr(training, "train_step", watched)
     run = new_training(small, tiny_images, runs_dir=tmp_path, threads=1)
     for _ in run:
         pass
     for epoch in range(3):
         batches = seen[4 * epoch : 4 * epoch + 4]
         assert [len(batch) for batch in batches] == [48, 48, 48, 16]
-        assert set.union(*batches) == digests(run.data.train)
-    assert not set.union(*seen) & digests(run.data.validation)
+        assert set.union(*batches) == normalised(run.data.train)
+    assert not set.union(*seen) & normalised(run.data.validation)
 
 
 @pytest.mark.parametrize("source", ["split", "test"])

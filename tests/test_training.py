@@ -648,7 +648,7 @@ def test_a_run_that_lost_its_record_is_left_as_it_is(lost, small, tiny_images, t
         lines = (run.path / "metrics.jsonl").read_text().splitlines(keepends=True)
         (run.path / "metrics.jsonl").write_text(lines[0])
     before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
-    way_on = "best epoch, .* --checkpoint best" if lost != "rows" else "fromzero train --from"
+    way_on = "best epoch, .* --checkpoint best" if lost != "rows" else "fromzero train --recipe .*/recipe.toml --from"
     with pytest.raises(FromzeroError, match=f"nothing was changed; .*{way_on}"):
         resumed_training(run, tiny_images, epochs=5)
     assert before == {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}

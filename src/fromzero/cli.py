@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from fromzero.verify import Verdict
 
 DEMO_EPOCHS = 12
-NARROW_HIDES = ("running", "seed", "train", "best", "time", "recipe")  # columns of `runs`, the first to go first
 # The notes' own figures: running train accuracy, validation accuracy, epochs.
 NOTES = {
     "train1": ("0.92", "0.76", "30"),
@@ -168,11 +167,8 @@ def _summary(arguments: argparse.Namespace) -> None:
 
 def _runs(arguments: argparse.Namespace) -> None:
     from rich.console import Console
-    from rich.markup import escape
-    from rich.measure import Measurement
-    from rich.table import Table
 
-    from fromzero.display import duration
+    from fromzero.display import run_columns, runs_table
     from fromzero.runs import list_runs
 
     if not arguments.runs_dir.is_dir():
@@ -189,43 +185,12 @@ def _runs(arguments: argparse.Namespace) -> None:
         except FromzeroError as error:
             print(f"warning: {error}", file=sys.stderr)
             continue
-        last = rows[-1] if rows else None
-        mark = "*" if recipe.validation.source == "test" else ""
-        on_test = on_test or bool(mark and rows)
-        shown.append(
-            {
-                "run": escape(run.name),
-                "recipe": escape(recipe.name),
-                "seed": str(recipe.seed),
-                "epochs": f"{len(rows)}/{recipe.epochs}" + ("" if summary else " …"),
-                "train": f"{last['train/accuracy']:.4f}" if last else "–",
-                "running": f"{last['train/running_accuracy']:.4f}" if last else "–",
-                "val": f"{last['val/accuracy']:.4f}{mark}" if last else "–",
-                "best": f"{max(row['val/accuracy'] for row in rows):.4f}{mark}" if rows else "–",
-                "test": f"{summary['test/accuracy']:.4f}" if summary else "–",
-                "time": duration(last["time/seconds"]) if last else "–",
-            }
-        )
+        on_test = on_test or (recipe.validation.source == "test" and bool(rows))
+        shown.append(run_columns(run.name, recipe, rows, summary))
     console = Console()
-
-    def table(without: Sequence[str]) -> Table:
-        made = Table(box=None, header_style="bold", pad_edge=False)
-        names = [name for name in shown[0] if name not in without] if shown else []
-        for name in names:
-            made.add_column(name, justify="left" if name in ("run", "recipe") else "right", no_wrap=True)
-        for line in shown:
-            made.add_row(*(line[name] for name in names))
-        return made
-
-    def width(without: Sequence[str]) -> int:
-        return Measurement.get(console, console.options.update(max_width=10_000), table(without)).maximum
-
-    # A figure or a name that is cut off is worse than one that is not shown.
-    hidden: tuple[str, ...] = ()
-    while sys.stdout.isatty() and width(hidden) > console.width and len(hidden) < len(NARROW_HIDES):
-        hidden = NARROW_HIDES[: len(hidden) + 1]
-    console.width = max(width(hidden), console.width)
-    console.print(table(hidden))
+    table, width, hidden = runs_table(shown, console.width if sys.stdout.isatty() else None)
+    console.width = max(width, console.width)
+    console.print(table)
     if hidden:
         print(f"not shown, as the terminal is narrow: {', '.join(hidden)}")
     print(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column
+from rich.table import Column, Table
 
 from fromzero import augment, training
 from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
+from fromzero.recipe import Recipe
 from fromzero.report import counted, validation_label
 from fromzero.runs import Row, Run
 from fromzero.stats import fewest_pairs
@@ -24,6 +27,7 @@ from fromzero.study.pools import Event
 from fromzero.training import Training
 
 REFRESH_SECONDS = 0.25  # of the live display
+NARROW_HIDES = ("running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
 LINE_SECONDS = 30.0  # without a terminal: the longest time without a line while steps are made
 
 
@@ -209,6 +213,41 @@ def _watch_live(progress: Iterator[Timed], console: Console) -> None:
                 info=f"{_step(now)} {three} {now.images_per_second:,.0f} images/s {duration(now.seconds_left)} left",
                 refresh=True,
             )
+
+
+def run_columns(name: str, recipe: Recipe, rows: Sequence[Row], summary: dict[str, Any] | None) -> dict[str, str]:
+    """A run's line in the table of runs, by column."""
+    last = rows[-1] if rows else None
+    mark = "*" if recipe.validation.source == "test" else ""
+    return {
+        "run": name,
+        "recipe": recipe.name,
+        "seed": str(recipe.seed),
+        "epochs": f"{len(rows)}/{recipe.epochs}" + ("" if summary else " …"),
+        "train": f"{last['train/accuracy']:.4f}" if last else "–",
+        "running": f"{last['train/running_accuracy']:.4f}" if last else "–",
+        "val": f"{last['val/accuracy']:.4f}{mark}" if last else "–",
+        "best": f"{max(row['val/accuracy'] for row in rows):.4f}{mark}" if rows else "–",
+        "test": f"{summary['test/accuracy']:.4f}" if summary else "–",
+        "time": duration(last["time/seconds"]) if last else "–",
+    }
+
+
+def runs_table(lines: Sequence[dict[str, str]], columns: int | None) -> tuple[Table, int, tuple[str, ...]]:
+    """The table of runs, how many characters wide it is, and what it leaves out to fit into `columns`, if it can: a
+    figure or a name that is cut off is worse than one that is not shown. None: it may be as wide as it is."""
+    for hidden in (NARROW_HIDES[:count] for count in range(len(NARROW_HIDES) + 1)):
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        names = [name for name in (lines[0] if lines else ()) if name not in hidden]
+        for name in names:
+            table.add_column(name, justify="left" if name in ("run", "recipe") else "right", no_wrap=True)
+        for line in lines:
+            table.add_row(*(escape(line[name]) for name in names))
+        wide = Console(width=10_000)
+        width = Measurement.get(wide, wide.options, table).maximum
+        if columns is None or width <= columns:
+            break
+    return table, width, hidden
 
 
 def study_header(execution: Execution) -> str:

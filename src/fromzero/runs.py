@@ -104,7 +104,8 @@ class Run:
     def way_on(self) -> str:
         """What can still be done with a run whose records are damaged, in words."""
         if any(self.checkpoints.glob("*.safetensors")):
-            return f"its weights can start a new run: fromzero train --from {shlex.quote(str(self.path))}"
+            run, recipe = (shlex.quote(str(path)) for path in (self.path, self.path / "recipe.toml"))
+            return f"its weights can start a new run: fromzero train --recipe {recipe} --from {run}"
         return "no weights are left there either"
 
     @property
@@ -149,6 +150,13 @@ class Run:
                 f" {self.resume_command}"
             )
         return found if found["epoch"] == self.recipe.epochs else None
+
+    def has_ended(self) -> bool:
+        """Whether the run has ended. Raises FromzeroError where what it recorded is damaged or not all there."""
+        recipe, _, summary, rows = self.recipe, self.provenance, self.summary, self.metrics()
+        if summary is not None and len(rows) < recipe.epochs:
+            raise FromzeroError(f"{self.path}/metrics.jsonl: rows are missing; {self.way_on}")
+        return summary is not None
 
     def metrics(self) -> list[Row]:
         """One dict an epoch; a row that a kill cut in half at the end is left out."""
@@ -293,7 +301,7 @@ def load_run(run: str | Path, runs_dir: str | Path = "runs") -> Run:
         if (path / "recipe.toml").is_file():
             return Run(path)
     for path in places:
-        if (path / "metrics.jsonl").exists():
+        if (path / "provenance.json").exists():
             raise InputError(
                 f"{path}: its recipe.toml is not there; the fields that it held are listed in {path}/provenance.json"
             )

@@ -46,7 +46,8 @@ class Timetable(NamedTuple):
         return step / self.first_steps if step <= self.first_steps else 1 + (step - self.first_steps) / self.later_steps
 
     def images_after(self, step: int) -> int:
-        """Images, each as often as it was seen, that were trained on after so many steps."""
+        """Images, each as often as it was drawn, after so many steps: where the recipe says `hardest`, a share of them
+        was trained on."""
         if step <= self.first_steps:
             return min(step * self.batch_size, self.images)
         epochs, steps = divmod(step - self.first_steps, self.later_steps)

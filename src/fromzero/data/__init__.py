@@ -39,10 +39,7 @@ def load_images(
             return load_cifar(Path(path))
         case name if part := re.fullmatch(r"(.+):(\d{1,9})", name):
             return load_images(part[1], data_dir=data_dir, offline=offline).subset(int(part[2]))
-        case name if name.partition(":")[0] in NAMED:
-            count = name.partition(":")[2]
-            raise InputError(
-                f"data set {name!r}: {count!r} is no number of train images, as in {name.partition(':')[0]}:5000"
-            )
+        case name if (parts := name.partition(":"))[0] in NAMED:
+            raise InputError(f"data set {name!r}: {parts[2]!r} is no number of train images, as in {parts[0]}:5000")
         case name:
             raise InputError(f"unknown data set {name!r}: not a path that exists{nearest(name, NAMED)}")

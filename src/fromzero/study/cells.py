@@ -65,7 +65,7 @@ def is_finished(cell: Cell, images: ImageSet) -> bool:
     """Whether the cell has ended, with this recipe, these images and this start."""
     if not (cell.path / "recipe.toml").is_file() or _differences(cell, images):
         return False
-    return Run(cell.path).summary is not None
+    return Run(cell.path).has_ended()
 
 
 def train_cell(
@@ -104,6 +104,8 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
             try:
                 return sessions.resumed_training(Run(cell.path), images)
             except FromzeroError as error:
+                if Run(cell.path).has_ended():  # by a writer that was waited for
+                    raise
                 why = str(error).removeprefix(f"{cell.path}: ").partition(", so the result")[0]
                 note(f"{cell.name}: {why}: begun again, what there was is {_set_aside(cell).name}")
     elif cell.path.exists():  # killed before it was a run
@@ -126,12 +128,11 @@ def _differences(cell: Cell, images: ImageSet) -> list[str]:
     """Why the run in the cell's folder is not the one that the study asks for; empty when it is."""
     run = Run(cell.path)
     try:
-        recipe, provenance, summary, rows = run.recipe, run.provenance, run.summary, run.metrics()
+        run.has_ended()
+        recipe, provenance = run.recipe, run.provenance
     except FromzeroError as error:
         return [str(error).removeprefix(f"{cell.path}/").partition("; ")[0]]
     reasons = []
-    if summary is not None and len(rows) < recipe.epochs:
-        reasons.append("rows of its metrics are missing")
     changed = differing_fields(recipe, cell.recipe)
     if changed:
         reasons.append(

@@ -148,9 +148,8 @@ class Execution:
         train = len(self.images.train) - validation
         clean = min(recipe.clean_train_images, train)
         timetable = Timetable.of(recipe, train)
-        trained_on = (
-            3 * recipe.hardest * timetable.images_after(timetable.start_of(recipe.epochs))
-        )  # a backward pass costs two forward
+        # A backward pass costs two forward.
+        trained_on = 3 * recipe.hardest * timetable.images_after(timetable.start_of(recipe.epochs))
         scored = recipe.epochs * (validation + clean) + len(self.images.test) + validation
         return float(size * (trained_on + scored) + OVERHEAD_CELL)
 

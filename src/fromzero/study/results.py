@@ -254,7 +254,7 @@ def _arm_result(
         name = cell_name(arm.name, seed)
         run = Run(folder / "cells" / name)
         try:
-            if _has_ended(run) and _is_of(run.recipe, arm, study, value):
+            if (run.path / "recipe.toml").is_file() and run.has_ended() and _is_of(run.recipe, arm, study, value):
                 runs[seed] = run
             elif name in failures:
                 failed[name] = failures[name]
@@ -269,16 +269,6 @@ def _arm_result(
         failures=failed,
         value=value,
     )
-
-
-def _has_ended(run: Run) -> bool:
-    """Whether a run has ended and can be read whole. Raises FromzeroError where it is damaged."""
-    if not (run.path / "recipe.toml").is_file() or run.summary is None:
-        return False
-    assert run.provenance
-    if len(run.metrics()) < run.recipe.epochs:
-        raise FromzeroError(f"{run.path}/metrics.jsonl: rows are missing")
-    return True
 
 
 def _is_of(recipe: Recipe, arm: Arm, study: Study, value: float | None) -> bool:
