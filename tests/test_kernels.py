@@ -118,7 +118,9 @@ def test_threads_do_not_change_the_bits(made):
                 made.convolve_pixels(image.float(), few.permute(1, 2, 3, 0).contiguous(), "gelu"),
                 *(made.orthogonalise(torch.ones(m, 300).tril(7), (3.0, -4.0, 2.0), 3) for m in (7, 130)),
                 *made.moments(gradient),
-                *made.normalise_gradient(gradient, gradient, torch.zeros(80), torch.ones(80), torch.ones(80), "gelu"),
+                *made.normalise_gradient(
+                    gradient, gradient, torch.zeros(80), torch.ones(80), torch.ones(80), "gelu", gradient
+                ),
             )
         )
     for other in found[1:]:
@@ -198,7 +200,8 @@ def test_a_network_drops_in_a_convolution_what_it_drops_behind_it(made):
 
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(3, 5, 7, 20), (1, 3, 2, 5), (40, 9, 9, 64)])
-def test_batch_normalisation_with_its_activation_and_gradients(made, shape, activation):
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+def test_batch_normalisation_with_what_is_behind_it_and_gradients(made, shape, activation, joined):
     torch.manual_seed(0)
     x = (torch.randn(shape) * 3 + torch.linspace(-100, 100, shape[-1])).to(made.element).permute(0, 3, 1, 2)
     gradient = torch.randn(x.shape).to(made.element).contiguous(memory_format=torch.channels_last)
@@ -206,13 +209,16 @@ def test_batch_normalisation_with_its_activation_and_gradients(made, shape, acti
     torch.nn.init.normal_(layer.bias)
     exact = modules.BatchNorm(shape[-1], activation).double()
     exact.load_state_dict(layer.state_dict())
+    shortcut = torch.randn(x.shape).to(made.element).contiguous(memory_format=torch.channels_last)
     results = []
-    for module, images in ((layer, x.detach().requires_grad_()), (exact, x.double().detach().requires_grad_())):
-        y = module.train()(images)
+    for module, kind in ((layer, made.element), (exact, torch.float64)):
+        images, *others = (t.to(kind).detach().requires_grad_() for t in ((x, shortcut) if joined else (x,)))
+        y = module.train()(images, *others)
         y.backward(gradient.to(y.dtype))
         with torch.no_grad():
-            scored = module.eval()(images)
-        results.append((y, images.grad, module.bias.grad, module.running_mean, module.running_var, scored))
+            scored = module.eval()(images, *others)
+        gradients = [leaf.grad for leaf in (images, *others, module.bias)]
+        results.append((y, *gradients, module.running_mean, module.running_var, scored))
     assert results[0][0].dtype == made.element
     for ours, theirs in zip(*results, strict=True):
         tolerance = 1e-4 if ours.dtype == torch.float32 and made.element == torch.float32 else 0.02
@@ -247,12 +253,12 @@ def test_the_activations_and_their_slopes_are_those_of_pytorch(made):
         ours = made.normalise(x[None], zero, one, zero, name)[0]
         assert ((ours - expected).abs() <= near + rounded * expected.abs()).all()
         (slopes,) = torch.autograd.grad(expected.sum(), leaf)
-        _, ours = made.normalise_gradient(x[None], torch.ones_like(x)[None], zero, one, zero, name)  # that of one row
+        _, ours, _ = made.normalise_gradient(x[None], torch.ones_like(x)[None], zero, one, zero, name)  # of one row
         assert ((ours - slopes).abs() <= 2 * near).all()
     for name in kernels.ACTIVATIONS:
         nan = torch.full((1, 1), torch.nan, dtype=made.element)
         assert made.normalise(nan, zero[:1], one[:1], zero[:1], name).isnan().all()
-    _, ours = made.normalise_gradient(x[None, :1], x[None, :1], zero[:1], one[:1], one[:1] * torch.nan, "gelu")
+    _, ours, _ = made.normalise_gradient(x[None, :1], x[None, :1], zero[:1], one[:1], one[:1] * torch.nan, "gelu")
     assert ours.isnan().all()
 
 

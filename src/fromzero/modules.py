@@ -58,20 +58,13 @@ class Network(nn.Sequential):
         self.masks.reseed(derive(seed, "dropout", step), dropout)
 
 
-class Residual(nn.Sequential):
-    """What its layers make of their input, added to that input (He et al., 2016)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"": lambda x: x, "relu": F.relu, "gelu": F.gelu}
 
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation with a trained shift and no scale, which the next filters have already; its statistics
     follow fast (0.4 of each batch), as suits short trainings (Jordan, 2024, arXiv:2404.00498). Behind it comes its
-    `activation`, one of ACTIVATIONS."""
+    `activation`, one of ACTIVATIONS, and before that what `other` images it is given are added."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -82,16 +75,19 @@ class BatchNorm(nn.BatchNorm2d):
         self.register_buffer("num_batches_tracked", None)  # counted for the sake of momentum=None only
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         # One value a channel has no variance: an epoch's last batch of one image, on a map of one pixel.
         count = x.shape[0] * x.shape[2] * x.shape[3]
         training = self.training and count != 1
         fitting = x.shape[1] == self.num_features and self.bias.dtype == self.running_mean.dtype == torch.float32
-        kernel = kernels.in_use(x) if fitting and count > 0 else None
+        fitting = fitting and count > 0 and (other is None or other.shape == x.shape)
+        kernel = kernels.in_use(x) if fitting else None
         if kernel is None or (torch.is_grad_enabled() and not training):
             y = F.batch_norm(x, self.running_mean, self.running_var, None, self.bias, training, 0.4, self.eps)
-            return ACTIVATIONS[self.activation](y)
+            return ACTIVATIONS[self.activation](y if other is None else y + other)
         x = x.to(kernel.element).contiguous(memory_format=torch.channels_last)
+        if other is not None:
+            other = other.to(kernel.element).contiguous(memory_format=torch.channels_last)
         mean, variance = self.running_mean, self.running_var
         if training:
             with torch.no_grad():
@@ -99,10 +95,22 @@ class BatchNorm(nn.BatchNorm2d):
                 self.running_mean.lerp_(mean, 0.4)
                 self.running_var.lerp_(variance * (count / (count - 1)), 0.4)
         scale = (variance + self.eps).rsqrt()
-        return kernels.BatchNorm.apply(x, mean, scale, self.bias, self.activation, kernel)
+        return kernels.BatchNorm.apply(x, mean, scale, self.bias, other, self.activation, kernel)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, activation={self.activation!r}"
+
+
+class Residual(nn.Sequential):
+    """What its layers make of their input, added to that input (He et al., 2016): by the last of them where that
+    normalises, so that its activation can come behind the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        *before, last = self
+        y = x
+        for layer in before:
+            y = layer(y)
+        return last(y, x) if isinstance(last, BatchNorm) else last(y) + x
 
 
 class Whitening(nn.Conv2d):

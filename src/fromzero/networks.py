@@ -197,6 +197,8 @@ def build(
                     into[row.name] = dropout
             case "Activation":
                 before = next(reversed(into.values()), None)
+                if isinstance(before, modules.Residual) and isinstance(before[-1], modules.BatchNorm):
+                    before = before[-1]
                 if isinstance(before, modules.BatchNorm | modules.Whitening):
                     before.activation = network.activation
                 elif isinstance(before, modules.Convolution) and network.activation == "relu":

@@ -278,6 +278,10 @@ def agrees(kernels: Kernels) -> bool:
         pooled = kernels.max_pool(x, relu=True)
         mean, variance = kernels.moments(x)
         normal = mean, (variance + 1e-5).rsqrt(), shift.detach(), "gelu"
+        added = drawn(*x.shape).to(element)
+        of_joined, _, of_added = kernels.normalise_gradient(x, x, *normal, added)
+        assert of_added is not None
+        leaf_added = added.float().permute(0, 3, 1, 2).detach().requires_grad_()
         mask = Mask(64, 2**63 - 5, 3)
         key = torch.tensor(words(mask.key), dtype=torch.int32, device="cpu")
         kept = (random_bytes(key, mask.layer, x.numel()) >= mask.threshold).to(torch.float32) / 0.75
@@ -329,6 +333,9 @@ def agrees(kernels: Kernels) -> bool:
             kernels.channel_sums(of_convolved, picked, mask.threshold).expand(1, 1, 1, -1),
             kernels.normalise(x, *normal),
             kernels.normalise_gradient(x, x, *normal)[0],
+            kernels.normalise(x, *normal, added),
+            of_joined,
+            of_added,
             kernels.drop(x, mask),
             kernels.forward(small, filters, bias, 1),
             kernels.input_gradient(of_small, filters, 1, small.shape),
@@ -355,8 +362,10 @@ def agrees(kernels: Kernels) -> bool:
         kept_pooled = kept[: convolved.numel()].view(convolved.shape).permute(0, 3, 1, 2)
         theirs += [F.relu(F.max_pool2d(y, 2)) * kept_pooled, *of(y, spread, leaf, leaf_filters)]
         theirs.append(spread.float().sum((0, 1, 2)).view(1, -1, 1, 1))
-        z = F.gelu(F.batch_norm(leaf, None, None, None, shift, training=True, eps=1e-5))
-        theirs += [z, *of(z, x, leaf), leaf * kept.view(x.shape).permute(0, 3, 1, 2)]
+        normalised = F.batch_norm(leaf, None, None, None, shift, training=True, eps=1e-5)
+        z, joined = F.gelu(normalised), F.gelu(normalised + leaf_added)
+        theirs += [z, *of(z, x, leaf), joined, *of(joined, x, leaf, leaf_added)]
+        theirs += [leaf * kept.view(x.shape).permute(0, 3, 1, 2)]
         y = F.conv2d(leaf_small, leaf_filters, bias, padding=1)
         theirs += [y, *of(y, of_small, leaf_small, leaf_filters)]
         theirs += of(F.conv2d(many.float().permute(0, 3, 1, 2), leaf_many, padding=1), of_many, leaf_many)

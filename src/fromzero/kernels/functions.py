@@ -120,25 +120,35 @@ class MaxPool2x2(torch.autograd.Function):
 
 
 class BatchNorm(torch.autograd.Function):
-    """`activation((x - mean) × scale + shift)` by `kernels`, mean and scale being x's own: batch normalisation in
-    training. x (N, C, H, W) in channels-last memory, the last three float32 (C,)."""
+    """`activation((x - mean) × scale + shift + other)` by `kernels`, mean and scale being x's own: batch normalisation
+    in training. x, and `other` where there is one, (N, C, H, W) in channels-last memory and of the kernels' element
+    type, the middle three float32 (C,)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: str, kernels: Kernels
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        other: Tensor | None,
+        activation: str,
+        kernels: Kernels,
     ) -> Tensor:
-        images = x.permute(0, 2, 3, 1)
-        ctx.save_for_backward(images, mean, scale, shift)
+        images, others = x.permute(0, 2, 3, 1), None if other is None else other.permute(0, 2, 3, 1)
+        ctx.save_for_backward(images, mean, scale, shift, others)
         ctx.activation, ctx.kernels = activation, kernels
-        return kernels.normalise(images, mean, scale, shift, activation).permute(0, 3, 1, 2)
+        return kernels.normalise(images, mean, scale, shift, activation, others).permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        images, mean, scale, shift = ctx.saved_tensors
+        images, mean, scale, shift, others = ctx.saved_tensors
         gradient = gradients[0].to(ctx.kernels.element).permute(0, 2, 3, 1).contiguous()
-        of_x, of_shift = ctx.kernels.normalise_gradient(images, gradient, mean, scale, shift, ctx.activation)
-        return of_x.permute(0, 3, 1, 2), None, None, of_shift, None, None
+        given = (images, gradient, mean, scale, shift, ctx.activation, others)
+        of_x, of_shift, of_other = ctx.kernels.normalise_gradient(*given)
+        of_other = None if of_other is None else of_other.permute(0, 3, 1, 2)
+        return of_x.permute(0, 3, 1, 2), None, None, of_shift, of_other, None, None
 
 
 class Drop(torch.autograd.Function):

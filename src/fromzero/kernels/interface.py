@@ -56,8 +56,8 @@ class Kernels:
             ("random_bytes", 1, 5, None),
             ("drop", 2, 6, None),
             ("moments", 4, 3, None),
-            ("normalise", 5, 4, None),
-            ("normalise_gradient", 8, 4, None),
+            ("normalise", 6, 4, None),
+            ("normalise_gradient", 10, 4, None),
             ("descend", 5, 3, None),
             ("gather", 5, 7, None),
             ("byte_sums", 3, 4, None),
@@ -196,24 +196,33 @@ class Kernels:
         self._call.moments(x.data_ptr(), mean.data_ptr(), variance.data_ptr(), parts.data_ptr(), *sizes)
         return mean, variance
 
-    def normalise(self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: str) -> Tensor:
-        """activation((x - mean) × scale + shift), the last three float32 (C,)."""
+    def normalise(
+        self, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: str, other: Tensor | None = None
+    ) -> Tensor:
+        """activation((x - mean) × scale + shift + other), the middle three float32 (C,), `other` like x."""
         y, channels = torch.empty_like(x), x.shape[-1]
-        pointers = (x.data_ptr(), y.data_ptr(), mean.data_ptr(), scale.data_ptr(), shift.data_ptr())
         sizes = (x.numel() // channels, channels, ACTIVATIONS.index(activation), torch.get_num_threads())
-        self._call.normalise(*pointers, *sizes)
+        self._call.normalise(*map(_pointer, (x, other, y, mean, scale, shift)), *sizes)
         return y
 
     def normalise_gradient(
-        self, x: Tensor, gradient: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, activation: str
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of `normalise`'s x, whose own moments mean and scale are, and of its shift."""
+        self,
+        x: Tensor,
+        gradient: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        activation: str,
+        other: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The gradients of `normalise`'s x, whose own moments mean and scale are, of its shift and of `other`."""
         channels = x.shape[-1]
         of_x, of_shift, parts = torch.empty_like(x), _floats(channels), _floats(self._call.sums_scratch(channels))
-        tensors = (x, gradient, of_x, mean, scale, shift, of_shift, parts)
+        of_other = None if other is None else torch.empty_like(other)
+        tensors = (x, other, gradient, of_x, of_other, mean, scale, shift, of_shift, parts)
         sizes = (x.numel() // channels, channels, ACTIVATIONS.index(activation), torch.get_num_threads())
-        self._call.normalise_gradient(*(tensor.data_ptr() for tensor in tensors), *sizes)
-        return of_x, of_shift
+        self._call.normalise_gradient(*map(_pointer, tensors), *sizes)
+        return of_x, of_shift, of_other
 
     def normalise_pixels(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """(x - shift) × scale in float32, x uint8 (…, C), the others float32 (C,)."""

@@ -301,10 +301,11 @@ static inline vector slope(vector z, long activation, const curve *table) {
     return activation == RELU ? choose((whole)(z > 0), (vector){0} + 1, (vector){0}) : (vector){0} + 1;
 }
 
-/* y (rows, C) = activation((x - mean) * scale + shift), the last three (C). */
-static inline __attribute__((always_inline)) void normalise_as(const int activation, const element *x, element *y, const float *mean,
-                                                               const float *scale, const float *shift, long rows, long c,
-                                                               long threads) {
+/* y (rows, C) = activation((x - mean) * scale + shift + other), the middle three (C); `other` (rows, C) is NULL where nothing is
+   added. */
+static inline __attribute__((always_inline)) void normalise_as(const int activation, const element *x, const element *other,
+                                                               element *y, const float *mean, const float *scale,
+                                                               const float *shift, long rows, long c, long threads) {
     const curve table = tabulated(gelu_beside_relu);
 #pragma omp parallel for schedule(static) num_threads(threads) firstprivate(table)
     for (long row = 0; row < rows; row++)
@@ -313,25 +314,30 @@ static inline __attribute__((always_inline)) void normalise_as(const int activat
             ask(x + row * c + channel, FURTHER), ask_to_write(y + row * c + channel, FURTHER);
             vector centred = load(x + row * c + channel, which) - load_floats(mean + channel, which);
             vector z = centred * load_floats(scale + channel, which) + load_floats(shift + channel, which);
+            if (other) {
+                ask(other + row * c + channel, FURTHER);
+                z += load(other + row * c + channel, which);
+            }
             store(y + row * c + channel, activated(z, activation, &table), which);
         }
 }
 
-void normalise(const element *x, element *y, const float *mean, const float *scale, const float *shift, long rows, long c,
-               long activation, long threads) {
+void normalise(const element *x, const element *other, element *y, const float *mean, const float *scale, const float *shift,
+               long rows, long c, long activation, long threads) {
     switch (activation) {
-        case LINEAR: normalise_as(LINEAR, x, y, mean, scale, shift, rows, c, threads); break;
-        case RELU: normalise_as(RELU, x, y, mean, scale, shift, rows, c, threads); break;
-        case GELU: normalise_as(GELU, x, y, mean, scale, shift, rows, c, threads); break;
+        case LINEAR: normalise_as(LINEAR, x, other, y, mean, scale, shift, rows, c, threads); break;
+        case RELU: normalise_as(RELU, x, other, y, mean, scale, shift, rows, c, threads); break;
+        case GELU: normalise_as(GELU, x, other, y, mean, scale, shift, rows, c, threads); break;
     }
 }
 
-/* dx (rows, C) and the gradient of `shift` (C) from dy, where mean and scale are those of the rows themselves: Ioffe and Szegedy
-   (2015). The first pass leaves the gradient before the activation in dx. `parts`: as of
-   `channel_sums`. */
+/* dx (rows, C), the gradient of `shift` (C) and, where there is one, that of `other` (rows, C), from dy, where mean and scale are
+   those of the rows themselves: Ioffe and Szegedy (2015). The first pass leaves the gradient before the activation, which is that of
+   `other`, in its place or in dx. `parts`: as of `channel_sums`. */
 static inline __attribute__((always_inline)) void normalise_gradient_as(
-    const int activation, const element *x, const element *dy, element *dx, const float *mean, const float *scale,
-    const float *shift, float *of_shift, float *parts, long rows, long c, long threads) {
+    const int activation, const element *x, const element *other, const element *dy, element *dx, element *of_other, const float *mean,
+    const float *scale, const float *shift, float *of_shift, float *parts, long rows, long c, long threads) {
+    element *before = other ? of_other : dx;
     const curve table = tabulated(gelu_slope_above_half);
 #pragma omp parallel for schedule(static) num_threads(threads) firstprivate(table)
     for (long part = 0; part < PARTS; part++) {
@@ -346,11 +352,16 @@ static inline __attribute__((always_inline)) void normalise_gradient_as(
                 vector sum = load_floats(sums + channel, which), product = load_floats(products + channel, which);
                 for (long row = block; row < min(block + AT_ONCE, end); row++) {
                     vector normal = (load(x + row * c + channel, which) - middle) * by;
-                    vector gradient = load(dy + row * c + channel, which) * slope(normal + up, activation, &table);
+                    vector z = normal + up;
+                    if (other) {
+                        ask(other + row * c + channel, AT_ONCE * c);
+                        z += load(other + row * c + channel, which);
+                    }
+                    vector gradient = load(dy + row * c + channel, which) * slope(z, activation, &table);
                     sum += gradient, product += gradient * normal;
-                    store(dx + row * c + channel, gradient, which);
+                    store(before + row * c + channel, gradient, which);
                     ask(x + row * c + channel, AT_ONCE * c), ask(dy + row * c + channel, AT_ONCE * c);
-                    ask_to_write(dx + row * c + channel, AT_ONCE * c);
+                    ask_to_write(before + row * c + channel, AT_ONCE * c);
                 }
                 store_floats(sums + channel, sum, which), store_floats(products + channel, product, which);
             }
@@ -365,22 +376,23 @@ static inline __attribute__((always_inline)) void normalise_gradient_as(
             vector by = load_floats(scale + channel, which);
             vector normal = (load(x + row * c + channel, which) - load_floats(mean + channel, which)) * by;
             vector sum = load_floats(parts + channel, which), product = load_floats(parts + c + channel, which);
-            vector gradient = load(dx + row * c + channel, which) - (sum + normal * product) * (1.0f / rows);
+            vector gradient = load(before + row * c + channel, which) - (sum + normal * product) * (1.0f / rows);
             store(dx + row * c + channel, gradient * by, which);
             ask(x + row * c + channel, FURTHER), ask_to_write(dx + row * c + channel, FURTHER);
+            if (other) ask(before + row * c + channel, FURTHER);
         }
 }
 
-void normalise_gradient(const element *x, const element *dy, element *dx, const float *mean, const float *scale,
-                        const float *shift, float *of_shift, float *parts, long rows, long c, long activation,
+void normalise_gradient(const element *x, const element *other, const element *dy, element *dx, element *of_other, const float *mean,
+                        const float *scale, const float *shift, float *of_shift, float *parts, long rows, long c, long activation,
                         long threads) {
+#define GRADIENT(of) normalise_gradient_as(of, x, other, dy, dx, of_other, mean, scale, shift, of_shift, parts, rows, c, threads)
     switch (activation) {
-        case LINEAR:
-            normalise_gradient_as(LINEAR, x, dy, dx, mean, scale, shift, of_shift, parts, rows, c, threads);
-            break;
-        case RELU: normalise_gradient_as(RELU, x, dy, dx, mean, scale, shift, of_shift, parts, rows, c, threads); break;
-        case GELU: normalise_gradient_as(GELU, x, dy, dx, mean, scale, shift, of_shift, parts, rows, c, threads); break;
+        case LINEAR: GRADIENT(LINEAR); break;
+        case RELU: GRADIENT(RELU); break;
+        case GELU: GRADIENT(GELU); break;
     }
+#undef GRADIENT
 }
 
 /* z (columns, O): a row of the convolution of a map of floats (., W, C) with filters (side, side, C, O), `rows` pixels at a
