@@ -1,6 +1,7 @@
 """Kernels that are compiled for this processor: 3×3 convolutions by Winograd's method, up to twice as fast as oneDNN's,
 those of an image's few channels directly, with the pooling behind them; pooling with the ReLU behind it; batch
-normalisation with the activation behind it; a whitening layer; Muon's steps and those of SGD; a batch's pixels.
+normalisation with a residual sum and the activation behind it; a whitening layer; Muon's steps and those of SGD; a
+batch's pixels.
 
 Their C source lies beside this file. It is compiled by the machine's own C compiler the first time it is needed,
 checked against PyTorch, and kept under `FROMZERO_HOME`. Where there is no compiler, or what it made computes anything
@@ -279,7 +280,8 @@ def agrees(kernels: Kernels) -> bool:
         mean, variance = kernels.moments(x)
         normal = mean, (variance + 1e-5).rsqrt(), shift.detach(), "gelu"
         added = drawn(*x.shape).to(element)
-        of_joined, _, of_added = kernels.normalise_gradient(x, x, *normal, added)
+        rectifying = *normal[:3], "relu"
+        of_joined, of_joined_shift, of_added = kernels.normalise_gradient(x, x, *rectifying, added)
         assert of_added is not None
         leaf_added = added.float().permute(0, 3, 1, 2).detach().requires_grad_()
         mask = Mask(64, 2**63 - 5, 3)
@@ -333,9 +335,10 @@ def agrees(kernels: Kernels) -> bool:
             kernels.channel_sums(of_convolved, picked, mask.threshold).expand(1, 1, 1, -1),
             kernels.normalise(x, *normal),
             kernels.normalise_gradient(x, x, *normal)[0],
-            kernels.normalise(x, *normal, added),
+            kernels.normalise(x, *rectifying, added),
             of_joined,
             of_added,
+            of_joined_shift.expand(1, 1, 1, -1),
             kernels.drop(x, mask),
             kernels.forward(small, filters, bias, 1),
             kernels.input_gradient(of_small, filters, 1, small.shape),
@@ -362,9 +365,10 @@ def agrees(kernels: Kernels) -> bool:
         kept_pooled = kept[: convolved.numel()].view(convolved.shape).permute(0, 3, 1, 2)
         theirs += [F.relu(F.max_pool2d(y, 2)) * kept_pooled, *of(y, spread, leaf, leaf_filters)]
         theirs.append(spread.float().sum((0, 1, 2)).view(1, -1, 1, 1))
-        normalised = F.batch_norm(leaf, None, None, None, shift, training=True, eps=1e-5)
-        z, joined = F.gelu(normalised), F.gelu(normalised + leaf_added)
-        theirs += [z, *of(z, x, leaf), joined, *of(joined, x, leaf, leaf_added)]
+        even = F.batch_norm(leaf, None, None, None, shift, training=True, eps=1e-5)
+        z, joined = F.gelu(even), F.relu(even + leaf_added)
+        *of_leaves, of_shift = of(joined, x, leaf, leaf_added, shift)
+        theirs += [z, *of(z, x, leaf), joined, *of_leaves, of_shift.view(1, -1, 1, 1)]
         theirs += [leaf * kept.view(x.shape).permute(0, 3, 1, 2)]
         y = F.conv2d(leaf_small, leaf_filters, bias, padding=1)
         theirs += [y, *of(y, of_small, leaf_small, leaf_filters)]

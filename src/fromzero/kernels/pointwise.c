@@ -333,7 +333,7 @@ void normalise(const element *x, const element *other, element *y, const float *
 
 /* dx (rows, C), the gradient of `shift` (C) and, where there is one, that of `other` (rows, C), from dy, where mean and scale are
    those of the rows themselves: Ioffe and Szegedy (2015). The first pass leaves the gradient before the activation, which is that of
-   `other`, in its place or in dx. `parts`: as of `channel_sums`. */
+   `other`, in of_other or, where there is none, in dx. `parts`: as of `channel_sums`. */
 static inline __attribute__((always_inline)) void normalise_gradient_as(
     const int activation, const element *x, const element *other, const element *dy, element *dx, element *of_other, const float *mean,
     const float *scale, const float *shift, float *of_shift, float *parts, long rows, long c, long threads) {
