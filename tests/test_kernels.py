@@ -101,6 +101,7 @@ def test_threads_do_not_change_the_bits(made):
     # The gradient of filters: of one part in several chunks, of several, of several blocks and pieces, of 2×2, staged.
     maps = [(torch.randn(shape).to(made.element), o) for shape, o in (((7, 11, 10, 48), 80), ((40, 20, 20, 64), 128))]
     maps += [(torch.randn(shape).to(made.element), o) for shape, o in (((20, 32, 32, 16), 20), ((50, 2, 2, 130), 150))]
+    normal = torch.zeros(80), torch.ones(80), torch.ones(80)
     maps += [(torch.randn(19, 33, 33, 130).to(made.element), 140)]
     gradients = [torch.randn(*images.shape[:3], outputs).to(made.element) for images, outputs in maps]
     found = []
@@ -118,9 +119,8 @@ def test_threads_do_not_change_the_bits(made):
                 made.convolve_pixels(image.float(), few.permute(1, 2, 3, 0).contiguous(), "gelu"),
                 *(made.orthogonalise(torch.ones(m, 300).tril(7), (3.0, -4.0, 2.0), 3) for m in (7, 130)),
                 *made.moments(gradient),
-                *made.normalise_gradient(
-                    gradient, gradient, torch.zeros(80), torch.ones(80), torch.ones(80), "gelu", gradient
-                ),
+                *made.normalise_gradient(gradient, gradient, *normal, "gelu")[:2],
+                *made.normalise_gradient(gradient, gradient, *normal, "gelu", gradient),
             )
         )
     for other in found[1:]:
@@ -209,10 +209,14 @@ def test_batch_normalisation_with_what_is_behind_it_and_gradients(made, shape, a
     torch.nn.init.normal_(layer.bias)
     exact = modules.BatchNorm(shape[-1], activation).double()
     exact.load_state_dict(layer.state_dict())
-    shortcut = torch.randn(x.shape).to(made.element).contiguous(memory_format=torch.channels_last)
+    another = torch.float32 if made.element == torch.bfloat16 else torch.bfloat16
+    given = [
+        x,
+        *([torch.randn(x.shape).bfloat16().to(another)] if joined else []),
+    ]  # the second in another order of memory, too
     results = []
-    for module, kind in ((layer, made.element), (exact, torch.float64)):
-        images, *others = (t.to(kind).detach().requires_grad_() for t in ((x, shortcut) if joined else (x,)))
+    for module, kinds in ((layer, (made.element, another)), (exact, 2 * (torch.float64,))):
+        images, *others = (t.to(kind).detach().requires_grad_() for t, kind in zip(given, kinds, strict=False))
         y = module.train()(images, *others)
         y.backward(gradient.to(y.dtype))
         with torch.no_grad():
@@ -223,6 +227,9 @@ def test_batch_normalisation_with_what_is_behind_it_and_gradients(made, shape, a
     for ours, theirs in zip(*results, strict=True):
         tolerance = 1e-4 if ours.dtype == torch.float32 and made.element == torch.float32 else 0.02
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+    one = torch.ones(1, 1, 1, 1)  # fits every pixel by PyTorch's rules
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, one).double(), exact(x.double(), one), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("shape", [(64, 33, 5, 7), (3, 1), (301, 77)])

@@ -234,11 +234,16 @@ FAST = {
 }
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("head", ["max", "mean", "flatten"])
-def test_a_fast_network_is_what_its_fields_say(head):
+def test_a_fast_network_is_what_its_fields_say(head, activation, kernel):
     """Against the same written out with torch.nn.functional, in training mode."""
-    network = NetworkRecipe(**{**FAST, "head": head})
+    network = NetworkRecipe(**{**FAST, "head": head, "activation": activation})
     model = networks.build(network, (20, 18, 3), 7, seed=3).train()
+    here = machine.prepare("float32", device="cpu", threads=1)
+    kernels.use(here.kernels if kernel else kernels.NONE, torch.float32)
+    activated = getattr(F, activation)
     images = torch.randn(6, 3, 20, 18)
     modules.whiten(model, images)
     weights = {name.removeprefix("residual_1.").removeprefix("residual_2."): t for name, t in model.named_parameters()}
@@ -252,14 +257,18 @@ def test_a_fast_network_is_what_its_fields_say(head):
     for name, bias in model.named_parameters():
         if "normalization" in name:
             torch.nn.init.normal_(bias)
-    x = F.gelu(F.conv2d(images, weights["whitening.weight"]))
-    x = F.gelu(norm(F.max_pool2d(conv(x, 1), 2), 1))
-    x = F.gelu(x + norm(conv(F.gelu(norm(conv(x, 2), 2)), 3), 3))
-    x = F.gelu(norm(F.max_pool2d(conv(x, 4), 2), 4))
-    x = F.gelu(x + norm(conv(x, 5), 5))
+    x = activated(F.conv2d(images, weights["whitening.weight"]))
+    x = activated(norm(F.max_pool2d(conv(x, 1), 2), 1))
+    x = activated(x + norm(conv(activated(norm(conv(x, 2), 2)), 3), 3))
+    x = activated(norm(F.max_pool2d(conv(x, 4), 2), 4))
+    x = activated(x + norm(conv(x, 5), 5))
     features = {"max": x.amax((2, 3)), "mean": x.mean((2, 3)), "flatten": x.permute(0, 2, 3, 1).flatten(1)}[head]
     logits = F.linear(features, weights["predictions.weight"], weights["predictions.bias"]) / 8
-    torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-4)
+    found = model(images)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for ours, theirs in zip(*(torch.autograd.grad(y.square().sum(), trained) for y in (found, logits)), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
     rows = networks.layers(network, (20, 18, 3), 7)
     statistics = sum(b.numel() for b in model.buffers())
     assert sum(row.parameters for row in rows) == sum(t.numel() for t in model.parameters()) + statistics
