@@ -56,20 +56,26 @@ def test_the_bits_are_those_of_torchs_optimizers(kind, decay, grouped):
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(64, 512), (67, 31), (10,), (19, 7, 3, 3)])
-@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
-def test_a_gradient_of_either_type_moves_a_weight_as_torch_does(kind, momentum, nesterov, shape, compiled, monkeypatch):
+@pytest.mark.parametrize("rule", [(0.0, False), (0.9, False), (0.9, True), "Adam", "AdamW", "quick Adam"], ids=str)
+def test_a_gradient_of_either_type_moves_a_weight_as_torch_does(kind, rule, shape, compiled, monkeypatch):
     if not compiled:
         monkeypatch.setenv("FROMZERO_KERNELS", "off")
     here = machine.prepare("bfloat16", device="cpu", threads=2)
     if compiled and here.kernels == kernels.NONE:
         pytest.skip("no kernels for bfloat16 on this machine")
     torch.manual_seed(0)
-    options = {"lr": 0.01, "momentum": momentum, "nesterov": nesterov, "weight_decay": 0.1}
     weights = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
     if len(shape) == 4:
         weights = [torch.nn.Parameter(w.detach().contiguous(memory_format=torch.channels_last)) for w in weights]
     weights[1].data.copy_(weights[0].data)
-    ours, theirs = fused.SGD(weights[:1], **options), torch.optim.SGD(weights[1:], fused=True, **options)
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    if isinstance(rule, str):
+        options |= {"betas": (0.4, 0.9) if rule == "quick Adam" else (0.9, 0.999), "eps": 1e-7}
+        ours = fused.Adam(weights[:1], **options, decoupled=rule == "AdamW")
+        theirs = (torch.optim.AdamW if rule == "AdamW" else torch.optim.Adam)(weights[1:], fused=True, **options)
+    else:
+        options |= {"momentum": rule[0], "nesterov": rule[1]}
+        ours, theirs = fused.SGD(weights[:1], **options), torch.optim.SGD(weights[1:], fused=True, **options)
     for _ in range(3):
         gradient = torch.randn(shape).to(kind)
         if len(shape) == 4:
@@ -78,11 +84,12 @@ def test_a_gradient_of_either_type_moves_a_weight_as_torch_does(kind, momentum, 
         with here.autocast():
             ours.step()
         theirs.step()
-    moved = [list(weights)]
-    if momentum:
-        moved.append([o.state[w]["momentum_buffer"] for o, w in zip((ours, theirs), weights, strict=True)])
-    for pair in moved:
-        assert torch.equal(*pair)
+    assert torch.equal(*weights)
+    found, expected = (optimizer.state[weight] for optimizer, weight in zip((ours, theirs), weights, strict=True))
+    kept = [name for name, tensor in expected.items() if tensor is not None]
+    assert len(kept) == (3 if isinstance(rule, str) else int(rule[0] != 0))
+    for name in kept:
+        assert torch.equal(found[name], expected[name])
 
 
 def test_a_training_imports_nothing_that_it_does_not_need(tmp_path, write_cifar):

@@ -1,8 +1,8 @@
 """SGD and Adam by torch's own fused functions, without `torch.optim.Optimizer` around them.
 
 Making one of torch's optimizer objects imports its compiler, which nothing here uses: more than a second at the start
-of a run and half a second at its end. The update itself is torch's, called as its classes call it, or, of SGD in
-bfloat16, a kernel's: the same bits.
+of a run and half a second at its end. The update itself is torch's, called as its classes call it, or, where elements
+are bfloat16, a kernel's: the same bits.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ class Optimizer(ABC):
             groups = [{"params": given}]
         self.param_groups: list[dict[str, Any]] = [defaults | group for group in groups]
         self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad_dtype = None  # gradients may come in any type: _move sees to it
 
     def gradients(self) -> list[Tensor]:
         """All gradients there are."""
@@ -74,35 +77,23 @@ class SGD(Optimizer):
         weight_decay: float = 0.0,
     ):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            for weight in group["params"]:
-                weight.grad_dtype = None  # gradients may come in any type: see below
 
     def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         for weight in weights if group["momentum"] else ():
             if not self.state[weight]:
                 self.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
         buffers: list[Tensor | None] = [self.state[weight].get("momentum_buffer") for weight in weights]
+        settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
         kernel = kernels.in_use(weights[0])
-        taken: list[tuple[Tensor, Tensor, Tensor | None]] = []
         left: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for three in zip(*_in_memory_order(weights, gradients, buffers), strict=True):
-            (taken if kernel is not None and kernel.descends(*three) else left).append(three)
-        if kernel is not None:
-            kernel.descend(taken, group["lr"], group["momentum"], group["weight_decay"], group["nesterov"])
+            if kernel is not None and kernel.moves(*three):
+                kernel.descend(*three, **settings)
+            else:
+                left.append(three)
         if left:
-            sgd(
-                [weight for weight, _, _ in left],
-                [gradient.to(weight.dtype) for weight, gradient, _ in left],
-                [buffer for _, _, buffer in left],
-                fused=True,
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=0.0,
-                nesterov=group["nesterov"],
-                maximize=False,
-            )
+            weights, gradients, buffers = map(list, zip(*left, strict=True))
+            sgd(weights, typed(gradients, weights), buffers, fused=True, dampening=0.0, maximize=False, **settings)
 
 
 class Adam(Optimizer):
@@ -132,25 +123,32 @@ class Adam(Optimizer):
         first, second, steps = (
             [self.state[weight][name] for weight in weights] for name in ("exp_avg", "exp_avg_sq", "step")
         )
-        beta1, beta2 = group["betas"]
-        weights, gradients, first, second = _in_memory_order(weights, gradients, first, second)
-        adam(
-            weights,
-            gradients,
-            first,
-            second,
-            [],
-            steps,
-            fused=True,
-            decoupled_weight_decay=group["decoupled"],
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        settings = {
+            "lr": group["lr"],
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "decoupled_weight_decay": group["decoupled"],
+        }
+        kernel = kernels.in_use(weights[0])
+        left: list[tuple[Tensor, ...]] = []
+        for *four, step in zip(*_in_memory_order(weights, gradients, first, second), steps, strict=True):
+            weight, gradient, means, squares = four
+            if kernel is not None and kernel.moves(*four):
+                step += 1
+                kernel.adapt(weight, gradient, means, squares, int(step), **settings)
+            else:
+                left.append((*four, step))
+        if left:
+            weights, gradients, first, second, steps = map(list, zip(*left, strict=True))
+            settings |= {"fused": True, "amsgrad": False, "maximize": False}
+            adam(weights, typed(gradients, weights), first, second, [], steps, **settings)
+
+
+def typed(gradients: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """The gradients in the types of their weights."""
+    return [gradient.to(weight.dtype) for gradient, weight in zip(gradients, weights, strict=True)]
 
 
 def _in_memory_order(*lists: list[Any]) -> list[list[Any]]:

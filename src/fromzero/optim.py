@@ -68,6 +68,7 @@ class Muon(fused.Optimizer):
 
     def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         hidden = group["kind"] == "hidden"
+        gradients = fused.typed(gradients, weights)
         if not hidden and group["weight_decay"]:
             gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
         for weight in weights:

@@ -302,7 +302,16 @@ def agrees(kernels: Kernels) -> bool:
         of_moved = drawn(*moved.shape).to(element)
         step = 0.9 * momenta + (of_moved.float() + 0.1 * moved)
         there = moved - 0.5 * (step * 0.9 + of_moved.float() + 0.1 * moved)
-        kernels.descend([(moved, of_moved, momenta)], 0.5, 0.9, 0.1, nesterov=True)
+        kernels.descend(moved, of_moved, momenta, 0.5, 0.9, 0.1, nesterov=True)
+        adapted, means, squares = drawn(1, 1, 5, 33), drawn(1, 1, 5, 33), drawn(1, 1, 5, 33) + 0.5
+        new_means, new_squares, placed = means, squares, adapted
+        for betas, decay, decoupled in (((0.9, 0.99), 0.1, False), ((0.4, 0.9), 0.1, True)):
+            along = of_moved.float() + (0 if decoupled else decay * placed)
+            new_means = betas[0] * new_means + (1 - betas[0]) * along
+            new_squares = betas[1] * new_squares + (1 - betas[1]) * along**2
+            root = (new_squares / (1 - betas[1] ** 3)).sqrt() + 0.1
+            placed = placed * (1 - 0.5 * decay * decoupled) - 0.5 * new_means / (1 - betas[0] ** 3) / root
+            kernels.adapt(adapted, of_moved, means, squares, 3, 0.5, *betas, 0.1, decay, decoupled)
         pixels = (255 * (drawn(1, 3, 7, 3) + 0.5)).to(torch.uint8)
         rows, columns = (torch.tensor(places, device="cpu") for places in ([[8, 0]] * 2, [[5, 5, 1], [2, 0, 3]]))
         bytes_ = (255 * (image.float() + 0.5)).to(torch.uint8)
@@ -322,6 +331,9 @@ def agrees(kernels: Kernels) -> bool:
             kernels.convolve_pixels(image.float(), few.permute(1, 2, 3, 0).contiguous(), "gelu"),
             moved,
             momenta,
+            adapted,
+            means,
+            squares,
             kernels.orthogonalise(filters.flatten(1), (3.0, -4.0, 2.0), 2).expand(1, 1, -1, -1),
             kernels.forward(x, filters, bias, 1),
             kernels.input_gradient(gradient, filters, 1, x.shape),
@@ -352,7 +364,7 @@ def agrees(kernels: Kernels) -> bool:
         y = F.conv2d(leaf, leaf_filters, bias, padding=1)
         normalised = (pixels.float() - bias[:3]) * bias[3:6]
         gathered = bytes_[which[:, None, None], rows[:, :, None], columns[:, None]].float()
-        theirs = [t.permute(0, 3, 1, 2) for t in (normalised, gathered, there, step)]
+        theirs = [t.permute(0, 3, 1, 2) for t in (normalised, gathered, there, step, placed, new_means, new_squares)]
         theirs.insert(2, F.gelu(F.conv2d(leaf_image, leaf_few)))
         theirs.insert(0, torch.tensor([1.0, 0.0, 1.0, 1.0], device="cpu").view(1, 4, 1, 1))
         matrix = filters.flatten(1) / filters.norm()

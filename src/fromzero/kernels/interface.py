@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ class Kernels:
             ("normalise", 6, 4, None),
             ("normalise_gradient", 10, 4, None),
             ("descend", 5, 3, None),
+            ("adapt", 6, 2, None),
             ("gather", 5, 7, None),
             ("byte_sums", 3, 4, None),
             ("normalise_pixels", 4, 3, None),
@@ -261,37 +263,59 @@ class Kernels:
     def within(self, x: Tensor, limit: float) -> bool:
         """Whether no value of x, float32 or of the element type, is NaN or beyond ± limit; x is contiguous in some
         order of its dimensions."""
-        pointers = (x.data_ptr(), None) if x.dtype == torch.float32 else (None, x.data_ptr())
-        return not self._call.count_beyond(*pointers, _number(limit).data_ptr(), x.numel(), torch.get_num_threads())
+        tensors = (*_by_type(x), _number(limit))
+        return not self._call.count_beyond(*map(_pointer, tensors), x.numel(), torch.get_num_threads())
 
-    def descends(self, weights: Tensor, gradient: Tensor, momenta: Tensor | None) -> bool:
-        """Whether `descend` takes them. Not where elements are float32: then torch's SGD has nothing to convert."""
-        kinds = {weights.dtype} if momenta is None else {weights.dtype, momenta.dtype}
+    def moves(self, weights: Tensor, gradient: Tensor, *kept: Tensor | None) -> bool:
+        """Whether `descend` and `adapt` take them. Not where elements are float32: then torch's optimizers have nothing
+        to convert."""
+        floats = [tensor for tensor in (weights, *kept) if tensor is not None]
         return (
             self.element == torch.bfloat16
-            and kinds == {torch.float32}
+            and all(tensor.dtype == torch.float32 for tensor in floats)
             and gradient.dtype in (torch.float32, torch.bfloat16)
-            and all(tensor is None or tensor.is_contiguous() for tensor in (weights, gradient, momenta))
+            and all(tensor.is_contiguous() for tensor in (*floats, gradient))
         )
 
     def descend(
         self,
-        moved: Iterable[tuple[Tensor, Tensor, Tensor | None]],
-        rate: float,
+        weights: Tensor,
+        gradient: Tensor,
+        momenta: Tensor | None,
+        lr: float,
         momentum: float,
-        decay: float,
+        weight_decay: float,
         nesterov: bool,
     ) -> None:
-        """Move weights, and their momenta where there is momentum, all float32, by a step of SGD along their gradients,
-        float32 or elements: as `torch.optim.SGD(fused=True)` does along gradients in float32, to the bit."""
-        settings, threads = (
-            torch.tensor([rate, momentum, decay], dtype=torch.float32, device="cpu"),
-            torch.get_num_threads(),
-        )
-        for weights, gradient, momenta in moved:
-            gradients = (gradient, None) if gradient.dtype == torch.float32 else (None, gradient)
-            tensors = (weights, *gradients, momenta, settings)
-            self._call.descend(*map(_pointer, tensors), weights.numel(), nesterov, threads)
+        """Move weights, and their momenta where there is momentum, all float32, by a step of SGD along a gradient,
+        float32 or elements: as `torch.optim.SGD(fused=True)` does along one in float32, to the bit."""
+        settings = torch.tensor([lr, momentum, weight_decay], dtype=torch.float32, device="cpu")
+        tensors = (weights, *_by_type(gradient), momenta, settings)
+        self._call.descend(*map(_pointer, tensors), weights.numel(), nesterov, torch.get_num_threads())
+
+    def adapt(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        means: Tensor,
+        squares: Tensor,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        decoupled_weight_decay: bool,
+    ) -> None:
+        """Move weights, and the running means of their gradients and of these's squares, all float32, by step `step`
+        (from 1) of Adam along a gradient, float32 or elements: as `torch.optim.Adam(fused=True)`, or `AdamW` where
+        decay is decoupled, does along one in float32, to the bit."""
+        decays = (0, 1 - lr * weight_decay) if decoupled_weight_decay else (weight_decay, 1)
+        corrected_rate, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+        numbers = (corrected_rate, 1 - beta1, 1 - beta2, beta2, root, eps, *decays)
+        settings = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        tensors = (weights, *_by_type(gradient), means, squares, settings)
+        self._call.adapt(*map(_pointer, tensors), weights.numel(), torch.get_num_threads())
 
     def orthogonalise(self, x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
         """float32 (M, N), M <= N: x, float32 too, over its norm, and then so many times multiplied by a + b s + c s²,
@@ -355,6 +379,11 @@ class Kernels:
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _by_type(tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """As functions take what is in float32 or in elements: the one, the other."""
+    return (tensor, None) if tensor.dtype == torch.float32 else (None, tensor)
 
 
 @cache

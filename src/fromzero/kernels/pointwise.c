@@ -528,6 +528,37 @@ void descend(float *weights, const float *floats, const element *elements, float
     }
 }
 
+/* Adam (Kingma and Ba, 2015): weights and their gradients' running means and squares, all in floats, from a gradient as `descend` takes
+   it. settings: the rate over the means' correction, how much of the means and of the squares is new and of the latter stays, the
+   root of their correction, what is added to their root, the decay in the gradient, what of the weights stays. With AVX512 the
+   operations, and so the bits, are those of torch's fused Adam of floats. */
+void adapt(float *weights, const float *floats, const element *elements, float *means, float *squares, const float *settings,
+           long count, long threads) {
+    const float down = -settings[0], new = settings[1], new_square = settings[2], stays = settings[3], root = settings[4];
+    const float added = settings[5], decay = settings[6], kept = settings[7];
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > FEW)
+    for (long i = 0; i < count; i += LANES) {
+        lanes which = lanes_of(count - i);
+        vector weight = load_floats(weights + i, which), mean = load_floats(means + i, which);
+        vector square = load_floats(squares + i, which);
+        vector gradient = floats ? load_floats(floats + i, which) : load(elements + i, which);
+        ask_to_write(weights + i, FURTHER);
+        ask_to_write(means + i, FURTHER);
+        ask_to_write(squares + i, FURTHER);
+        if (floats) ask(floats + i, FURTHER);
+        else ask(elements + i, FURTHER);
+        if (decay != 0) gradient += weight * decay;
+        if (kept != 1) weight *= kept;
+        mean = new < 0.5f ? mean + new * (gradient - mean) : gradient + (new - 1) * (gradient - mean);
+        vector part = gradient * new_square, fused = square * stays + rounded_product(part, gradient);
+        square = rounded_product(square, (vector){0} + stays) + part * gradient;
+        for (long lane = (count - i) / 8 * 8; lane < min(LANES, count - i); lane++) square[lane] = fused[lane]; /* as in descend */
+        store_floats(means + i, mean, which);
+        store_floats(squares + i, square, which);
+        store_floats(weights + i, weight + mean * down / (square_root(square) / root + added), which);
+    }
+}
+
 /* A pixel of so many bytes; the compiler spells the usual three out. */
 static inline void copy_pixel(const uint8_t *from, uint8_t *to, long c) {
     if (c == 3) memcpy(to, from, 3);

@@ -65,6 +65,8 @@ static inline vector rounded_product(vector a, vector b) {
     return (vector)_mm512_mul_round_ps((__m512)a, (__m512)b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+static inline vector square_root(vector v) { return (vector)_mm512_sqrt_ps((__m512)v); }
+
 static inline whole load_bytes(const uint8_t *from, lanes which) {
     return (whole)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(which, from));
 }
@@ -120,6 +122,11 @@ static inline void transpose(vector square[LANES]) {
 }
 
 static inline vector rounded_product(vector a, vector b) { return a * b; } /* but for the compiler's will */
+
+static inline vector square_root(vector v) {
+    for (long lane = 0; lane < LANES; lane++) v[lane] = __builtin_sqrtf(v[lane]);
+    return v;
+}
 
 static inline whole load_bytes(const uint8_t *from, lanes which) {
     whole v = {0};
