@@ -112,10 +112,10 @@ def rows_of(folder):
 # ---- what a file may say
 
 
-def test_the_nine_lessons_are_there_at_both_scales():
+def test_the_nine_lessons_are_there_at_both_scales_and_two_between():
     assert study_names() == LESSONS
     for name in LESSONS:
-        for scale in ("screen", "full"):
+        for scale in ("screen", "full", *(["medium"] if name in ("early-dropout", "padding") else [])):
             study = load_study(name, scale)
             assert study.claim.endswith(".")
             assert study.notes
