@@ -162,6 +162,8 @@ BAD = [
     (["train", "digits", "--keep", "0"], "--keep: 0"),
     (["train", "digits", "more"], "unexpected argument 'more'"),
     (["train", "--data-dir", "nowhere"], "data folder nowhere"),
+    (["train", "digits", "--data-dir", "."], "data folder .: only cifar10 is looked for there; digits come with"),
+    (["train", ".:50", "--data-dir", "."], "data folder .: only cifar10 is looked for there; . is a path of its own"),
     (["train", "--offline"], "cifar-10-binary.tar.gz"),
     (["resume", "nothing"], "no run 'nothing'"),
     (["resume"], "RUN"),

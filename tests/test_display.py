@@ -25,6 +25,13 @@ def lines(training, **console):
     return out.getvalue().splitlines()
 
 
+def test_a_dumb_terminal_has_lines_like_a_file(training, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    first, *epochs, _, _ = lines(training, force_terminal=True)
+    assert first == "  step 1/4 of epoch 1/2 done"
+    assert [line[:13] for line in epochs] == ["epoch   1/2  ", "epoch   2/2  "]
+
+
 def test_without_a_terminal_the_first_step_and_every_epoch_have_a_line(training):
     first, *epochs, result, place = lines(training)
     assert first == "  step 1/4 of epoch 1/2 done"

@@ -150,7 +150,7 @@ def _watch(training: Training) -> None:
             _print_no_more()
 
     console = Lasting()
-    console.print(display.header(training), highlight=False, soft_wrap=not console.is_terminal, markup=False)
+    console.print(display.header(training), highlight=False, soft_wrap=not display.can_redraw(console), markup=False)
     display.watch(training, console)
 
 
@@ -353,7 +353,7 @@ def _study(arguments: argparse.Namespace) -> None:
         offline=arguments.offline,
     )
     console = Console()
-    plain: dict[str, Any] = {"highlight": False, "soft_wrap": not console.is_terminal, "markup": False}
+    plain: dict[str, Any] = {"highlight": False, "soft_wrap": not display.can_redraw(console), "markup": False}
     console.print(display.study_header(execution), **plain)
     display.watch_study(execution, console)
     result = results.read_result(execution.folder)

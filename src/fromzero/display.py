@@ -34,13 +34,18 @@ LINE_SECONDS = 30.0  # without a terminal: the longest time without a line while
 def watch(run: Training, console: Console) -> None:
     """Train to the end, showing how it goes and what came of it. Raises what the training raises."""
     progress = _timed(run)
-    if console.is_terminal:
+    if can_redraw(console):
         _watch_live(progress, console)
     else:
         _watch_lines(progress, console)
-    console.print(outcome(run), highlight=False, soft_wrap=not console.is_terminal, markup=False)
+    console.print(outcome(run), highlight=False, soft_wrap=not can_redraw(console), markup=False)
     for _ in progress:  # what is left, drawing, need not be waited for
         pass
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether lines can be written over: not in a file, a pipe or a terminal that calls itself dumb."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def header(run: Training) -> str:
@@ -288,7 +293,7 @@ def study_header(execution: Execution) -> str:
 def watch_study(execution: Execution, console: Console) -> None:
     """Carry a study out, showing how it goes. Raises what carrying it out raises."""
     progress = _StudyProgress(execution)
-    if not console.is_terminal:
+    if not can_redraw(console):
         for event in execution:
             if line := progress.take(event):
                 console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -28,11 +28,15 @@ def load_images(
 
     cifar10 is looked for under `data_dir`, under `FROMZERO_HOME` and where torchvision and Keras keep it, and is
     downloaded if it is nowhere and `offline` is not set. Raises InputError when there is no such data set, when a
-    file is damaged (which, what was expected, what was found) or when it cannot be had.
+    file is damaged (which, what was expected, what was found), when it cannot be had, or when `data_dir` is given for
+    a data set that is not looked for.
     """
     match str(dataset):
         case "cifar10":
             return load_cifar10(data_dir, offline=offline)
+        case name if data_dir is not None and (name == "digits" or os.path.exists(name)):
+            whence = "come with scikit-learn" if name == "digits" else "is a path of its own"
+            raise InputError(f"data folder {data_dir}: only cifar10 is looked for there; {name} {whence}: leave it out")
         case "digits":
             return load_digits()
         case path if os.path.exists(path):
