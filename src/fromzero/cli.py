@@ -234,7 +234,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             f"  {label:<28} accuracy {found.accuracy:.4f} ({low:.4f}–{high:.4f}, 95 % for {len(subset.labels):,}"
             f" images)  loss {found.loss:.4f}"
         )
-    print(f"  {validation_label(recipe)}")
+    print(f"  {validation_label(recipe, own=images.validation is not None)}")
     recalls = zip(images.class_names, found.recalls(images.num_classes), strict=True)
     print("  test accuracy by class: " + ", ".join(f"{name} {recall:.3f}" for name, recall in recalls))
 

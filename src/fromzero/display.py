@@ -53,14 +53,16 @@ def header(run: Training) -> str:
     here, recipe = run.machine, run.recipe
     parameters = num_parameters(run.recipe.network, run.images.image_shape, run.images.num_classes)
     counters = run.state.counters
+    validation = validation_label(recipe, own=run.images.validation is not None)
     kernels = "" if here.kernels == NONE else " by its own kernels"
     lines = [
         f"{run.run.path}: {recipe.name} on {run.images.name}, {parameters:,} parameters, seed {recipe.seed}",
-        f"  {len(run.data.train.labels):,} train images from {run.images.source}; {validation_label(recipe)}"
+        f"  {len(run.data.train.labels):,} train images from {run.images.source}; {validation}"
         f" ({len(run.data.validation.labels):,})",
         f"  {here.device}, {counted(here.threads, 'thread')}, {here.precision}{kernels}; {recipe.optimizer.name} at"
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {counted(recipe.epochs, 'epoch')}",
     ]
+    lines += [f"  note: {note}" for note in run.images.notes]
     if here.why_no_kernels:
         lines.append(f"  by PyTorch's kernels, which are slower: {here.why_no_kernels}")
     augmentation, timetable = recipe.augment, run.timetable

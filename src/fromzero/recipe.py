@@ -227,7 +227,7 @@ class ValidationRecipe(_Part):
 
     source: Literal["split", "test"] = Field(
         "split",
-        description="split: a stratified part of the train images; test: the test images, as the notes did",
+        description="split: the data set's own, or a stratified part of the train images; test: the test images",
     )
     fraction: float = Field(0.1, gt=0, lt=1, description="share of each class that `split` holds out")
 
@@ -236,7 +236,7 @@ class Recipe(_Part):
     """Everything that determines a run, apart from the images and the machine."""
 
     name: str = Field("custom", min_length=1, description="what the recipe is called")
-    dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, or a CIFAR folder or archive")
+    dataset: str = Field("cifar10", min_length=1, description="cifar10, digits, a folder of pictures, or CIFAR's files")
     seed: int = Field(0, ge=0, description="seed of weights, order, augmentation and dropout")
     epochs: int = Field(10, ge=1, le=1_000_000, description="passes over the train images; see skip_easy")
     batch_size: int = Field(

@@ -22,10 +22,13 @@ KEYS = {
 }
 
 
-def validation_label(recipe: Recipe) -> str:
-    """What the validation figures of a run are, to be said wherever they appear."""
+def validation_label(recipe: Recipe, own: bool) -> str:
+    """What the validation figures of a run are, to be said wherever they appear. own: whether its data set has
+    validation images."""
     if recipe.validation.source == "test":
         return "validation = the test images, as in the notes"
+    if own:
+        return "validation = the data set's own validation images"
     return f"validation = {100 * recipe.validation.fraction:.4g}% of the train images, held out"
 
 
@@ -34,7 +37,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, path: Path) -> None:
+def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, validation: str, path: Path) -> None:
     """Accuracy and loss over the epochs as a PNG: the three curves, the best and the last epoch marked."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -65,7 +68,7 @@ def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, path: Path) -> 
     # Below both: wherever it lay in a picture of three epochs, it would lie over a curve.
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(
-        f"{title} · {recipe.name.replace('$', chr(92) + '$')} · seed {recipe.seed} · {validation_label(recipe)}",
+        f"{title} · {recipe.name.replace('$', chr(92) + '$')} · seed {recipe.seed} · {validation}",
         fontsize=10,
     )
     buffer = io.BytesIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -88,7 +89,7 @@ def new_training(
         origin = {"run": str(source.path), "recipe": source.recipe.name, "step": found.state.get("step"), "left": left}
     state.start_average()
     total = networks.num_parameters(recipe.network, images.image_shape, images.num_classes)
-    run = create_run(Path(runs_dir), name or f"{images.name.replace(':', '-')}-{total}")
+    run = create_run(Path(runs_dir), name or f"{re.sub('[@:]', '-', images.name)}-{total}")
     described = {
         "name": images.name,
         "source": images.source,
@@ -248,13 +249,16 @@ def recorded_images(
     name. Raises FromzeroError when their fingerprints are not the recorded ones."""
     recorded = run.provenance["data"]
     source = Path(recorded["source"])
-    name, _, count = recorded["name"].partition(":")
+    name = re.split("[@:]", recorded["name"])[0]
+    options = recorded["name"].removeprefix(name)
     if images is None and name in NAMED:
         if data_dir is None and source.exists():
             data_dir = source if source.is_dir() else source.parent
         images = load_images(recorded["name"], data_dir=data_dir, offline=offline)
     elif images is None:
-        images = load_images(f"{data_dir or source}:{count}" if count else data_dir or source)
+        if data_dir is None and not source.exists():
+            raise InputError(f"{run.path}: its images are no longer at {source}; --data-dir says where they are now")
+        images = load_images(f"{data_dir or source}{options}")
     if images.fingerprints != recorded["fingerprints"]:
         raise FromzeroError(
             f"{run.path}: the images at {images.source} are not those it was trained on (train fingerprint"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fromzero import augment, checkpoint, kernels
 from fromzero.checkpoint import Checkpoint
-from fromzero.data import ImageSet, stratified_split
+from fromzero.data import Images, ImageSet, stratified_split
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
 from fromzero.evaluate import Normalise, Outcomes, evaluate
 from fromzero.machine import Machine, peak_memory_bytes
@@ -52,6 +52,11 @@ class Subset(NamedTuple):
         places = torch.from_numpy(indices)
         return Subset(self.pixels.index_select(0, places), self.labels[places])
 
+    @classmethod
+    def of(cls, images: Images) -> Subset:
+        """The same memory as tensors."""
+        return cls(torch.from_numpy(images.pixels), torch.from_numpy(images.labels))
+
     def to(self, device: str) -> Subset:
         return Subset(self.pixels.to(device), self.labels.to(device))
 
@@ -70,12 +75,11 @@ class Data:
     @classmethod
     def of(cls, recipe: Recipe, images: ImageSet, device: str) -> Data:
         """Split as the recipe says. The splits depend on the images alone, not on the seed."""
-
-        train, test = (
-            Subset(torch.from_numpy(part.pixels), torch.from_numpy(part.labels)) for part in (images.train, images.test)
-        )
+        train, test = Subset.of(images.train), Subset.of(images.test)
         validation = test
-        if recipe.validation.source == "split":
+        if recipe.validation.source == "split" and images.validation is not None:
+            validation = Subset.of(images.validation)
+        elif recipe.validation.source == "split":
             kept, held = stratified_split(images.train.labels, recipe.validation.fraction, "validation")
             train, validation = train.take(kept), train.take(held)
         clean = train
@@ -329,11 +333,12 @@ class Training:
         )
 
     def _draw(self) -> None:
-        from fromzero.report import draw_curves
+        from fromzero.report import draw_curves, validation_label
 
         try:
             if rows := self.run.metrics():
-                draw_curves(rows, self.recipe, self.run.name, self.run.path / "curves.png")
+                validation = validation_label(self.recipe, own=self.images.validation is not None)
+                draw_curves(rows, self.recipe, self.run.name, validation, self.run.path / "curves.png")
         except Exception as error:  # a picture is never worth a run
             warnings.warn(f"{self.run.path}/curves.png was not drawn: {error}", stacklevel=2)
 
@@ -422,7 +427,8 @@ def _try_instead(learning_rate: float, machine: Machine) -> str:
 
 def check_image_set(recipe: Recipe, images: ImageSet) -> None:
     """Refuse what cannot be trained on. Raises InputError."""
-    for split, part in (("train", images.train), ("test", images.test)):
+    own = [("validation", images.validation)] if images.validation is not None else []
+    for split, part in (("train", images.train), ("test", images.test), *own):
         if len(part) < 2:
             raise InputError(f"{images.source}: only {len(part)} {split} images")
         if part.labels.min() < 0 or part.labels.max() >= images.num_classes:
@@ -445,7 +451,7 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
             raise
         sizes = f"{height}×{width} images are trained on as {smallest[0]}×{smallest[1]}"
         raise InputError(f"{error}; {sizes}: see augment.scale and augment.crop") from None
-    if recipe.validation.source == "split":
+    if recipe.validation.source == "split" and images.validation is None:
         present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
         if (counts < 2).any():
             name = images.class_names[int(present[counts < 2][0])]

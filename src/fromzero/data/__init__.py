@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from fromzero.data.cifar import load_cifar, load_cifar10
+from fromzero.data.cifar import is_cifar, load_cifar, load_cifar10
 from fromzero.data.digits import load_digits
 from fromzero.data.images import Images, ImageSet, stratified_split
 from fromzero.errors import InputError, nearest
@@ -23,27 +23,37 @@ NAMED = ("cifar10", "digits")  # data sets that are known by name
 def load_images(
     dataset: str | Path = "cifar10", *, data_dir: str | Path | None = None, offline: bool = False
 ) -> ImageSet:
-    """The image set called `dataset`: "cifar10", "digits", or the path of a CIFAR folder or archive; each may end in
-    `:N` for a fixed stratified N of its train images, as in "cifar10:10000".
+    """The image set called `dataset`: "cifar10", "digits", or the path of a folder of pictures or of a CIFAR folder or
+    archive; each may end in `:N` for a fixed stratified N of its train images, as in "cifar10:10000", and a folder of
+    pictures before that in `@S`, for pictures of S × S pixels (see `load_pictures`).
 
     cifar10 is looked for under `data_dir`, under `FROMZERO_HOME` and where torchvision and Keras keep it, and is
     downloaded if it is nowhere and `offline` is not set. Raises InputError when there is no such data set, when a
     file is damaged (which, what was expected, what was found), when it cannot be had, or when `data_dir` is given for
-    a data set that is not looked for.
+    digits, which are not looked for.
     """
     match str(dataset):
         case "cifar10":
             return load_cifar10(data_dir, offline=offline)
-        case name if data_dir is not None and (name == "digits" or os.path.exists(name)):
-            whence = "come with scikit-learn" if name == "digits" else "is a path of its own"
-            raise InputError(f"data folder {data_dir}: only cifar10 is looked for there; {name} {whence}: leave it out")
+        case "digits" if data_dir is not None:
+            raise InputError(
+                f"data folder {data_dir}: digits come with scikit-learn and are not looked for; leave it out"
+            )
         case "digits":
             return load_digits()
         case path if os.path.exists(path):
-            return load_cifar(Path(path))
+            return load_cifar(Path(path)) if is_cifar(Path(path)) else _load_pictures(Path(path))
         case name if part := re.fullmatch(r"(.+):(\d{1,9})", name):
             return load_images(part[1], data_dir=data_dir, offline=offline).subset(int(part[2]))
+        case name if (part := re.fullmatch(r"(.+)@(\d{1,4})", name)) and os.path.isdir(part[1]):
+            return _load_pictures(Path(part[1]), int(part[2]))
         case name if (parts := name.partition(":"))[0] in NAMED:
             raise InputError(f"data set {name!r}: {parts[2]!r} is no number of train images, as in {parts[0]}:5000")
         case name:
             raise InputError(f"unknown data set {name!r}: not a path that exists{nearest(name, NAMED)}")
+
+
+def _load_pictures(path: Path, side: int | None = None) -> ImageSet:
+    from fromzero.data.pictures import load_pictures  # with Pillow, which nothing else needs before the end of a run
+
+    return load_pictures(path, side)

@@ -132,6 +132,14 @@ def load_cifar(path: Path, name: str | None = None) -> ImageSet:
     )
 
 
+def is_cifar(path: Path) -> bool:
+    """Whether it is meant as CIFAR's: a file, or a folder with one of its files or archives in it."""
+    if not path.is_dir():
+        return True
+    names = [entry.name for entry in path.iterdir()]
+    return bool(_candidates(path) or any(layout.members(names) for layout in LAYOUTS))
+
+
 def unpack(archive: Path) -> Path:
     """Write the known members of a published archive as a folder beside it, so that it is decompressed once. Returns
     the folder, or the archive where that cannot be done: it can be read as well."""

@@ -45,7 +45,8 @@ class Images:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Train and test images with what identifies them. `source` says where they were read from."""
+    """Train and test images, and perhaps validation images of their own, with what identifies them. `source` says where
+    they were read from, `notes` what whoever trains on them should know."""
 
     name: str
     train: Images
@@ -53,6 +54,8 @@ class ImageSet:
     class_names: tuple[str, ...]
     source: str
     fingerprints: dict[str, str]
+    validation: Images | None = None
+    notes: tuple[str, ...] = ()
 
     def order_digest(self) -> str:
         """SHA-256 (hex) over all images and labels in their order: splits and the order of training depend on it."""
@@ -61,7 +64,7 @@ class ImageSet:
     @cached_property
     def _order_digest(self) -> str:
         digest = hashlib.sha256()
-        for part in (self.train, self.test):
+        for part in (self.train, self.test, *([self.validation] if self.validation else [])):
             digest.update(np.ascontiguousarray(part.pixels).data)
             digest.update(np.ascontiguousarray(part.labels, dtype="<i8").data)
         return digest.hexdigest()

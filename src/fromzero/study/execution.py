@@ -143,9 +143,10 @@ class Execution:
 
     def _work(self, recipe: Recipe) -> float:
         size = num_multiply_adds(recipe.network, self.images.image_shape, self.images.num_classes) + OVERHEAD_IMAGE
-        held = recipe.validation.fraction if recipe.validation.source == "split" else 0.0
-        validation = round(held * len(self.images.train))
-        train = len(self.images.train) - validation
+        held, own = 0, 0 if self.images.validation is None else len(self.images.validation)
+        if recipe.validation.source == "split" and not own:
+            held = round(recipe.validation.fraction * len(self.images.train))
+        validation, train = own or held, len(self.images.train) - held
         clean = min(recipe.clean_train_images, train)
         timetable = Timetable.of(recipe, train)
         # A backward pass costs two forward.

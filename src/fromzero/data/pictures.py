@@ -1,0 +1,259 @@
+"""Folders of pictures, a folder a class, as one array of small images.
+
+Pictures are decoded once: the array is kept under `files.home()` and taken from there for as long as the folder lists
+the same files with the same sizes and times. What is not a whole picture is refused, all such files in one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+
+from fromzero import files
+from fromzero.data.images import Images, ImageSet
+from fromzero.errors import InputError
+
+SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # other decoders are not tried on anybody's file
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+USUAL_SIDE, LARGEST_AS_IT_IS, LARGEST_SIDE = 32, 64, 512  # pixels
+TEST_SHARE = 0.2
+KEPT_AS = "pictures-1"  # raised when the same files would give other arrays
+NAMED_AT_ONCE = 3
+
+
+class _File(NamedTuple):
+    split: str
+    label: int
+    path: Path
+
+
+_Outcome = tuple[np.ndarray, int] | str  # pixels and digest of a file, or what is wrong with it
+
+
+def load_pictures(path: Path, side: int | None = None) -> ImageSet:
+    """The pictures under `path`, which has a folder for each class, or `train` and perhaps `val` and `test` with a
+    folder for each class in them.
+
+    They are cut to the square in their middle and scaled to side × side. Without a side they stay as they are if all
+    have one size, up to LARGEST_AS_IT_IS pixels, and else become USUAL_SIDE pixels wide and high. Without a test
+    folder `val` is the test set; without both a fifth of each class is, chosen by the files' contents: copies of a
+    picture stay together, and pictures that are added later move few others. Raises InputError, naming the files, when
+    the folder has another shape or a file is no whole picture.
+    """
+    if side is not None and not 1 <= side <= LARGEST_SIDE:
+        raise InputError(f"{path}@{side}: images are from 1 to {LARGEST_SIDE} pixels wide")
+    try:
+        class_names, listed = _listed(path)
+        pixels, digests, note = _kept_or_decoded(path, listed, side)
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+    labels = np.array([file.label for file in listed], np.int64)
+    splits = np.array([file.split for file in listed])
+    notes = [note] if note else []
+    if "test" not in splits:
+        if "validation" in splits:
+            splits[splits == "validation"] = "test"
+            notes.append("no folder test: val is kept for the test, validation is held out of train")
+        else:
+            if alone := [name for name, count in zip(class_names, np.bincount(labels), strict=True) if count < 2]:
+                raise InputError(f"{path}: class {alone[0]!r} has one picture, too few to keep some for the test")
+            splits[_fifth(labels, digests)] = "test"
+            notes.append("no folder test: a fifth of each class is kept for it")
+    for split, seen_in in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        here, there = (digests[splits == name] for name in (split, seen_in))
+        if copies := int(np.isin(here, there).sum()):
+            notes.append(f"{copies} of the {len(here):,} {split} pictures are in {seen_in} too, to the byte")
+
+    def part(split: str) -> Images:
+        chosen = np.flatnonzero(splits == split)
+        return Images(pixels[chosen], labels[chosen])
+
+    parts = {split: part(split) for split in SPLITS if split in splits}
+    stem = re.sub(r"[^\w-]+", "-", path.resolve().name).strip("-_") or "pictures"
+    if stem in ("cifar10", "digits"):  # the names of known image sets, which these are not
+        stem += "-pictures"
+    return ImageSet(
+        name=stem if side is None else f"{stem}@{side}",
+        train=parts["train"],
+        test=parts["test"],
+        validation=parts.get("validation"),
+        class_names=class_names,
+        source=str(path.resolve()),
+        fingerprints={split: images.fingerprint() for split, images in parts.items()},
+        notes=tuple(notes),
+    )
+
+
+def _listed(path: Path) -> tuple[tuple[str, ...], list[_File]]:
+    """The class names, and all pictures in a fixed order. Raises InputError when the folder has another shape."""
+    folders = _folders(path)
+    by_name = {folder.name.lower(): folder for folder in reversed(folders)}
+    found = {
+        split: next(by_name[name] for name in names if name in by_name)
+        for split, names in SPLITS.items()
+        if any(name in by_name for name in names)
+    }
+    if "train" not in found:
+        if found and len(found) == len(folders):
+            raise InputError(f"{path}: has {' and '.join(folder.name for folder in folders)}, but no folder train")
+        found = {"train": path}
+    class_names = tuple(folder.name for folder in _folders(found["train"]))
+    if len(class_names) < 2:
+        raise InputError(
+            f"{found['train']}: expected a folder for each of at least two classes with its pictures in it, or train,"
+            f" val and test with such, or CIFAR's data_batch files; found {_inside(found['train'])}"
+        )
+    listed = []
+    for split, root in found.items():
+        for folder in _folders(root):
+            if folder.name not in class_names:
+                raise InputError(f"{folder}: a class that {found['train']} does not have")
+            pictures = _pictures(folder)
+            if not pictures and split == "train":
+                raise InputError(
+                    f"{folder}: expected the pictures of a class ({', '.join(ENDINGS)}); found {_inside(folder)}"
+                )
+            listed += [_File(split, class_names.index(folder.name), picture) for picture in pictures]
+    return class_names, listed
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__")))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(
+        entry
+        for entry in folder.iterdir()
+        if entry.suffix.lower() in ENDINGS and entry.is_file() and not entry.name.startswith(".")
+    )
+
+
+def _inside(folder: Path) -> str:
+    """What is in it, in words."""
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return (", ".join(names[:6]) or "nothing") + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _kept_or_decoded(path: Path, listed: Sequence[_File], side: int | None) -> tuple[np.ndarray, np.ndarray, str]:
+    """pixels uint8 (N, H, W, 3), digests uint64 (N,) of the files, and what was done to them."""
+    listing = hashlib.sha256(KEPT_AS.encode())
+    for file in listed:
+        state = file.path.stat()
+        listing.update(repr((str(file.path), file.split, file.label, state.st_size, state.st_mtime_ns)).encode())
+    place = files.home() / "pictures" / f"{hashlib.sha256(f'{path.resolve()}@{side}'.encode()).hexdigest()[:24]}.npz"
+    # Not there, of other files, or damaged in whatever way: decoded again.
+    with contextlib.suppress(Exception), open(place, "rb") as kept_file, np.load(kept_file) as kept:
+        if str(kept["listing"]) == listing.hexdigest():
+            return kept["pixels"], kept["digests"], str(kept["note"])
+    pixels, digests, note = _decoded(path, listed, side)
+    partial = place.with_name(f"{place.name}.{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as out:
+            np.savez(out, listing=listing.hexdigest(), pixels=pixels, digests=digests, note=note)
+        os.replace(partial, place)
+    except OSError:  # a full disk or a folder that is not ours costs the next start some time, and nothing else
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return pixels, digests, note
+
+
+def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> tuple[np.ndarray, np.ndarray, str]:
+    """As `_kept_or_decoded`, from the files."""
+    paths = [file.path for file in listed]
+    wrong: list[str] = []
+    digests = np.empty(len(paths), np.uint64)
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # of large pictures, odd metadata: what cannot be read is an error of its own
+        try:
+            sizes = {size for size in pool.map(_size, paths) if size}
+            width = height = side or USUAL_SIDE
+            if side is None and len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_AS_IT_IS:
+                ((width, height),) = sizes
+            pixels = np.empty((len(paths), height, width, 3), np.uint8)
+            found = pool.map(lambda picture: _decode(picture, width, height), paths)
+            for index, outcome in enumerate(_shown(found, len(paths), path)):
+                if isinstance(outcome, str):
+                    wrong.append(f"{paths[index]} ({outcome})")
+                else:
+                    pixels[index], digests[index] = outcome
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    if wrong:
+        more = f"; and {len(wrong) - NAMED_AT_ONCE} more" if len(wrong) > NAMED_AT_ONCE else ""
+        raise InputError(
+            f"{path}: {len(wrong)} of {len(paths):,} pictures cannot be read; repair or remove them:"
+            f" {'; '.join(wrong[:NAMED_AT_ONCE])}{more}"
+        )
+    if sizes == {(width, height)}:
+        return pixels, digests, ""
+    widths, heights = zip(*sizes, strict=True)
+    smallest, largest = f"{min(widths)}×{min(heights)}", f"{max(widths)}×{max(heights)}"
+    of = smallest if smallest == largest else f"{smallest} to {largest}"
+    larger = "" if side else f" ({path.name}@64: to 64×64)"
+    return pixels, digests, f"pictures of {of} pixels, cut to squares and scaled to {width}×{height}{larger}"
+
+
+def _shown(found: Iterable[_Outcome], count: int, path: Path) -> Iterable[_Outcome]:
+    """The same, on a terminal with a bar while it lasts."""
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    return track(found, f"reading {path.name}", count, console=console, transient=True, disable=quiet)
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Width and height as the picture is meant to be looked at; None where that cannot be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size[::-1] if turned else image.size
+    except Exception:  # decoders raise all kinds of errors at damaged files; `_decode` says which
+        return None
+
+
+def _decode(path: Path, width: int, height: int) -> _Outcome:
+    """RGB pixels uint8 (height, width, 3), from the middle of the picture and on white where it is transparent, and
+    eight bytes of the file's SHA-256 as a number; or what is wrong."""
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            image.draft("RGB", (2 * width, 2 * height))  # a large JPEG is not decoded in full only to be made small
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith(("I", "F")):
+                return f"{image.mode}: only 8 bits a channel are read"
+            if image.has_transparency_data:
+                over = image.convert("RGBA")
+                plain = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+            else:
+                plain = image.convert("RGB")
+            if plain.size != (width, height):
+                plain = ImageOps.fit(plain, (width, height), Image.Resampling.LANCZOS)
+            return np.asarray(plain), int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+    except Exception as error:  # whatever decoders raise at damaged files
+        return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _fifth(labels: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """The pictures kept for the test: of each class those whose digests are the lowest, copies together, never all."""
+    kept = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        members = members[digests[members].argsort(kind="stable")]
+        last = digests[members[max(round(TEST_SHARE * len(members)), 1) - 1]]
+        kept.append(members[digests[members] <= last][: len(members) - 1])
+    return np.concatenate(kept)

@@ -1,0 +1,231 @@
+"""Folders of pictures: their shapes, what is refused, what is kept, and that a training takes them."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from fromzero import cli, load_images, load_recipe
+from fromzero.data import pictures
+from fromzero.errors import InputError
+from fromzero.training import Data
+
+COLORS = {"blue": (20, 40, 200), "green": (30, 180, 60), "red": (210, 30, 40)}
+CHANGES = ["--network.channels", "[[4],[8]]", "--network.pool", "4", "--network.dense", "[16]", "--epochs", "2"]
+CHANGES += ["--recipe", "train1", "--precision", "float32", "--threads", "1", "--validation.source", "split"]
+
+
+@pytest.fixture(autouse=True)
+def kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("FROMZERO_HOME", str(tmp_path / "home"))
+
+
+def painted(color, seed, size=(32, 32)):
+    """Noise around a colour."""
+    noise = np.random.default_rng(seed).normal(0, 25, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(np.array(COLORS[color]) + noise, 0, 255).astype(np.uint8))
+
+
+def write(folder, count=10, seed=0, **options):
+    """A folder with `count` pictures of each colour."""
+    for color in COLORS:
+        (folder / color).mkdir(parents=True)
+        for n in range(count):
+            painted(color, 1000 * seed + n, **options).save(folder / color / f"{n:03}.png")
+    return folder
+
+
+def test_a_folder_a_class_becomes_train_and_a_fifth_test(tmp_path):
+    images = load_images(write(tmp_path / "my photos", count=20))
+    assert images.class_names == ("blue", "green", "red")
+    assert images.name == "my-photos"
+    assert (len(images.train), len(images.test), images.validation) == (48, 12, None)
+    assert images.image_shape == (32, 32, 3)
+    assert np.bincount(images.test.labels).tolist() == [4, 4, 4]
+    assert images.notes == ("no folder test: a fifth of each class is kept for it",)
+    for part in (images.train, images.test):
+        for label, color in enumerate(COLORS):
+            mean = part.pixels[part.labels == label].mean((0, 1, 2))
+            assert mean == pytest.approx(COLORS[color], abs=15)
+
+
+def test_the_fifth_goes_by_contents_and_copies_stay_together(tmp_path):
+    folder = write(tmp_path / "a", count=20)
+    held = load_images(folder).test
+    for path in list(folder.glob("*/*.png")):
+        path.rename(path.with_name(f"x{path.name[::-1][4:]}.png"))
+    assert load_images(folder).test.fingerprint() == held.fingerprint()
+    for color in COLORS:  # 4 of 20 held out; 19 of 24 stay in train, as copies go where the first is
+        for n in range(4):
+            shutil.copy(next((folder / color).iterdir()), folder / color / f"copy{n}.png")
+    images = load_images(folder)
+    assert not [note for note in images.notes if "to the byte" in note]
+
+
+def test_train_val_and_test_are_taken_as_they_are(tmp_path):
+    write(tmp_path / "set" / "Train", count=8)
+    write(tmp_path / "set" / "valid", count=3, seed=1)
+    write(tmp_path / "set" / "test", count=2, seed=2)
+    images = load_images(tmp_path / "set")
+    assert images.validation is not None
+    assert (len(images.train), len(images.validation), len(images.test)) == (24, 9, 6)
+    assert images.notes == ()
+    recipe = load_recipe("train1")
+    data = Data.of(recipe.override({"validation.source": "split"}), images, "cpu")
+    assert (len(data.train.labels), len(data.validation.labels)) == (24, 9)
+    assert np.array_equal(data.validation.pixels.numpy(), images.validation.pixels)
+    on_test = Data.of(recipe.override({"validation.source": "test"}), images, "cpu")
+    assert len(on_test.validation.labels) == 6
+    assert set(images.fingerprints) == {"train", "validation", "test"}
+
+
+def test_without_test_val_is_kept_for_it(tmp_path):
+    write(tmp_path / "set" / "train", count=8)
+    write(tmp_path / "set" / "val", count=3, seed=1)
+    images = load_images(tmp_path / "set")
+    assert (len(images.train), images.validation, len(images.test)) == (24, None, 9)
+    assert images.notes == ("no folder test: val is kept for the test, validation is held out of train",)
+
+
+def test_pictures_in_two_parts_are_counted(tmp_path):
+    write(tmp_path / "set" / "train", count=8)
+    write(tmp_path / "set" / "test", count=3)
+    assert load_images(tmp_path / "set").notes == ("9 of the 9 test pictures are in train too, to the byte",)
+
+
+@pytest.mark.parametrize(
+    ("size", "spec", "shape", "note"),
+    [
+        ((48, 20), "", (20, 48, 3), ""),
+        ((65, 65), "", (32, 32, 3), "pictures of 65×65 pixels, cut to squares and scaled to 32×32 (set@64: to 64×64)"),
+        ((90, 70), "@40", (40, 40, 3), "pictures of 90×70 pixels, cut to squares and scaled to 40×40"),
+        ((40, 40), "@40", (40, 40, 3), ""),
+        ((8, 8), "@40", (40, 40, 3), "pictures of 8×8 pixels, cut to squares and scaled to 40×40"),
+    ],
+)
+def test_pictures_are_scaled_where_they_must_be(size, spec, shape, note, tmp_path):
+    folder = write(tmp_path / "set", count=4, size=size)
+    images = load_images(f"{folder}{spec}")
+    assert images.image_shape == shape
+    assert [n for n in images.notes if n.startswith("pictures")] == ([note] if note else [])
+    assert images.name == f"set{spec}"
+    few = load_images(f"{folder}{spec}:6")
+    assert (few.name, len(few.train), few.image_shape) == (f"set{spec}:6", 6, shape)
+
+
+def test_the_middle_is_kept_upright_and_on_white(tmp_path):
+    def read(picture, name, **options):
+        folder = write(tmp_path / name, count=4)
+        for path in folder.glob("*/*.png"):
+            path.unlink()
+        for color in COLORS:
+            for n in range(2):
+                picture.save(folder / color / f"{n}{options.get('ending', '.png')}", **options.get("save", {}))
+        return load_images(f"{folder}@32").train.pixels[0]
+
+    stripes = np.zeros((60, 180, 3), np.uint8)
+    stripes[:, 60:120] = 255, 0, 0  # what the square in the middle has
+    assert (read(Image.fromarray(stripes), "wide")[:, 4:28].mean((0, 1)) == (255, 0, 0)).all()
+    halves = np.zeros((64, 64, 3), np.uint8)
+    halves[:32] = 255
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned clockwise: the top is then on the right
+    found = read(Image.fromarray(halves), "turned", ending=".jpg", save={"exif": turned, "quality": 95})
+    assert found[:, 20:].mean() > 240
+    assert found[:, :12].mean() < 15
+    clear = Image.new("RGBA", (32, 32), (0, 0, 255, 0))
+    assert (read(clear, "clear") == 255).all()
+    deep = Image.fromarray(np.full((32, 32), 0x8000, np.uint16))
+    with pytest.raises(InputError, match=r"6 of 6 pictures cannot be read.*only 8 bits a channel are read"):
+        read(deep, "deep")
+
+
+def test_decoded_pictures_are_kept_until_a_file_changes(tmp_path, monkeypatch):
+    folder = write(tmp_path / "set", count=5)
+    first = load_images(folder)
+    decoded = []
+    decode = pictures._decode
+    monkeypatch.setattr(pictures, "_decode", lambda *given: decoded.append(given[0]) or decode(*given))
+    assert load_images(folder).order_digest() == first.order_digest()
+    assert not decoded
+    os.utime(folder / "red" / "000.png", (1, 1))
+    assert load_images(folder).order_digest() == first.order_digest()
+    assert len(decoded) == 15
+    (kept,) = (tmp_path / "home" / "pictures").iterdir()
+    kept.write_bytes(kept.read_bytes()[:2000])
+    assert load_images(folder).order_digest() == first.order_digest()
+    assert len(decoded) == 30
+    shutil.rmtree(tmp_path / "home")
+    (tmp_path / "home").write_text("no folder can be made here")
+    assert load_images(folder).order_digest() == first.order_digest()
+
+
+def damaged(tmp_path, change):
+    folder = write(tmp_path / "set", count=4)
+    change(folder)
+    with pytest.raises(InputError) as said:
+        load_images(folder)
+    assert "\n" not in str(said.value)
+    return str(said.value)
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    def change(folder):
+        whole = (folder / "red" / "001.png").read_bytes()
+        (folder / "red" / "001.png").write_bytes(whole[: len(whole) // 2])
+        for n in range(3):
+            (folder / "blue" / f"{n:03}.png").write_bytes(b"not a picture")
+
+    said = damaged(tmp_path, change)
+    assert f"{tmp_path / 'set'}: 4 of 12 pictures cannot be read; repair or remove them:" in said
+    assert f"{tmp_path / 'set' / 'blue' / '000.png'} (cannot identify image file" in said
+    assert said.endswith("and 1 more")
+
+
+def test_a_folder_of_another_shape_is_refused(tmp_path):
+    def emptied(folder):
+        for path in (folder / "green").iterdir():
+            path.unlink()
+        (folder / "green" / "a.heic").write_bytes(b"")
+
+    assert "green: expected the pictures of a class (.png, .jpg," in damaged(tmp_path / "1", emptied)
+    said = damaged(tmp_path / "2", lambda folder: [shutil.rmtree(folder / color) for color in ("red", "blue")])
+    assert "set: expected a folder for each of at least two classes" in said
+    assert "found green" in said
+    said = damaged(tmp_path / "3", lambda folder: [shutil.rmtree(path) for path in folder.iterdir()])
+    assert said.endswith("found nothing")
+    write(tmp_path / "4" / "test")
+    with pytest.raises(InputError, match="4: has test, but no folder train"):
+        load_images(tmp_path / "4")
+    write(tmp_path / "4" / "train")
+    (tmp_path / "4" / "test" / "pink").mkdir()
+    with pytest.raises(InputError, match=r"pink: a class that .*train does not have"):
+        load_images(tmp_path / "4")
+    with pytest.raises(InputError, match="@0: images are from 1 to 512 pixels wide"):
+        load_images(f"{tmp_path / '4'}@0")
+    alone = write(tmp_path / "5", count=1)
+    with pytest.raises(InputError, match="class 'blue' has one picture, too few to keep some for the test"):
+        load_images(alone)
+
+
+def test_a_run_on_pictures_goes_on_to_the_same_bits_even_when_they_have_moved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "photos", count=15, size=(50, 40))
+    assert cli.main(["train", "photos@32", *CHANGES]) == 0
+    shown = capsys.readouterr().out
+    assert "note: pictures of 50×40 pixels, cut to squares and scaled to 32×32" in shown
+    assert "note: no folder test: a fifth of each class is kept for it" in shown
+    assert cli.main(["resume", "photos-32-987", "--epochs", "3", "--threads", "1"]) == 0
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert cli.main(["resume", "photos-32-987", "--epochs", "4", "--threads", "1"]) == 2
+    assert "its images are no longer at" in capsys.readouterr().err
+    assert cli.main(["resume", "photos-32-987", "--epochs", "4", "--threads", "1", "--data-dir", "moved"]) == 0
+    assert cli.main(["train", "moved@32", *CHANGES, "--epochs", "4"]) == 0
+    ends = (tmp_path / "runs" / name / "checkpoints" / "last.safetensors" for name in ("photos-32-987", "moved-32-987"))
+    one, two = map(load_file, ends)
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[name], two[name]) for name in one)
