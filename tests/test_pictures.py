@@ -2,13 +2,14 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fromzero import cli, load_images, load_recipe
+from fromzero import Run, cli, load_images, load_recipe
 from fromzero.data import pictures
 from fromzero.errors import InputError
 from fromzero.training import Data
@@ -229,3 +230,30 @@ def test_a_run_on_pictures_goes_on_to_the_same_bits_even_when_they_have_moved(tm
     one, two = map(load_file, ends)
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_predictions_of_the_test_pictures_are_as_right_as_the_summary_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "set" / "train", count=15, size=(50, 40))
+    write(tmp_path / "set" / "test", count=7, seed=1, size=(40, 70))
+    assert cli.main(["train", "set", *CHANGES]) == 0
+    summary = Run(tmp_path / "runs" / "set-987").summary
+    capsys.readouterr()
+    assert cli.main(["predict", "set-987", "set/test", "--threads", "1"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [path for *_, path in lines] == [str(path) for path in sorted(Path("set/test").glob("*/*"))]
+    assert len(lines) == 21
+    right = [label == Path(path).parent.name for label, _, path in lines]
+    assert sum(right) / 21 == pytest.approx(summary["test/accuracy"])
+    assert sum(right) > 0
+    assert all(1 / 3 <= float(probability) <= 1 for _, probability, _ in lines)
+    one = next((tmp_path / "set" / "test" / "red").iterdir())
+    assert cli.main(["predict", "set-987", str(one), "--tta", "mirror", "--checkpoint", "best", "--threads", "1"]) == 0
+    assert capsys.readouterr().out.endswith(f"{one}\n")
+    for wrong, said in (
+        ("nowhere", "nowhere: not there"),
+        ("runs/set-987/checkpoints", "checkpoints: no pictures"),
+        ("runs/set-987/recipe.toml", "1 of 1 pictures cannot be read"),
+    ):
+        assert cli.main(["predict", "set-987", wrong]) == 2
+        assert said in capsys.readouterr().err

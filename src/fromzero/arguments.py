@@ -85,14 +85,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     evaluate = add("evaluate", "score a run's weights again")
     evaluate.add_argument("RUN", help="a run's folder or name")
-    evaluate.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (last)")
-    evaluate.add_argument(
-        "--tta",
-        choices=("none", "mirror", "multicrop"),
-        default="none",
-        help="test-time augmentation: average over views of an image (none)",
-    )
+    _add_weights(evaluate)
     _add_shared(evaluate, "runs", "data", "machine")
+
+    predict = add("predict", "say what is in pictures, by a run's weights")
+    predict.add_argument("RUN", help="a run's folder or name")
+    predict.add_argument("PICTURE", nargs="+", type=Path, help="a picture, or a folder of them")
+    _add_weights(predict)
+    _add_shared(predict, "runs", "data", "machine")
 
     runs = add("runs", "list the runs")
     _add_shared(runs, "runs")
@@ -130,6 +130,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     demo = add("demo", "train the notes' three networks on handwritten digits, in a minute or two")
     _add_shared(demo, "runs")
     return parser, commands
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (last)")
+    command.add_argument(
+        "--tta",
+        choices=("none", "mirror", "multicrop"),
+        default="none",
+        help="test-time augmentation: average over views of an image (none)",
+    )
 
 
 def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:

@@ -20,6 +20,7 @@ from fromzero.errors import FromzeroError, InputError, NonFiniteError
 from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names
 
 if TYPE_CHECKING:
+    from fromzero.sessions import Trained
     from fromzero.training import Training
     from fromzero.verify import Verdict
 
@@ -203,19 +204,11 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     with _importing():
-        from fromzero import machine, sessions
         from fromzero.evaluate import evaluate
         from fromzero.report import validation_label
-        from fromzero.runs import load_run
-        from fromzero.training import Data
 
-    run = load_run(arguments.RUN, arguments.runs_dir)
+    run, images, data, network, weights, here = _trained(arguments)
     recipe = run.recipe
-    images = sessions.recorded_images(run, data_dir=arguments.data_dir, offline=arguments.offline)
-    precision = run.provenance["machine"]["precision"]
-    here = machine.prepare(precision, device=arguments.device or "auto", threads=arguments.threads)
-    network, weights = sessions.load_network(run, images, here, arguments.checkpoint)
-    data = Data.of(recipe, images, here.device)
     print(f"{run.path}: {recipe.name}, {weights.stem} weights, {here.device}, {here.precision}")
     if arguments.tta != "none":
         print(f"  with test-time augmentation ({arguments.tta}): not to be compared with figures without")
@@ -237,6 +230,39 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"  {validation_label(recipe, own=images.validation is not None)}")
     recalls = zip(images.class_names, found.recalls(images.num_classes), strict=True)
     print("  test accuracy by class: " + ", ".join(f"{name} {recall:.3f}" for name, recall in recalls))
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    with _importing():
+        import torch
+
+        from fromzero.data.pictures import pictures_at, read_pictures
+        from fromzero.evaluate import predict
+
+    paths = pictures_at(arguments.PICTURE)
+    trained = _trained(arguments)
+    names = trained.images.class_names
+    pixels, _ = read_pictures(paths, *trained.images.image_shape[:2], where="predict")
+    on_device = torch.from_numpy(pixels).to(trained.machine.device)
+    found = predict(trained.network, on_device, trained.data.normalise, trained.machine, views=arguments.tta).max(1)
+    width = max(map(len, names))
+    for path, probability, label in zip(paths, found.values.tolist(), found.indices.tolist(), strict=True):
+        print(f"{names[label]:<{width}}  {probability:.4f}  {path}")
+
+
+def _trained(arguments: argparse.Namespace) -> Trained:
+    """The run that is to be looked at."""
+    from fromzero.runs import load_run
+    from fromzero.sessions import load_trained
+
+    return load_trained(
+        load_run(arguments.RUN, arguments.runs_dir),
+        arguments.checkpoint,
+        device=arguments.device or "auto",
+        threads=arguments.threads,
+        data_dir=arguments.data_dir,
+        offline=arguments.offline,
+    )
 
 
 def _print_no_more() -> None:
@@ -409,6 +435,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": _train,
     "resume": _resume,
     "evaluate": _evaluate,
+    "predict": _predict,
     "runs": _runs,
     "summary": _summary,
     "study": _study,

@@ -28,6 +28,7 @@ from fromzero.training import Training
 
 REFRESH_SECONDS = 0.25  # of the live display
 NARROW_HIDES = ("running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
+FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
 LINE_SECONDS = 30.0  # without a terminal: the longest time without a line while steps are made
 
 
@@ -63,6 +64,8 @@ def header(run: Training) -> str:
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {counted(recipe.epochs, 'epoch')}",
     ]
     lines += [f"  note: {note}" for note in run.images.notes]
+    if (count := len(run.data.validation.labels)) < FEW_FOR_VALIDATION:
+        lines.append(f"  note: {count} validation images tell an accuracy to ± {98 / math.sqrt(count):.0f} points only")
     if here.why_no_kernels:
         lines.append(f"  by PyTorch's kernels, which are slower: {here.why_no_kernels}")
     augmentation, timetable = recipe.augment, run.timetable

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -93,26 +94,43 @@ def evaluate(
 
     Raises NonFiniteError where the loss is no number: what such a network predicts means nothing, but some of it is
     right and would pass for an accuracy."""
-    was_training = model.training
-    model.eval()
     losses, predictions = [], []
-    try:
-        # Not inference_mode, in which autocast converts all weights anew for every batch.
-        with torch.no_grad(), machine.autocast():
-            for start in range(0, len(labels), BATCH):
-                part = slice(start, start + BATCH)
-                logits = torch.stack(
-                    [weight * model(normalise(_seen(pixels[part], how))).float() for how, weight in VIEWS[views]]
-                ).sum(0)
-                losses.append(F.cross_entropy(logits, labels[part], reduction="none"))
-                predictions.append(logits.argmax(1))
-                between()
-    finally:
-        model.train(was_training)
+    with _evaluating(model, machine):
+        for part, truth in zip(pixels.split(BATCH), labels.split(BATCH), strict=True):
+            logits = _logits(model, part, normalise, views)
+            losses.append(F.cross_entropy(logits, truth, reduction="none"))
+            predictions.append(logits.argmax(1))
+            between()
     found = Outcomes(torch.cat(losses).float(), torch.cat(predictions), labels)
     if not math.isfinite(found.loss):
         raise NonFiniteError(f"the network's loss is {found.loss}: its weights are too large to compute with")
     return found
+
+
+def predict(model: nn.Module, pixels: Tensor, normalise: Normalise, machine: Machine, views: str = "none") -> Tensor:
+    """The probabilities float32 (N, classes) that `model` gives to `pixels` uint8 (N, H, W, C), as `evaluate` looks at
+    them. They are the network's own and not calibrated: label smoothing alone keeps them away from one."""
+    with _evaluating(model, machine):
+        return torch.cat([_logits(model, part, normalise, views).softmax(1) for part in pixels.split(BATCH)])
+
+
+@contextmanager
+def _evaluating(model: nn.Module, machine: Machine) -> Iterator[None]:
+    """In evaluation mode, without gradients, as the machine computes; the mode is left as it was found."""
+    was_training = model.training
+    model.eval()
+    try:
+        # Not inference_mode, in which autocast converts all weights anew for every batch.
+        with torch.no_grad(), machine.autocast():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _logits(model: nn.Module, pixels: Tensor, normalise: Normalise, views: str) -> Tensor:
+    """Outputs float32 (N, classes), averaged over the views."""
+    seen = [weight * model(normalise(_seen(pixels, how))).float() for how, weight in VIEWS[views]]
+    return torch.stack(seen).sum(0)
 
 
 def _seen(pixels: Tensor, how: tuple[bool, int, int]) -> Tensor:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fromzero import checkpoint, machine, modules, networks
 from fromzero.checkpoint import Checkpoint
@@ -287,6 +287,35 @@ def _naming(found: Checkpoint) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{found.path}: {error}") from None
+
+
+class Trained(NamedTuple):
+    """What a run has come to: its images as they are and as it trained on them, its network in evaluation mode, the
+    file that the weights are from, and the machine that computes."""
+
+    run: Run
+    images: ImageSet
+    data: Data
+    network: Network
+    weights: Path
+    machine: Machine
+
+
+def load_trained(
+    run: Run,
+    which: str = "last",
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    data_dir: str | Path | None = None,
+    offline: bool = False,
+) -> Trained:
+    """A run with its `last` or `best` weights, on the images it was trained on and in its precision. Raises
+    FromzeroError when the images or the weights are not there or not its own."""
+    images = recorded_images(run, data_dir=data_dir, offline=offline)
+    here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
+    network, weights = load_network(run, images, here, which)
+    return Trained(run, images, Data.of(run.recipe, images, here.device), network, weights, here)
 
 
 def load_network(run: Run, images: ImageSet, here: Machine, which: str = "last") -> tuple[Network, Path]:

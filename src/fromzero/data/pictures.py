@@ -12,7 +12,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -98,6 +98,20 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     )
 
 
+def pictures_at(paths: Sequence[Path]) -> list[Path]:
+    """The pictures named, and those in and under the folders named. Raises InputError where there is none."""
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: not there")
+        below = [Path(parent, name) for parent, _, names in os.walk(path) for name in names]
+        pictures = sorted(p for p in below if _is_picture(p)) if path.is_dir() else [path]
+        if not pictures:
+            raise InputError(f"{path}: no pictures ({', '.join(ENDINGS)}) in it")
+        found += pictures
+    return found
+
+
 def _listed(path: Path) -> tuple[tuple[str, ...], list[_File]]:
     """The class names, and all pictures in a fixed order. Raises InputError when the folder has another shape."""
     folders = _folders(path)
@@ -136,11 +150,12 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(
-        entry
-        for entry in folder.iterdir()
-        if entry.suffix.lower() in ENDINGS and entry.is_file() and not entry.name.startswith(".")
-    )
+    return sorted(entry for entry in folder.iterdir() if _is_picture(entry))
+
+
+def _is_picture(path: Path) -> bool:
+    """By its name."""
+    return path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file()
 
 
 def _inside(folder: Path) -> str:
@@ -176,30 +191,12 @@ def _kept_or_decoded(path: Path, listed: Sequence[_File], side: int | None) -> t
 def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> tuple[np.ndarray, np.ndarray, str]:
     """As `_kept_or_decoded`, from the files."""
     paths = [file.path for file in listed]
-    wrong: list[str] = []
-    digests = np.empty(len(paths), np.uint64)
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        warnings.simplefilter("ignore")  # of large pictures, odd metadata: what cannot be read is an error of its own
-        try:
-            sizes = {size for size in pool.map(_size, paths) if size}
-            width = height = side or USUAL_SIDE
-            if side is None and len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_AS_IT_IS:
-                ((width, height),) = sizes
-            pixels = np.empty((len(paths), height, width, 3), np.uint8)
-            found = pool.map(lambda picture: _decode(picture, width, height), paths)
-            for index, outcome in enumerate(_shown(found, len(paths), path)):
-                if isinstance(outcome, str):
-                    wrong.append(f"{paths[index]} ({outcome})")
-                else:
-                    pixels[index], digests[index] = outcome
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-    if wrong:
-        more = f"; and {len(wrong) - NAMED_AT_ONCE} more" if len(wrong) > NAMED_AT_ONCE else ""
-        raise InputError(
-            f"{path}: {len(wrong)} of {len(paths):,} pictures cannot be read; repair or remove them:"
-            f" {'; '.join(wrong[:NAMED_AT_ONCE])}{more}"
-        )
+    with _pool() as pool:
+        sizes = {size for size in pool.map(_size, paths) if size}
+    width = height = side or USUAL_SIDE
+    if side is None and len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_AS_IT_IS:
+        ((width, height),) = sizes
+    pixels, digests = read_pictures(paths, height, width, str(path))
     if sizes == {(width, height)}:
         return pixels, digests, ""
     widths, heights = zip(*sizes, strict=True)
@@ -209,11 +206,43 @@ def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> tuple[np.
     return pixels, digests, f"pictures of {of} pixels, cut to squares and scaled to {width}×{height}{larger}"
 
 
-def _shown(found: Iterable[_Outcome], count: int, path: Path) -> Iterable[_Outcome]:
+def read_pictures(paths: Sequence[Path], height: int, width: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures in these files, cut to their middle and scaled: RGB pixels uint8 (N, height, width, 3); and uint64
+    (N,), eight bytes of each file's SHA-256. Raises InputError, which begins with `where`, for what is no picture."""
+    pixels, digests = np.empty((len(paths), height, width, 3), np.uint8), np.empty(len(paths), np.uint64)
+    wrong: list[str] = []
+    with _pool() as pool:
+        found = pool.map(lambda picture: _decode(picture, width, height), paths)
+        for index, outcome in enumerate(_shown(found, len(paths), f"reading {where}")):
+            if isinstance(outcome, str):
+                wrong.append(f"{paths[index]} ({outcome})")
+            else:
+                pixels[index], digests[index] = outcome
+    if wrong:
+        more = f"; and {len(wrong) - NAMED_AT_ONCE} more" if len(wrong) > NAMED_AT_ONCE else ""
+        raise InputError(
+            f"{where}: {len(wrong)} of {len(paths):,} pictures cannot be read; repair or remove them:"
+            f" {'; '.join(wrong[:NAMED_AT_ONCE])}{more}"
+        )
+    return pixels, digests
+
+
+@contextlib.contextmanager
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads that decode, stopped with what they have not begun when anything stops the one that waits for them."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # of large pictures, odd metadata: what cannot be read is an error of its own
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _shown(found: Iterable[_Outcome], count: int, doing: str) -> Iterable[_Outcome]:
     """The same, on a terminal with a bar while it lasts."""
     console = Console(stderr=True)
     quiet = not console.is_terminal
-    return track(found, f"reading {path.name}", count, console=console, transient=True, disable=quiet)
+    return track(found, doing, count, console=console, transient=True, disable=quiet)
 
 
 def _size(path: Path) -> tuple[int, int] | None:
