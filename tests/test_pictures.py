@@ -46,7 +46,7 @@ def test_a_folder_a_class_becomes_train_and_a_fifth_test(tmp_path):
     assert (len(images.train), len(images.test), images.validation) == (48, 12, None)
     assert images.image_shape == (32, 32, 3)
     assert np.bincount(images.test.labels).tolist() == [4, 4, 4]
-    assert images.notes == ("no folder test: a fifth of each class is kept for it",)
+    assert images.notes == ("no folder test: a fifth of each class, copies together, is kept for it",)
     for part in (images.train, images.test):
         for label, color in enumerate(COLORS):
             mean = part.pixels[part.labels == label].mean((0, 1, 2))
@@ -119,12 +119,10 @@ def test_pictures_are_scaled_where_they_must_be(size, spec, shape, note, tmp_pat
 
 def test_the_middle_is_kept_upright_and_on_white(tmp_path):
     def read(picture, name, **options):
-        folder = write(tmp_path / name, count=4)
-        for path in folder.glob("*/*.png"):
-            path.unlink()
-        for color in COLORS:
-            for n in range(2):
-                picture.save(folder / color / f"{n}{options.get('ending', '.png')}", **options.get("save", {}))
+        folder = tmp_path / name
+        for place in (folder / split / color for split in ("train", "test") for color in COLORS):
+            place.mkdir(parents=True)
+            picture.save(place / f"0{options.get('ending', '.png')}", **options.get("save", {}))
         return load_images(f"{folder}@32").train.pixels[0]
 
     stripes = np.zeros((60, 180, 3), np.uint8)
@@ -182,8 +180,64 @@ def test_what_is_no_picture_is_named(tmp_path):
 
     said = damaged(tmp_path, change)
     assert f"{tmp_path / 'set'}: 4 of 12 pictures cannot be read; repair or remove them:" in said
-    assert f"{tmp_path / 'set' / 'blue' / '000.png'} (cannot identify image file" in said
+    assert f"{tmp_path / 'set' / 'blue' / '000.png'} (nothing that PNG, JPEG," in said
     assert said.endswith("and 1 more")
+
+
+def test_pictures_turned_in_any_format_or_with_damaged_exif_keep_their_size(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    odd = turned.tobytes().replace(b"\x01\x12\0\x03", b"\x01\x12\0\x02")  # the number as text
+    odd = odd.replace(b"\x12\x01\x03\0", b"\x12\x01\x02\0")
+    for ending, exif, shape in ((".jpg", turned, (48, 20)), (".tif", turned, (48, 20)), (".jpeg", odd, (20, 48))):
+        folder = tmp_path / ending
+        for color in COLORS:
+            (folder / color).mkdir(parents=True)
+            for n in range(3):
+                painted(color, n, size=(48, 20)).save(folder / color / f"{n}{ending}", exif=exif)
+        images = load_images(folder)
+        assert images.image_shape == (*shape, 3), ending
+        assert not [note for note in images.notes if "scaled" in note]
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    folder = write(tmp_path / "set", count=4)
+    (folder / "red" / "more").mkdir()
+    (folder / "red" / "a.heic").write_bytes(b"")
+    (folder / "loose.png").write_bytes(b"")
+    for unseen in (".DS_Store", "Thumbs.db", "red/._000.png"):
+        (folder / unseen).write_bytes(b"")
+    for unseen in ("@eaDir", "__MACOSX"):
+        (folder / unseen).mkdir()
+    (note,) = (note for note in load_images(folder).notes if note.startswith("not read"))
+    assert note == "not read, being no picture in a class folder: loose.png, red/a.heic, red/more"
+    (folder / "red" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(InputError, match=r"gone\.png: cannot be read: No such file"):
+        load_images(folder)
+
+
+def test_a_class_may_be_called_train_and_a_run_may_lie_in_the_folder(tmp_path, monkeypatch):
+    write(tmp_path / "vehicles", count=4)
+    (tmp_path / "vehicles" / "red").rename(tmp_path / "vehicles" / "train")
+    assert load_images(tmp_path / "vehicles").class_names == ("blue", "green", "train")
+    monkeypatch.chdir(tmp_path / "vehicles")
+    assert cli.main(["train", ".", *CHANGES]) == 0
+    assert cli.main(["evaluate", "vehicles-987", "--threads", "1"]) == 0
+    assert load_images(tmp_path / "vehicles").class_names == ("blue", "green", "train")
+
+
+def test_many_copies_do_not_fill_the_test_set(tmp_path):
+    for seed in range(4):
+        folder = write(tmp_path / str(seed), count=30, seed=seed)
+        for n in range(20):
+            shutil.copy(folder / "red" / "000.png", folder / "red" / f"copy{n}.png")
+        images = load_images(folder)
+        assert np.bincount(images.test.labels).tolist()[:2] == [6, 6]
+        assert 8 <= np.bincount(images.test.labels)[2] <= 10
+        assert not [note for note in images.notes if "to the byte" in note]
+    for path in list((folder / "blue").iterdir())[1:]:
+        shutil.copy(next((folder / "blue").iterdir()), path)
+    assert np.bincount(load_images(folder).test.labels, minlength=3)[0] in (0, 1)
 
 
 def test_a_folder_of_another_shape_is_refused(tmp_path):
@@ -199,12 +253,18 @@ def test_a_folder_of_another_shape_is_refused(tmp_path):
     said = damaged(tmp_path / "3", lambda folder: [shutil.rmtree(path) for path in folder.iterdir()])
     assert said.endswith("found nothing")
     write(tmp_path / "4" / "test")
-    with pytest.raises(InputError, match="4: has test, but no folder train"):
+    with pytest.raises(InputError, match="4: has test, but no train with class folders"):
         load_images(tmp_path / "4")
     write(tmp_path / "4" / "train")
     (tmp_path / "4" / "test" / "pink").mkdir()
     with pytest.raises(InputError, match=r"pink: a class that .*train does not have"):
         load_images(tmp_path / "4")
+    (tmp_path / "4" / "training" / "red").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"has train and training, which mean the same|training and train"):
+        load_images(tmp_path / "4")
+    for wrong in ("@abc", ":10@64", "@99999", ":abc"):
+        with pytest.raises(InputError, match="may come @PIXELS"):
+            load_images(f"{tmp_path / '4'}{wrong}")
     with pytest.raises(InputError, match="@0: images are from 1 to 512 pixels wide"):
         load_images(f"{tmp_path / '4'}@0")
     alone = write(tmp_path / "5", count=1)
@@ -218,13 +278,14 @@ def test_a_run_on_pictures_goes_on_to_the_same_bits_even_when_they_have_moved(tm
     assert cli.main(["train", "photos@32", *CHANGES]) == 0
     shown = capsys.readouterr().out
     assert "note: pictures of 50×40 pixels, cut to squares and scaled to 32×32" in shown
-    assert "note: no folder test: a fifth of each class is kept for it" in shown
+    assert "note: no folder test: a fifth of each class, copies together, is kept for it" in shown
     assert cli.main(["resume", "photos-32-987", "--epochs", "3", "--threads", "1"]) == 0
     (tmp_path / "photos").rename(tmp_path / "moved")
     capsys.readouterr()
     assert cli.main(["resume", "photos-32-987", "--epochs", "4", "--threads", "1"]) == 2
     assert "its images are no longer at" in capsys.readouterr().err
     assert cli.main(["resume", "photos-32-987", "--epochs", "4", "--threads", "1", "--data-dir", "moved"]) == 0
+    assert cli.main(["evaluate", "photos-32-987", "--threads", "1"]) == 0  # where they are now is known by now
     assert cli.main(["train", "moved@32", *CHANGES, "--epochs", "4"]) == 0
     ends = (tmp_path / "runs" / name / "checkpoints" / "last.safetensors" for name in ("photos-32-987", "moved-32-987"))
     one, two = map(load_file, ends)

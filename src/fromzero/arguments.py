@@ -146,7 +146,7 @@ def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
     if "runs" in groups:
         command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where run folders are kept (runs)")
     if "data" in groups:
-        command.add_argument("--data-dir", type=Path, help="a folder that holds CIFAR-10")
+        command.add_argument("--data-dir", type=Path, help="where CIFAR-10 is, or where a run's images are now")
         command.add_argument("--offline", action="store_true", help="never download")
     if "machine" in groups:
         default = "as recorded" if command.prog.endswith("resume") else "{}"

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib
 import io
+import math
 import os
 import sys
 import threading
@@ -87,11 +88,12 @@ def _train(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.data import load_images
 
-        # Importing torch takes as long as reading CIFAR-10, about a second: both at once. Not so for the digits: with
-        # them comes scikit-learn, which looks into torch while it is imported and would find half of it.
+        # Importing torch takes as long as reading CIFAR-10, about a second: both at once. Not so for the digits and for
+        # pictures: scikit-learn looks into torch while it is imported and would find half of it, and who stops an
+        # import (of Pillow) by Ctrl-C while there is another may leave its lock closed.
         importing = threading.Thread(target=importlib.import_module, args=("torch",))
         importing.start()
-        if recipe.dataset == "digits":
+        if not recipe.dataset.startswith("cifar10"):
             importing.join()
         try:
             images = load_images(recipe.dataset, data_dir=arguments.data_dir, offline=arguments.offline)
@@ -229,7 +231,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
     print(f"  {validation_label(recipe, own=images.validation is not None)}")
     recalls = zip(images.class_names, found.recalls(images.num_classes), strict=True)
-    print("  test accuracy by class: " + ", ".join(f"{name} {recall:.3f}" for name, recall in recalls))
+    by_class = (f"{name} {'no image' if math.isnan(recall) else f'{recall:.3f}'}" for name, recall in recalls)
+    print("  test accuracy by class: " + ", ".join(by_class))
 
 
 def _predict(arguments: argparse.Namespace) -> None:

@@ -64,6 +64,8 @@ def header(run: Training) -> str:
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {counted(recipe.epochs, 'epoch')}",
     ]
     lines += [f"  note: {note}" for note in run.images.notes]
+    if run.images.validation is not None and recipe.validation.source == "test":
+        lines.append("  note: the data set's own validation images are not used; --validation.source split uses them")
     if (count := len(run.data.validation.labels)) < FEW_FOR_VALIDATION:
         lines.append(f"  note: {count} validation images tell an accuracy to ± {98 / math.sqrt(count):.0f} points only")
     if here.why_no_kernels:
@@ -283,7 +285,9 @@ def study_header(execution: Execution) -> str:
         if execution.place == "ray"
         else f"{execution.jobs} at a time, {counted(setting.threads or 1, 'thread')} each"
     )
-    lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, validation held out of them")
+    own = execution.images.validation is not None
+    validation = "validation images of their own" if own else "validation held out of them"
+    lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {validation}")
     for group in dict.fromkeys(c.group for c in study.contrasts):
         comparisons = sum(c.group == group for c in study.contrasts)
         fewest = fewest_pairs(comparisons)

@@ -95,6 +95,7 @@ def new_training(
         "source": images.source,
         "fingerprints": images.fingerprints,
         "order": images.order_digest(),
+        "classes": list(images.class_names),
     }
     run.write_provenance(
         {
@@ -195,7 +196,8 @@ def _loaded(
         note["epochs"] = [recipe.epochs, epochs]
         recipe = recipe.override({"epochs": epochs})
     (run.path / "summary.json").unlink(missing_ok=True)
-    run.write_provenance({**provenance, "resumed": [*provenance["resumed"], note]})
+    data = provenance["data"] | {"source": images.source}  # where they are now
+    run.write_provenance({**provenance, "data": data, "resumed": [*provenance["resumed"], note]})
     if "epochs" in note:  # last: a recipe with epochs that provenance does not know would count as edited
         run.write_recipe(recipe)
     return Training(run, recipe, images, here, state, Data.of(recipe, images, here.device))
@@ -259,15 +261,25 @@ def recorded_images(
         if data_dir is None and not source.exists():
             raise InputError(f"{run.path}: its images are no longer at {source}; --data-dir says where they are now")
         images = load_images(f"{data_dir or source}{options}")
-    if images.fingerprints != recorded["fingerprints"]:
+    found, then = images.fingerprints, recorded["fingerprints"]
+    if changed := [split for split in (found | then) if found.get(split) != then.get(split)]:
+        split = changed[0]
+        now, before = (prints.get(split, "none")[:12] for prints in (found, then))
         raise FromzeroError(
-            f"{run.path}: the images at {images.source} are not those it was trained on (train fingerprint"
-            f" {images.fingerprints['train'][:12]}…, recorded {recorded['fingerprints']['train'][:12]}…)"
+            f"{run.path}: the {' and '.join(changed)} images at {images.source} are not those it was trained on"
+            f" ({split} fingerprint {now}…, recorded {before}…); put them back as they were, or start anew from its"
+            f" weights by --from {run.path}"
         )
     if images.order_digest() != recorded.get("order", images.order_digest()):
         raise FromzeroError(
             f"{run.path}: the images at {images.source} are those it was trained on, but in another order, which splits"
-            f" and order of training depend on; name the folder it had ({recorded['source']}) by --data-dir"
+            " and order of training depend on: files have other names, or come of another folder than"
+            f" {recorded['source']}, which --data-dir can name"
+        )
+    if list(images.class_names) != recorded.get("classes", list(images.class_names)):
+        raise FromzeroError(
+            f"{run.path}: the classes at {images.source} are called {', '.join(images.class_names)}, where they were"
+            f" called {', '.join(recorded['classes'])}; give them their names back"
         )
     return images
 

@@ -47,6 +47,11 @@ def load_images(
             return load_images(part[1], data_dir=data_dir, offline=offline).subset(int(part[2]))
         case name if (part := re.fullmatch(r"(.+)@(\d{1,4})", name)) and os.path.isdir(part[1]):
             return _load_pictures(Path(part[1]), int(part[2]))
+        case name if (part := re.match(r"(.+?)(?=[@:])", name)) and os.path.exists(part[1]):
+            raise InputError(
+                f"data set {name!r}: behind {part[1]} may come @PIXELS, if it is a folder of pictures, and then :COUNT,"
+                f" as in {part[1]}@64:5000"
+            )
         case name if (parts := name.partition(":"))[0] in NAMED:
             raise InputError(f"data set {name!r}: {parts[2]!r} is no number of train images, as in {parts[0]}:5000")
         case name:

@@ -136,8 +136,11 @@ def is_cifar(path: Path) -> bool:
     """Whether it is meant as CIFAR's: a file, or a folder with one of its files or archives in it."""
     if not path.is_dir():
         return True
-    names = [entry.name for entry in path.iterdir()]
-    return bool(_candidates(path) or any(layout.members(names) for layout in LAYOUTS))
+    try:
+        names = [entry.name for entry in path.iterdir() if entry.is_file()]
+        return bool(_candidates(path) or any(layout.members(names) for layout in LAYOUTS))
+    except OSError:
+        return False
 
 
 def unpack(archive: Path) -> Path:

@@ -81,6 +81,9 @@ class ImageSet:
         train = self.train
         if count < len(train):
             train = train.take(stratified_split(train.labels, count / len(train), "subset")[1])
+            if lost := set(self.train.labels) - set(train.labels):
+                name = self.class_names[min(lost)]
+                raise InputError(f"{self.name}:{count}: would have no image of {name!r}, of which there is only one")
         return replace(
             self,
             name=f"{self.name}:{count}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import re
 import warnings
@@ -18,20 +19,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from fromzero import files
+from fromzero.cores import num_threads
 from fromzero.data.images import Images, ImageSet
 from fromzero.errors import InputError
 
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # other decoders are not tried on anybody's file
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 USUAL_SIDE, LARGEST_AS_IT_IS, LARGEST_SIDE = 32, 64, 512  # pixels
 TEST_SHARE = 0.2
 KEPT_AS = "pictures-1"  # raised when the same files would give other arrays
+HIDDEN = (".", "__", "@", "Thumbs.db", "desktop.ini")  # how names begin that systems leave among pictures
 NAMED_AT_ONCE = 3
 
 
@@ -57,13 +61,16 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     if side is not None and not 1 <= side <= LARGEST_SIDE:
         raise InputError(f"{path}@{side}: images are from 1 to {LARGEST_SIDE} pixels wide")
     try:
-        class_names, listed = _listed(path)
+        class_names, listed, left_out = _listed(path)
         pixels, digests, note = _kept_or_decoded(path, listed, side)
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     labels = np.array([file.label for file in listed], np.int64)
     splits = np.array([file.split for file in listed])
     notes = [note] if note else []
+    if left_out:
+        more = f" and {len(left_out) - NAMED_AT_ONCE} more" if len(left_out) > NAMED_AT_ONCE else ""
+        notes.append(f"not read, being no picture in a class folder: {', '.join(left_out[:NAMED_AT_ONCE])}{more}")
     if "test" not in splits:
         if "validation" in splits:
             splits[splits == "validation"] = "test"
@@ -72,7 +79,9 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
             if alone := [name for name, count in zip(class_names, np.bincount(labels), strict=True) if count < 2]:
                 raise InputError(f"{path}: class {alone[0]!r} has one picture, too few to keep some for the test")
             splits[_fifth(labels, digests)] = "test"
-            notes.append("no folder test: a fifth of each class is kept for it")
+            if "test" not in splits:
+                raise InputError(f"{path}: each class has copies of one picture only; none is left for the test")
+            notes.append("no folder test: a fifth of each class, copies together, is kept for it")
     for split, seen_in in (("validation", "train"), ("test", "train"), ("test", "validation")):
         here, there = (digests[splits == name] for name in (split, seen_in))
         if copies := int(np.isin(here, there).sum()):
@@ -112,27 +121,36 @@ def pictures_at(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _listed(path: Path) -> tuple[tuple[str, ...], list[_File]]:
-    """The class names, and all pictures in a fixed order. Raises InputError when the folder has another shape."""
-    folders = _folders(path)
-    by_name = {folder.name.lower(): folder for folder in reversed(folders)}
-    found = {
-        split: next(by_name[name] for name in names if name in by_name)
-        for split, names in SPLITS.items()
-        if any(name in by_name for name in names)
-    }
-    if "train" not in found:
-        if found and len(found) == len(folders):
-            raise InputError(f"{path}: has {' and '.join(folder.name for folder in folders)}, but no folder train")
-        found = {"train": path}
+def _listed(path: Path) -> tuple[tuple[str, ...], list[_File], list[str]]:
+    """The class names, all pictures in a fixed order, and what else there is. Raises InputError when the folder has
+    another shape."""
+    found: dict[str, Path] = {}
+    loose = []
+    for folder in _folders(path):
+        split = next((split for split, names in SPLITS.items() if folder.name.lower() in names), None)
+        if split is None or not _folders(folder):  # else a class that is called like a split
+            loose.append(folder)
+        elif split in found:
+            raise InputError(f"{path}: has {found[split].name} and {folder.name}, which mean the same; keep one")
+        else:
+            found[split] = folder
+    if "train" in found:
+        for folder in loose:
+            if folder.name.lower() in itertools.chain(*SPLITS.values()):
+                raise InputError(f"{folder}: expected a folder for each class; found {_inside(folder)}")
+    elif found:
+        raise InputError(f"{path}: has {' and '.join(f.name for f in found.values())}, but no train with class folders")
+    else:
+        found, loose = {"train": path}, []
     class_names = tuple(folder.name for folder in _folders(found["train"]))
     if len(class_names) < 2:
         raise InputError(
             f"{found['train']}: expected a folder for each of at least two classes with its pictures in it, or train,"
             f" val and test with such, or CIFAR's data_batch files; found {_inside(found['train'])}"
         )
-    listed = []
+    listed, left_out = [], list(loose)
     for split, root in found.items():
+        left_out += [entry for entry in _shown(root) if not entry.is_dir()]
         for folder in _folders(root):
             if folder.name not in class_names:
                 raise InputError(f"{folder}: a class that {found['train']} does not have")
@@ -142,25 +160,37 @@ def _listed(path: Path) -> tuple[tuple[str, ...], list[_File]]:
                     f"{folder}: expected the pictures of a class ({', '.join(ENDINGS)}); found {_inside(folder)}"
                 )
             listed += [_File(split, class_names.index(folder.name), picture) for picture in pictures]
-    return class_names, listed
+            left_out += sorted({*_shown(folder)} - {*pictures})
+    return class_names, listed, [str(entry.relative_to(path)) for entry in left_out]
+
+
+def _shown(folder: Path) -> list[Path]:
+    """What is in it, but for what systems leave there."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith(HIDDEN))
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__")))
+    """The folders in it; not those that runs are kept in, which may be here because the training began here."""
+    return [folder for folder in _shown(path) if folder.is_dir() and not _holds_runs(folder)]
+
+
+def _holds_runs(folder: Path) -> bool:
+    return (folder / "studies").is_dir() or any(folder.glob("*/provenance.json"))
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if _is_picture(entry))
+    return [entry for entry in _shown(folder) if _is_picture(entry)]
 
 
 def _is_picture(path: Path) -> bool:
-    """By its name."""
-    return path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file()
+    """By its name; a link to nothing is meant as one, and is named as what cannot be read."""
+    named = path.suffix.lower() in ENDINGS and not path.name.startswith(HIDDEN)
+    return named and (path.is_symlink() or path.is_file())
 
 
 def _inside(folder: Path) -> str:
     """What is in it, in words."""
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    names = [entry.name for entry in _shown(folder)]
     return (", ".join(names[:6]) or "nothing") + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
@@ -168,9 +198,10 @@ def _kept_or_decoded(path: Path, listed: Sequence[_File], side: int | None) -> t
     """pixels uint8 (N, H, W, 3), digests uint64 (N,) of the files, and what was done to them."""
     listing = hashlib.sha256(KEPT_AS.encode())
     for file in listed:
-        state = file.path.stat()
-        listing.update(repr((str(file.path), file.split, file.label, state.st_size, state.st_mtime_ns)).encode())
-    place = files.home() / "pictures" / f"{hashlib.sha256(f'{path.resolve()}@{side}'.encode()).hexdigest()[:24]}.npz"
+        name, state = str(file.path.relative_to(path)), file.path.stat()
+        listing.update(repr((name, file.split, file.label, state.st_size, state.st_mtime_ns)).encode())
+    of_path = hashlib.sha256(os.fsencode(f"{path.resolve()}@{side}")).hexdigest()[:24]
+    place = files.home() / "pictures" / f"{of_path}.npz"
     # Not there, of other files, or damaged in whatever way: decoded again.
     with contextlib.suppress(Exception), open(place, "rb") as kept_file, np.load(kept_file) as kept:
         if str(kept["listing"]) == listing.hexdigest():
@@ -182,9 +213,11 @@ def _kept_or_decoded(path: Path, listed: Sequence[_File], side: int | None) -> t
         with open(partial, "wb") as out:
             np.savez(out, listing=listing.hexdigest(), pixels=pixels, digests=digests, note=note)
         os.replace(partial, place)
-    except OSError:  # a full disk or a folder that is not ours costs the next start some time, and nothing else
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if not isinstance(error, OSError):  # a full disk or a folder that is not ours costs the next start some time
+            raise
     return pixels, digests, note
 
 
@@ -197,12 +230,12 @@ def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> tuple[np.
     if side is None and len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_AS_IT_IS:
         ((width, height),) = sizes
     pixels, digests = read_pictures(paths, height, width, str(path))
-    if sizes == {(width, height)}:
+    if sizes <= {(width, height)}:
         return pixels, digests, ""
     widths, heights = zip(*sizes, strict=True)
     smallest, largest = f"{min(widths)}×{min(heights)}", f"{max(widths)}×{max(heights)}"
     of = smallest if smallest == largest else f"{smallest} to {largest}"
-    larger = "" if side else f" ({path.name}@64: to 64×64)"
+    larger = "" if side else f" ({path.resolve().name}@64: to 64×64)"
     return pixels, digests, f"pictures of {of} pixels, cut to squares and scaled to {width}×{height}{larger}"
 
 
@@ -213,7 +246,7 @@ def read_pictures(paths: Sequence[Path], height: int, width: int, where: str) ->
     wrong: list[str] = []
     with _pool() as pool:
         found = pool.map(lambda picture: _decode(picture, width, height), paths)
-        for index, outcome in enumerate(_shown(found, len(paths), f"reading {where}")):
+        for index, outcome in enumerate(_watched(found, len(paths), f"reading {where}")):
             if isinstance(outcome, str):
                 wrong.append(f"{paths[index]} ({outcome})")
             else:
@@ -230,7 +263,7 @@ def read_pictures(paths: Sequence[Path], height: int, width: int, where: str) ->
 @contextlib.contextmanager
 def _pool() -> Iterator[ThreadPoolExecutor]:
     """Threads that decode, stopped with what they have not begun when anything stops the one that waits for them."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(num_threads()) as pool:
         warnings.simplefilter("ignore")  # of large pictures, odd metadata: what cannot be read is an error of its own
         try:
             yield pool
@@ -238,19 +271,24 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _shown(found: Iterable[_Outcome], count: int, doing: str) -> Iterable[_Outcome]:
+def _watched(found: Iterable[_Outcome], count: int, doing: str) -> Iterable[_Outcome]:
     """The same, on a terminal with a bar while it lasts."""
     console = Console(stderr=True)
     quiet = not console.is_terminal
-    return track(found, doing, count, console=console, transient=True, disable=quiet)
+    return track(found, escape(doing), count, console=console, transient=True, disable=quiet)
 
 
 def _size(path: Path) -> tuple[int, int] | None:
     """Width and height as the picture is meant to be looked at; None where that cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size[::-1] if turned else image.size
+            size = image.size
+            # Pillow turns a TIFF itself, and decodes the whole of a PNG to look for what it mostly has not.
+            looked_for = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+            with contextlib.suppress(Exception):  # damaged EXIF data turn nothing
+                if looked_for and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+                    size = size[::-1]
+            return size
     except Exception:  # decoders raise all kinds of errors at damaged files; `_decode` says which
         return None
 
@@ -273,16 +311,29 @@ def _decode(path: Path, width: int, height: int) -> _Outcome:
             if plain.size != (width, height):
                 plain = ImageOps.fit(plain, (width, height), Image.Resampling.LANCZOS)
             return np.asarray(plain), int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        return f"nothing that {', '.join(FORMATS)} begin with"
     except Exception as error:  # whatever decoders raise at damaged files
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
         return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _fifth(labels: np.ndarray, digests: np.ndarray) -> np.ndarray:
-    """The pictures kept for the test: of each class those whose digests are the lowest, copies together, never all."""
+    """The pictures kept for the test: of each class those whose digests are the lowest, copies together, and at least
+    one picture with its copies; none of a class that is one picture."""
     kept = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        members = members[digests[members].argsort(kind="stable")]
-        last = digests[members[max(round(TEST_SHARE * len(members)), 1) - 1]]
-        kept.append(members[digests[members] <= last][: len(members) - 1])
+        values, counts = np.unique(digests[members], return_counts=True)
+        room, chosen = max(round(TEST_SHARE * len(members)), 1), []
+        for value, count in zip(values, counts, strict=True):
+            if count <= room:
+                chosen.append(value)
+                room -= count
+        if not chosen and len(values) > 1:
+            chosen.append(values[counts.argmin()])
+        kept.append(members[np.isin(digests[members], chosen)])
     return np.concatenate(kept)
