@@ -63,13 +63,13 @@ def header(run: Training) -> str:
         f"  {here.device}, {counted(here.threads, 'thread')}, {here.precision}{kernels}; {recipe.optimizer.name} at"
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {counted(recipe.epochs, 'epoch')}",
     ]
+    if here.why_no_kernels:
+        lines.append(f"  by PyTorch's kernels, which are slower: {here.why_no_kernels}")
     lines += [f"  note: {note}" for note in run.images.notes]
     if run.images.validation is not None and recipe.validation.source == "test":
         lines.append("  note: the data set's own validation images are not used; --validation.source split uses them")
     if (count := len(run.data.validation.labels)) < FEW_FOR_VALIDATION:
         lines.append(f"  note: {count} validation images tell an accuracy to ± {98 / math.sqrt(count):.0f} points only")
-    if here.why_no_kernels:
-        lines.append(f"  by PyTorch's kernels, which are slower: {here.why_no_kernels}")
     augmentation, timetable = recipe.augment, run.timetable
     if augmentation.scales:
         size = "×".join(map(str, augment.smallest_size(augmentation, *run.images.image_shape[:2])))
