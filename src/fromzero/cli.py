@@ -255,8 +255,9 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _trained(arguments: argparse.Namespace) -> Trained:
     """The run that is to be looked at."""
-    from fromzero.runs import load_run
-    from fromzero.sessions import load_trained
+    with _importing():
+        from fromzero.runs import load_run
+        from fromzero.sessions import load_trained
 
     return load_trained(
         load_run(arguments.RUN, arguments.runs_dir),

@@ -69,7 +69,9 @@ def header(run: Training) -> str:
     if run.images.validation is not None and recipe.validation.source == "test":
         lines.append("  note: the data set's own validation images are not used; --validation.source split uses them")
     if (count := len(run.data.validation.labels)) < FEW_FOR_VALIDATION:
-        lines.append(f"  note: {count} validation images tell an accuracy to ± {98 / math.sqrt(count):.0f} points only")
+        more = "; --validation.fraction holds out more" if len(run.data.train.labels) < len(run.images.train) else ""
+        points = f"{98 / math.sqrt(count):.0f} points"  # half of a 95 % interval, at its widest
+        lines.append(f"  note: {count} validation images tell an accuracy to ± {points} only{more}")
     augmentation, timetable = recipe.augment, run.timetable
     if augmentation.scales:
         size = "×".join(map(str, augment.smallest_size(augmentation, *run.images.image_shape[:2])))

@@ -54,8 +54,8 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
 
     They are cut to the square in their middle and scaled to side × side. Without a side they stay as they are if all
     have one size, up to LARGEST_AS_IT_IS pixels, and else become USUAL_SIDE pixels wide and high. Without a test
-    folder `val` is the test set; without both a fifth of each class is, chosen by the files' contents: copies of a
-    picture stay together, and pictures that are added later move few others. Raises InputError, naming the files, when
+    folder `val` is the test set; without both a fifth of each class is, chosen by the files' contents: copies in a
+    class stay together, and pictures that are added later move few others. Raises InputError, naming the files, when
     the folder has another shape or a file is no whole picture.
     """
     if side is not None and not 1 <= side <= LARGEST_SIDE:
@@ -69,8 +69,7 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     splits = np.array([file.split for file in listed])
     notes = [note] if note else []
     if left_out:
-        more = f" and {len(left_out) - NAMED_AT_ONCE} more" if len(left_out) > NAMED_AT_ONCE else ""
-        notes.append(f"not read, being no picture in a class folder: {', '.join(left_out[:NAMED_AT_ONCE])}{more}")
+        notes.append(f"not read, being no picture in a class folder: {_some(left_out)}")
     if "test" not in splits:
         if "validation" in splits:
             splits[splits == "validation"] = "test"
@@ -190,8 +189,13 @@ def _is_picture(path: Path) -> bool:
 
 def _inside(folder: Path) -> str:
     """What is in it, in words."""
-    names = [entry.name for entry in _shown(folder)]
-    return (", ".join(names[:6]) or "nothing") + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return _some([entry.name for entry in _shown(folder)]) or "nothing"
+
+
+def _some(names: Sequence[str], between: str = ", ") -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - NAMED_AT_ONCE} more" if len(names) > NAMED_AT_ONCE else ""
+    return between.join(names[:NAMED_AT_ONCE]) + more
 
 
 def _kept_or_decoded(path: Path, listed: Sequence[_File], side: int | None) -> tuple[np.ndarray, np.ndarray, str]:
@@ -252,10 +256,9 @@ def read_pictures(paths: Sequence[Path], height: int, width: int, where: str) ->
             else:
                 pixels[index], digests[index] = outcome
     if wrong:
-        more = f"; and {len(wrong) - NAMED_AT_ONCE} more" if len(wrong) > NAMED_AT_ONCE else ""
         raise InputError(
             f"{where}: {len(wrong)} of {len(paths):,} pictures cannot be read; repair or remove them:"
-            f" {'; '.join(wrong[:NAMED_AT_ONCE])}{more}"
+            f" {_some(wrong, between='; ')}"
         )
     return pixels, digests
 

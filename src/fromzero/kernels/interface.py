@@ -6,7 +6,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,7 +263,7 @@ class Kernels:
     def within(self, x: Tensor, limit: float) -> bool:
         """Whether no value of x, float32 or of the element type, is NaN or beyond ± limit; x is contiguous in some
         order of its dimensions."""
-        tensors = (*_by_type(x), _number(limit))
+        tensors = (*_by_type(x), _numbers(limit))
         return not self._call.count_beyond(*map(_pointer, tensors), x.numel(), torch.get_num_threads())
 
     def moves(self, weights: Tensor, gradient: Tensor, *kept: Tensor | None) -> bool:
@@ -289,8 +289,7 @@ class Kernels:
     ) -> None:
         """Move weights, and their momenta where there is momentum, all float32, by a step of SGD along a gradient,
         float32 or elements: as `torch.optim.SGD(fused=True)` does along one in float32, to the bit."""
-        settings = torch.tensor([lr, momentum, weight_decay], dtype=torch.float32, device="cpu")
-        tensors = (weights, *_by_type(gradient), momenta, settings)
+        tensors = (weights, *_by_type(gradient), momenta, _numbers(lr, momentum, weight_decay))
         self._call.descend(*map(_pointer, tensors), weights.numel(), nesterov, torch.get_num_threads())
 
     def adapt(
@@ -312,8 +311,7 @@ class Kernels:
         decay is decoupled, does along one in float32, to the bit."""
         decays = (0, 1 - lr * weight_decay) if decoupled_weight_decay else (weight_decay, 1)
         corrected_rate, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
-        numbers = (corrected_rate, 1 - beta1, 1 - beta2, beta2, root, eps, *decays)
-        settings = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        settings = _numbers(corrected_rate, 1 - beta1, 1 - beta2, beta2, root, eps, *decays)
         tensors = (weights, *_by_type(gradient), means, squares, settings)
         self._call.adapt(*map(_pointer, tensors), weights.numel(), torch.get_num_threads())
 
@@ -321,7 +319,7 @@ class Kernels:
         """float32 (M, N), M <= N: x, float32 too, over its norm, and then so many times multiplied by a + b s + c s²,
         where s is the newest x times its transpose and a, b, c are the coefficients."""
         y, scratch = torch.empty_like(x), _floats(self._call.orthogonalise_scratch(*x.shape))
-        given = torch.tensor(coefficients, dtype=torch.float32, device="cpu")
+        given = _numbers(*coefficients)
         self._call.orthogonalise(*map(_pointer, (x, y, scratch, given)), *x.shape, steps, torch.get_num_threads())
         return y
 
@@ -386,10 +384,10 @@ def _by_type(tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return (tensor, None) if tensor.dtype == torch.float32 else (None, tensor)
 
 
-@cache
-def _number(value: float) -> Tensor:
-    """A number as functions in C read it. Read only."""
-    return torch.tensor([value], dtype=torch.float32, device="cpu")
+@lru_cache(16)
+def _numbers(*values: float) -> Tensor:
+    """Numbers as functions in C read them, the same for all weights of a step. Read only."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _floats(*shape: int) -> Tensor:

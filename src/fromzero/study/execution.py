@@ -143,10 +143,12 @@ class Execution:
 
     def _work(self, recipe: Recipe) -> float:
         size = num_multiply_adds(recipe.network, self.images.image_shape, self.images.num_classes) + OVERHEAD_IMAGE
-        held, own = 0, 0 if self.images.validation is None else len(self.images.validation)
-        if recipe.validation.source == "split" and not own:
-            held = round(recipe.validation.fraction * len(self.images.train))
-        validation, train = own or held, len(self.images.train) - held
+        train, validation = len(self.images.train), 0
+        if recipe.validation.source == "split" and self.images.validation is not None:
+            validation = len(self.images.validation)
+        elif recipe.validation.source == "split":
+            validation = round(recipe.validation.fraction * train)
+            train -= validation
         clean = min(recipe.clean_train_images, train)
         timetable = Timetable.of(recipe, train)
         # A backward pass costs two forward.
