@@ -299,6 +299,7 @@ def test_predictions_of_the_test_pictures_are_as_right_as_the_summary_says(tmp_p
     write(tmp_path / "set" / "test", count=7, seed=1, size=(40, 70))
     assert cli.main(["train", "set", *CHANGES]) == 0
     summary = Run(tmp_path / "runs" / "set-987").summary
+    (tmp_path / "set" / "train").rename(tmp_path / "elsewhere")  # the run's folder alone says all that is needed
     capsys.readouterr()
     assert cli.main(["predict", "set-987", "set/test", "--threads", "1"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -318,3 +319,8 @@ def test_predictions_of_the_test_pictures_are_as_right_as_the_summary_says(tmp_p
     ):
         assert cli.main(["predict", "set-987", wrong]) == 2
         assert said in capsys.readouterr().err
+    (tmp_path / "set" / "test" / "red" / "half.png").write_bytes(one.read_bytes()[:200])
+    assert cli.main(["predict", "set-987", "set/test", "--threads", "1"]) == 2
+    told = capsys.readouterr()
+    assert [line.split() for line in told.out.splitlines()] == lines
+    assert "1 of 22 pictures cannot be read; repair or remove them: set/test/red/half.png (" in told.err

@@ -19,7 +19,7 @@ from torch import nn
 import fromzero
 from fromzero import checkpoint, machine, optim, training
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
-from fromzero.evaluate import evaluate
+from fromzero.evaluate import Normalise, evaluate
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.sessions import load_network, new_training, resumed_training
 from fromzero.state import State
@@ -758,11 +758,13 @@ def test_the_average_of_the_weights_is_what_is_scored_and_kept(small, tiny_image
                 average[name] = decay * average[name] + (1 - decay) * weight
     for name, weight in run.state.average.state_dict().items():
         torch.testing.assert_close(weight, average[name], rtol=1e-4, atol=1e-6)
-    network, _ = load_network(run.run, tiny_images, run.machine)
+    network, _ = load_network(run.run, tiny_images.image_shape, tiny_images.num_classes, run.machine)
     assert all(torch.equal(t, network.state_dict()[name]) for name, t in run.state.average.state_dict().items())
     outcomes = evaluate(network, *run.data.validation, run.data.normalise, run.machine)
     assert outcomes.accuracy == run.run.summary["val/accuracy"]
     assert outcomes.loss == run.run.summary["val/loss"]
+    recorded = json.loads(json.dumps(run.run.provenance["data"]["normalise"]))
+    assert all(map(torch.equal, Normalise.from_json(recorded, "cpu"), run.data.normalise))
     unaveraged = evaluate(run.state.model, *run.data.validation, run.data.normalise, run.machine)
     assert unaveraged.loss != outcomes.loss
     second = new_training(recipe, tiny_images, runs_dir=tmp_path / "second", start_from=run.run)

@@ -92,7 +92,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     predict.add_argument("RUN", help="a run's folder or name")
     predict.add_argument("PICTURE", nargs="+", type=Path, help="a picture, or a folder of them")
     _add_weights(predict)
-    _add_shared(predict, "runs", "data", "machine")
+    _add_shared(predict, "runs", "machine")
 
     runs = add("runs", "list the runs")
     _add_shared(runs, "runs")

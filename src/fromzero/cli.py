@@ -239,18 +239,25 @@ def _predict(arguments: argparse.Namespace) -> None:
     with _importing():
         import torch
 
-        from fromzero.data.pictures import pictures_at, read_pictures
+        from fromzero.data.pictures import pictures_at, read_pictures, unreadable
         from fromzero.evaluate import predict
+        from fromzero.runs import load_run
+        from fromzero.sessions import load_classifier
 
     paths = pictures_at(arguments.PICTURE)
-    trained = _trained(arguments)
-    names = trained.images.class_names
-    pixels, _ = read_pictures(paths, *trained.images.image_shape[:2], where="predict")
-    on_device = torch.from_numpy(pixels).to(trained.machine.device)
-    found = predict(trained.network, on_device, trained.data.normalise, trained.machine, views=arguments.tta).max(1)
-    width = max(map(len, names))
-    for path, probability, label in zip(paths, found.values.tolist(), found.indices.tolist(), strict=True):
-        print(f"{names[label]:<{width}}  {probability:.4f}  {path}")
+    run = load_run(arguments.RUN, arguments.runs_dir)
+    options = {"device": arguments.device or "auto", "threads": arguments.threads}
+    network, normalise, (height, width, _), names, here = load_classifier(run, arguments.checkpoint, **options)
+    pixels, _, wrong = read_pictures(paths, height, width, "reading")
+    read = [index for index in range(len(paths)) if index not in wrong]
+    if read:
+        on_device = torch.from_numpy(pixels[read]).to(here.device)
+        found = predict(network, on_device, normalise, here, views=arguments.tta).max(1)
+        longest = max(map(len, names))
+        for index, probability, label in zip(read, found.values.tolist(), found.indices.tolist(), strict=True):
+            print(f"{names[label]:<{longest}}  {probability:.4f}  {paths[index]}")
+    if wrong:
+        raise InputError(unreadable(paths, wrong))
 
 
 def _trained(arguments: argparse.Namespace) -> Trained:

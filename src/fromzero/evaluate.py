@@ -52,6 +52,14 @@ class Normalise(NamedTuple):
             scale = torch.tensor(variances, dtype=torch.float64).sqrt().clamp(min=1e-6).reciprocal().float()
         return cls(shift.to(train_pixels.device), scale.to(train_pixels.device))
 
+    def to_json(self) -> dict[str, list[float]]:
+        """As JSON data, which `from_json` reads to the same bits."""
+        return {"shift": self.shift.tolist(), "scale": self.scale.tolist()}
+
+    @classmethod
+    def from_json(cls, found: dict[str, list[float]], device: str) -> Normalise:
+        return cls(*(torch.tensor(found[name], dtype=torch.float32, device=device) for name in cls._fields))
+
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 (N, H, W, C) → float32 (N, C, H, W) in channels-last memory."""
         return kernels.normalise_pixels(pixels, self.shift, self.scale).permute(0, 3, 1, 2)

@@ -54,10 +54,18 @@ class _Fingerprints(pydantic.BaseModel):
     test: str
 
 
+class _Normalise(pydantic.BaseModel):
+    shift: list[float]
+    scale: list[float]
+
+
 class _Data(pydantic.BaseModel):
     name: str
     source: str
     fingerprints: _Fingerprints
+    classes: list[str] = []
+    image_shape: list[int] = pydantic.Field([], min_length=3, max_length=3)
+    normalise: _Normalise | None = None
 
 
 class _Resumed(pydantic.BaseModel):

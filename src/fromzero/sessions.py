@@ -13,8 +13,10 @@ from fromzero import checkpoint, machine, modules, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images
 from fromzero.errors import FromzeroError, InputError
+from fromzero.evaluate import Normalise
 from fromzero.machine import Machine
 from fromzero.modules import Network
+from fromzero.networks import ImageShape
 from fromzero.optim import learning_rate_at
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.runs import Run, create_run, describe_program, load_run
@@ -96,6 +98,8 @@ def new_training(
         "fingerprints": images.fingerprints,
         "order": images.order_digest(),
         "classes": list(images.class_names),
+        "image_shape": list(images.image_shape),
+        "normalise": data.normalise.to_json(),
     }
     run.write_provenance(
         {
@@ -326,18 +330,47 @@ def load_trained(
     FromzeroError when the images or the weights are not there or not its own."""
     images = recorded_images(run, data_dir=data_dir, offline=offline)
     here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
-    network, weights = load_network(run, images, here, which)
+    network, weights = load_network(run, images.image_shape, images.num_classes, here, which)
     return Trained(run, images, Data.of(run.recipe, images, here.device), network, weights, here)
 
 
-def load_network(run: Run, images: ImageSet, here: Machine, which: str = "last") -> tuple[Network, Path]:
+class Classifier(NamedTuple):
+    """What a run has come to, for pictures it has not seen: all that its folder alone can tell."""
+
+    network: Network
+    normalise: Normalise
+    image_shape: ImageShape
+    class_names: tuple[str, ...]
+    machine: Machine
+
+
+def load_classifier(run: Run, which: str = "last", *, device: str = "auto", threads: int | None = None) -> Classifier:
+    """A run's network with its `last` or `best` weights and what it needs to look at pictures. The images that it was
+    trained on need not be there. Raises FromzeroError when the weights are not there or not its own."""
+    recorded = run.provenance["data"]
+    known = all(recorded.get(key) for key in ("classes", "image_shape", "normalise"))
+    if not known or {len(values) for values in recorded["normalise"].values()} != {recorded["image_shape"][2]}:
+        raise FromzeroError(
+            f"{run.path}/provenance.json: data: does not say how pictures are to be made ready (classes, image_shape,"
+            " normalise), as of runs begun by an earlier fromzero"
+        )
+    height, width, channels = recorded["image_shape"]
+    here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
+    network, _ = load_network(run, (height, width, channels), len(recorded["classes"]), here, which)
+    normalise = Normalise.from_json(recorded["normalise"], here.device)
+    return Classifier(network, normalise, (height, width, channels), tuple(recorded["classes"]), here)
+
+
+def load_network(
+    run: Run, image_shape: ImageShape, num_classes: int, here: Machine, which: str = "last"
+) -> tuple[Network, Path]:
     """A run's network with its `last` or `best` weights, in evaluation mode, and the checkpoint they are from: an older
     one where the last is damaged."""
     path = run.checkpoints / checkpoint.BEST
     if which == "best" and not path.exists():
         raise FromzeroError(f"{run.path}: it has no best checkpoint yet")
     found = checkpoint.load(path) if which == "best" else last_checkpoint(run)
-    model = networks.build(run.recipe.network, images.image_shape, images.num_classes, device=here.device)
+    model = networks.build(run.recipe.network, image_shape, num_classes, device=here.device)
     with _naming(found):
         load_weights(model, model_weights(found))
     assert found.path is not None  # it was read from a file

@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -233,7 +233,9 @@ def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> tuple[np.
     width = height = side or USUAL_SIDE
     if side is None and len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_AS_IT_IS:
         ((width, height),) = sizes
-    pixels, digests = read_pictures(paths, height, width, str(path))
+    pixels, digests, wrong = read_pictures(paths, height, width, f"reading {path}")
+    if wrong:
+        raise InputError(f"{path}: {unreadable(paths, wrong)}")
     if sizes <= {(width, height)}:
         return pixels, digests, ""
     widths, heights = zip(*sizes, strict=True)
@@ -243,24 +245,30 @@ def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> tuple[np.
     return pixels, digests, f"pictures of {of} pixels, cut to squares and scaled to {width}×{height}{larger}"
 
 
-def read_pictures(paths: Sequence[Path], height: int, width: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """The pictures in these files, cut to their middle and scaled: RGB pixels uint8 (N, height, width, 3); and uint64
-    (N,), eight bytes of each file's SHA-256. Raises InputError, which begins with `where`, for what is no picture."""
-    pixels, digests = np.empty((len(paths), height, width, 3), np.uint8), np.empty(len(paths), np.uint64)
-    wrong: list[str] = []
+def read_pictures(
+    paths: Sequence[Path], height: int, width: int, doing: str
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """The pictures in these files, cut to their middle and scaled: RGB pixels uint8 (N, height, width, 3); uint64 (N,),
+    eight bytes of each file's SHA-256; and what is wrong with those that cannot be read, by their place, where the rest
+    is zeros. `doing` is what a terminal shows meanwhile."""
+    pixels, digests = np.zeros((len(paths), height, width, 3), np.uint8), np.zeros(len(paths), np.uint64)
+    wrong: dict[int, str] = {}
     with _pool() as pool:
         found = pool.map(lambda picture: _decode(picture, width, height), paths)
-        for index, outcome in enumerate(_watched(found, len(paths), f"reading {where}")):
+        for index, outcome in enumerate(_watched(found, len(paths), doing)):
             if isinstance(outcome, str):
-                wrong.append(f"{paths[index]} ({outcome})")
+                wrong[index] = outcome
             else:
                 pixels[index], digests[index] = outcome
-    if wrong:
-        raise InputError(
-            f"{where}: {len(wrong)} of {len(paths):,} pictures cannot be read; repair or remove them:"
-            f" {_some(wrong, between='; ')}"
-        )
-    return pixels, digests
+    return pixels, digests, wrong
+
+
+def unreadable(paths: Sequence[Path], wrong: Mapping[int, str]) -> str:
+    """What `read_pictures` found wrong, in words: the first files by name."""
+    files = [f"{paths[index]} ({why})" for index, why in wrong.items()]
+    return (
+        f"{len(wrong)} of {len(paths):,} pictures cannot be read; repair or remove them: {_some(files, between='; ')}"
+    )
 
 
 @contextlib.contextmanager

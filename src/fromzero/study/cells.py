@@ -187,7 +187,7 @@ def _record_outcomes(cell: Cell, images: ImageSet) -> None:
     recorded = run.provenance["machine"]
     here = machine.prepare(recorded["precision"], device=recorded["device"], threads=recorded["threads"])
     try:
-        network, _ = sessions.load_network(run, images, here)
+        network, _ = sessions.load_network(run, images.image_shape, images.num_classes, here)
         data = Data.of(cell.recipe, images, here.device)
         outcomes = evaluate(network, *data.validation, data.normalise, here)
     except FromzeroError:
