@@ -94,6 +94,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     _add_weights(predict)
     _add_shared(predict, "runs", "machine")
 
+    diagnose = add("diagnose", "say what is wrong with a run: evidence, remedy, and the study that tests it")
+    diagnose.add_argument("RUN", help="a run's folder or name")
+    _add_shared(diagnose, "runs", "data", "machine")
+
     runs = add("runs", "list the runs")
     _add_shared(runs, "runs")
 

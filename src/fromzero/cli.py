@@ -208,6 +208,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.evaluate import evaluate
         from fromzero.report import validation_label
+        from fromzero.stats import wilson_interval
 
     run, images, data, network, weights, here = _trained(arguments)
     recipe = run.recipe
@@ -224,7 +225,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         except NonFiniteError as error:
             other = "best" if arguments.checkpoint == "last" else "last"
             raise NonFiniteError(f"{weights}: {error}; try --checkpoint {other}") from None
-        low, high = _wilson(found.accuracy, len(subset.labels))
+        low, high = wilson_interval(found.accuracy, len(subset.labels))
         print(
             f"  {label:<28} accuracy {found.accuracy:.4f} ({low:.4f}–{high:.4f}, 95 % for {len(subset.labels):,}"
             f" images)  loss {found.loss:.4f}"
@@ -276,17 +277,38 @@ def _trained(arguments: argparse.Namespace) -> Trained:
     )
 
 
+def _diagnose(arguments: argparse.Namespace) -> None:
+    with _importing():
+        from rich.console import Console
+
+        from fromzero import display, probe
+        from fromzero.diagnosis import Evidence, diagnose, write_findings
+        from fromzero.runs import load_run
+        from fromzero.sessions import load_trained
+
+    run = load_run(arguments.RUN, arguments.runs_dir)
+    trained = load_trained(
+        run,
+        device=arguments.device or "auto",
+        threads=arguments.threads,
+        data_dir=arguments.data_dir,
+        offline=arguments.offline,
+    )
+    rows = run.metrics() or [probe.row_of(trained)]
+    console = Console()
+    plain: dict[str, Any] = {"highlight": False, "soft_wrap": not display.can_redraw(console), "markup": False}
+    console.print(display.diagnosis_header(run, rows), **plain)
+    with console.status("") as status:
+        measures = probe.measure(trained, say=lambda doing: status.update(f"  {doing} …"))
+    found = diagnose(Evidence(run.recipe, rows, measures))
+    studies = write_findings(run, found, measures)
+    console.print(display.diagnosis_text(run, rows, found, studies), **plain)
+
+
 def _print_no_more() -> None:
     """Send what is still printed to nowhere, so that it cannot fail again at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count` images (Wilson, 1927)."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
-    return centre - half, centre + half
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -447,6 +469,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "resume": _resume,
     "evaluate": _evaluate,
     "predict": _predict,
+    "diagnose": _diagnose,
     "runs": _runs,
     "summary": _summary,
     "study": _study,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from fromzero import augment, training
+from fromzero.diagnosis import RULES, STUDY_SEEDS, Finding
 from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.recipe import Recipe
@@ -119,6 +121,33 @@ def outcome(run: Training) -> str:
             f"curves and metrics: {run.run.path}",
         ]
     )
+
+
+def diagnosis_header(run: Run, rows: Sequence[Row]) -> str:
+    """What is being looked at."""
+    row = rows[-1]
+    return (
+        f"{run.path}: {run.recipe.name}, after epoch {row['epoch']}: train {row['train/accuracy']:.4f} (running"
+        f" {row['train/running_accuracy']:.4f}), val {row['val/accuracy']:.4f}"
+    )
+
+
+def diagnosis_text(run: Run, rows: Sequence[Row], found: Sequence[Finding], studies: Mapping[str, Path]) -> str:
+    """The findings in words: what is wrong, what shows it, what to do, and how to test that."""
+    lines = []
+    for number, finding in enumerate(found, 1):
+        lines += [f"{number}. {finding.name}: {finding.meaning}", f"   shown by: {finding.evidence}"]
+        lines.append(f"   try:      {finding.remedy}")
+        if finding.name in studies:
+            changed = ", ".join(f"{path} {short(value)}" for path, value in finding.changes.items())
+            seconds = duration(rows[-1]["time/seconds"])
+            lines.append(f"   test it:  fromzero study {shlex.quote(str(studies[finding.name]))}")
+            lines.append(f"             ({changed}; 2 × {STUDY_SEEDS} runs, this one took {seconds})")
+        else:
+            lines.append("   no field of a recipe changes that, so there is nothing to test")
+    others = [name for name in RULES if name not in {finding.name for finding in found}]
+    lines.append(f"{'also ' if found else 'nothing found; '}looked for: {', '.join(others)}")
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:

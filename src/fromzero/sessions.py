@@ -76,10 +76,8 @@ def new_training(
         recipe = recipe.override({"dataset": images.name})
     check_image_set(recipe, images)
     here = machine.prepare(recipe.precision, device=device, threads=threads)
-    state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
     data = Data.of(recipe, images, here.device)
-    for model in (state.model, *([state.proxy.model] if state.proxy else [])):
-        modules.whiten(model, data.normalise(data.train.pixels[:WHITENING_IMAGES]))
+    state = initial_state(recipe, images.image_shape, images.num_classes, data, here)
     origin = None
     if start_from is not None:
         source = start_from if isinstance(start_from, Run) else load_run(start_from, runs_dir)
@@ -116,6 +114,14 @@ def new_training(
     training.save()
     run.write_recipe(recipe)
     return training
+
+
+def initial_state(recipe: Recipe, image_shape: ImageShape, num_classes: int, data: Data, here: Machine) -> State:
+    """The state before the first step, whitening layers set from the train images."""
+    state = State.initial(recipe, image_shape, num_classes, here.device)
+    for model in (state.model, *([state.proxy.model] if state.proxy else [])):
+        modules.whiten(model, data.normalise(data.train.pixels[:WHITENING_IMAGES]))
+    return state
 
 
 def resumed_training(
@@ -321,6 +327,7 @@ def load_trained(
     run: Run,
     which: str = "last",
     *,
+    images: ImageSet | None = None,
     device: str = "auto",
     threads: int | None = None,
     data_dir: str | Path | None = None,
@@ -328,7 +335,7 @@ def load_trained(
 ) -> Trained:
     """A run with its `last` or `best` weights, on the images it was trained on and in its precision. Raises
     FromzeroError when the images or the weights are not there or not its own."""
-    images = recorded_images(run, data_dir=data_dir, offline=offline)
+    images = recorded_images(run, images, data_dir=data_dir, offline=offline)
     here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
     network, weights = load_network(run, images.image_shape, images.num_classes, here, which)
     return Trained(run, images, Data.of(run.recipe, images, here.device), network, weights, here)

@@ -117,6 +117,13 @@ def sign_flip_p(differences: ArrayLike) -> np.ndarray:
     return np.asarray((1 + _hits(d, at_least, 1.0 - 2.0 * bits)) / (1 + DRAWS))
 
 
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` (Wilson, 1927)."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    return centre - half, centre + half
+
+
 def holm(p: ArrayLike) -> np.ndarray:
     """p-values adjusted for being several (Holm, 1979), in the order given: below 0.05 there means that the chance of
     even one false positive among them is below 0.05."""

@@ -170,16 +170,10 @@ class Training:
         """One optimizer step on the images at `indices`."""
         counters = self.state.counters
         rate = learning_rate_at(self.recipe, counters.step, self.timetable)
-        pixels, labels = self.data.train
-        step, augmentation = counters.step, self.recipe.augment
-        progress = self.timetable.epochs_after(step)
-        pixels = augment.gather(pixels, indices, augmentation, self.recipe.seed, counters.epoch, step)
-        if progress < augmentation.scale_epochs:
-            pixels = augment.scaled(pixels, augmentation.scale)
-        images = augment.cut_out(self.data.normalise(pixels), augmentation, self.recipe.seed, step)
-        batch = Batch(images, labels[indices])
+        progress = self.timetable.epochs_after(counters.step)
+        batch = batch_at(self.data, indices, self.recipe, counters.epoch, counters.step, progress)
         if self.state.proxy is not None:
-            self.state.proxy.counters.step = step
+            self.state.proxy.counters.step = counters.step
             chosen = hardest(self.state.proxy, batch, rate, self.recipe, progress, self.machine)
             batch, indices = Batch(batch.images[chosen], batch.labels[chosen]), indices[chosen]
         made = train_step(self.state, batch, rate, self.recipe, progress, self.machine)
@@ -353,6 +347,16 @@ class Batch(NamedTuple):
 
     images: Tensor
     labels: Tensor
+
+
+def batch_at(data: Data, indices: Tensor, recipe: Recipe, epoch: int, step: int, progress: float) -> Batch:
+    """The train images at `indices` as a step sees them. progress: epochs done so far, fractions included."""
+    augmentation, seed = recipe.augment, recipe.seed
+    pixels = augment.gather(data.train.pixels, indices, augmentation, seed, epoch, step)
+    if progress < augmentation.scale_epochs:
+        pixels = augment.scaled(pixels, augmentation.scale)
+    images = augment.cut_out(data.normalise(pixels), augmentation, seed, step)
+    return Batch(images, data.train.labels[indices])
 
 
 class Step(NamedTuple):

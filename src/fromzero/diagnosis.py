@@ -1,0 +1,583 @@
+"""From what a run recorded and what was measured of it to what is wrong: findings, each with the figures that show it,
+a remedy, and the recipe fields that a test of the remedy changes.
+
+Pure functions of plain data. A rule looks at the evidence and answers with a finding or with None; RULES has them all,
+causes before what they cause. The thresholds were chosen on trainings with faults planted in them, of other seeds than
+those that docs/diagnosis.md counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli_w
+
+from fromzero.errors import FromzeroError
+from fromzero.files import write_atomically
+from fromzero.recipe import Recipe
+from fromzero.runs import Row, Run
+from fromzero.stats import wilson_interval
+
+STUDY_SEEDS = 6  # the fewest pairs that can settle anything
+
+FITTED = 0.9  # clean train accuracy from which a network counts as having learned what it was shown
+BY_HEART = 0.97  # and from which it may have learned labels, right or wrong, one by one
+SMALL_GAP = 0.08  # between train and validation accuracy
+COPIED = 0.05  # share; of CIFAR-10's own test images 0.003 are found
+IMBALANCED, RECALL_GAP = 8.0, 0.2  # images of the commonest class over those of the rarest; accuracy
+WRONG, SURE = 0.06, 0.6  # share of wrong ones among the surest, at least; their mean probability
+RATE_GAIN = 0.05  # of the entropy of the classes, in loss
+COLLAPSED, HAD_LEARNED = 0.98, 0.8  # of the entropy of the classes, as losses
+DEAD = 0.9  # share of a layer's units
+VANISHED = 1e-3  # norm of the first layer's gradient over that of the last
+PULL = 0.5  # weight decay over gradient
+SMALL_MAP = 1 / 8  # of the image's side
+SMALL_BATCH, CHANGED = 32, 0.15  # images; share of predictions
+HIDDEN, HARDER = 0.6, 0.15  # share of an image; accuracy
+DROPPED, DROPOUT_LOSS = 0.7, 0.5  # rate; nats
+LATE_EPOCHS, SWING, LATE_RATE = 5, 1.5, 0.3  # in standard errors; of the highest rate
+LOSS_RISE, LARGE_GAP = 0.05, 0.3  # of the lowest validation loss; accuracy
+FITS = 0.9  # accuracy on a few images
+WIDE = 0.05  # half of an accuracy's 95 % interval
+
+
+class LayerMeasures(NamedTuple):
+    """Of a layer with weights: norms of the gradient of the mean loss by them, and of them; the share of its units that
+    no image activates, None where no ReLU follows."""
+
+    name: str
+    gradient: float
+    weight: float
+    inactive: float | None
+
+
+class Copies(NamedTuple):
+    """How many of so many validation and test images are train images too, to the byte, and nearly."""
+
+    exact: int
+    near: int
+    of: int
+
+
+class Surest(NamedTuple):
+    """Of the validation images that the network is surest of, so many, those that have another label than it says, and
+    the mean probability that it gave."""
+
+    wrong: int
+    of: int
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What `probe` measured of a run. Losses in nats. recalls: accuracy by class on the validation images, None
+    without any; loss_error: standard error of the validation loss; plain_loss, dropout_loss: of the same train images,
+    without and with dropout; changed_by_batch_norm: share of train images that get another class when batches of the
+    recipe's size are normalised by themselves; seen_accuracies: on the same train images as they are and as augmented;
+    map_sides: of the map that each convolution works on, in pixels; trials: factor on the learning rate → train loss
+    after the same few steps from the start, and fit_accuracy: on a few images, after steps on nothing else; empty and
+    None where the run gave no reason to try."""
+
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    train_counts: tuple[int, ...]
+    num_validation: int
+    recalls: tuple[float | None, ...]
+    loss_error: float
+    surest: Surest
+    copies: Copies
+    plain_loss: float
+    dropout_loss: float
+    changed_by_batch_norm: float
+    train_accuracy: float
+    seen_accuracies: tuple[float, float]
+    layers: tuple[LayerMeasures, ...]
+    map_sides: tuple[int, ...]
+    trials: Mapping[float, float] = field(default_factory=dict)
+    fit_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a rule may look at: the recipe, a row an epoch, one at least, and the measures."""
+
+    recipe: Recipe
+    rows: Sequence[Row]
+    measures: Measures
+
+    @property
+    def last(self) -> Row:
+        return self.rows[-1]
+
+    @property
+    def entropy(self) -> float:
+        """The loss, in nats, of who says all classes as often as they occur and looks at no image."""
+        total = sum(self.measures.train_counts)
+        return -sum(n / total * math.log(n / total) for n in self.measures.train_counts if n)
+
+    @property
+    def fitted(self) -> bool:
+        return self.measures.train_accuracy >= FITTED
+
+    @property
+    def gap(self) -> float:
+        """Between clean train accuracy and validation accuracy."""
+        return float(self.last["train/accuracy"] - self.last["val/accuracy"])
+
+    @property
+    def accuracies(self) -> str:
+        row = self.last
+        return f"accuracy {row['train/accuracy']:.3f} on train images, {row['val/accuracy']:.3f} on validation images"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem: its name, what it means, the figures that show it, what to do, and the recipe fields that a test of
+    that changes; none where no field can mend it."""
+
+    name: str
+    meaning: str
+    evidence: str
+    remedy: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def diagnose(evidence: Evidence) -> list[Finding]:
+    """What is wrong with a run, causes first. What another finding explains is left out."""
+    found: list[Finding] = []
+    for name, rule in RULES.items():
+        finding = rule(evidence)
+        if finding is not None and not any(name in EXPLAINS.get(other.name, ()) for other in found):
+            found.append(finding)
+    return found
+
+
+def study_text(finding: Finding, recipe: Recipe) -> str:
+    """The study, as TOML beside the run's recipe, that tests a finding's remedy: the recipe as it is and remedied, with
+    the same seeds, on held-out train images."""
+    split = {} if recipe.validation.source == "split" else {"recipe": {"validation": {"source": "split"}}}
+    return tomli_w.dumps(
+        {
+            "claim": f"Against {finding.name}: {finding.remedy}. That reaches a higher validation accuracy.",
+            "base": "recipe.toml",
+            **split,
+            "arms": {"as-it-is": {}, "remedied": dict(finding.changes)},
+            "scale": {"screen": {"seeds": STUDY_SEEDS}},
+        }
+    )
+
+
+def write_findings(run: Run, found: Sequence[Finding], measures: Measures) -> dict[str, Path]:
+    """Write diagnosis.json into the run folder, and for each finding that a recipe field can mend the study that tests
+    it: name → its file. Raises FromzeroError where the folder cannot be written."""
+    recipe, studies = run.recipe, {}
+    known = asdict(measures)
+    # JSON has no infinity: a trial that overflowed is null.
+    known["trials"] = {f"{f:g}": loss if math.isfinite(loss) else None for f, loss in measures.trials.items()}
+    content = {"findings": [asdict(finding) for finding in found], "measures": known}
+    try:
+        for finding in found:
+            if finding.changes:
+                path = run.path / f"{run.name}-{finding.name}.toml"
+                write_atomically(path, study_text(finding, recipe).encode())
+                studies[finding.name] = path
+        write_atomically(run.path / "diagnosis.json", (json.dumps(content, indent=2) + "\n").encode())
+    except OSError as error:
+        raise FromzeroError(f"{run.path}: cannot be written: {error.strerror}") from None
+    return studies
+
+
+def _copies(e: Evidence) -> Finding | None:
+    """Near-duplicates are no rarity: Barz and Denzler (2020, arXiv:1902.00423) found 3.3 % of CIFAR-10's test images in
+    its train images, by a wider measure than this one."""
+    copies = e.measures.copies
+    if copies.near < COPIED * copies.of:
+        return None
+    return Finding(
+        "copies",
+        "images that are scored on are trained on too, so accuracies flatter",
+        f"{copies.near:,} of {copies.of:,} validation and test images are in train as well, {copies.exact:,} of them to"
+        " the byte",
+        "remove copies before splitting, or keep all copies of a picture in one split",
+    )
+
+
+def _imbalance(e: Evidence) -> Finding | None:
+    counts = {label: count for label, count in enumerate(e.measures.train_counts) if count}
+    rarest, commonest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    if counts[commonest] < IMBALANCED * counts[rarest]:
+        return None
+    middle = math.sqrt(counts[commonest] * counts[rarest])
+    rare = [label for label, count in counts.items() if count < middle]
+    rare_recall = _mean(e.measures.recalls[label] for label in rare)
+    common_recall = _mean(e.measures.recalls[label] for label in counts if label not in rare)
+    if not common_recall - rare_recall >= RECALL_GAP:
+        return None
+    names = e.measures.class_names
+    return Finding(
+        "imbalance",
+        "classes with few images are missed",
+        f"{counts[commonest]:,} train images of {names[commonest]!r}, {counts[rarest]:,} of {names[rarest]!r}; of the"
+        f" validation images of the {len(rare)} rare classes {rare_recall:.2f} are right, of the others"
+        f" {common_recall:.2f}",
+        "collect more images of the rare classes, and look at accuracy by class (fromzero evaluate), not at the mean",
+    )
+
+
+def _decay_too_strong(e: Evidence) -> Finding | None:
+    """Where the two balance, nothing is learned any more that decay does not take back."""
+    optimizer = e.recipe.optimizer
+    if not optimizer.weight_decay or e.measures.train_accuracy >= BY_HEART:
+        return None
+    decayed = [
+        layer for layer in e.measures.layers if optimizer.name != "muon" or layer.name.endswith("predictions")
+    ]  # muon's own weights have no decay
+    worst = max(decayed, key=lambda layer: optimizer.weight_decay * layer.weight / max(layer.gradient, 1e-9))
+    pull = optimizer.weight_decay * worst.weight
+    vanished = all(layer.weight < 1e-3 for layer in decayed)
+    if pull < PULL * worst.gradient and not vanished:
+        return None
+    return Finding(
+        "decay-too-strong",
+        "weight decay pulls as hard as the images",
+        f"weight decay {optimizer.weight_decay:g} times the norm of the weights of {worst.name} is {pull:.2g}, the norm"
+        f" of the loss's gradient there {worst.gradient:.2g}; train accuracy {e.measures.train_accuracy:.3f}",
+        f"a weight decay of {optimizer.weight_decay / 100:g}",
+        {"optimizer.weight_decay": optimizer.weight_decay / 100},
+    )
+
+
+def _rate_too_high(e: Evidence) -> Finding | None:
+    collapse = _collapse(e)
+    return collapse if collapse is not None else _other_rate(e, "high")
+
+
+def _collapse(e: Evidence) -> Finding | None:
+    """A network that had learned and says nothing any more."""
+    lowest = min(e.rows, key=lambda row: row["train/loss"])
+    if e.last["train/loss"] < COLLAPSED * e.entropy or lowest["train/loss"] > HAD_LEARNED * e.entropy:
+        return None
+    rate = e.recipe.optimizer.learning_rate
+    return Finding(
+        "rate-too-high",
+        "the learning rate is too high: the network had learned and lost it again",
+        f"train loss {lowest['train/loss']:.2f} after epoch {lowest['epoch']}, {e.last['train/loss']:.2f} at the end,"
+        f" as of a network that looks at nothing; peak rate {rate:g}",
+        f"a peak rate of {rate / 3:.2g}",
+        _rates(e.recipe, 1 / 3),
+    )
+
+
+def _rate_too_low(e: Evidence) -> Finding | None:
+    return _other_rate(e, "low")
+
+
+def _other_rate(e: Evidence, is_too: str) -> Finding | None:
+    trials = e.measures.trials
+    if not trials or e.fitted:
+        return None
+    best = min(trials, key=lambda factor: trials[factor])
+    if best == 1 or (best < 1) != (is_too == "high") or trials[1.0] - trials[best] < RATE_GAIN * e.entropy:
+        return None
+    rate = e.recipe.optimizer.learning_rate
+    tried = ", ".join(f"{rate * factor:g}: {loss:.2f}" for factor, loss in sorted(trials.items()))
+    return Finding(
+        f"rate-too-{is_too}",
+        f"the learning rate is too {is_too}",
+        f"train loss after the same first steps, by peak rate (the run's is {rate:g}): {tried}",
+        f"a peak rate of {rate * best:g}",
+        _rates(e.recipe, best),
+    )
+
+
+def _rates(recipe: Recipe, factor: float) -> dict[str, Any]:
+    """All learning rates of a recipe times a factor."""
+    rates = {
+        f"optimizer.{kind}learning_rate": getattr(recipe.optimizer, f"{kind}learning_rate")
+        for kind in ("", "head_", "bias_")
+    }
+    return {path: float(f"{rate * factor:.3g}") for path, rate in rates.items() if rate}
+
+
+def _dropout_too_strong(e: Evidence) -> Finding | None:
+    m, network = e.measures, e.recipe.network
+    rates = [block.dropout for block in network.blocks()] + [rate for _, rate in network.dense_layers()]
+    strongest = max(rates)
+    costs = m.dropout_loss - m.plain_loss
+    if not strongest or e.fitted or (strongest < DROPPED and (costs < DROPOUT_LOSS or e.gap >= SMALL_GAP)):
+        return None
+    halved = {f"network.{name}": _halved(getattr(network, name)) for name in ("block_dropout", "dense_dropout")}
+    return Finding(
+        "dropout-too-strong",
+        "dropout takes more than the network can spare: it does not even fit its train images",
+        f"rates up to {strongest:g}; the same train images have a loss of {m.plain_loss:.2f} without dropout and of"
+        f" {m.dropout_loss:.2f} with it; train accuracy {m.train_accuracy:.3f}",
+        "half the rates",
+        halved,
+    )
+
+
+def _vanishing_gradients(e: Evidence) -> Finding | None:
+    first, last = e.measures.layers[0], e.measures.layers[-1]
+    if e.fitted or not 0 < first.gradient < VANISHED * last.gradient:
+        return None
+    return Finding(
+        "vanishing-gradients",
+        "gradients vanish on their way to the first layers, which learn nothing",
+        f"norm of the gradient of {first.name} {first.gradient:.1e}, of {last.name} {last.gradient:.1e}; train accuracy"
+        f" {e.measures.train_accuracy:.3f}",
+        "batch normalisation, or fewer layers, or residual connections",
+        _batch_norm_or_lower_rate(e.recipe),
+    )
+
+
+def _dead_units(e: Evidence) -> Finding | None:
+    """Sparse is not dead: in healthy networks half of a dense layer's units are zero for all of a thousand images."""
+    share, name = max(((layer.inactive or 0.0, layer.name) for layer in e.measures.layers), default=(0.0, ""))
+    if e.fitted or share < DEAD:
+        return None
+    return Finding(
+        "dead-units",
+        "units have died: no image activates them, so no gradient reaches what is before them",
+        f"{share:.0%} of the units of {name} are zero for all train images that were looked at; train accuracy"
+        f" {e.measures.train_accuracy:.3f}",
+        "batch normalisation, or a warm-up and a lower rate",
+        _batch_norm_or_lower_rate(e.recipe),
+    )
+
+
+def _batch_norm_or_lower_rate(recipe: Recipe) -> dict[str, Any]:
+    return _rates(recipe, 1 / 3) if recipe.network.batch_norm else {"network.batch_norm": True}
+
+
+def _pooling_too_early(e: Evidence) -> Finding | None:
+    sides, side, blocks = e.measures.map_sides, min(e.measures.image_shape[:2]), e.recipe.network.blocks()
+    small = [s for s in sides if s <= SMALL_MAP * side]
+    if len(sides) < 3 or 2 * len(small) < len(sides):
+        return None
+    pool = 2 if any(block.pool > 2 for block in blocks) else [1, *[block.pool for block in blocks[1:]]]
+    return Finding(
+        "pooling-too-early",
+        "maps are pooled to a few pixels before half of the convolutions have seen them",
+        f"sides of the maps that the convolutions work on: {', '.join(map(str, sides))}; images of {side}",
+        "windows of 2 pixels, or none in the first block",
+        {"network.pool": pool},
+    )
+
+
+def _batch_too_small(e: Evidence) -> Finding | None:
+    m, size = e.measures, e.recipe.batch_size
+    if not e.recipe.network.batch_norm or size >= SMALL_BATCH or m.changed_by_batch_norm < CHANGED or e.fitted:
+        return None
+    return Finding(
+        "batch-too-small",
+        "batches are too small for batch normalisation: what is trained is not what is scored",
+        f"normalised by batches of {size} as in training, {m.changed_by_batch_norm:.0%} of the same train images get"
+        " another class than in evaluation",
+        "batches of 64",
+        {"batch_size": 64},
+    )
+
+
+def _augmentation_too_strong(e: Evidence) -> Finding | None:
+    plain, augmented = e.measures.seen_accuracies
+    augment = e.recipe.augment
+    left = _share_left(augment.translate, augment.cutout, augment.crop, e.measures.image_shape)
+    if plain - augmented < HARDER and (left > HIDDEN or e.fitted):
+        return None
+    milder: dict[str, Any] = {
+        f"augment.{name}": getattr(augment, name) // 4 for name in ("translate", "cutout") if getattr(augment, name)
+    }
+    if augment.crop:
+        milder["augment.crop"] = 3 * min(e.measures.image_shape[:2]) // 4
+    mirrored_only = not milder and augment.flip != "none"
+    return Finding(
+        "augmentation-too-strong",
+        "augmentation hides what the label says",
+        f"accuracy on the same train images {plain:.3f} as they are, {augmented:.3f} as augmented; {left:.0%} of an"
+        " image is left on average",
+        "no mirroring" if mirrored_only else "shift, crop and cut out less",
+        {"augment.flip": "none"} if mirrored_only else milder,
+    )
+
+
+def _share_left(translate: int, cutout: int, crop: int, shape: Sequence[int]) -> float:
+    """The share of an image's pixels that a training still sees, on average over shifts, cutouts and crops."""
+    left = 1.0
+    hidden = 1.0
+    for size in shape[:2]:
+        left *= _mean(max(0, size - abs(by)) / size for by in range(-translate, translate + 1))
+        left *= (crop or size) / size
+        starts = [centre - cutout // 2 for centre in range(size)]
+        hidden *= _mean((min(start + cutout, size) - max(start, 0)) / size for start in starts)
+    return left * (1 - hidden)
+
+
+def _oscillating(e: Evidence) -> Finding | None:
+    rows = e.rows[-max(LATE_EPOCHS, len(e.rows) // 2) :]
+    if len(rows) < LATE_EPOCHS or e.last["learning_rate"] < LATE_RATE * max(r["learning_rate"] for r in e.rows):
+        return None
+    accuracies = [row["val/accuracy"] for row in rows]
+    swing, mean = _deviation_from_line(accuracies), _mean(accuracies)
+    sampling = math.sqrt(mean * (1 - mean) / e.measures.num_validation)
+    if swing < SWING * sampling:
+        return None
+    return Finding(
+        "oscillating",
+        "late epochs go up and down, and the last one is drawn by lot: the learning rate does not fall",
+        f"validation accuracy of the last {len(rows)} epochs deviates from its trend by {100 * swing:.1f} points, of"
+        f" which {e.measures.num_validation:,} images can explain {100 * sampling:.1f}",
+        "a rate that falls to zero",
+        {"schedule.name": "linear"},
+    )
+
+
+def _label_noise(e: Evidence) -> Finding | None:
+    """Images that the network was never shown, that it is sure of and wrong about: a clean set has few of them, unless
+    the network has learned its train images one by one, when being sure says nothing."""
+    wrong, count, confidence = e.measures.surest
+    low, high = wilson_interval(wrong / count, count)
+    if low < WRONG or confidence < SURE or e.measures.train_accuracy >= BY_HEART:
+        return None
+    return Finding(
+        "label-noise",
+        "labels are wrong",
+        f"of the {count:,} validation images that the network is surest of (probability {confidence:.2f}), {wrong:,}"
+        f" have another label: {low:.0%} to {high:.0%} (95 %)",
+        "look at those images and mend the labels; label smoothing bears some noise",
+        {"label_smoothing": 0.2} if e.recipe.label_smoothing < 0.2 else {},
+    )
+
+
+def _overfitting(e: Evidence) -> Finding | None:
+    lowest = min(e.rows, key=lambda row: row["val/loss"])
+    rise = e.last["val/loss"] - lowest["val/loss"]
+    fell = e.last["train/loss"] < lowest["train/loss"]
+    rises = fell and rise > max(2 * e.measures.loss_error, LOSS_RISE * lowest["val/loss"])
+    if not (rises and e.gap > SMALL_GAP) and e.gap < LARGE_GAP:
+        return None
+    shown = e.accuracies
+    if rises:
+        shown += (
+            f"; validation loss {lowest['val/loss']:.2f} after epoch {lowest['epoch']}, {e.last['val/loss']:.2f}"
+            f" (standard error {e.measures.loss_error:.2f}) at the end, while the train loss fell"
+        )
+    network, augment = e.recipe.network, e.recipe.augment
+    changes: dict[str, Any] = {}
+    if not augment.translate:
+        changes["augment.translate"] = max(1, min(e.measures.image_shape[:2]) // 8)
+        remedy = (
+            f"train images shifted by up to {changes['augment.translate']} pixels, and mirrored where that is allowed"
+        )
+    elif not any(block.dropout for block in network.blocks()) and not network.batch_norm:
+        changes["network.block_dropout"] = 0.2
+        remedy = "dropout from the first block on"
+    elif augment.flip == "none":
+        changes["augment.flip"] = "random"
+        remedy = "train images mirrored, where a mirrored one is still what its label says; or more images"
+    else:
+        changes["augment.cutout"] = max(augment.cutout, min(e.measures.image_shape[:2]) // 4)
+        remedy = "more images; or a square cut out of each"
+        if changes["augment.cutout"] == augment.cutout:
+            changes, remedy = {}, "more images"
+    return Finding("overfitting", "the network learns its train images by heart", shown, remedy, changes)
+
+
+def _stopped_early(e: Evidence) -> Finding | None:
+    fit = e.measures.fit_accuracy
+    if e.fitted or e.gap >= SMALL_GAP or fit is None or fit < FITS:
+        return None
+    return Finding(
+        "stopped-early",
+        "training ended before the network had learned its train images",
+        f"{e.accuracies}; it can learn them: {fit:.2f} of a hundred, by steps on nothing else",
+        "twice the epochs",
+        {"epochs": 2 * e.recipe.epochs},
+    )
+
+
+def _underfitting(e: Evidence) -> Finding | None:
+    fit = e.measures.fit_accuracy
+    if e.fitted or e.gap >= SMALL_GAP or fit is None or fit >= FITS:
+        return None
+    channels = [[2 * count for count in block] for block in e.recipe.network.channels]
+    return Finding(
+        "underfitting",
+        "the network is too small for its train images",
+        f"{e.accuracies}; of a hundred train images it learns {fit:.2f} by steps on nothing else",
+        "twice the channels",
+        {"network.channels": channels},
+    )
+
+
+def _validation_too_small(e: Evidence) -> Finding | None:
+    count, accuracy = e.measures.num_validation, e.last["val/accuracy"]
+    low, high = wilson_interval(accuracy, count)
+    if high - low < 2 * WIDE:
+        return None
+    return Finding(
+        "validation-too-small",
+        "validation has too few images to tell better from worse",
+        f"{count:,} images: an accuracy of {accuracy:.3f} may be {low:.3f} to {high:.3f} (95 %)",
+        "hold out more (--validation.fraction 0.2), or compare several seeds (fromzero study)",
+    )
+
+
+RULES: dict[str, Callable[[Evidence], Finding | None]] = {
+    "copies": _copies,
+    "imbalance": _imbalance,
+    "decay-too-strong": _decay_too_strong,
+    "rate-too-high": _rate_too_high,
+    "rate-too-low": _rate_too_low,
+    "dropout-too-strong": _dropout_too_strong,
+    "vanishing-gradients": _vanishing_gradients,
+    "dead-units": _dead_units,
+    "pooling-too-early": _pooling_too_early,
+    "batch-too-small": _batch_too_small,
+    "augmentation-too-strong": _augmentation_too_strong,
+    "oscillating": _oscillating,
+    "label-noise": _label_noise,
+    "overfitting": _overfitting,
+    "stopped-early": _stopped_early,
+    "underfitting": _underfitting,
+    "validation-too-small": _validation_too_small,
+}
+# What a finding is the likely cause of. Only a network that has learned can say that a label is wrong.
+_UNLEARNED = ("oscillating", "label-noise", "stopped-early", "underfitting")
+_STUCK = ("vanishing-gradients", "dead-units", *_UNLEARNED)
+EXPLAINS: dict[str, tuple[str, ...]] = {
+    "decay-too-strong": ("rate-too-high", "rate-too-low", "dropout-too-strong", *_STUCK),
+    "rate-too-high": ("dropout-too-strong", *_STUCK),
+    "rate-too-low": ("dropout-too-strong", *_STUCK),
+    "dropout-too-strong": _STUCK,
+    "vanishing-gradients": ("dead-units", *_UNLEARNED),
+    "dead-units": _UNLEARNED,
+    "pooling-too-early": _UNLEARNED,
+    "batch-too-small": _UNLEARNED,
+    "augmentation-too-strong": _UNLEARNED,
+    "label-noise": ("stopped-early", "underfitting"),
+}
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    """Of those that are known; NaN of none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _halved(rates: float | tuple[float, ...]) -> Any:
+    return [rate / 2 for rate in rates] if isinstance(rates, tuple) else rates / 2
+
+
+def _deviation_from_line(values: Sequence[float]) -> float:
+    """Standard deviation of values about the straight line through them."""
+    count = len(values)
+    mean, middle = sum(values) / count, (count - 1) / 2
+    slope = sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum((i - middle) ** 2 for i in range(count))
+    squares = sum((v - mean - slope * (i - middle)) ** 2 for i, v in enumerate(values))
+    return math.sqrt(squares / max(count - 2, 1))

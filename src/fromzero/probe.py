@@ -1,0 +1,323 @@
+"""Cheap measurements of a run that change nothing: what `diagnosis` needs beside the rows of metrics.
+
+All is measured at the weights that the run has come to, but for `trials`, which begin again at its first ones. The
+network is a copy of its own, loaded from a checkpoint; the run folder is only read.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fromzero import modules, networks
+from fromzero.diagnosis import FITTED, SMALL_GAP, Copies, LayerMeasures, Measures, Surest
+from fromzero.errors import NonFiniteError
+from fromzero.evaluate import Outcomes, evaluate, predict
+from fromzero.machine import Machine
+from fromzero.modules import Network
+from fromzero.networks import layers
+from fromzero.recipe import AugmentRecipe, Recipe
+from fromzero.rng import permutation
+from fromzero.runs import Row
+from fromzero.sessions import Trained, initial_state
+from fromzero.timetable import Timetable
+from fromzero.training import Batch, Data, batch_at, train_step
+
+IMAGES = 1000  # train images that modes, augmentation and units are measured on
+GRADIENT_BATCHES = 4
+CONFIDENT_SHARE, FEWEST_CONFIDENT = 0.1, 20
+TRIAL_FACTORS, MOST_TRIALS = (1.0, 0.1, 10.0, 0.01, 100.0), 10
+TRIAL_STEPS, FEWEST_TRIAL_STEPS, TRIAL_SECONDS = 100, 25, 90.0  # of each; seconds: of all together
+FITTED_IMAGES, FIT_BATCH, FIT_STEPS = 100, 50, 200  # whether the network can learn that few by heart
+COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
+SIDE, ALIKE = 16, 0.98  # pictures as alike as that, made so small, count as one
+
+
+def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None] = lambda line: None) -> Measures:
+    """What can be told of a run within a minute or so. `trials`: whether the first steps are tried at other learning
+    rates; `say` is told what is being done."""
+    run, images, data, network, _, here = trained
+    recipe = run.recipe
+    say("scoring")
+    validation = evaluate(network, *data.validation, data.normalise, here)
+    train = evaluate(network, *data.clean_train, data.normalise, here)
+    probabilities = predict(network, data.validation.pixels, data.normalise, here)
+    say("gradients and units")
+    plain, dropped, changed = _modes(network, data, recipe, here)
+    say("copies")
+    copies = _copies(data, own_test=recipe.validation.source == "split")
+    found: dict[float, float] = {}
+    fit = None
+    if trials and train.accuracy < FITTED:
+        say("first steps at other learning rates")
+        found = _trials(recipe, data, images.image_shape, images.num_classes, here, _seconds_a_step(trained))
+        if train.accuracy - validation.accuracy < SMALL_GAP:
+            say("a few images by heart")
+            fit = _fit(recipe, data, images.image_shape, images.num_classes, here, min(found, key=lambda f: found[f]))
+    return Measures(
+        image_shape=images.image_shape,
+        class_names=images.class_names,
+        train_counts=tuple(torch.bincount(data.train.labels, minlength=images.num_classes).tolist()),
+        num_validation=len(data.validation.labels),
+        recalls=tuple(None if math.isnan(r) else r for r in validation.recalls(images.num_classes)),
+        loss_error=_standard_error(validation),
+        surest=_surest(probabilities, data.validation.labels),
+        copies=copies,
+        plain_loss=plain,
+        dropout_loss=dropped,
+        changed_by_batch_norm=changed,
+        train_accuracy=train.accuracy,
+        seen_accuracies=_seen_accuracies(network, data, recipe, here),
+        layers=_layers(network, data, recipe, here),
+        map_sides=tuple(_map_sides(recipe, images.image_shape, images.num_classes)),
+        trials=found,
+        fit_accuracy=fit,
+    )
+
+
+def row_of(trained: Trained) -> Row:
+    """What a row of metrics would say of a run that has ended no epoch. Raises NonFiniteError."""
+    scores: dict[str, float] = {}
+    for split, subset in (("train", trained.data.clean_train), ("val", trained.data.validation)):
+        found = evaluate(trained.network, *subset, trained.data.normalise, trained.machine)
+        scores |= {f"{split}/accuracy": found.accuracy, f"{split}/loss": found.loss}
+    running = {f"train/running_{what}": scores[f"train/{what}"] for what in ("accuracy", "loss")}
+    rate = trained.run.recipe.optimizer.learning_rate
+    return {"epoch": 0, "step": 0, "learning_rate": rate, "time/seconds": 0.0, **scores, **running}
+
+
+def _standard_error(outcomes: Outcomes) -> float:
+    return float(outcomes.losses.double().std() / math.sqrt(len(outcomes.losses)))
+
+
+def _surest(probabilities: Tensor, labels: Tensor) -> Surest:
+    """Of the validation images, those that the network is surest of."""
+    confidence, predictions = probabilities.max(1)
+    count = max(round(CONFIDENT_SHARE * len(labels)), min(FEWEST_CONFIDENT, len(labels)))
+    chosen = confidence.argsort(descending=True, stable=True)[:count]
+    wrong = int((predictions[chosen] != labels[chosen]).sum())
+    return Surest(wrong, count, float(confidence[chosen].mean()))
+
+
+def _modes(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple[float, float, float]:
+    """On the same train images, as they are: the mean loss in evaluation mode, that with dropout on, and for what share
+    of them another class is predicted when batches as large as the recipe's are normalised by themselves."""
+    model = copy.deepcopy(network)
+    pixels, labels = data.clean_train.pixels[:IMAGES], data.clean_train.labels[:IMAGES]
+
+    def logits(on: type[torch.nn.Module] | None) -> Tensor:
+        model.eval()
+        for module in model.modules():
+            if on is not None and isinstance(module, on):
+                module.train()
+        seen = []
+        with torch.no_grad(), here.autocast():
+            for index, part in enumerate(torch.arange(len(labels), device=labels.device).split(recipe.batch_size)):
+                model.reseed(recipe.seed, index)
+                seen.append(model(data.normalise(pixels[part])).float())
+        return torch.cat(seen)
+
+    plain, dropped, normed = logits(None), logits(modules.Dropout), logits(modules.BatchNorm)
+    changed = (normed.argmax(1) != plain.argmax(1)).float().mean()
+    return F.cross_entropy(plain, labels).item(), F.cross_entropy(dropped, labels).item(), float(changed)
+
+
+def _seen_accuracies(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple[float, float]:
+    """Accuracies on the same train images, as they are and as augmented as the last epoch's."""
+    shown = replace(data, train=data.clean_train)
+    as_they_are = recipe.override({f"augment.{name}": value for name, value in AugmentRecipe().model_dump().items()})
+    indices = torch.arange(min(IMAGES, len(shown.train.labels)), device=here.device)
+
+    def accuracy(how: Recipe) -> float:
+        right = 0
+        with torch.no_grad(), here.autocast():
+            for step, part in enumerate(indices.split(250)):
+                batch = batch_at(shown, part, how, recipe.epochs, step, float(recipe.epochs))
+                right += int((network(batch.images).argmax(1) == batch.labels).sum())
+        return right / len(indices)
+
+    return accuracy(as_they_are), accuracy(recipe)
+
+
+def _layers(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple[LayerMeasures, ...]:
+    """Norms of weights and of the loss's gradient, a mean over some batches, and how many units no image activates."""
+    model = copy.deepcopy(network)
+    activated = _activated(model, data, here)
+    model.train()
+    # No weight moves; a running statistic that does is the copy's.
+    indices = torch.from_numpy(permutation(len(data.train.labels), recipe.seed, "probe"))
+    size = min(recipe.batch_size, len(indices))
+    batches = [indices[start : start + size] for start in range(0, len(indices), size)][:GRADIENT_BATCHES]
+    for step, part in enumerate(batches):
+        batch = batch_at(data, part.to(here.device), recipe, recipe.epochs, step, float(recipe.epochs))
+        model.reseed(recipe.seed, step)
+        with here.autocast():
+            logits = model(batch.images)
+        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
+        (loss / len(batches)).backward()
+    found = []
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() > 1 and weight.requires_grad:
+            gradient = 0.0 if weight.grad is None else float(weight.grad.float().norm())
+            found.append(LayerMeasures(path, gradient, float(weight.detach().norm()), activated.get(path)))
+    return tuple(found)
+
+
+def _activated(model: Network, data: Data, here: Machine) -> dict[str, float]:
+    """For every layer whose output goes through a ReLU, the share of its units (of a map: channels) that are zero for
+    all of IMAGES train images."""
+    ever: dict[str, Tensor] = {}
+    handles = []
+
+    def watch(name: str, module: torch.nn.Module) -> None:
+        def keep(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            active = (output.flatten(2).amax(2) if output.dim() == 4 else output).amax(0) > 0
+            ever[name] = active | ever[name] if name in ever else active
+
+        handles.append(module.register_forward_hook(keep))
+
+    last = ""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            last = path
+        pooling = getattr(module, "pooling", None)
+        relu = getattr(module, "relu", False) is True or getattr(pooling, "relu", False) is True
+        if relu or "relu" in (getattr(module, "activation", ""), getattr(module, "name", "")):
+            watch(last, module)
+    try:
+        evaluate(model, data.clean_train.pixels[:IMAGES], data.clean_train.labels[:IMAGES], data.normalise, here)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: 1 - float(active.float().mean()) for name, active in ever.items()}
+
+
+def _map_sides(recipe: Recipe, image_shape: networks.ImageShape, num_classes: int) -> Iterator[int]:
+    """The side of the map that each convolution works on, the smaller where they differ."""
+    side = min(image_shape[:2])
+    for row in layers(recipe.network, image_shape, num_classes):
+        if row.kind == "Conv2D" and row.name != "whitening":
+            yield side
+        if len(row.shape) == 3:
+            side = min(row.shape[:2])
+
+
+def _copies(data: Data, *, own_test: bool) -> Copies:
+    """Validation images, and test images where those are others, that are among the train images: byte for byte, or
+    nearly, mirrored ones too."""
+    parts = [data.validation.pixels, *([data.test.pixels] if own_test else [])]
+    looked_at = torch.cat([part[_spread(len(part))] for part in parts]).cpu()
+    train = data.train.pixels.cpu()
+    known = {image.tobytes() for image in train.numpy()}
+    exact = np.array([image.tobytes() in known for image in looked_at.numpy()])
+    theirs, ours = _small(train), _small(looked_at)
+    likeness = torch.full((len(ours),), -1.0)
+    for part in theirs.split(5000):
+        for seen in (ours, _small(looked_at.flip(2))):
+            likeness = torch.maximum(likeness, (seen @ part.T).amax(1))
+    near = (likeness > ALIKE).numpy() & (ours.abs().sum(1) > 0).numpy()
+    return Copies(int(exact.sum()), int((near | exact).sum()), len(looked_at))
+
+
+def _spread(count: int) -> Tensor:
+    """So many places, at most COMPARED_IMAGES, spread evenly."""
+    return torch.linspace(0, count - 1, min(count, COMPARED_IMAGES)).round().long()
+
+
+def _small(pixels: Tensor) -> Tensor:
+    """Images (N, H, W, C) as vectors (N, D) of a few pixels, whose products are their correlations; zero for an image
+    of one colour."""
+    images = pixels.permute(0, 3, 1, 2).float()
+    small = F.adaptive_avg_pool2d(images, (min(SIDE, images.shape[2]), min(SIDE, images.shape[3]))).flatten(1)
+    small = small - small.mean(1, keepdim=True)
+    norm = small.norm(dim=1, keepdim=True)
+    return torch.where(norm > 1.0, small / norm.clamp(min=1.0), torch.zeros(()))
+
+
+def _seconds_a_step(trained: Trained) -> float:
+    rows = trained.run.metrics()
+    return rows[-1]["time/seconds"] / max(rows[-1]["step"], 1) if rows else 0.1
+
+
+def _trials(
+    recipe: Recipe, data: Data, shape: networks.ImageShape, num_classes: int, here: Machine, seconds_a_step: float
+) -> dict[float, float]:
+    """Factor on the learning rate → train loss over the last quarter of the first so many steps, infinite where they
+    overflow. All begin at the run's first weights and see the same images, in the same order; the rate is the
+    recipe's, but that it falls no more and that a warm-up ends half-way. Where the best factor is the lowest or the
+    highest, one beyond is tried, too."""
+    simple = recipe.override({"hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0})
+    timetable = Timetable.of(simple, len(data.train.labels))
+    affordable = TRIAL_SECONDS / (len(TRIAL_FACTORS) * max(seconds_a_step, 1e-4))
+    steps = int(min(TRIAL_STEPS, max(FEWEST_TRIAL_STEPS, affordable)))
+    warm = min(timetable.steps_before(recipe.schedule.warmup_epochs), steps / 2)
+
+    def loss_at(factor: float) -> float:
+        state = initial_state(simple, shape, num_classes, data, here)
+        losses = []
+        for step, batch in enumerate(_first_batches(simple, data, timetable, steps)):
+            rate = factor * recipe.optimizer.learning_rate * min(1.0, (step + 1) / max(warm, 1))
+            state.counters.step = step
+            try:
+                losses.append(train_step(state, batch, rate, simple, timetable.epochs_after(step), here).loss)
+            except NonFiniteError:
+                return math.inf
+        last = losses[-max(1, steps // 4) :]
+        return sum(last) / len(last)
+
+    found = {factor: loss_at(factor) for factor in TRIAL_FACTORS}
+    while len(found) < MOST_TRIALS:
+        lowest, highest, best = min(found), max(found), min(found, key=lambda factor: found[factor])
+        if best == lowest or math.isinf(found[best]):
+            found[lowest / 10] = loss_at(lowest / 10)
+        elif best == highest:
+            found[highest * 10] = loss_at(highest * 10)
+        else:
+            break
+    return found
+
+
+def _fit(
+    recipe: Recipe, data: Data, shape: networks.ImageShape, num_classes: int, here: Machine, factor: float
+) -> float:
+    """Accuracy on FITTED_IMAGES train images after FIT_STEPS steps on nothing else, from the run's first weights, at
+    `factor` times its rate, with nothing that keeps a network from learning by heart (after Karpathy, "A Recipe for
+    Training Neural Networks", 2019: overfit one batch)."""
+    free = recipe.override(
+        {f"augment.{name}": value for name, value in AugmentRecipe().model_dump().items()}
+        | {"network.block_dropout": 0.0, "network.dense_dropout": 0.0, "optimizer.weight_decay": 0.0}
+        | {"label_smoothing": 0.0, "hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0}
+    )
+    state = initial_state(free, shape, num_classes, data, here)
+    few = permutation(len(data.train.labels), recipe.seed, "probe")[:FITTED_IMAGES]
+    right = []
+    for step in range(FIT_STEPS):
+        chosen = few[permutation(len(few), recipe.seed, "probe", step)[:FIT_BATCH]]
+        batch = batch_at(data, torch.from_numpy(chosen).to(here.device), free, 0, step, 0.0)
+        state.counters.step = step
+        try:
+            made = train_step(state, batch, factor * recipe.optimizer.learning_rate, free, 0.0, here)
+        except NonFiniteError:
+            return 0.0
+        right.append(made.correct / len(chosen))
+    return sum(right[-10:]) / 10
+
+
+def _first_batches(recipe: Recipe, data: Data, timetable: Timetable, steps: int) -> Iterator[Batch]:
+    step = epoch = 0
+    while True:
+        order = torch.from_numpy(permutation(len(data.train.labels), recipe.seed, "order", epoch))
+        for indices in order.to(data.train.labels.device).split(recipe.batch_size):
+            if step == steps:
+                return
+            yield batch_at(data, indices, recipe, epoch, step, timetable.epochs_after(step))
+            step += 1
+        epoch += 1

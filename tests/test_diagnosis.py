@@ -1,0 +1,285 @@
+"""Diagnosis: every rule on evidence made by hand, the measures on networks whose answer is known, and the command."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import fromzero
+from fromzero import cli, probe
+from fromzero.data.images import Images
+from fromzero.diagnosis import (
+    EXPLAINS,
+    RULES,
+    Copies,
+    Evidence,
+    LayerMeasures,
+    Measures,
+    Surest,
+    diagnose,
+    study_text,
+)
+from fromzero.recipe import load_recipe
+from fromzero.sessions import load_trained, new_training
+from fromzero.study.definition import load_study
+
+RECIPE = load_recipe("train2").override({"validation.source": "split", "schedule.name": "linear"})
+HEALTHY = Measures(
+    image_shape=(32, 32, 3),
+    class_names=("cat", "dog"),
+    train_counts=(500, 500),
+    num_validation=1000,
+    recalls=(0.8, 0.82),
+    loss_error=0.02,
+    surest=Surest(2, 100, 0.97),
+    copies=Copies(0, 3, 2000),
+    plain_loss=0.4,
+    dropout_loss=0.6,
+    changed_by_batch_norm=0.0,
+    train_accuracy=0.88,
+    seen_accuracies=(0.88, 0.87),
+    layers=(LayerMeasures("conv2d_1", 0.4, 5.0, 0.02), LayerMeasures("predictions", 0.5, 4.0, None)),
+    map_sides=(32, 30, 14, 7, 3),
+    trials={0.01: 0.69, 0.1: 0.66, 1.0: 0.5, 10.0: 0.69, 100.0: float("inf")},
+    fit_accuracy=None,
+)
+LN2 = float(np.log(2))
+
+
+def rows(train=(0.6, 0.7, 0.8, 0.86, 0.88), val=(0.6, 0.68, 0.74, 0.77, 0.78), **curves):
+    found = []
+    for epoch, (a, b) in enumerate(zip(train, val, strict=True), 1):
+        row = {"epoch": epoch, "step": 10 * epoch, "learning_rate": 1e-3 * (1 - epoch / 6), "time/seconds": epoch}
+        row |= {"train/accuracy": a, "val/accuracy": b, "train/loss": LN2 * 2 * (1 - a), "val/loss": LN2 * 2 * (1 - b)}
+        row |= {"train/running_accuracy": a - 0.05, "train/running_loss": LN2}
+        found.append(row | {key: values[epoch - 1] for key, values in curves.items()})
+    return found
+
+
+def evidence(changes=None, measured=None, **of_rows):
+    return Evidence(RECIPE.override(changes or {}), rows(**of_rows), replace(HEALTHY, **(measured or {})))
+
+
+HIGHER = {0.01: 0.4, 0.1: 0.3, 1.0: 0.6, 10.0: 0.69, 100.0: float("inf")}
+LOWER = {0.01: 0.69, 0.1: 0.69, 1.0: 0.6, 10.0: 0.5, 100.0: 0.3}
+LAYERS = [LayerMeasures("conv2d_1", 1e-7, 5.0, 0.1), LayerMeasures("predictions", 0.5, 4.0, None)]
+FLAT = {"train": (0.5, 0.58, 0.6, 0.6, 0.6), "val": (0.5, 0.57, 0.58, 0.58, 0.58)}
+PLANTED = {
+    "copies": {"measured": {"copies": Copies(90, 130, 2000)}},
+    "imbalance": {"measured": {"train_counts": (900, 30), "recalls": (0.95, 0.3)}},
+    "decay-too-strong": {
+        "changes": {"optimizer.weight_decay": 0.1},
+        "measured": {"train_accuracy": 0.5, "layers": (LayerMeasures("conv2d_1", 0.4, 5.0, 0.0), HEALTHY.layers[1])},
+    },
+    "rate-too-high": {"measured": {"trials": HIGHER, "train_accuracy": 0.6}},
+    "rate-too-low": {"measured": {"trials": LOWER, "train_accuracy": 0.6}},
+    "dropout-too-strong": {"changes": {"network.block_dropout": 0.8}, "measured": {"train_accuracy": 0.6}},
+    "vanishing-gradients": {"measured": {"layers": LAYERS, "train_accuracy": 0.5}},
+    "dead-units": {
+        "measured": {"layers": [LayerMeasures("conv2d_1", 0.0, 5.0, 0.95), HEALTHY.layers[1]], "train_accuracy": 0.5}
+    },
+    "pooling-too-early": {"measured": {"map_sides": (32, 4, 2)}},
+    "batch-too-small": {
+        "changes": {"network.batch_norm": True, "batch_size": 2},
+        "measured": {"changed_by_batch_norm": 0.4, "train_accuracy": 0.6},
+    },
+    "augmentation-too-strong": {"changes": {"augment.flip": "random"}, "measured": {"seen_accuracies": (0.9, 0.6)}},
+    "oscillating": {
+        "changes": {"schedule.name": "constant"},
+        "val": (0.7, 0.5, 0.72, 0.55, 0.7),
+        "learning_rate": (1e-3,) * 5,
+    },
+    "label-noise": {"measured": {"surest": Surest(20, 100, 0.9)}},
+    "overfitting": {
+        "train": (0.6, 0.8, 0.95, 0.99, 1.0),
+        "val": (0.6, 0.65, 0.64, 0.63, 0.62),
+        "measured": {"train_accuracy": 1.0},
+    },
+    "stopped-early": {"measured": {"fit_accuracy": 0.99, "train_accuracy": 0.6}, **FLAT},
+    "underfitting": {"measured": {"fit_accuracy": 0.3, "train_accuracy": 0.6}, **FLAT},
+    "validation-too-small": {"measured": {"num_validation": 60}},
+}
+
+
+def test_a_healthy_run_has_no_findings():
+    assert diagnose(evidence()) == []
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_finds_what_was_planted_and_its_study_tests_the_remedy(name, tmp_path):
+    planted = evidence(**PLANTED[name])
+    found = diagnose(planted)
+    assert [finding.name for finding in found] == [name]
+    finding = found[0]
+    assert finding.meaning
+    assert finding.evidence
+    assert finding.remedy
+    if finding.changes:
+        (tmp_path / "recipe.toml").write_text(planted.recipe.to_toml())
+        (tmp_path / f"{name}.toml").write_text(study_text(finding, planted.recipe))
+        study = load_study(tmp_path / f"{name}.toml")
+        assert list(study.arms) == ["as-it-is", "remedied"]
+        assert study.arms["remedied"].recipe == planted.recipe.override(finding.changes).override(
+            {"name": study.arms["remedied"].recipe.name}
+        )
+        assert study.arms["remedied"].changes
+    else:
+        assert name in ("copies", "imbalance", "validation-too-small")
+
+
+def test_augmentation_that_leaves_little_of_an_image_is_too_strong_where_nothing_is_learned():
+    shifted = evidence({"augment.translate": 24, "augment.cutout": 8}, {"train_accuracy": 0.3})
+    found = diagnose(shifted)
+    assert [finding.name for finding in found] == ["augmentation-too-strong"]
+    assert "of an image is left" in found[0].evidence
+    assert found[0].changes == {"augment.translate": 6, "augment.cutout": 2}
+
+
+def test_a_network_that_had_learned_and_lost_it_had_too_high_a_rate():
+    lost = evidence(train=(0.7, 0.8, 0.5, 0.5, 0.5), val=(0.7, 0.78, 0.5, 0.5, 0.5), measured={"train_accuracy": 0.5})
+    found = diagnose(lost)
+    assert [finding.name for finding in found] == ["rate-too-high"]
+    assert "after epoch 2" in found[0].evidence
+    assert found[0].changes == {"optimizer.learning_rate": 1.67e-4}
+
+
+def test_causes_hide_what_they_cause():
+    planted = PLANTED["rate-too-high"]["measured"] | PLANTED["dead-units"]["measured"]
+    assert [f.name for f in diagnose(evidence(measured=planted))] == ["rate-too-high"]
+    order = list(RULES)
+    for cause, symptoms in EXPLAINS.items():
+        assert all(name in RULES for name in (cause, *symptoms))
+        assert all(order.index(name) > order.index(cause) for name in symptoms)
+
+
+def test_notes_recipes_are_tested_on_held_out_images():
+    finding = diagnose(evidence(**PLANTED["overfitting"]))[0]
+    assert 'source = "split"' in study_text(finding, load_recipe("train2"))
+
+
+# The measures.
+
+SMALL = {
+    "network.channels": [[16], [16]],
+    "network.pool": 4,
+    "network.dense": [16],
+    "network.block_dropout": 0.0,
+    "network.dense_dropout": 0.0,
+    "network.padding": "same",
+    "network.activation_layers": True,
+    "epochs": 2,
+    "batch_size": 20,
+    "precision": "float32",
+}
+
+
+def trained(images, folder, changes=None, before=lambda model: None):
+    training = new_training(RECIPE.override(SMALL | (changes or {})), images, runs_dir=folder, threads=1)
+    before(training.state.model)
+    for _ in training:
+        pass
+    return load_trained(training.run, images=images, threads=1)
+
+
+def test_measuring_changes_nothing(tiny_images, tmp_path):
+    found = trained(tiny_images, tmp_path, {"network.batch_norm": True, "augment.flip": "random"})
+    weights = {name: tensor.clone() for name, tensor in found.network.state_dict().items()}
+    files = {path: path.read_bytes() for path in found.run.path.rglob("*") if path.is_file()}
+    first, second = probe.measure(found), probe.measure(found)
+    assert first == second
+    assert all(torch.equal(tensor, found.network.state_dict()[name]) for name, tensor in weights.items())
+    assert not found.network.training
+    assert {path: path.read_bytes() for path in found.run.path.rglob("*") if path.is_file()} == files
+
+
+def test_measures_of_a_network_without_dropout_batch_norm_and_augmentation(tiny_images, tmp_path):
+    found = trained(tiny_images, tmp_path)
+    m = probe.measure(found)
+    assert m.plain_loss == m.dropout_loss
+    assert m.changed_by_batch_norm == 0
+    assert m.seen_accuracies[0] == m.seen_accuracies[1]
+    assert m.train_counts == (18,) * 10
+    assert m.num_validation == 20
+    assert m.map_sides == (32, 8)
+    assert [layer.name for layer in m.layers] == ["conv2d_1", "conv2d_2", "dense_1", "predictions"]
+    weight = found.network.get_parameter("conv2d_2.weight")
+    assert m.layers[1].weight == pytest.approx(float(weight.norm().detach()))
+    assert all(layer.gradient > 0 for layer in m.layers)
+    assert m.layers[-1].inactive is None
+
+
+def test_dead_units_are_counted(tiny_images, tmp_path):
+    def kill(model):
+        model.get_parameter("conv2d_2.bias").data[:12] = -100.0
+
+    m = probe.measure(trained(tiny_images, tmp_path, before=kill))
+    inactive = {layer.name: layer.inactive for layer in m.layers}
+    assert inactive["conv2d_2"] >= 12 / 16
+    assert inactive["conv2d_1"] < 0.5
+
+
+def test_trials_tell_a_rate_that_is_too_low_or_too_high(tiny_images, tmp_path):
+    low = probe.measure(trained(tiny_images, tmp_path, {"optimizer.learning_rate": 1e-5}))
+    high = probe.measure(trained(tiny_images, tmp_path, {"optimizer.learning_rate": 0.5}))
+    assert min(low.trials, key=low.trials.get) > 1
+    assert min(high.trials, key=high.trials.get) < 1
+    assert low.fit_accuracy > 0.9
+
+
+@pytest.mark.parametrize("how", ["same", "mirrored", "brighter"])
+def test_copies_are_found(how, tiny_images, tmp_path):
+    test = tiny_images.test.pixels.copy()
+    for place in range(10):
+        image = tiny_images.train.pixels[place]
+        # Colours stretched about their mean, as far as there is room.
+        brighter = np.clip(image.astype(float) * 1.1 + 3, 0, 255).astype(np.uint8)
+        test[place] = {"same": image, "mirrored": image[:, ::-1], "brighter": brighter}[how]
+    planted = replace(tiny_images, test=Images(test, tiny_images.test.labels), fingerprints={"train": "a", "test": "b"})
+    before = probe.measure(trained(tiny_images, tmp_path / "a", {"validation.source": "test"}))
+    after = probe.measure(trained(planted, tmp_path / "b", {"validation.source": "test"}))
+    assert after.copies.of == before.copies.of == 40
+    assert after.copies.exact == before.copies.exact + (10 if how == "same" else 0)
+    assert after.copies.near >= before.copies.near
+
+
+# The command.
+
+ARGUMENTS = ["--recipe", "train2", "--validation.source", "split", "--validation.fraction", "0.3", "--threads", "1"]
+ARGUMENTS += ["--network.channels", "[[16],[16]]", "--network.pool", "4", "--network.dense", "[16]"]
+ARGUMENTS += ["--network.padding", "same", "--network.activation_layers", "true", "--network.block_dropout", "0"]
+ARGUMENTS += ["--network.dense_dropout", "0", "--epochs", "2", "--batch_size", "20", "--optimizer.learning_rate", "0.5"]
+
+
+def test_the_command_names_the_problem_and_the_study_that_it_writes_runs(tmp_path, monkeypatch, capsys, write_cifar):
+    data = write_cifar(tmp_path / "tiny", per_batch=40)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", str(data), *ARGUMENTS]) == 0
+    run = next((tmp_path / "runs").iterdir())
+    capsys.readouterr()
+    assert cli.main(["diagnose", str(run), "--threads", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "1. rate-too-high: " in told
+    study = run / f"{run.name}-rate-too-high.toml"
+    assert f"fromzero study {study}" in told
+    recorded = json.loads((run / "diagnosis.json").read_text("utf-8"))
+    assert recorded["findings"][0]["name"] == "rate-too-high"
+    assert set(recorded["measures"]["trials"]) >= {"0.01", "0.1", "1", "10", "100"}
+    assert fromzero.load_run(run).has_ended()  # the folder is still a run's
+    assert cli.main(["study", str(study), "--seeds", "2", "--jobs", "1", "--threads", "1"]) == 0
+    assert "remedied against as-it-is, val/accuracy higher" in capsys.readouterr().out
+
+
+def test_a_run_that_overflowed_in_its_first_epoch_can_be_looked_at(tiny_images, tmp_path):
+    changes = {"optimizer.learning_rate": 1e6, "optimizer.name": "sgd", "optimizer.momentum": 0.0}
+    training = new_training(RECIPE.override(SMALL | changes), tiny_images, runs_dir=tmp_path, threads=1)
+    with pytest.raises(fromzero.NonFiniteError):
+        for _ in training:
+            pass
+    assert training.run.metrics() == []
+    found = load_trained(training.run, images=tiny_images, threads=1)
+    rows = [probe.row_of(found)]
+    assert rows[0]["epoch"] == 0
+    names = [finding.name for finding in diagnose(Evidence(training.recipe, rows, probe.measure(found)))]
+    assert names[0] == "rate-too-high"
