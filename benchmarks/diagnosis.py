@@ -1,10 +1,12 @@
 """How well `fromzero diagnose` names a problem that is known to be there, and raises nothing where none is.
 
-    python -m benchmarks.diagnosis [--seeds 10 11 12] [--bases plain norm digits] [--cases NAME ...] [--jobs 2]
+    python -m benchmarks.diagnosis [--seeds 10 11 12] [--bases plain norm digits] [--jobs 2]
+    python -m benchmarks.diagnosis --remedies --seeds 10 11 12 13 14 15
 
 Faults are planted in small trainings of three kinds (bases), one at a time, each with several seeds; beside them stand
 healthy trainings, some of which look odd. A planted fault counts as named when it is among the findings, and as named
-first when it is the first of them. Prints a table and writes build/diagnosis.json.
+first when it is the first of them. Prints a table and writes build/diagnosis.json. --remedies trains with and without
+what the first finding proposes, in pairs of seeds.
 """
 
 import argparse
@@ -365,7 +367,11 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side, a thread each (2)")
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "build" / "diagnosis", help="what is there is kept")
     parser.add_argument("--data-dir", default=default_data_dir(), help="where CIFAR-10 is")
+    parser.add_argument("--remedies", action="store_true", help="train with and without each first remedy instead")
     arguments = parser.parse_args()
+    if arguments.remedies:
+        print("\n".join(remedy_lines(_remedies(arguments))))
+        return
     todo = [
         (base, case, seed, arguments.runs_dir, arguments.data_dir)
         for seed in arguments.seeds
@@ -382,6 +388,74 @@ def main():
     content = {"date": time.strftime("%Y-%m-%d"), "seeds": arguments.seeds, "rows": found}
     OUTPUT.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     print("\n".join(summary(found)))
+
+
+def _remedies(arguments):
+    """All pairs; faults that lie in the first weights are not in a recipe, and cannot be tested by another."""
+    todo = [
+        (base, case, arguments.seeds, arguments.runs_dir, arguments.data_dir)
+        for base in arguments.bases
+        for case in CASES
+        if case.problem and case.weights is None and base in case.bases
+    ]
+    found = []
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+        for row in pool.imap(_remedied, todo):
+            found.append(row)
+            print(remedy_lines([row])[-1], flush=True)
+    OUTPUT.with_name("remedies.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    return found
+
+
+def remedied(base, case, seeds, folder, data_dir):
+    """What the remedy of the first finding on the first seed does: the recipe with it and as it is, in pairs."""
+    from fromzero import NonFiniteError, new_training, probe, stats
+    from fromzero.diagnosis import Evidence, Finding, diagnose
+    from fromzero.sessions import load_trained
+
+    run, images = trained(base, case, seeds[0], folder, data_dir)
+    measures = probe.measure(load_trained(run, images=images, threads=1))
+    found = diagnose(Evidence(run.recipe, run.metrics(), measures))
+    finding = found[0] if found else Finding("nothing", "", "", "")
+    accuracies = {"as it is": [], "remedied": []}
+    for seed in seeds if finding.changes else ():
+        accuracies["as it is"].append(trained(base, case, seed, folder, data_dir)[0].metrics()[-1]["val/accuracy"])
+        recipe = recipe_of(base, case, seed).override(finding.changes)
+        name = name_of(base, case, seed) + "-remedied"
+        shutil.rmtree(Path(folder) / name, ignore_errors=True)
+        training = new_training(recipe, images, runs_dir=folder, name=name, threads=1)
+        try:
+            for _ in training:
+                pass
+        except NonFiniteError:
+            pass
+        rows = training.run.metrics()
+        accuracies["remedied"].append(rows[-1]["val/accuracy"] if rows else 0.0)
+    row = {"base": base, "case": case.name, "finding": finding.name, "changed": finding.changed, **accuracies}
+    if finding.changes:
+        pairs = stats.compare(accuracies["remedied"], accuracies["as it is"])
+        row |= {"difference": list(pairs.difference), "verdict": stats.verdict(pairs.n, pairs.p, pairs.favourable)}
+    return row
+
+
+def remedy_lines(rows):
+    """The second table of docs/diagnosis.md."""
+    lines = ["| base | planted | first finding | changed | as it is | remedied | difference, points | verdict |"]
+    lines.append("| --- | --- | --- | --- | ---: | ---: | ---: | --- |")
+    for row in rows:
+        cells = [row["base"], row["case"], row["finding"], row["changed"] or "–"]
+        if row["changed"]:
+            mean, low, high = (100 * value for value in row["difference"])
+            cells += [f"{statistics.mean(row[arm]):.3f}" for arm in ("as it is", "remedied")]
+            cells += [f"{mean:+.1f} ({low:+.1f} to {high:+.1f})", row["verdict"]]
+        else:
+            cells += ["–", "–", "–", "no field to test"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _remedied(task):
+    return remedied(*task)
 
 
 def _diagnosed(task):

@@ -302,7 +302,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         measures = probe.measure(trained, say=lambda doing: status.update(f"  {doing} …"))
     found = diagnose(Evidence(run.recipe, rows, measures))
     studies = write_findings(run, found, measures)
-    console.print(display.diagnosis_text(run, rows, found, studies), **plain)
+    console.print(display.diagnosis_text(run, rows, found, studies, min(console.width, 110)), **plain)
 
 
 def _print_no_more() -> None:

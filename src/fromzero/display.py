@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
@@ -132,21 +133,40 @@ def diagnosis_header(run: Run, rows: Sequence[Row]) -> str:
     )
 
 
-def diagnosis_text(run: Run, rows: Sequence[Row], found: Sequence[Finding], studies: Mapping[str, Path]) -> str:
+def diagnosis_text(
+    run: Run, rows: Sequence[Row], found: Sequence[Finding], studies: Mapping[str, Path], columns: int = 100
+) -> str:
     """The findings in words: what is wrong, what shows it, what to do, and how to test that."""
-    lines = []
+    lines: list[str] = []
+
+    def say(label: str, text: str, *, whole: bool = False) -> None:
+        hanging = " " * len(label)
+        folded = wrap(
+            text,
+            columns,
+            initial_indent=label,
+            subsequent_indent=hanging,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines.extend([label + text] if whole else folded)
+
     for number, finding in enumerate(found, 1):
-        lines += [f"{number}. {finding.name}: {finding.meaning}", f"   shown by: {finding.evidence}"]
-        lines.append(f"   try:      {finding.remedy}")
+        say(f"{number}. ", f"{finding.name}: {finding.meaning}")
+        say("   shown by: ", finding.evidence)
+        say("   try:      ", finding.remedy)
         if finding.name in studies:
-            changed = ", ".join(f"{path} {short(value)}" for path, value in finding.changes.items())
-            seconds = duration(rows[-1]["time/seconds"])
-            lines.append(f"   test it:  fromzero study {shlex.quote(str(studies[finding.name]))}")
-            lines.append(f"             ({changed}; 2 × {STUDY_SEEDS} runs, this one took {seconds})")
+            took = duration(rows[-1]["time/seconds"])
+            command = f"fromzero study {shlex.quote(str(studies[finding.name]))}"
+            say("   test it:  ", command, whole=True)  # to be copied
+            say(
+                "             ",
+                f"{finding.changed}; {STUDY_SEEDS} pairs of runs, each about as long as this one ({took})",
+            )
         else:
-            lines.append("   no field of a recipe changes that, so there is nothing to test")
+            say("   test it:  ", "no field of a recipe changes that")
     others = [name for name in RULES if name not in {finding.name for finding in found}]
-    lines.append(f"{'also ' if found else 'nothing found; '}looked for: {', '.join(others)}")
+    say("not found: " if found else "nothing found of: ", ", ".join(others))
     return "\n".join(lines)
 
 
