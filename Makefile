@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-keras soak check bench bench-precision clean
+.PHONY: help setup demo test test-keras soak check bench bench-precision bench-diagnosis clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,11 @@ bench: .venv/.setup .venv-bench/.setup ## speed beside Keras and PyTorch, in one
 
 bench-precision: .venv/.setup ## whether bfloat16 learns as well as float32, in paired seeds, about half an hour
 	$(BIN)/python -m benchmarks.precision $(BENCH)
+
+bench-diagnosis: .venv/.setup ## how well diagnose names planted faults, and what its remedies do, in two hours; writes docs/diagnosis.md
+	$(BIN)/python -m benchmarks.diagnosis $(BENCH)
+	$(BIN)/python -m benchmarks.diagnosis --remedies --seeds 10 11 12 13 14 15 $(BENCH)
+	$(BIN)/python -m benchmarks.diagnosis --render
 
 clean: ## delete the environment and what tools left
 	rm -rf .venv .venv-bench .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info

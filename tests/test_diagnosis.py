@@ -40,7 +40,7 @@ HEALTHY = Measures(
     changed_by_batch_norm=0.0,
     train_accuracy=0.88,
     seen_accuracies=(0.88, 0.87),
-    layers=(LayerMeasures("conv2d_1", 0.4, 5.0, 0.02), LayerMeasures("predictions", 0.5, 4.0, None)),
+    layers=(LayerMeasures("conv2d_1", 900, 0.4, 5.0, 0.02), LayerMeasures("predictions", 900, 0.5, 4.0, None)),
     map_sides=(32, 30, 14, 7, 3),
     trials={0.01: 0.69, 0.1: 0.66, 1.0: 0.5, 10.0: 0.69, 100.0: float("inf")},
     fit_accuracy=None,
@@ -64,21 +64,27 @@ def evidence(changes=None, measured=None, **of_rows):
 
 HIGHER = {0.01: 0.4, 0.1: 0.3, 1.0: 0.6, 10.0: 0.69, 100.0: float("inf")}
 LOWER = {0.01: 0.69, 0.1: 0.69, 1.0: 0.6, 10.0: 0.5, 100.0: 0.3}
-LAYERS = [LayerMeasures("conv2d_1", 1e-7, 5.0, 0.1), LayerMeasures("predictions", 0.5, 4.0, None)]
+LAYERS = [LayerMeasures("conv2d_1", 900, 1e-7, 5.0, 0.1), LayerMeasures("predictions", 900, 0.5, 4.0, None)]
 FLAT = {"train": (0.5, 0.58, 0.6, 0.6, 0.6), "val": (0.5, 0.57, 0.58, 0.58, 0.58)}
 PLANTED = {
     "copies": {"measured": {"copies": Copies(90, 130, 2000)}},
     "imbalance": {"measured": {"train_counts": (900, 30), "recalls": (0.95, 0.3)}},
     "decay-too-strong": {
         "changes": {"optimizer.weight_decay": 0.1},
-        "measured": {"train_accuracy": 0.5, "layers": (LayerMeasures("conv2d_1", 0.4, 5.0, 0.0), HEALTHY.layers[1])},
+        "measured": {
+            "train_accuracy": 0.5,
+            "layers": (LayerMeasures("conv2d_1", 900, 0.4, 5.0, 0.0), HEALTHY.layers[1]),
+        },
     },
     "rate-too-high": {"measured": {"trials": HIGHER, "train_accuracy": 0.6}},
     "rate-too-low": {"measured": {"trials": LOWER, "train_accuracy": 0.6}},
     "dropout-too-strong": {"changes": {"network.block_dropout": 0.8}, "measured": {"train_accuracy": 0.6}},
     "vanishing-gradients": {"measured": {"layers": LAYERS, "train_accuracy": 0.5}},
     "dead-units": {
-        "measured": {"layers": [LayerMeasures("conv2d_1", 0.0, 5.0, 0.95), HEALTHY.layers[1]], "train_accuracy": 0.5}
+        "measured": {
+            "layers": [LayerMeasures("conv2d_1", 900, 0.0, 5.0, 0.95), HEALTHY.layers[1]],
+            "train_accuracy": 0.5,
+        }
     },
     "pooling-too-early": {"measured": {"map_sides": (32, 4, 2)}},
     "batch-too-small": {
@@ -143,6 +149,13 @@ def test_a_network_that_had_learned_and_lost_it_had_too_high_a_rate():
     assert [finding.name for finding in found] == ["rate-too-high"]
     assert "after epoch 2" in found[0].evidence
     assert found[0].changes == {"optimizer.learning_rate": 1.67e-4}
+
+
+def test_decoupled_decay_is_held_against_steps_and_not_against_gradients():
+    changes = {"optimizer.name": "adamw", "optimizer.weight_decay": 0.1}
+    assert diagnose(evidence(changes)) == []
+    found = diagnose(evidence(changes | {"optimizer.weight_decay": 5.0}))
+    assert [finding.name for finding in found] == ["decay-too-strong"]
 
 
 def test_causes_hide_what_they_cause():

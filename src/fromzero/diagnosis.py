@@ -47,10 +47,11 @@ WIDE = 0.05  # half of an accuracy's 95 % interval
 
 
 class LayerMeasures(NamedTuple):
-    """Of a layer with weights: norms of the gradient of the mean loss by them, and of them; the share of its units that
-    no image activates, None where no ReLU follows."""
+    """Of a layer with weights, so many: norms of the gradient of the mean loss by them, and of them; the share of its
+    units that no image activates, None where no ReLU follows."""
 
     name: str
+    size: int
     gradient: float
     weight: float
     inactive: float | None
@@ -235,25 +236,29 @@ def _imbalance(e: Evidence) -> Finding | None:
 
 
 def _decay_too_strong(e: Evidence) -> Finding | None:
-    """Where the two balance, nothing is learned any more that decay does not take back."""
-    optimizer = e.recipe.optimizer
-    if not optimizer.weight_decay or e.measures.train_accuracy >= BY_HEART:
+    """Where the two balance, nothing is learned any more that decay does not take back. AdamW decays beside a step of
+    about one a weight, the others as a part of the gradient; Muon's own weights have no decay."""
+    optimizer, decay = e.recipe.optimizer, e.recipe.optimizer.weight_decay
+    if not decay or e.measures.train_accuracy >= BY_HEART:
         return None
-    decayed = [
-        layer for layer in e.measures.layers if optimizer.name != "muon" or layer.name.endswith("predictions")
-    ]  # muon's own weights have no decay
-    worst = max(decayed, key=lambda layer: optimizer.weight_decay * layer.weight / max(layer.gradient, 1e-9))
-    pull = optimizer.weight_decay * worst.weight
-    vanished = all(layer.weight < 1e-3 for layer in decayed)
-    if pull < PULL * worst.gradient and not vanished:
+    decoupled = optimizer.name == "adamw"
+    pulls = [
+        (decay * layer.weight, math.sqrt(layer.size) if decoupled else layer.gradient, layer)
+        for layer in e.measures.layers
+        if optimizer.name != "muon" or layer.name == "predictions"
+    ]
+    pull, push, worst = max(pulls, key=lambda of: of[0] / max(of[1], 1e-9))
+    vanished = all(layer.weight < 1e-3 for *_, layer in pulls)
+    if pull < PULL * push and not vanished:
         return None
+    against = "an update of one for each of them" if decoupled else "the loss's gradient there"
     return Finding(
         "decay-too-strong",
         "weight decay pulls as hard as the images",
-        f"weight decay {optimizer.weight_decay:g} times the norm of the weights of {worst.name} is {pull:.2g}, the norm"
-        f" of the loss's gradient there {worst.gradient:.2g}; train accuracy {e.measures.train_accuracy:.3f}",
-        f"a weight decay of {optimizer.weight_decay / 100:g}",
-        {"optimizer.weight_decay": optimizer.weight_decay / 100},
+        f"weight decay {decay:g} times the norm of the weights of {worst.name} is {pull:.2g}, the norm of {against}"
+        f" {push:.2g}; train accuracy {e.measures.train_accuracy:.3f}",
+        f"a weight decay of {decay / 100:g}",
+        {"optimizer.weight_decay": decay / 100},
     )
 
 

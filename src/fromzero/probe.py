@@ -167,7 +167,9 @@ def _layers(network: Network, data: Data, recipe: Recipe, here: Machine) -> tupl
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() > 1 and weight.requires_grad:
             gradient = 0.0 if weight.grad is None else float(weight.grad.float().norm())
-            found.append(LayerMeasures(path, gradient, float(weight.detach().norm()), activated.get(path)))
+            found.append(
+                LayerMeasures(path, weight.numel(), gradient, float(weight.detach().norm()), activated.get(path))
+            )
     return tuple(found)
 
 
