@@ -531,7 +531,7 @@ def summary(rows):
         f"- **Healthy trainings**: {silent} of {len(healthy)} have no finding.",
         f"- **AutoTrainer's rules** on the same trainings raise something in {raised[0]} of {len(faulty)} faulty ones"
         f" and in {raised[1]} of {len(healthy)} healthy ones. They know of five problems.",
-        f"- **Time**: {statistics.median(row['seconds'] for row in rows):.0f} s a diagnosis in the median, on one thread.",
+        f"- **Time**: {statistics.median(row['seconds'] for row in rows):.0f} s a diagnosis, the median on one thread.",
         "",
         "| planted | trainings | named | first | what else was found | AutoTrainer's rules raise |",
         "| --- | ---: | ---: | ---: | --- | --- |",
