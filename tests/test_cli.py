@@ -163,6 +163,7 @@ BAD = [
     (["train", "digits", "more"], "unexpected argument 'more'"),
     (["train", "--data-dir", "nowhere"], "data folder nowhere"),
     (["train", "digits", "--data-dir", "."], "data folder .: digits come with scikit-learn"),
+    (["train", ".", "--data-dir", "x"], "data folder x: where . is, its own path says; leave it out"),
     (["train", "--offline"], "cifar-10-binary.tar.gz"),
     (["resume", "nothing"], "no run 'nothing'"),
     (["resume"], "RUN"),

@@ -268,7 +268,7 @@ ARGUMENTS += ["--network.dense_dropout", "0", "--epochs", "2", "--batch_size", "
 def test_the_command_names_the_problem_and_the_study_that_it_writes_runs(tmp_path, monkeypatch, capsys, write_cifar):
     data = write_cifar(tmp_path / "tiny", per_batch=40)
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", str(data), *ARGUMENTS]) == 0
+    assert cli.main(["train", data.name, *ARGUMENTS]) == 0
     run = next((tmp_path / "runs").iterdir())
     capsys.readouterr()
     assert cli.main(["diagnose", str(run), "--threads", "1"]) == 0
@@ -280,6 +280,8 @@ def test_the_command_names_the_problem_and_the_study_that_it_writes_runs(tmp_pat
     assert recorded["findings"][0]["name"] == "rate-too-high"
     assert set(recorded["measures"]["trials"]) >= {"0.01", "0.1", "1", "10", "100"}
     assert fromzero.load_run(run).has_ended()  # the folder is still a run's
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where the recipe's own name of the folder leads nowhere
     assert cli.main(["study", str(study), "--seeds", "2", "--jobs", "1", "--threads", "1"]) == 0
     assert "remedied against as-it-is, val/accuracy higher" in capsys.readouterr().out
 

@@ -324,8 +324,9 @@ def test_a_study_done_before_is_left_alone(finished):
     assert before == {p: p.stat().st_mtime_ns for p in (execution.folder / "cells").rglob("*") if p.is_file()}
 
 
-def test_the_command_that_goes_on_has_the_options_that_were_given(finished):
+def test_the_command_that_goes_on_has_the_options_that_were_given(finished, monkeypatch):
     file, execution, runs_dir = finished
+    monkeypatch.setattr("fromzero.study.execution.load_images", lambda *given, **options: execution.images)
     assert execution.command.endswith(f"--runs-dir {runs_dir} --keep-weights")
     again = prepare_study(load_study(file), runs_dir=runs_dir, data_dir=Path("a b"), jobs=1, device="cpu", offline=True)
     study = f"fromzero study {file} --scale {again.study.scale} --seeds {again.study.seeds}"

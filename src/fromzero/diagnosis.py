@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import tomli_w
 
+from fromzero.data import NAMED
 from fromzero.errors import FromzeroError
 from fromzero.files import write_atomically
 from fromzero.recipe import Recipe
@@ -163,15 +165,17 @@ def diagnose(evidence: Evidence) -> list[Finding]:
     return found
 
 
-def study_text(finding: Finding, recipe: Recipe) -> str:
+def study_text(finding: Finding, recipe: Recipe, dataset: str | None = None) -> str:
     """The study, as TOML beside the run's recipe, that tests a finding's remedy: the recipe as it is and remedied, with
-    the same seeds, on held-out train images."""
-    split = {} if recipe.validation.source == "split" else {"recipe": {"validation": {"source": "split"}}}
+    the same seeds, on held-out train images. dataset: where they are, if not where the recipe says."""
+    common: dict[str, Any] = {} if dataset is None else {"dataset": dataset}
+    if recipe.validation.source != "split":
+        common["validation"] = {"source": "split"}
     return tomli_w.dumps(
         {
             "claim": f"With {finding.changed} validation accuracy is higher than without (against {finding.name}).",
             "base": "recipe.toml",
-            **split,
+            **({"recipe": common} if common else {}),
             "arms": {"as-it-is": {}, "remedied": dict(finding.changes)},
             "scale": {"screen": {"seeds": STUDY_SEEDS}},
         }
@@ -181,7 +185,11 @@ def study_text(finding: Finding, recipe: Recipe) -> str:
 def write_findings(run: Run, found: Sequence[Finding], measures: Measures) -> dict[str, Path]:
     """Write diagnosis.json into the run folder, and for each finding that a recipe field can mend the study that tests
     it: name → its file. Raises FromzeroError where the folder cannot be written."""
-    recipe, studies = run.recipe, {}
+    recipe, data = run.recipe, run.provenance["data"]
+    studies: dict[str, Path] = {}
+    name = re.split("[@:]", data["name"])[0]
+    # A folder, by its whole path: the recipe names it from wherever the run was begun.
+    dataset = None if name in NAMED else data["source"] + data["name"].removeprefix(name)
     known = asdict(measures)
     # JSON has no infinity: a trial that overflowed is null.
     known["trials"] = {f"{f:g}": loss if math.isfinite(loss) else None for f, loss in measures.trials.items()}
@@ -190,7 +198,7 @@ def write_findings(run: Run, found: Sequence[Finding], measures: Measures) -> di
         for finding in found:
             if finding.changes:
                 path = run.path / f"{run.name}-{finding.name}.toml"
-                write_atomically(path, study_text(finding, recipe).encode())
+                write_atomically(path, study_text(finding, recipe, dataset).encode())
                 studies[finding.name] = path
         write_atomically(run.path / "diagnosis.json", (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:

@@ -104,8 +104,8 @@ def epoch_line(now: Timed, *, narrow: bool = False) -> str:
     )
     if narrow:
         return f"{accuracies}  {duration(now.seconds_left)} left"
-    losses = f"loss {row['train/loss']:.3f} ({row['train/running_loss']:.3f})  {row['val/loss']:.3f}"
-    return f"{accuracies}  {losses}  {now.images_per_second:,.0f} images/s  {duration(now.seconds_left)} left"
+    losses = f"loss {row['train/loss']:.3f} ({row['train/running_loss']:.3f}), val {row['val/loss']:.3f}"
+    return f"{accuracies}  {losses}{now.speed}"
 
 
 def outcome(run: Training) -> str:
@@ -185,6 +185,14 @@ class Timed(training.Progress):
 
     images_per_second: float = 0.0
     seconds_left: float = 0.0
+    is_known: bool = False  # from the first step on; before it, a run gone on with may have ended an epoch
+
+    @property
+    def speed(self) -> str:
+        """Both in words."""
+        if not self.is_known:
+            return ""
+        return f"  {self.images_per_second:,.0f} images/s  {duration(self.seconds_left)} left"
 
 
 def _timed(run: Training) -> Iterator[Timed]:
@@ -197,6 +205,7 @@ def _timed(run: Training) -> Iterator[Timed]:
             timed.images_per_second = (timetable.images_after(step) - timetable.images_after(first_step)) / seconds
             before, done, in_all = (_work(run, to) for to in (first_step, step, timetable.start_of(progress.epochs)))
             timed.seconds_left = seconds * (in_all - done) / (done - before)
+        timed.is_known = step > first_step
         yield timed
 
 
@@ -218,10 +227,7 @@ def _watch_lines(progress: Iterator[Timed], console: Console) -> None:
         elif said is None:
             line = f"  step {_step(now)} of epoch {_epoch(now)} done"
         elif time.monotonic() - said >= LINE_SECONDS:
-            line = (
-                f"  step {_step(now)} of epoch {_epoch(now)}  running {_running(now):.4f}"
-                f"  {now.images_per_second:,.0f} images/s  {duration(now.seconds_left)} left"
-            )
+            line = f"  step {_step(now)} of epoch {_epoch(now)}  running {_running(now):.4f}{now.speed}"
         else:
             continue
         said = time.monotonic()

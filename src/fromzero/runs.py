@@ -331,7 +331,7 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
 
 def describe_program() -> dict[str, Any]:
     """Versions, platform, command and commit of this process, for a run's provenance."""
-    packages = ("fromzero", "torch", "numpy", "safetensors")
+    packages = ("fromzero", "torch", "numpy", "safetensors", "pillow")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": f"{_program()} {shlex.join(sys.argv[1:])}",

@@ -459,4 +459,4 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
         present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
         if (counts < 2).any():
             name = images.class_names[int(present[counts < 2][0])]
-            raise InputError(f"{images.source}: class {name!r} has one train image, too few to hold some out")
+            raise InputError(f"{images.source}: class {name!r} has one train image left, too few to hold some out")

@@ -30,7 +30,7 @@ def load_images(
     cifar10 is looked for under `data_dir`, under `FROMZERO_HOME` and where torchvision and Keras keep it, and is
     downloaded if it is nowhere and `offline` is not set. Raises InputError when there is no such data set, when a
     file is damaged (which, what was expected, what was found), when it cannot be had, or when `data_dir` is given for
-    digits, which are not looked for.
+    what is not looked for: digits, and whatever is named by its path.
     """
     match str(dataset):
         case "cifar10":
@@ -41,6 +41,11 @@ def load_images(
             )
         case "digits":
             return load_digits()
+        case path if data_dir is not None and (os.path.exists(path) or os.path.exists(re.split("[@:]", path)[0])):
+            raise InputError(
+                f"data folder {data_dir}: where {path} is, its own path says; leave it out (it is for cifar10, or for a"
+                " run whose images have moved)"
+            )
         case path if os.path.exists(path):
             return load_cifar(Path(path)) if is_cifar(Path(path)) else _load_pictures(Path(path))
         case name if part := re.fullmatch(r"(.+):(\d{1,9})", name):
