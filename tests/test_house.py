@@ -21,7 +21,7 @@ ORDER = [
     ["evaluate", "state", "report", "diagnosis"],
     ["training"],
     ["sessions", "verify"],
-    ["probe"],
+    ["probe", "export"],
     ["study"],
     ["display"],
     ["cli"],

@@ -94,6 +94,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     _add_weights(predict)
     _add_shared(predict, "runs", "machine")
 
+    export = add("export", "write a run's weights as an ONNX model, for other programs")
+    export.add_argument("RUN", help="a run's folder or name")
+    export.add_argument("FILE", nargs="?", type=Path, help="the model's file (in the run's folder, called as the run)")
+    _add_checkpoint(export)
+    _add_shared(export, "runs")
+
     diagnose = add("diagnose", "say what is wrong with a run: evidence, remedy, and the study that tests it")
     diagnose.add_argument("RUN", help="a run's folder or name")
     _add_shared(diagnose, "runs", "data", "machine")
@@ -136,8 +142,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     return parser, commands
 
 
-def _add_weights(command: argparse.ArgumentParser) -> None:
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", choices=("last", "best"), default="last", help="which weights (last)")
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
+    _add_checkpoint(command)
     command.add_argument(
         "--tta",
         choices=("none", "mirror", "multicrop"),

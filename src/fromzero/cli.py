@@ -261,6 +261,21 @@ def _predict(arguments: argparse.Namespace) -> None:
         raise InputError(unreadable(paths, wrong))
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    with _importing():
+        from fromzero.export import export
+        from fromzero.runs import load_run
+        from fromzero.sessions import load_classifier
+
+    run = load_run(arguments.RUN, arguments.runs_dir)
+    classifier = load_classifier(run, arguments.checkpoint, precision="float32", device="cpu")
+    path = arguments.FILE or run.path / f"{run.name}.onnx"
+    difference = export(run, classifier, path)
+    shape = ", ".join(map(str, classifier.image_shape))
+    print(f"{path}: pixels uint8 (N, {shape}) → probabilities float32 (N, {len(classifier.class_names)})")
+    print(f"  {path.stat().st_size / 1e6:.1f} MB, computed as here to {difference:.1g}; classes are in its metadata")
+
+
 def _trained(arguments: argparse.Namespace) -> Trained:
     """The run that is to be looked at."""
     with _importing():
@@ -469,6 +484,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "resume": _resume,
     "evaluate": _evaluate,
     "predict": _predict,
+    "export": _export,
     "diagnose": _diagnose,
     "runs": _runs,
     "summary": _summary,

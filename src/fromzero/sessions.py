@@ -351,9 +351,12 @@ class Classifier(NamedTuple):
     machine: Machine
 
 
-def load_classifier(run: Run, which: str = "last", *, device: str = "auto", threads: int | None = None) -> Classifier:
-    """A run's network with its `last` or `best` weights and what it needs to look at pictures. The images that it was
-    trained on need not be there. Raises FromzeroError when the weights are not there or not its own."""
+def load_classifier(
+    run: Run, which: str = "last", *, precision: str | None = None, device: str = "auto", threads: int | None = None
+) -> Classifier:
+    """A run's network with its `last` or `best` weights and what it needs to look at pictures; the images that it was
+    trained on need not be there. precision: another one than it was trained in. Raises FromzeroError when the weights
+    are not there or not its own."""
     recorded = run.provenance["data"]
     known = all(recorded.get(key) for key in ("classes", "image_shape", "normalise"))
     if not known or {len(values) for values in recorded["normalise"].values()} != {recorded["image_shape"][2]}:
@@ -362,7 +365,7 @@ def load_classifier(run: Run, which: str = "last", *, device: str = "auto", thre
             " normalise), as of runs begun by an earlier fromzero"
         )
     height, width, channels = recorded["image_shape"]
-    here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
+    here = machine.prepare(precision or run.provenance["machine"]["precision"], device=device, threads=threads)
     network, _ = load_network(run, (height, width, channels), len(recorded["classes"]), here, which)
     normalise = Normalise.from_json(recorded["normalise"], here.device)
     return Classifier(network, normalise, (height, width, channels), tuple(recorded["classes"]), here)
