@@ -21,6 +21,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -415,8 +416,8 @@ def main():
         if base in arguments.bases
     ]
     found = []
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-        for row in pool.imap(_diagnosed, todo):
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(_diagnosed, todo):
             found.append(row)
             print(line(row), flush=True)
     OUTPUT.parent.mkdir(exist_ok=True)
@@ -434,8 +435,8 @@ def _remedies(arguments):
         if case.problem and case.weights is None and base in case.bases
     ]
     found = []
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-        for row in pool.imap(_remedied, todo):
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(_remedied, todo):
             found.append(row)
             print(remedy_lines([row])[-1], flush=True)
     OUTPUT.parent.mkdir(exist_ok=True)
