@@ -409,7 +409,7 @@ def main():
         print("\n".join(remedy_lines(_remedies(arguments))))
         return
     todo = [
-        (base, case, seed, arguments.runs_dir, arguments.data_dir)
+        (base, CASES.index(case), seed, arguments.runs_dir, arguments.data_dir)
         for seed in arguments.seeds
         for case in CASES
         for base in case.bases
@@ -429,7 +429,7 @@ def main():
 def _remedies(arguments):
     """All pairs; faults that lie in the first weights are not in a recipe, and cannot be tested by another."""
     todo = [
-        (base, case, arguments.seeds, arguments.runs_dir, arguments.data_dir)
+        (base, CASES.index(case), arguments.seeds, arguments.runs_dir, arguments.data_dir)
         for base in arguments.bases
         for case in CASES
         if case.problem and case.weights is None and base in case.bases
@@ -493,11 +493,13 @@ def remedy_lines(rows):
 
 
 def _remedied(task):
-    return remedied(*task)
+    base, number, *rest = task
+    return remedied(base, CASES[number], *rest)
 
 
 def _diagnosed(task):
-    return diagnosed(*task)
+    base, number, *rest = task
+    return diagnosed(base, CASES[number], *rest)
 
 
 def verdict(row):
