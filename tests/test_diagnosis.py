@@ -18,6 +18,8 @@ from fromzero.diagnosis import (
     LayerMeasures,
     Measures,
     Surest,
+    Trial,
+    best_factor,
     diagnose,
     study_text,
 )
@@ -26,6 +28,12 @@ from fromzero.sessions import load_trained, new_training
 from fromzero.study.definition import load_study
 
 RECIPE = load_recipe("train2").override({"validation.source": "split", "schedule.name": "linear"})
+
+
+def trials(*losses, error=0.01):
+    return {factor: Trial(loss, error) for factor, loss in zip((0.01, 0.1, 1.0, 10.0, 100.0), losses, strict=True)}
+
+
 HEALTHY = Measures(
     image_shape=(32, 32, 3),
     class_names=("cat", "dog"),
@@ -42,7 +50,7 @@ HEALTHY = Measures(
     seen_accuracies=(0.88, 0.87),
     layers=(LayerMeasures("conv2d_1", 900, 0.4, 5.0, 0.02), LayerMeasures("predictions", 900, 0.5, 4.0, None)),
     map_sides=(32, 30, 14, 7, 3),
-    trials={0.01: 0.69, 0.1: 0.66, 1.0: 0.5, 10.0: 0.69, 100.0: float("inf")},
+    trials=trials(0.69, 0.66, 0.5, 0.69, float("inf")),
     fit_accuracy=None,
 )
 LN2 = float(np.log(2))
@@ -62,8 +70,8 @@ def evidence(changes=None, measured=None, **of_rows):
     return Evidence(RECIPE.override(changes or {}), rows(**of_rows), replace(HEALTHY, **(measured or {})))
 
 
-HIGHER = {0.01: 0.4, 0.1: 0.3, 1.0: 0.6, 10.0: 0.69, 100.0: float("inf")}
-LOWER = {0.01: 0.69, 0.1: 0.69, 1.0: 0.6, 10.0: 0.5, 100.0: 0.3}
+HIGHER = trials(0.4, 0.3, 0.6, 0.69, float("inf"))
+LOWER = trials(0.69, 0.69, 0.6, 0.5, 0.3)
 LAYERS = [LayerMeasures("conv2d_1", 900, 1e-7, 5.0, 0.1), LayerMeasures("predictions", 900, 0.5, 4.0, None)]
 FLAT = {"train": (0.5, 0.58, 0.6, 0.6, 0.6), "val": (0.5, 0.57, 0.58, 0.58, 0.58)}
 PLANTED = {
@@ -158,6 +166,15 @@ def test_decoupled_decay_is_held_against_steps_and_not_against_gradients():
     assert [finding.name for finding in found] == ["decay-too-strong"]
 
 
+def test_what_a_few_noisy_steps_say_of_rates_does_not_count():
+    noisy = {"train_accuracy": 0.6, "trials": trials(0.4, 0.3, 0.6, 0.69, 0.7, error=0.15)}
+    assert diagnose(evidence(measured=noisy)) == []
+
+
+def test_a_network_that_is_as_often_wrong_as_it_says_is_no_sign_of_wrong_labels():
+    assert diagnose(evidence(measured={"surest": Surest(20, 100, 0.8)})) == []
+
+
 def test_causes_hide_what_they_cause():
     planted = PLANTED["rate-too-high"]["measured"] | PLANTED["dead-units"]["measured"]
     assert [f.name for f in diagnose(evidence(measured=planted))] == ["rate-too-high"]
@@ -236,8 +253,9 @@ def test_dead_units_are_counted(tiny_images, tmp_path):
 def test_trials_tell_a_rate_that_is_too_low_or_too_high(tiny_images, tmp_path):
     low = probe.measure(trained(tiny_images, tmp_path, {"optimizer.learning_rate": 1e-5}))
     high = probe.measure(trained(tiny_images, tmp_path, {"optimizer.learning_rate": 0.5}))
-    assert min(low.trials, key=low.trials.get) > 1
-    assert min(high.trials, key=high.trials.get) < 1
+    assert best_factor(low.trials) > 1
+    assert best_factor(high.trials) < 1
+    assert low.trials[1.0].error == 0
     assert low.fit_accuracy > 0.9
 
 

@@ -32,7 +32,7 @@ BY_HEART = 0.97  # and from which it may have learned labels, right or wrong, on
 SMALL_GAP = 0.08  # between train and validation accuracy
 COPIED = 0.05  # share; of CIFAR-10's own test images 0.003 are found
 IMBALANCED, RECALL_GAP = 8.0, 0.2  # images of the commonest class over those of the rarest; accuracy
-WRONG, SURE = 0.06, 0.6  # share of wrong ones among the surest, at least; their mean probability
+WRONG, SURE, OVERSURE = 0.06, 0.6, 0.03  # share of wrong ones among the surest; their mean probability; beyond that
 RATE_GAIN = 0.05  # of the entropy of the classes, in loss
 COLLAPSED, HAD_LEARNED = 0.98, 0.8  # of the entropy of the classes, as losses
 DEAD = 0.9  # share of a layer's units
@@ -76,14 +76,22 @@ class Surest(NamedTuple):
     confidence: float
 
 
+class Trial(NamedTuple):
+    """Train loss after some first steps, infinite where they overflowed, and the standard error of its difference to
+    that at the run's own rate."""
+
+    loss: float
+    error: float
+
+
 @dataclass(frozen=True)
 class Measures:
     """What `probe` measured of a run. Losses in nats. recalls: accuracy by class on the validation images, None
     without any; loss_error: standard error of the validation loss; plain_loss, dropout_loss: of the same train images,
     without and with dropout; changed_by_batch_norm: share of train images that get another class when batches of the
     recipe's size are normalised by themselves; seen_accuracies: on the same train images as they are and as augmented;
-    map_sides: of the map that each convolution works on, in pixels; trials: factor on the learning rate → train loss
-    after the same few steps from the start, and fit_accuracy: on a few images, after steps on nothing else; empty and
+    map_sides: of the map that each convolution works on, in pixels; trials: factor on the learning rate → what the
+    same few steps from the start came to, and fit_accuracy: on a few images, after steps on nothing else; empty and
     None where the run gave no reason to try."""
 
     image_shape: tuple[int, int, int]
@@ -101,7 +109,7 @@ class Measures:
     seen_accuracies: tuple[float, float]
     layers: tuple[LayerMeasures, ...]
     map_sides: tuple[int, ...]
-    trials: Mapping[float, float] = field(default_factory=dict)
+    trials: Mapping[float, Trial] = field(default_factory=dict)
     fit_accuracy: float | None = None
 
 
@@ -192,7 +200,9 @@ def write_findings(run: Run, found: Sequence[Finding], measures: Measures) -> di
     dataset = None if name in NAMED else data["source"] + data["name"].removeprefix(name)
     known = asdict(measures)
     # JSON has no infinity: a trial that overflowed is null.
-    known["trials"] = {f"{f:g}": loss if math.isfinite(loss) else None for f, loss in measures.trials.items()}
+    known["trials"] = {
+        f"{f:g}": trial.loss if math.isfinite(trial.loss) else None for f, trial in measures.trials.items()
+    }
     content = {"findings": [asdict(finding) for finding in found], "measures": known}
     try:
         for finding in found:
@@ -270,6 +280,24 @@ def _decay_too_strong(e: Evidence) -> Finding | None:
     )
 
 
+def _dropout_too_strong(e: Evidence) -> Finding | None:
+    m, network = e.measures, e.recipe.network
+    rates = [block.dropout for block in network.blocks()] + [rate for _, rate in network.dense_layers()]
+    strongest = max(rates)
+    costs = m.dropout_loss - m.plain_loss
+    if not strongest or e.fitted or (strongest < DROPPED and (costs < DROPOUT_LOSS or e.gap >= SMALL_GAP)):
+        return None
+    halved = {f"network.{name}": _halved(getattr(network, name)) for name in ("block_dropout", "dense_dropout")}
+    return Finding(
+        "dropout-too-strong",
+        "dropout takes more than the network can spare: it does not even fit its train images",
+        f"rates up to {strongest:g}; the same train images have a loss of {m.plain_loss:.2f} without dropout and of"
+        f" {m.dropout_loss:.2f} with it; train accuracy {m.train_accuracy:.3f}",
+        "half the rates",
+        halved,
+    )
+
+
 def _rate_too_high(e: Evidence) -> Finding | None:
     collapse = _collapse(e)
     return collapse if collapse is not None else _other_rate(e, "high")
@@ -299,11 +327,15 @@ def _other_rate(e: Evidence, is_too: str) -> Finding | None:
     trials = e.measures.trials
     if not trials or e.fitted:
         return None
-    best = min(trials, key=lambda factor: trials[factor])
-    if best == 1 or (best < 1) != (is_too == "high") or trials[1.0] - trials[best] < RATE_GAIN * e.entropy:
+    best = best_factor(trials)
+    gain = trials[1.0].loss - trials[best].loss
+    if best == 1 or (best < 1) != (is_too == "high") or gain < max(RATE_GAIN * e.entropy, 3 * trials[best].error):
+        return None
+    # A network that cannot learn a few images at its best rate has another problem.
+    if is_too == "low" and e.measures.fit_accuracy is not None and e.measures.fit_accuracy < FITS:
         return None
     rate = e.recipe.optimizer.learning_rate
-    tried = ", ".join(f"{rate * factor:g}: {loss:.2f}" for factor, loss in sorted(trials.items()))
+    tried = ", ".join(f"{rate * factor:g}: {trial.loss:.2f}" for factor, trial in sorted(trials.items()))
     return Finding(
         f"rate-too-{is_too}",
         f"the learning rate is too {is_too}",
@@ -313,6 +345,11 @@ def _other_rate(e: Evidence, is_too: str) -> Finding | None:
     )
 
 
+def best_factor(trials: Mapping[float, Trial]) -> float:
+    """The factor on the learning rate with the lowest loss, of equal ones that nearest to one."""
+    return min(trials, key=lambda factor: (trials[factor].loss, abs(math.log(factor))))
+
+
 def _rates(recipe: Recipe, factor: float) -> dict[str, Any]:
     """All learning rates of a recipe times a factor."""
     rates = {
@@ -320,24 +357,6 @@ def _rates(recipe: Recipe, factor: float) -> dict[str, Any]:
         for kind in ("", "head_", "bias_")
     }
     return {path: float(f"{rate * factor:.3g}") for path, rate in rates.items() if rate}
-
-
-def _dropout_too_strong(e: Evidence) -> Finding | None:
-    m, network = e.measures, e.recipe.network
-    rates = [block.dropout for block in network.blocks()] + [rate for _, rate in network.dense_layers()]
-    strongest = max(rates)
-    costs = m.dropout_loss - m.plain_loss
-    if not strongest or e.fitted or (strongest < DROPPED and (costs < DROPOUT_LOSS or e.gap >= SMALL_GAP)):
-        return None
-    halved = {f"network.{name}": _halved(getattr(network, name)) for name in ("block_dropout", "dense_dropout")}
-    return Finding(
-        "dropout-too-strong",
-        "dropout takes more than the network can spare: it does not even fit its train images",
-        f"rates up to {strongest:g}; the same train images have a loss of {m.plain_loss:.2f} without dropout and of"
-        f" {m.dropout_loss:.2f} with it; train accuracy {m.train_accuracy:.3f}",
-        "half the rates",
-        halved,
-    )
 
 
 def _vanishing_gradients(e: Evidence) -> Finding | None:
@@ -456,11 +475,14 @@ def _oscillating(e: Evidence) -> Finding | None:
 
 
 def _label_noise(e: Evidence) -> Finding | None:
-    """Images that the network was never shown, that it is sure of and wrong about: a clean set has few of them, unless
-    the network has learned its train images one by one, when being sure says nothing."""
+    """Images that the network was never shown, that it is sure of and wrong about, more often than it says itself: a
+    clean set has few of them, unless the network has learned its train images one by one, when being sure says
+    nothing."""
     wrong, count, confidence = e.measures.surest
     low, high = wilson_interval(wrong / count, count)
-    if low < WRONG or confidence < SURE or e.measures.train_accuracy >= BY_HEART:
+    if low < WRONG or confidence < SURE or wrong / count < 1 - confidence + OVERSURE:
+        return None
+    if e.measures.train_accuracy >= BY_HEART or e.gap >= LARGE_GAP:
         return None
     return Finding(
         "label-noise",
@@ -550,9 +572,9 @@ RULES: dict[str, Callable[[Evidence], Finding | None]] = {
     "copies": _copies,
     "imbalance": _imbalance,
     "decay-too-strong": _decay_too_strong,
+    "dropout-too-strong": _dropout_too_strong,
     "rate-too-high": _rate_too_high,
     "rate-too-low": _rate_too_low,
-    "dropout-too-strong": _dropout_too_strong,
     "vanishing-gradients": _vanishing_gradients,
     "dead-units": _dead_units,
     "pooling-too-early": _pooling_too_early,
@@ -569,10 +591,10 @@ RULES: dict[str, Callable[[Evidence], Finding | None]] = {
 _UNLEARNED = ("oscillating", "label-noise", "stopped-early", "underfitting")
 _STUCK = ("vanishing-gradients", "dead-units", *_UNLEARNED)
 EXPLAINS: dict[str, tuple[str, ...]] = {
-    "decay-too-strong": ("rate-too-high", "rate-too-low", "dropout-too-strong", *_STUCK),
-    "rate-too-high": ("dropout-too-strong", *_STUCK),
-    "rate-too-low": ("dropout-too-strong", *_STUCK),
-    "dropout-too-strong": _STUCK,
+    "decay-too-strong": ("dropout-too-strong", "rate-too-high", "rate-too-low", *_STUCK),
+    "dropout-too-strong": ("rate-too-high", "rate-too-low", *_STUCK),
+    "rate-too-high": _STUCK,
+    "rate-too-low": _STUCK,
     "vanishing-gradients": ("dead-units", *_UNLEARNED),
     "dead-units": _UNLEARNED,
     "pooling-too-early": _UNLEARNED,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fromzero import modules, networks
-from fromzero.diagnosis import FITTED, SMALL_GAP, Copies, LayerMeasures, Measures, Surest
+from fromzero.diagnosis import FITTED, SMALL_GAP, Copies, LayerMeasures, Measures, Surest, Trial, best_factor
 from fromzero.errors import NonFiniteError
 from fromzero.evaluate import Outcomes, evaluate, predict
 from fromzero.machine import Machine
@@ -53,14 +53,14 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
     plain, dropped, changed = _modes(network, data, recipe, here)
     say("copies")
     copies = _copies(data, own_test=recipe.validation.source == "split")
-    found: dict[float, float] = {}
+    found: dict[float, Trial] = {}
     fit = None
     if trials and train.accuracy < FITTED:
         say("first steps at other learning rates")
         found = _trials(recipe, data, images.image_shape, images.num_classes, here, _seconds_a_step(trained))
         if train.accuracy - validation.accuracy < SMALL_GAP:
             say("a few images by heart")
-            fit = _fit(recipe, data, images.image_shape, images.num_classes, here, min(found, key=lambda f: found[f]))
+            fit = _fit(recipe, data, images.image_shape, images.num_classes, here, best_factor(found))
     return Measures(
         image_shape=images.image_shape,
         class_names=images.class_names,
@@ -251,18 +251,18 @@ def _seconds_a_step(trained: Trained) -> float:
 
 def _trials(
     recipe: Recipe, data: Data, shape: networks.ImageShape, num_classes: int, here: Machine, seconds_a_step: float
-) -> dict[float, float]:
-    """Factor on the learning rate → train loss over the last quarter of the first so many steps, infinite where they
-    overflow. All begin at the run's first weights and see the same images, in the same order; the rate is the
-    recipe's, but that it falls no more and that a warm-up ends half-way. Where the best factor is the lowest or the
-    highest, one beyond is tried, too."""
+) -> dict[float, Trial]:
+    """Factor on the learning rate → train loss over the last quarter of the first so many steps. All begin at the run's
+    first weights and see the same images, in the same order; the rate is the recipe's, but that it falls no more and
+    that a warm-up ends half-way. Where the best factor is the lowest or the highest, one beyond is tried, too."""
     simple = recipe.override({"hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0})
     timetable = Timetable.of(simple, len(data.train.labels))
     affordable = TRIAL_SECONDS / (len(TRIAL_FACTORS) * max(seconds_a_step, 1e-4))
     steps = int(min(TRIAL_STEPS, max(FEWEST_TRIAL_STEPS, affordable)))
     warm = min(timetable.steps_before(recipe.schedule.warmup_epochs), steps / 2)
 
-    def loss_at(factor: float) -> float:
+    def last_losses(factor: float) -> list[float]:
+        """Of each step; infinite where one overflows."""
         state = initial_state(simple, shape, num_classes, data, here)
         losses = []
         for step, batch in enumerate(_first_batches(simple, data, timetable, steps)):
@@ -271,20 +271,30 @@ def _trials(
             try:
                 losses.append(train_step(state, batch, rate, simple, timetable.epochs_after(step), here).loss)
             except NonFiniteError:
-                return math.inf
-        last = losses[-max(1, steps // 4) :]
-        return sum(last) / len(last)
+                return [math.inf]
+        return losses[-max(2, steps // 4) :]
 
-    found = {factor: loss_at(factor) for factor in TRIAL_FACTORS}
-    while len(found) < MOST_TRIALS:
-        lowest, highest, best = min(found), max(found), min(found, key=lambda factor: found[factor])
-        if best == lowest or math.isinf(found[best]):
-            found[lowest / 10] = loss_at(lowest / 10)
-        elif best == highest:
-            found[highest * 10] = loss_at(highest * 10)
-        else:
-            break
+    own = last_losses(1.0)
+    found = {1.0: _trial(own, own)}
+    waiting = [factor for factor in TRIAL_FACTORS if factor != 1]
+    while waiting:
+        factor = waiting.pop(0)
+        found[factor] = _trial(last_losses(factor), own)
+        if not waiting and len(found) < MOST_TRIALS:
+            lowest, highest, best = min(found), max(found), best_factor(found)
+            if best == lowest or math.isinf(found[best].loss):
+                waiting = [lowest / 10]
+            elif best == highest:
+                waiting = [highest * 10]
     return found
+
+
+def _trial(losses: list[float], own: list[float]) -> Trial:
+    """What a trial says beside that at the run's own rate, whose steps saw the same images."""
+    if math.isinf(losses[-1]) or math.isinf(own[-1]):
+        return Trial(float(np.mean(losses)), 0.0)
+    differences = np.subtract(losses, own)
+    return Trial(float(np.mean(losses)), float(differences.std(ddof=1) / math.sqrt(len(differences))))
 
 
 def _fit(
