@@ -48,7 +48,7 @@ HEALTHY = Measures(
     changed_by_batch_norm=0.0,
     train_accuracy=0.88,
     seen_accuracies=(0.88, 0.87),
-    layers=(LayerMeasures("conv2d_1", 900, 0.4, 5.0, 0.02), LayerMeasures("predictions", 900, 0.5, 4.0, None)),
+    layers=(LayerMeasures("conv2d_1", 0.4, 5.0, 0.02), LayerMeasures("predictions", 0.5, 4.0, None)),
     map_sides=(32, 30, 14, 7, 3),
     trials=trials(0.69, 0.66, 0.5, 0.69, float("inf")),
     fit_accuracy=None,
@@ -72,7 +72,7 @@ def evidence(changes=None, measured=None, **of_rows):
 
 HIGHER = trials(0.4, 0.3, 0.6, 0.69, float("inf"))
 LOWER = trials(0.69, 0.69, 0.6, 0.5, 0.3)
-LAYERS = [LayerMeasures("conv2d_1", 900, 1e-7, 5.0, 0.1), LayerMeasures("predictions", 900, 0.5, 4.0, None)]
+LAYERS = [LayerMeasures("conv2d_1", 1e-7, 5.0, 0.1), LayerMeasures("predictions", 0.5, 4.0, None)]
 FLAT = {"train": (0.5, 0.58, 0.6, 0.6, 0.6), "val": (0.5, 0.57, 0.58, 0.58, 0.58)}
 PLANTED = {
     "copies": {"measured": {"copies": Copies(90, 130, 2000)}},
@@ -81,7 +81,7 @@ PLANTED = {
         "changes": {"optimizer.weight_decay": 0.1},
         "measured": {
             "train_accuracy": 0.5,
-            "layers": (LayerMeasures("conv2d_1", 900, 0.4, 5.0, 0.0), HEALTHY.layers[1]),
+            "layers": (LayerMeasures("conv2d_1", 0.4, 5.0, 0.0), HEALTHY.layers[1]),
         },
     },
     "rate-too-high": {"measured": {"trials": HIGHER, "train_accuracy": 0.6}},
@@ -90,7 +90,7 @@ PLANTED = {
     "vanishing-gradients": {"measured": {"layers": LAYERS, "train_accuracy": 0.5}},
     "dead-units": {
         "measured": {
-            "layers": [LayerMeasures("conv2d_1", 900, 0.0, 5.0, 0.95), HEALTHY.layers[1]],
+            "layers": [LayerMeasures("conv2d_1", 0.0, 5.0, 0.95), HEALTHY.layers[1]],
             "train_accuracy": 0.5,
         }
     },
@@ -159,11 +159,17 @@ def test_a_network_that_had_learned_and_lost_it_had_too_high_a_rate():
     assert found[0].changes == {"optimizer.learning_rate": 1.67e-4}
 
 
-def test_decoupled_decay_is_held_against_steps_and_not_against_gradients():
-    changes = {"optimizer.name": "adamw", "optimizer.weight_decay": 0.1}
-    assert diagnose(evidence(changes)) == []
-    found = diagnose(evidence(changes | {"optimizer.weight_decay": 5.0}))
+def test_decoupled_decay_is_judged_by_steps_without_it():
+    changes = {"optimizer.name": "adamw", "optimizer.weight_decay": 5.0}
+    assert diagnose(evidence(changes, {"without_decay": Trial(0.48, 0.01)})) == []
+    found = diagnose(evidence(changes, {"without_decay": Trial(0.3, 0.01)}))
     assert [finding.name for finding in found] == ["decay-too-strong"]
+    assert "0.50, 0.30 without decay" in found[0].evidence
+
+
+def test_a_network_that_is_still_learning_is_no_judge_of_labels():
+    fast = {"train": (0.3, 0.4, 0.5, 0.6, 0.7), "val": (0.3, 0.4, 0.45, 0.5, 0.6)}
+    assert diagnose(evidence(measured=PLANTED["label-noise"]["measured"], **fast)) == []
 
 
 def test_what_a_few_noisy_steps_say_of_rates_does_not_count():

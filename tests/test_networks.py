@@ -393,3 +393,21 @@ def test_a_dense_layer_computes_under_autocast_what_pytorchs_does(wide):
     assert ours.weight.grad.dtype == (torch.float32 if wide else torch.bfloat16)
     for a, b in zip((xs[0], *ours.parameters()), (xs[1], *theirs.parameters()), strict=True):
         assert torch.equal(a.grad.float(), b.grad)
+
+
+@pytest.mark.parametrize("size", [20, 5, 1])
+def test_batch_norm_follows_a_small_batch_by_its_share(size, tiny_images, tmp_path):
+    """An epoch of 180 images in batches of 175 + 5, so that the last batch is a few images."""
+    network = NetworkRecipe(channels=((16,),), batch_norm=True, dense=())
+    model = networks.build(network, (8, 8, 3), 4)
+    norm = next(module for module in model.modules() if isinstance(module, modules.BatchNorm))
+    model.train()
+    x = torch.randn(20, 3, 8, 8).to(memory_format=torch.channels_last)
+    moved = {}
+    for share in (1.0, size / 20):
+        norm.running_mean.zero_()
+        model.weigh_batch(share)
+        model(x)
+        moved[share] = norm.running_mean.clone()
+    expected = moved[1.0] / 0.4 * (1 - 0.6 ** (size / 20))
+    torch.testing.assert_close(moved[size / 20], expected)

@@ -43,17 +43,17 @@ SMALL_BATCH, CHANGED = 32, 0.15  # images; share of predictions
 HIDDEN, HARDER = 0.6, 0.15  # share of an image; accuracy
 DROPPED, DROPOUT_LOSS = 0.7, 0.5  # rate; nats
 LATE_EPOCHS, SWING, LATE_RATE = 5, 1.5, 0.3  # in standard errors; of the highest rate
+LAST_GAIN = 0.03  # of train accuracy, by the last epoch
 LOSS_RISE, LARGE_GAP = 0.05, 0.3  # of the lowest validation loss; accuracy
 FITS = 0.9  # accuracy on a few images
 WIDE = 0.05  # half of an accuracy's 95 % interval
 
 
 class LayerMeasures(NamedTuple):
-    """Of a layer with weights, so many: norms of the gradient of the mean loss by them, and of them; the share of its
-    units that no image activates, None where no ReLU follows."""
+    """Of a layer with weights: norms of the gradient of the mean loss by them, and of them; the share of its units that
+    no image activates, None where no ReLU follows."""
 
     name: str
-    size: int
     gradient: float
     weight: float
     inactive: float | None
@@ -90,9 +90,9 @@ class Measures:
     without any; loss_error: standard error of the validation loss; plain_loss, dropout_loss: of the same train images,
     without and with dropout; changed_by_batch_norm: share of train images that get another class when batches of the
     recipe's size are normalised by themselves; seen_accuracies: on the same train images as they are and as augmented;
-    map_sides: of the map that each convolution works on, in pixels; trials: factor on the learning rate → what the
-    same few steps from the start came to, and fit_accuracy: on a few images, after steps on nothing else; empty and
-    None where the run gave no reason to try."""
+    map_sides: of the map that each convolution works on, in pixels. Where the run gave a reason to try, else empty and
+    None: trials: factor on the learning rate → what the same few steps from the start came to; without_decay: what they
+    came to at the run's rate without its weight decay; fit_accuracy: on a few images, after steps on nothing else."""
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
@@ -110,6 +110,7 @@ class Measures:
     layers: tuple[LayerMeasures, ...]
     map_sides: tuple[int, ...]
     trials: Mapping[float, Trial] = field(default_factory=dict)
+    without_decay: Trial | None = None
     fit_accuracy: float | None = None
 
 
@@ -254,27 +255,31 @@ def _imbalance(e: Evidence) -> Finding | None:
 
 
 def _decay_too_strong(e: Evidence) -> Finding | None:
-    """Where the two balance, nothing is learned any more that decay does not take back. AdamW decays beside a step of
-    about one a weight, the others as a part of the gradient; Muon's own weights have no decay."""
-    optimizer, decay = e.recipe.optimizer, e.recipe.optimizer.weight_decay
-    if not decay or e.measures.train_accuracy >= BY_HEART:
+    """Where decay and gradient balance, nothing is learned any more that decay does not take back. Muon's own weights
+    have no decay, and that of AdamW is no part of the gradient: there only steps without it can tell."""
+    optimizer, decay, m = e.recipe.optimizer, e.recipe.optimizer.weight_decay, e.measures
+    if not decay or m.train_accuracy >= BY_HEART:
         return None
-    decoupled = optimizer.name == "adamw"
-    pulls = [
-        (decay * layer.weight, math.sqrt(layer.size) if decoupled else layer.gradient, layer)
-        for layer in e.measures.layers
-        if optimizer.name != "muon" or layer.name == "predictions"
-    ]
-    pull, push, worst = max(pulls, key=lambda of: of[0] / max(of[1], 1e-9))
-    vanished = all(layer.weight < 1e-3 for *_, layer in pulls)
-    if pull < PULL * push and not vanished:
+    shown = ""
+    if m.without_decay is not None and m.trials:
+        own, without = m.trials[1.0].loss, m.without_decay
+        if own - without.loss >= max(RATE_GAIN * e.entropy, 3 * without.error):
+            shown = f"train loss after the same first steps {own:.2f}, {without.loss:.2f} without decay"
+    if not shown and optimizer.name != "adamw":
+        decayed = [layer for layer in m.layers if optimizer.name != "muon" or layer.name == "predictions"]
+        worst = max(decayed, key=lambda layer: layer.weight / max(layer.gradient, 1e-9))
+        pull = decay * worst.weight
+        if pull >= PULL * worst.gradient or all(layer.weight < 1e-3 for layer in decayed):
+            shown = (
+                f"weight decay {decay:g} times the norm of the weights of {worst.name} is {pull:.2g}, the norm of the"
+                f" loss's gradient there {worst.gradient:.2g}; train accuracy {m.train_accuracy:.3f}"
+            )
+    if not shown:
         return None
-    against = "an update of one for each of them" if decoupled else "the loss's gradient there"
     return Finding(
         "decay-too-strong",
         "weight decay pulls as hard as the images",
-        f"weight decay {decay:g} times the norm of the weights of {worst.name} is {pull:.2g}, the norm of {against}"
-        f" {push:.2g}; train accuracy {e.measures.train_accuracy:.3f}",
+        shown,
         f"a weight decay of {decay / 100:g}",
         {"optimizer.weight_decay": decay / 100},
     )
@@ -482,7 +487,8 @@ def _label_noise(e: Evidence) -> Finding | None:
     low, high = wilson_interval(wrong / count, count)
     if low < WRONG or confidence < SURE or wrong / count < 1 - confidence + OVERSURE:
         return None
-    if e.measures.train_accuracy >= BY_HEART or e.gap >= LARGE_GAP:
+    still_learning = e.last["train/accuracy"] - e.rows[-2]["train/accuracy"] > LAST_GAIN if len(e.rows) > 1 else True
+    if e.measures.train_accuracy >= BY_HEART or e.gap >= LARGE_GAP or still_learning:
         return None
     return Finding(
         "label-noise",

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from fromzero import kernels
 from fromzero.rng import derive, random_bytes, words
 
+FOLLOWING = 0.4  # how far batch normalisation's statistics go to those of a whole batch
 TINY_MAP_PIXELS = 4  # input pixels up to which a convolution is computed as a dense layer
 SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
 KERNEL_PIXELS, KERNEL_OUTPUTS = 5, 16  # output pixels and channels from which compiled kernels are used; and on 2×2
@@ -52,6 +53,13 @@ class Network(nn.Sequential):
         for name, module in modules.items():
             self.add_module(name, module)
         self.masks = masks
+        self.batch_norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
+
+    def weigh_batch(self, share: float) -> None:
+        """Say how large the next batch is, as a share of a whole one. An epoch's last batch may be a few images, and
+        what is evaluated after it would be normalised by them: statistics follow a batch by its share."""
+        for norm in self.batch_norms:
+            norm.momentum = FOLLOWING if share == 1 else 1 - (1 - FOLLOWING) ** share
 
     def reseed(self, seed: int, step: int, dropout: bool = True) -> None:
         """Make the dropout masks of the next forward pass those of (seed, step), or turn dropout off."""
@@ -63,14 +71,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"": lambda x: x, "relu": F
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation with a trained shift and no scale, which the next filters have already; its statistics
-    follow fast (0.4 of each batch), as suits short trainings (Jordan, 2024, arXiv:2404.00498). Behind it comes its
-    `activation`, one of ACTIVATIONS, and before that what `other` images it is given are added."""
+    follow fast (FOLLOWING of each batch), as suits short trainings (Jordan, 2024, arXiv:2404.00498). Behind it comes
+    its `activation`, one of ACTIVATIONS, and before that what `other` images it is given are added."""
 
     running_mean: Tensor
     running_var: Tensor
+    momentum: float
 
     def __init__(self, channels: int, activation: str = ""):
-        super().__init__(channels, eps=1e-5, momentum=0.4)
+        super().__init__(channels, eps=1e-5, momentum=FOLLOWING)
         self.register_parameter("weight", None)
         self.register_buffer("num_batches_tracked", None)  # counted for the sake of momentum=None only
         self.activation = activation
@@ -83,7 +92,8 @@ class BatchNorm(nn.BatchNorm2d):
         fitting = fitting and count > 0 and (other is None or other.shape == x.shape)
         kernel = kernels.in_use(x) if fitting else None
         if kernel is None or (torch.is_grad_enabled() and not training):
-            y = F.batch_norm(x, self.running_mean, self.running_var, None, self.bias, training, 0.4, self.eps)
+            statistics = self.running_mean, self.running_var
+            y = F.batch_norm(x, *statistics, None, self.bias, training, self.momentum, self.eps)
             return ACTIVATIONS[self.activation](y if other is None else y + other)
         x = x.to(kernel.element).contiguous(memory_format=torch.channels_last)
         if other is not None:
@@ -92,8 +102,8 @@ class BatchNorm(nn.BatchNorm2d):
         if training:
             with torch.no_grad():
                 mean, variance = kernel.moments(x.permute(0, 2, 3, 1))
-                self.running_mean.lerp_(mean, 0.4)
-                self.running_var.lerp_(variance * (count / (count - 1)), 0.4)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         scale = (variance + self.eps).rsqrt()
         return kernels.BatchNorm.apply(x, mean, scale, self.bias, other, self.activation, kernel)
 

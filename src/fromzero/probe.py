@@ -54,10 +54,12 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
     say("copies")
     copies = _copies(data, own_test=recipe.validation.source == "split")
     found: dict[float, Trial] = {}
-    fit = None
+    fit = without_decay = None
     if trials and train.accuracy < FITTED:
         say("first steps at other learning rates")
-        found = _trials(recipe, data, images.image_shape, images.num_classes, here, _seconds_a_step(trained))
+        found, without_decay = _trials(
+            recipe, data, images.image_shape, images.num_classes, here, _seconds_a_step(trained)
+        )
         if train.accuracy - validation.accuracy < SMALL_GAP:
             say("a few images by heart")
             fit = _fit(recipe, data, images.image_shape, images.num_classes, here, best_factor(found))
@@ -78,6 +80,7 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
         layers=_layers(network, data, recipe, here),
         map_sides=tuple(_map_sides(recipe, images.image_shape, images.num_classes)),
         trials=found,
+        without_decay=without_decay,
         fit_accuracy=fit,
     )
 
@@ -167,9 +170,7 @@ def _layers(network: Network, data: Data, recipe: Recipe, here: Machine) -> tupl
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() > 1 and weight.requires_grad:
             gradient = 0.0 if weight.grad is None else float(weight.grad.float().norm())
-            found.append(
-                LayerMeasures(path, weight.numel(), gradient, float(weight.detach().norm()), activated.get(path))
-            )
+            found.append(LayerMeasures(path, gradient, float(weight.detach().norm()), activated.get(path)))
     return tuple(found)
 
 
@@ -251,25 +252,26 @@ def _seconds_a_step(trained: Trained) -> float:
 
 def _trials(
     recipe: Recipe, data: Data, shape: networks.ImageShape, num_classes: int, here: Machine, seconds_a_step: float
-) -> dict[float, Trial]:
-    """Factor on the learning rate → train loss over the last quarter of the first so many steps. All begin at the run's
-    first weights and see the same images, in the same order; the rate is the recipe's, but that it falls no more and
-    that a warm-up ends half-way. Where the best factor is the lowest or the highest, one beyond is tried, too."""
+) -> tuple[dict[float, Trial], Trial | None]:
+    """Factor on the learning rate → train loss over the last quarter of the first so many steps; and that at the run's
+    rate without its weight decay, if it has any. All begin at the run's first weights and see the same images, in the
+    same order; the rate is the recipe's, but that it falls no more and that a warm-up ends half-way. Where the best
+    factor is the lowest or the highest, one beyond is tried, too."""
     simple = recipe.override({"hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0})
     timetable = Timetable.of(simple, len(data.train.labels))
     affordable = TRIAL_SECONDS / (len(TRIAL_FACTORS) * max(seconds_a_step, 1e-4))
     steps = int(min(TRIAL_STEPS, max(FEWEST_TRIAL_STEPS, affordable)))
     warm = min(timetable.steps_before(recipe.schedule.warmup_epochs), steps / 2)
 
-    def last_losses(factor: float) -> list[float]:
+    def last_losses(factor: float, recipe: Recipe = simple) -> list[float]:
         """Of each step; infinite where one overflows."""
-        state = initial_state(simple, shape, num_classes, data, here)
+        state = initial_state(recipe, shape, num_classes, data, here)
         losses = []
-        for step, batch in enumerate(_first_batches(simple, data, timetable, steps)):
+        for step, batch in enumerate(_first_batches(recipe, data, timetable, steps)):
             rate = factor * recipe.optimizer.learning_rate * min(1.0, (step + 1) / max(warm, 1))
             state.counters.step = step
             try:
-                losses.append(train_step(state, batch, rate, simple, timetable.epochs_after(step), here).loss)
+                losses.append(train_step(state, batch, rate, recipe, timetable.epochs_after(step), here).loss)
             except NonFiniteError:
                 return [math.inf]
         return losses[-max(2, steps // 4) :]
@@ -286,7 +288,9 @@ def _trials(
                 waiting = [lowest / 10]
             elif best == highest:
                 waiting = [highest * 10]
-    return found
+    if not recipe.optimizer.weight_decay:
+        return found, None
+    return found, _trial(last_losses(1.0, simple.override({"optimizer.weight_decay": 0.0})), own)
 
 
 def _trial(losses: list[float], own: list[float]) -> Trial:

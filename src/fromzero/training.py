@@ -380,6 +380,7 @@ def train_step(
     if not model.training:
         model.train()
     model.reseed(recipe.seed, step, dropout=progress >= recipe.network.dropout_from_epoch)
+    model.weigh_batch(len(batch.labels) / max(1, round(recipe.hardest * recipe.batch_size)))
     with machine.autocast():
         logits = (state.compiled or model)(batch.images)
     logits = logits.float()
