@@ -299,9 +299,11 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         from fromzero import display, probe
         from fromzero.diagnosis import Evidence, diagnose, write_findings
         from fromzero.runs import load_run
-        from fromzero.sessions import load_trained
+        from fromzero.sessions import check_unedited, last_checkpoint, load_trained
 
     run = load_run(arguments.RUN, arguments.runs_dir)
+    run.has_ended()  # or its rows are not all there
+    check_unedited(run)
     trained = load_trained(
         run,
         device=arguments.device or "auto",
@@ -309,15 +311,29 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         data_dir=arguments.data_dir,
         offline=arguments.offline,
     )
-    rows = run.metrics() or [probe.row_of(trained)]
     console = Console()
     plain: dict[str, Any] = {"highlight": False, "soft_wrap": not display.can_redraw(console), "markup": False}
-    console.print(display.diagnosis_header(run, rows), **plain)
-    with console.status("") as status:
-        measures = probe.measure(trained, say=lambda doing: status.update(f"  {doing} …"))
+    try:
+        # Rows after the checkpoint are not of the weights that are measured.
+        rows = run.metrics()[: last_checkpoint(run).state.get("epoch", 0)] or [probe.row_of(trained)]
+        console.print(display.diagnosis_header(run, rows), **plain)
+        with console.status("") as status:
+            measures = probe.measure(
+                trained, trials=run.provenance["from"] is None, say=lambda doing: status.update(f"  {doing} …")
+            )
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"{trained.weights}: {error}; a lower --optimizer.learning_rate or a warm-up keeps them small"
+        ) from None
     found = diagnose(Evidence(run.recipe, rows, measures))
-    studies = write_findings(run, found, measures)
+    studies, failure = {}, None
+    try:
+        studies = write_findings(run, found, measures, trained.images.source)
+    except FromzeroError as error:
+        failure = error
     console.print(display.diagnosis_text(run, rows, found, studies, min(console.width, 110)), **plain)
+    if failure is not None:
+        raise failure
 
 
 def _print_no_more() -> None:

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ SMALL_GAP = 0.08  # between train and validation accuracy
 COPIED = 0.05  # share; of CIFAR-10's own test images 0.003 are found
 IMBALANCED, RECALL_GAP = 8.0, 0.2  # images of the commonest class over those of the rarest; accuracy
 WRONG, SURE, OVERSURE = 0.06, 0.6, 0.03  # share of wrong ones among the surest; their mean probability; beyond that
+FEWEST_SURE = 25  # images
 RATE_GAIN = 0.05  # of the entropy of the classes, in loss
 COLLAPSED, HAD_LEARNED = 0.98, 0.8  # of the entropy of the classes, as losses
 DEAD = 0.9  # share of a layer's units
@@ -161,16 +162,18 @@ class Finding:
     @property
     def changed(self) -> str:
         """The changes in words."""
-        return ", ".join(f"{path} = {value}" for path, value in self.changes.items())
+        return ", ".join(f"{path} = {json.dumps(value)}" for path, value in self.changes.items())
 
 
 def diagnose(evidence: Evidence) -> list[Finding]:
     """What is wrong with a run, causes first. What another finding explains is left out."""
     found: list[Finding] = []
+    recipe = evidence.recipe
     for name, rule in RULES.items():
         finding = rule(evidence)
         if finding is not None and not any(name in EXPLAINS.get(other.name, ()) for other in found):
-            found.append(finding)
+            changes = {path: new for path, new in finding.changes.items() if recipe.override({path: new}) != recipe}
+            found.append(replace(finding, changes=changes))
     return found
 
 
@@ -191,20 +194,16 @@ def study_text(finding: Finding, recipe: Recipe, dataset: str | None = None) -> 
     )
 
 
-def write_findings(run: Run, found: Sequence[Finding], measures: Measures) -> dict[str, Path]:
+def write_findings(run: Run, found: Sequence[Finding], measures: Measures, source: str) -> dict[str, Path]:
     """Write diagnosis.json into the run folder, and for each finding that a recipe field can mend the study that tests
-    it: name → its file. Raises FromzeroError where the folder cannot be written."""
+    it: name → its file. source: where the images are now. Raises FromzeroError where the folder cannot be written."""
     recipe, data = run.recipe, run.provenance["data"]
     studies: dict[str, Path] = {}
     name = re.split("[@:]", data["name"])[0]
     # A folder, by its whole path: the recipe names it from wherever the run was begun.
-    dataset = None if name in NAMED else data["source"] + data["name"].removeprefix(name)
-    known = asdict(measures)
-    # JSON has no infinity: a trial that overflowed is null.
-    known["trials"] = {
-        f"{f:g}": trial.loss if math.isfinite(trial.loss) else None for f, trial in measures.trials.items()
-    }
-    content = {"findings": [asdict(finding) for finding in found], "measures": known}
+    dataset = None if name in NAMED else source + data["name"].removeprefix(name)
+    known = asdict(measures) | {"trials": {f"{factor:g}": trial for factor, trial in measures.trials.items()}}
+    content = {"findings": [asdict(finding) for finding in found], "measures": _finite(known)}
     try:
         for finding in found:
             if finding.changes:
@@ -213,8 +212,20 @@ def write_findings(run: Run, found: Sequence[Finding], measures: Measures) -> di
                 studies[finding.name] = path
         write_atomically(run.path / "diagnosis.json", (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
-        raise FromzeroError(f"{run.path}: cannot be written: {error.strerror}") from None
+        raise FromzeroError(
+            f"{run.path}: cannot be written: {error.strerror}, so no study was left there; make the folder writable, or"
+            " copy it to one that is"
+        ) from None
     return studies
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for what is not finite, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _copies(e: Evidence) -> Finding | None:
@@ -226,8 +237,8 @@ def _copies(e: Evidence) -> Finding | None:
     return Finding(
         "copies",
         "images that are scored on are trained on too, so accuracies flatter",
-        f"{copies.near:,} of {copies.of:,} validation and test images are in train as well, {copies.exact:,} of them to"
-        " the byte",
+        f"of {copies.of:,} validation and test images {copies.exact:,} are in train to the byte, and"
+        f" {copies.near - copies.exact:,} more look almost like one there",
         "remove copies before splitting, or keep all copies of a picture in one split",
     )
 
@@ -269,7 +280,8 @@ def _decay_too_strong(e: Evidence) -> Finding | None:
         decayed = [layer for layer in m.layers if optimizer.name != "muon" or layer.name == "predictions"]
         worst = max(decayed, key=lambda layer: layer.weight / max(layer.gradient, 1e-9))
         pull = decay * worst.weight
-        if pull >= PULL * worst.gradient or all(layer.weight < 1e-3 for layer in decayed):
+        vanished = all(layer.weight < 1e-3 for layer in decayed)
+        if vanished or (worst.gradient > 1e-6 and pull >= PULL * worst.gradient):  # of dead units there is no gradient
             shown = (
                 f"weight decay {decay:g} times the norm of the weights of {worst.name} is {pull:.2g}, the norm of the"
                 f" loss's gradient there {worst.gradient:.2g}; train accuracy {m.train_accuracy:.3f}"
@@ -281,7 +293,7 @@ def _decay_too_strong(e: Evidence) -> Finding | None:
         "weight decay pulls as hard as the images",
         shown,
         f"a weight decay of {decay / 100:g}",
-        {"optimizer.weight_decay": decay / 100},
+        {"optimizer.weight_decay": float(f"{decay / 100:.3g}")},
     )
 
 
@@ -290,6 +302,8 @@ def _dropout_too_strong(e: Evidence) -> Finding | None:
     rates = [block.dropout for block in network.blocks()] + [rate for _, rate in network.dense_layers()]
     strongest = max(rates)
     costs = m.dropout_loss - m.plain_loss
+    if network.dropout_from_epoch >= e.last["epoch"] > 0:
+        return None  # it was off all the time
     if not strongest or e.fitted or (strongest < DROPPED and (costs < DROPOUT_LOSS or e.gap >= SMALL_GAP)):
         return None
     halved = {f"network.{name}": _halved(getattr(network, name)) for name in ("block_dropout", "dense_dropout")}
@@ -430,17 +444,20 @@ def _augmentation_too_strong(e: Evidence) -> Finding | None:
     plain, augmented = e.measures.seen_accuracies
     augment = e.recipe.augment
     left = _share_left(augment.translate, augment.cutout, augment.crop, e.measures.image_shape)
-    if plain - augmented < HARDER and (left > HIDDEN or e.fitted):
+    unlike = augmented - plain >= HARDER
+    if not unlike and plain - augmented < HARDER and (left > HIDDEN or e.fitted):
         return None
     milder: dict[str, Any] = {
         f"augment.{name}": getattr(augment, name) // 4 for name in ("translate", "cutout") if getattr(augment, name)
     }
     if augment.crop:
-        milder["augment.crop"] = 3 * min(e.measures.image_shape[:2]) // 4
+        milder["augment.crop"] = (augment.crop + min(e.measures.image_shape[:2])) // 2
     mirrored_only = not milder and augment.flip != "none"
     return Finding(
         "augmentation-too-strong",
-        "augmentation hides what the label says",
+        "train images as augmented are unlike those that are scored"
+        if unlike
+        else "augmentation hides what the label says",
         f"accuracy on the same train images {plain:.3f} as they are, {augmented:.3f} as augmented; {left:.0%} of an"
         " image is left on average",
         "no mirroring" if mirrored_only else "shift, crop and cut out less",
@@ -467,13 +484,13 @@ def _oscillating(e: Evidence) -> Finding | None:
     accuracies = [row["val/accuracy"] for row in rows]
     swing, mean = _deviation_from_line(accuracies), _mean(accuracies)
     sampling = math.sqrt(mean * (1 - mean) / e.measures.num_validation)
-    if swing < SWING * sampling:
+    if swing <= SWING * sampling:
         return None
     return Finding(
         "oscillating",
         "late epochs go up and down, and the last one is drawn by lot: the learning rate does not fall",
-        f"validation accuracy of the last {len(rows)} epochs deviates from its trend by {100 * swing:.1f} points, of"
-        f" which {e.measures.num_validation:,} images can explain {100 * sampling:.1f}",
+        f"validation accuracy of the last {len(rows)} epochs deviates from its trend by {100 * swing:.1f} points; as"
+        f" {e.measures.num_validation:,} images are, one of them is known to {100 * sampling:.1f}",
         "a rate that falls to zero",
         {"schedule.name": "linear"},
     )
@@ -485,14 +502,14 @@ def _label_noise(e: Evidence) -> Finding | None:
     nothing."""
     wrong, count, confidence = e.measures.surest
     low, high = wilson_interval(wrong / count, count)
-    if low < WRONG or confidence < SURE or wrong / count < 1 - confidence + OVERSURE:
+    if count < FEWEST_SURE or low < WRONG or confidence < SURE or wrong / count < 1 - confidence + OVERSURE:
         return None
     still_learning = e.last["train/accuracy"] - e.rows[-2]["train/accuracy"] > LAST_GAIN if len(e.rows) > 1 else True
     if e.measures.train_accuracy >= BY_HEART or e.gap >= LARGE_GAP or still_learning:
         return None
     return Finding(
         "label-noise",
-        "labels are wrong",
+        "some labels may be wrong, or classes overlap",
         f"of the {count:,} validation images that the network is surest of (probability {confidence:.2f}), {wrong:,}"
         f" have another label: {low:.0%} to {high:.0%} (95 %)",
         "look at those images and mend the labels; label smoothing bears some noise",
@@ -505,7 +522,9 @@ def _overfitting(e: Evidence) -> Finding | None:
     rise = e.last["val/loss"] - lowest["val/loss"]
     fell = e.last["train/loss"] < lowest["train/loss"]
     rises = fell and rise > max(2 * e.measures.loss_error, LOSS_RISE * lowest["val/loss"])
-    if not (rises and e.gap > SMALL_GAP) and e.gap < LARGE_GAP:
+    accuracy = e.last["val/accuracy"]
+    error = math.sqrt(accuracy * (1 - accuracy) / e.measures.num_validation)
+    if not (rises and e.gap > SMALL_GAP) and e.gap < LARGE_GAP + 2 * error:
         return None
     shown = e.accuracies
     if rises:
@@ -554,7 +573,7 @@ def _underfitting(e: Evidence) -> Finding | None:
     channels = [[2 * count for count in block] for block in e.recipe.network.channels]
     return Finding(
         "underfitting",
-        "the network is too small for its train images",
+        "the network is too small for its train images, or learns them too slowly",
         f"{e.accuracies}; of a hundred train images it learns {fit:.2f} by steps on nothing else",
         "twice the channels",
         {"network.channels": channels},
@@ -570,7 +589,7 @@ def _validation_too_small(e: Evidence) -> Finding | None:
         "validation-too-small",
         "validation has too few images to tell better from worse",
         f"{count:,} images: an accuracy of {accuracy:.3f} may be {low:.3f} to {high:.3f} (95 %)",
-        "hold out more (--validation.fraction 0.2), or compare several seeds (fromzero study)",
+        "more validation images (a larger --validation.fraction, more pictures under val), or several seeds",
     )
 
 

@@ -138,6 +138,7 @@ def diagnosis_text(
 ) -> str:
     """The findings in words: what is wrong, what shows it, what to do, and how to test that."""
     lines: list[str] = []
+    seconds = run.recipe.epochs * rows[-1]["time/seconds"] / max(rows[-1]["epoch"], 1)
 
     def say(label: str, text: str, *, whole: bool = False) -> None:
         hanging = " " * len(label)
@@ -156,16 +157,19 @@ def diagnosis_text(
         say("   shown by: ", finding.evidence)
         say("   try:      ", finding.remedy)
         if finding.name in studies:
-            took = duration(rows[-1]["time/seconds"])
+            took = f", each about as long as this one ({duration(seconds)})" if seconds else ""
             command = f"fromzero study {shlex.quote(str(studies[finding.name]))}"
             say("   test it:  ", command, whole=True)  # to be copied
             say(
                 "             ",
-                f"{finding.changed}; {STUDY_SEEDS} pairs of runs, each about as long as this one ({took})",
+                f"{finding.changed}; {STUDY_SEEDS} pairs of runs{took}",
             )
-        else:
+        elif not finding.changes:
             say("   test it:  ", "no field of a recipe changes that")
     others = [name for name in RULES if name not in {finding.name for finding in found}]
+    if origin := run.provenance["from"]:
+        say("", f"The run began with the weights of {origin['run']}: its first steps were not tried again, and a study")
+        lines[-1] += " begins anew."
     say("not found: " if found else "nothing found of: ", ", ".join(others))
     return "\n".join(lines)
 

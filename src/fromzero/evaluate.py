@@ -117,9 +117,13 @@ def evaluate(
 
 def predict(model: nn.Module, pixels: Tensor, normalise: Normalise, machine: Machine, views: str = "none") -> Tensor:
     """The probabilities float32 (N, classes) that `model` gives to `pixels` uint8 (N, H, W, C), as `evaluate` looks at
-    them. They are the network's own and not calibrated: label smoothing alone keeps them away from one."""
+    them. They are the network's own and not calibrated: label smoothing alone keeps them away from one. Raises
+    NonFiniteError where they are no numbers."""
     with _evaluating(model, machine):
-        return torch.cat([_logits(model, part, normalise, views).softmax(1) for part in pixels.split(BATCH)])
+        found = torch.cat([_logits(model, part, normalise, views).softmax(1) for part in pixels.split(BATCH)])
+    if not found.isfinite().all():
+        raise NonFiniteError("the network's outputs are no numbers: its weights are too large to compute with")
+    return found
 
 
 @contextmanager

@@ -28,16 +28,20 @@ from fromzero.rng import permutation
 from fromzero.runs import Row
 from fromzero.sessions import Trained, initial_state
 from fromzero.timetable import Timetable
-from fromzero.training import Batch, Data, batch_at, train_step
+from fromzero.training import Batch, Data, Subset, batch_at, train_step
 
 IMAGES = 1000  # train images that modes, augmentation and units are measured on
 GRADIENT_BATCHES = 4
 CONFIDENT_SHARE, FEWEST_CONFIDENT = 0.1, 20
-TRIAL_FACTORS, MOST_TRIALS = (1.0, 0.1, 10.0, 0.01, 100.0), 10
-TRIAL_STEPS, FEWEST_TRIAL_STEPS, TRIAL_SECONDS = 100, 25, 90.0  # of each; seconds: of all together
+TRIAL_FACTORS, MOST_TRIALS = (1.0, 0.1, 10.0, 0.01, 100.0), 8
+TRIAL_STEPS, FEWEST_TRIAL_STEPS, TRIAL_SECONDS = 100, 25, 60.0  # of each; seconds: of all together
 FITTED_IMAGES, FIT_BATCH, FIT_STEPS = 100, 50, 200  # whether the network can learn that few by heart
 COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
-SIDE, ALIKE = 16, 0.98  # pictures as alike as that, made so small, count as one
+SIDE, ALIKE, TWINS = (
+    16,
+    0.98,
+    0.01,
+)  # share with a likeness in another class; pictures as alike as that, made so small, count as one
 
 
 def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None] = lambda line: None) -> Measures:
@@ -62,7 +66,9 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
         )
         if train.accuracy - validation.accuracy < SMALL_GAP:
             say("a few images by heart")
-            fit = _fit(recipe, data, images.image_shape, images.num_classes, here, best_factor(found))
+            factors = {1.0, best_factor(found), best_factor(found) / 10}  # what suits first steps may be too fast later
+            shape, classes = images.image_shape, images.num_classes
+            fit = max(_fit(recipe, data, shape, classes, here, factor) for factor in sorted(factors))
     return Measures(
         image_shape=images.image_shape,
         class_names=images.class_names,
@@ -113,7 +119,7 @@ def _modes(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple
     """On the same train images, as they are: the mean loss in evaluation mode, that with dropout on, and for what share
     of them another class is predicted when batches as large as the recipe's are normalised by themselves."""
     model = copy.deepcopy(network)
-    pixels, labels = data.clean_train.pixels[:IMAGES], data.clean_train.labels[:IMAGES]
+    pixels, labels = _some(data, recipe)
 
     def logits(on: type[torch.nn.Module] | None) -> Tensor:
         model.eval()
@@ -132,11 +138,18 @@ def _modes(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple
     return F.cross_entropy(plain, labels).item(), F.cross_entropy(dropped, labels).item(), float(changed)
 
 
+def _some(data: Data, recipe: Recipe) -> Subset:
+    """At most IMAGES of the clean train images, in an order by chance: pictures come class by class."""
+    chosen = torch.from_numpy(permutation(len(data.clean_train.labels), recipe.seed, "probe")[:IMAGES])
+    chosen = chosen.to(data.clean_train.labels.device)
+    return Subset(data.clean_train.pixels[chosen], data.clean_train.labels[chosen])
+
+
 def _seen_accuracies(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple[float, float]:
     """Accuracies on the same train images, as they are and as augmented as the last epoch's."""
-    shown = replace(data, train=data.clean_train)
+    shown = replace(data, train=_some(data, recipe))
     as_they_are = recipe.override({f"augment.{name}": value for name, value in AugmentRecipe().model_dump().items()})
-    indices = torch.arange(min(IMAGES, len(shown.train.labels)), device=here.device)
+    indices = torch.arange(len(shown.train.labels), device=here.device)
 
     def accuracy(how: Recipe) -> float:
         right = 0
@@ -152,7 +165,7 @@ def _seen_accuracies(network: Network, data: Data, recipe: Recipe, here: Machine
 def _layers(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple[LayerMeasures, ...]:
     """Norms of weights and of the loss's gradient, a mean over some batches, and how many units no image activates."""
     model = copy.deepcopy(network)
-    activated = _activated(model, data, here)
+    activated = _activated(model, _some(data, recipe), data, here)
     model.train()
     # No weight moves; a running statistic that does is the copy's.
     indices = torch.from_numpy(permutation(len(data.train.labels), recipe.seed, "probe"))
@@ -174,9 +187,9 @@ def _layers(network: Network, data: Data, recipe: Recipe, here: Machine) -> tupl
     return tuple(found)
 
 
-def _activated(model: Network, data: Data, here: Machine) -> dict[str, float]:
+def _activated(model: Network, shown: Subset, data: Data, here: Machine) -> dict[str, float]:
     """For every layer whose output goes through a ReLU, the share of its units (of a map: channels) that are zero for
-    all of IMAGES train images."""
+    all of the images shown."""
     ever: dict[str, Tensor] = {}
     handles = []
 
@@ -196,7 +209,7 @@ def _activated(model: Network, data: Data, here: Machine) -> dict[str, float]:
         if relu or "relu" in (getattr(module, "activation", ""), getattr(module, "name", "")):
             watch(last, module)
     try:
-        evaluate(model, data.clean_train.pixels[:IMAGES], data.clean_train.labels[:IMAGES], data.normalise, here)
+        evaluate(model, *shown, data.normalise, here)
     finally:
         for handle in handles:
             handle.remove()
@@ -215,19 +228,27 @@ def _map_sides(recipe: Recipe, image_shape: networks.ImageShape, num_classes: in
 
 def _copies(data: Data, *, own_test: bool) -> Copies:
     """Validation images, and test images where those are others, that are among the train images: byte for byte, or
-    nearly, mirrored ones too."""
-    parts = [data.validation.pixels, *([data.test.pixels] if own_test else [])]
-    looked_at = torch.cat([part[_spread(len(part))] for part in parts]).cpu()
-    train = data.train.pixels.cpu()
-    known = {image.tobytes() for image in train.numpy()}
-    exact = np.array([image.tobytes() in known for image in looked_at.numpy()])
-    theirs, ours = _small(train), _small(looked_at)
-    likeness = torch.full((len(ours),), -1.0)
-    for part in theirs.split(5000):
-        for seen in (ours, _small(looked_at.flip(2))):
-            likeness = torch.maximum(likeness, (seen @ part.T).amax(1))
-    near = (likeness > ALIKE).numpy() & (ours.abs().sum(1) > 0).numpy()
-    return Copies(int(exact.sum()), int((near | exact).sum()), len(looked_at))
+    nearly, mirrored ones too. Where images of other classes look as alike, looks say nothing and only bytes count."""
+    parts = [data.validation, *([data.test] if own_test else [])]
+    chosen = [_spread(len(part.labels)).to(part.labels.device) for part in parts]
+    looked_at = torch.cat([part.pixels[places] for part, places in zip(parts, chosen, strict=True)]).cpu()
+    labels = torch.cat([part.labels[places] for part, places in zip(parts, chosen, strict=True)]).cpu()
+    sought = [hash(image.tobytes()) for image in looked_at.numpy()]
+    known: set[int] = set()
+    views = [_small(looked_at), _small(looked_at.flip(2))]
+    same, other = torch.full((len(labels),), -1.0), torch.full((len(labels),), -1.0)
+    for pixels, theirs in zip(data.train.pixels.split(5000), data.train.labels.split(5000), strict=True):
+        part = pixels.cpu()
+        known.update(hash(image.tobytes()) for image in part.numpy())
+        alike = torch.maximum(*(view @ _small(part).T for view in views))
+        is_same = labels[:, None] == theirs.cpu()[None, :]
+        same = torch.maximum(same, alike.masked_fill(~is_same, -1.0).amax(1))
+        other = torch.maximum(other, alike.masked_fill(is_same, -1.0).amax(1))
+    exact = np.array([image in known for image in sought])
+    near = exact | (same > ALIKE).numpy()
+    if float((other > ALIKE).float().mean()) > TWINS:
+        near = exact
+    return Copies(int(exact.sum()), int(near.sum()), len(labels))
 
 
 def _spread(count: int) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -26,7 +27,7 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import filelock
 import pydantic
@@ -39,7 +40,7 @@ Row = dict[str, Any]
 
 # What is read of the files of a run, and so must be there and be of that type; whatever else they hold is kept.
 FIGURES = tuple(f"{curve}{what}" for curve in ("train/", "train/running_", "val/") for what in ("accuracy", "loss"))
-ROW_KEYS = ("epoch", "step", *FIGURES, "time/seconds")
+ROW_KEYS = ("epoch", "step", "learning_rate", *FIGURES, "time/seconds")
 SUMMARY_KEYS = ("epoch", "test/accuracy", "val/accuracy", "time/seconds")
 
 
@@ -55,6 +56,8 @@ class _Fingerprints(pydantic.BaseModel):
 
 
 class _Normalise(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
     shift: list[float]
     scale: list[float]
 
@@ -64,7 +67,7 @@ class _Data(pydantic.BaseModel):
     source: str
     fingerprints: _Fingerprints
     classes: list[str] = []
-    image_shape: list[int] = pydantic.Field([], min_length=3, max_length=3)
+    image_shape: list[Annotated[int, pydantic.Field(ge=1, le=10_000)]] = pydantic.Field([], min_length=3, max_length=3)
     normalise: _Normalise | None = None
 
 
@@ -101,7 +104,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.name or self.path.resolve().name
 
     @property
     def resume_command(self) -> str:
@@ -181,6 +184,7 @@ class Run:
             except ValueError:
                 row = None
             whole = isinstance(row, dict) and all(_is_number(row.get(key)) for key in ROW_KEYS)
+            whole = whole and all(0 <= row[key] <= 1 for key in FIGURES if key.endswith("accuracy"))
             if whole and row["epoch"] == number:
                 rows.append(row)
             elif whole:
@@ -262,7 +266,7 @@ class Run:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _lives(writer: dict[str, Any]) -> bool:

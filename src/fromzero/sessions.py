@@ -166,7 +166,7 @@ def _loaded(
     """The training of a run whose lock is held, at its last checkpoint; the run folder is cut back to it."""
     recipe, provenance = run.recipe, run.provenance
     recorded = [provenance, *provenance["resumed"]][-1]["machine"]
-    _check_unedited(run)
+    check_unedited(run)
     if epochs is not None and epochs < recipe.epochs:
         raise InputError(f"{run.path}: --epochs {epochs} is less than the run's {recipe.epochs}")
     if run.summary is not None and epochs in (None, recipe.epochs):
@@ -213,7 +213,7 @@ def _loaded(
     return Training(run, recipe, images, here, state, Data.of(recipe, images, here.device))
 
 
-def _check_unedited(run: Run) -> None:
+def check_unedited(run: Run) -> None:
     """Refuse an edited recipe: the checkpoint is that of a training by the old one. Raises FromzeroError.
 
     The images may have moved (theirs is a fingerprint of its own), and epochs change where a run was extended."""
