@@ -22,6 +22,7 @@ from fromzero.diagnosis import (
     best_factor,
     diagnose,
     study_text,
+    write_findings,
 )
 from fromzero.recipe import load_recipe
 from fromzero.sessions import load_trained, new_training
@@ -322,3 +323,110 @@ def test_a_run_that_overflowed_in_its_first_epoch_can_be_looked_at(tiny_images, 
     assert rows[0]["epoch"] == 0
     names = [finding.name for finding in diagnose(Evidence(training.recipe, rows, probe.measure(found)))]
     assert names[0] == "rate-too-high"
+
+
+# What an attack on it found.
+
+
+def test_rows_after_the_checkpoint_do_not_count(tiny_images, tmp_path, monkeypatch, capsys, write_cifar):
+    data = write_cifar(tmp_path / "tiny", per_batch=40)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", str(data), *ARGUMENTS, "--epochs", "3", "--checkpoint-minutes", "100"]) == 0
+    run = fromzero.list_runs()[0]
+    for path in run.checkpoints.iterdir():  # a kill before the first minute leaves the first weights only
+        if "step-0" not in path.name:
+            path.unlink()
+    (run.path / "summary.json").unlink()
+    capsys.readouterr()
+    assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 0
+    assert "after epoch 0: " in capsys.readouterr().out
+
+
+def test_an_edited_recipe_and_missing_rows_are_refused(tmp_path, monkeypatch, capsys, write_cifar):
+    data = write_cifar(tmp_path / "tiny", per_batch=40)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", str(data), *ARGUMENTS]) == 0
+    run = fromzero.list_runs()[0]
+    rows = (run.path / "metrics.jsonl").read_text()
+    for damage, said in (("", "rows are missing"), (rows.replace('"val/accuracy": 0', '"val/accuracy": 7'), "damaged")):
+        (run.path / "metrics.jsonl").write_text(damage)
+        capsys.readouterr()
+        assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 1
+        assert said in capsys.readouterr().err
+    (run.path / "metrics.jsonl").write_text(rows)
+    (run.path / "recipe.toml").write_text(run.recipe.override({"augment.translate": 9}).to_toml())
+    assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 1
+    assert "augment.translate is 9, but this run was trained with 0" in capsys.readouterr().err
+
+
+def test_findings_are_told_where_the_folder_cannot_be_written(tmp_path, monkeypatch, capsys, write_cifar):
+    data = write_cifar(tmp_path / "tiny", per_batch=40)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", str(data), *ARGUMENTS]) == 0
+    run = fromzero.list_runs()[0]
+    (run.path / "diagnosis.json").mkdir()
+    capsys.readouterr()
+    assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 1
+    told = capsys.readouterr()
+    assert "1. rate-too-high: " in told.out
+    assert "cannot be written" in told.err
+
+
+def test_images_that_all_look_alike_are_no_copies(tmp_path):
+    """One scene with a small difference, as parts before a camera are."""
+    rng = np.random.default_rng(0)
+    scene = rng.integers(0, 256, (32, 32, 3))
+
+    def part(count):
+        labels = np.arange(count) % 3
+        pixels = np.repeat(scene[None], count, 0) + rng.normal(0, 3, (count, 32, 32, 3))
+        pixels[np.arange(count), 4 * labels + 2] += 40
+        return Images(np.clip(pixels, 0, 255).astype(np.uint8), labels)
+
+    images = fromzero.ImageSet("parts", part(60), part(30), tuple("abc"), "made up", {"train": "a", "test": "b"})
+    m = probe.measure(trained(images, tmp_path, {"validation.source": "test"}), trials=False)
+    assert m.copies == Copies(0, 0, 30)
+
+
+def test_measures_do_not_depend_on_the_order_of_the_images(tiny_images, tmp_path):
+    """Pictures come class by class; a batch of one class has other moments than one of all."""
+    order = np.argsort(tiny_images.train.labels, kind="stable")
+    by_class = replace(tiny_images, train=tiny_images.train.take(order))
+    changes = {"network.batch_norm": True, "epochs": 8, "optimizer.learning_rate": 3e-3}
+    mixed, sorted_ = (
+        probe.measure(trained(images, tmp_path / name, changes), trials=False)
+        for name, images in (("mixed", tiny_images), ("sorted", by_class))
+    )
+    assert mixed.changed_by_batch_norm < 0.15
+    assert sorted_.changed_by_batch_norm < 0.15
+
+
+def test_dropout_that_was_never_on_a_flat_curve_and_dead_units_are_not_misread():
+    off = {"network.block_dropout": 0.9, "network.dropout_from_epoch": 100.0}
+    assert diagnose(evidence(off, {"train_accuracy": 0.6, "dropout_loss": 9.0})) == []
+    flat = {"train": (1.0,) * 5, "val": (1.0,) * 5, "learning_rate": (1e-3,) * 5}
+    assert diagnose(evidence({"schedule.name": "constant"}, {"train_accuracy": 1.0}, **flat)) == []
+    dead = [LayerMeasures("conv2d_1", 0.0, 5.0, 1.0), LayerMeasures("predictions", 0.0, 4.0, None)]
+    found = diagnose(evidence({"optimizer.weight_decay": 1e-7}, {"layers": dead, "train_accuracy": 0.5}))
+    assert [finding.name for finding in found] == ["dead-units"]
+
+
+def test_a_remedy_that_changes_nothing_has_no_study():
+    pooled = evidence({"network.pool": [1, 2, 2, 2]}, {"map_sides": (32, 4, 2)})
+    assert [(finding.name, finding.changes) for finding in diagnose(pooled)] == [("pooling-too-early", {})]
+
+
+def test_train_images_unlike_those_that_are_scored():
+    found = diagnose(evidence({"augment.translate": 4}, {"seen_accuracies": (0.4, 0.8)}))
+    assert [finding.name for finding in found] == ["augmentation-too-strong"]
+    assert "unlike those that are scored" in found[0].meaning
+
+
+def test_what_is_written_is_json(tiny_images, tmp_path):
+    found = trained(tiny_images, tmp_path, {"optimizer.learning_rate": 0.5})
+    measures = replace(probe.measure(found), without_decay=Trial(float("inf"), 0.0), loss_error=float("nan"))
+    write_findings(found.run, [], measures, tiny_images.source)
+    text = (found.run.path / "diagnosis.json").read_text("utf-8")
+    assert "Infinity" not in text
+    assert "NaN" not in text
+    assert json.loads(text)["measures"]["without_decay"] == [None, 0.0]

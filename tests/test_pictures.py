@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fromzero import Run, cli, load_images, load_recipe
+from fromzero import Run, checkpoint, cli, load_images, load_recipe
 from fromzero.data import pictures
 from fromzero.errors import InputError
 from fromzero.training import Data
@@ -324,3 +324,12 @@ def test_predictions_of_the_test_pictures_are_as_right_as_the_summary_says(tmp_p
     told = capsys.readouterr()
     assert [line.split() for line in told.out.splitlines()] == lines
     assert "1 of 22 pictures cannot be read; repair or remove them: set/test/red/half.png (" in told.err
+    last = tmp_path / "runs" / "set-987" / "checkpoints" / "last.safetensors"
+    found = checkpoint.load(last)
+    for tensor in found.tensors.values():
+        tensor.fill_(float("nan"))
+    checkpoint.save(last.parent, found, keep=1)
+    assert cli.main(["predict", "set-987", str(one), "--threads", "1"]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "outputs are no numbers: its weights are too large to compute with; try --checkpoint best" in told.err

@@ -253,7 +253,11 @@ def _predict(arguments: argparse.Namespace) -> None:
     read = [index for index in range(len(paths)) if index not in wrong]
     if read:
         on_device = torch.from_numpy(pixels[read]).to(here.device)
-        found = predict(network, on_device, normalise, here, views=arguments.tta).max(1)
+        try:
+            found = predict(network, on_device, normalise, here, views=arguments.tta).max(1)
+        except NonFiniteError as error:
+            other = "best" if arguments.checkpoint == "last" else "last"
+            raise NonFiniteError(f"{run.path}: {error}; try --checkpoint {other}") from None
         longest = max(map(len, names))
         for index, probability, label in zip(read, found.values.tolist(), found.indices.tolist(), strict=True):
             print(f"{names[label]:<{longest}}  {probability:.4f}  {paths[index]}")
