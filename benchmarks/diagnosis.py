@@ -570,7 +570,7 @@ def page(found, remedies):
             " notes' networks, smaller) and `norm` (Muon, batch normalisation, GELU, as `quick`) on 5,000 images of"
             " CIFAR-10, `digits` (SGD with momentum), and `residual` (AdamW, residual blocks, ReLU) on 4,000 images of"
             " CIFAR-10. Thresholds were chosen on the first three with seed 0, and rules were changed after a look at"
-            " seeds 10 and 11 of `residual` and seed 10 of the others (docs/log.md). So this says how they hold on other"
+            " seeds 10 and 11 of `residual`, seed 10 of the others (docs/log.md). So this says how they hold on other"
             " seeds, and not on kinds of networks or data that are not here.",
             "",
             f"### plain, norm and digits, seeds {seeds_of(found['rows'], residual=False)}",
