@@ -264,3 +264,49 @@ def test_what_stops_such_a_run_is_said(tmp_path):
         pytest.raises(WorkerError, match="cifar-10"),
     ):
         seconds(1)
+
+
+def test_every_planted_fault_is_a_recipe_that_differs_from_the_healthy_one():
+    from benchmarks import diagnosis
+    from fromzero.diagnosis import RULES
+
+    for case in diagnosis.CASES:
+        assert set(case.problems) <= set(RULES)
+        for base in case.bases:
+            healthy = diagnosis.recipe_of(base, diagnosis.CASES[0], 3)
+            recipe = diagnosis.recipe_of(base, case, 3)
+            same = recipe.override({"name": healthy.name}) == healthy
+            assert same == (case is diagnosis.CASES[0] or bool(case.images and not case.changes) or bool(case.weights))
+
+
+def test_what_counts_as_named():
+    from benchmarks import diagnosis
+
+    def row(problem, found, autotrainer=()):
+        return {
+            "base": "plain",
+            "case": "made up",
+            "problem": problem,
+            "found": found,
+            "seed": 1,
+            "seconds": 2.0,
+            "autotrainer": autotrainer,
+            "train": 0.5,
+            "val": 0.5,
+        }
+
+    rows = [
+        row(["copies"], ["copies"]),
+        row(["copies"], ["imbalance", "copies"]),
+        row(["copies"], ["imbalance"], ["slow convergence"]),
+        row([], []),
+        row([], ["overfitting"], ["oscillating"]),
+    ]
+    assert [diagnosis.verdict(r) for r in rows] == ["first", "named", "missed", "silent", "false alarm"]
+    text = "\n".join(diagnosis.summary(rows))
+    assert "2 of 3 trainings (0.667), and the first of them in 1" in text
+    assert "of 5 findings 2 are the planted fault (0.400)" in text
+    assert "1 of 2 have no finding" in text
+    assert "raise something in 1 of 3 faulty ones and in 1 of 2 healthy ones" in text
+    assert "| copies | 3 | 2 | 1 | imbalance 2 | slow convergence 1 |" in text
+    assert "| nothing: healthy | 2 | – | – | overfitting 1 | oscillating 1 |" in text
