@@ -141,7 +141,7 @@ def test_a_rule_finds_what_was_planted_and_its_study_tests_the_remedy(name, tmp_
         )
         assert study.arms["remedied"].changes
     else:
-        assert name in ("copies", "imbalance", "validation-too-small")
+        assert name in ("copies", "imbalance", "label-noise", "validation-too-small")
 
 
 def test_augmentation_that_leaves_little_of_an_image_is_too_strong_where_nothing_is_learned():

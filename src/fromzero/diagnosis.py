@@ -512,8 +512,7 @@ def _label_noise(e: Evidence) -> Finding | None:
         "some labels may be wrong, or classes overlap",
         f"of the {count:,} validation images that the network is surest of (probability {confidence:.2f}), {wrong:,}"
         f" have another label: {low:.0%} to {high:.0%} (95 %)",
-        "look at those images and mend the labels; label smoothing bears some noise",
-        {"label_smoothing": 0.2} if e.recipe.label_smoothing < 0.2 else {},
+        "look at images that it is sure of and wrong about (fromzero predict), and mend the labels",
     )
 
 
