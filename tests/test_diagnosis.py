@@ -112,7 +112,7 @@ PLANTED = {
         "val": (0.6, 0.65, 0.64, 0.63, 0.62),
         "measured": {"train_accuracy": 1.0},
     },
-    "stopped-early": {"measured": {"fit_accuracy": 0.99, "train_accuracy": 0.6}, **FLAT},
+    "stopped-early": {"changes": {"epochs": 5}, "measured": {"fit_accuracy": 0.99, "train_accuracy": 0.6}, **FLAT},
     "underfitting": {"measured": {"fit_accuracy": 0.3, "train_accuracy": 0.6}, **FLAT},
     "validation-too-small": {"measured": {"num_validation": 60}},
 }

@@ -822,3 +822,28 @@ def test_a_crop_larger_than_the_images_or_before_a_flat_head_is_refused(small, t
     with pytest.raises(InputError, match=told):
         new_training(small.override({**smaller, "network.head": "mean"}), tiny_images, runs_dir=tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_fewer_images_than_a_batch_are_a_whole_batch(small, tiny_images, tmp_path):
+    """Else batch normalisation's statistics would hardly leave where they began."""
+    recipe = small.override({"network.batch_norm": True, "batch_size": 10_000, "epochs": 12, "precision": "float32"})
+    run = new_training(recipe, tiny_images, runs_dir=tmp_path)
+    for _ in run:
+        assert {norm.momentum for norm in run.state.model.batch_norms} <= {0.4}
+    variances = [norm.running_var for norm in run.state.model.batch_norms]
+    assert all(not torch.isclose(variance, torch.ones(()), rtol=0.01).all() for variance in variances)
+
+
+def test_a_small_last_batch_resumes_to_the_bit_with_a_proxy(small, tiny_images, tmp_path):
+    changes = {"network.batch_norm": True, "batch_size": 64, "hardest": 0.5, "epochs": 4, "augment.crop": 0}
+    recipe = small.override(changes | {"network.block_dropout": 0.0})
+    straight = fromzero.train(recipe, tiny_images, runs_dir=tmp_path / "straight")
+    for stop_at in range(1, 12):
+        training = new_training(recipe, tiny_images, runs_dir=tmp_path / f"stopped{stop_at}")
+        for progress in training:
+            if progress.row is None and progress.counters.step == stop_at:
+                break
+        training.save()
+        training.close()
+        resumed = fromzero.resume(training.run, images=tiny_images)
+        assert first_difference(straight, resumed) is None

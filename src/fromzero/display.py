@@ -157,7 +157,8 @@ def diagnosis_text(
         say("   shown by: ", finding.evidence)
         say("   try:      ", finding.remedy)
         if finding.name in studies:
-            took = f", each about as long as this one ({duration(seconds)})" if seconds else ""
+            of_a_cost = not {"epochs", "network.channels", "batch_size"} & set(finding.changes)
+            took = f", each about as long as this one ({duration(seconds)})" if seconds and of_a_cost else ""
             command = f"fromzero study {shlex.quote(str(studies[finding.name]))}"
             say("   test it:  ", command, whole=True)  # to be copied
             say(
@@ -170,7 +171,7 @@ def diagnosis_text(
     if origin := run.provenance["from"]:
         say("", f"The run began with the weights of {origin['run']}: its first steps were not tried again, and a study")
         lines[-1] += " begins anew."
-    say("not found: " if found else "nothing found of: ", ", ".join(others))
+    say("not found, or explained by that: " if found else "nothing found of: ", ", ".join(others))
     return "\n".join(lines)
 
 

@@ -41,7 +41,7 @@ def load_images(
             )
         case "digits":
             return load_digits()
-        case path if data_dir is not None and (os.path.exists(path) or os.path.exists(re.split("[@:]", path)[0])):
+        case path if data_dir is not None and (stem := re.split("[@:]", path)[0]) not in NAMED and os.path.exists(stem):
             raise InputError(
                 f"data folder {data_dir}: where {path} is, its own path says; leave it out (it is for cifar10, or for a"
                 " run whose images have moved)"
