@@ -2,8 +2,8 @@
 a remedy, and the recipe fields that a test of the remedy changes.
 
 Pure functions of plain data. A rule looks at the evidence and answers with a finding or with None; RULES has them all,
-causes before what they cause. The thresholds were chosen on trainings with faults planted in them; what docs/diagnosis.md
-counts are mostly others, as it says.
+causes before what they cause. The thresholds were chosen on trainings with faults planted in them; docs/diagnosis.md
+says which, and counts mostly others.
 """
 
 from __future__ import annotations
