@@ -172,14 +172,13 @@ class Training:
         rate = learning_rate_at(self.recipe, counters.step, self.timetable)
         progress = self.timetable.epochs_after(counters.step)
         batch = batch_at(self.data, indices, self.recipe, counters.epoch, counters.step, progress)
-        timetable = self.timetable
-        images = timetable.later_images if counters.epoch else timetable.images
-        share = len(indices) / min(self.recipe.batch_size, images)
+        images = self.timetable.later_images if counters.epoch else self.timetable.images
+        batch = batch._replace(share=len(indices) / min(self.recipe.batch_size, images))
         if self.state.proxy is not None:
             self.state.proxy.counters.step = counters.step
-            chosen = hardest(self.state.proxy, batch, rate, self.recipe, progress, self.machine, share)
-            batch, indices = Batch(batch.images[chosen], batch.labels[chosen]), indices[chosen]
-        made = train_step(self.state, batch, rate, self.recipe, progress, self.machine, share)
+            chosen = hardest(self.state.proxy, batch, rate, self.recipe, progress, self.machine)
+            batch, indices = batch.take(chosen), indices[chosen]
+        made = train_step(self.state, batch, rate, self.recipe, progress, self.machine)
         if self.state.losses is not None:
             self.state.losses[indices] = F.cross_entropy(made.logits, batch.labels, reduction="none")
         counters.step += 1
@@ -346,10 +345,16 @@ class Training:
 
 
 class Batch(NamedTuple):
-    """What a step is made of: normalised images (B, C, H, W) and labels int64 (B,)."""
+    """What a step is made of: normalised images (B, C, H, W), labels int64 (B,), and how large the batch is as a share
+    of a whole one of its epoch, whose last one may be smaller."""
 
     images: Tensor
     labels: Tensor
+    share: float = 1.0
+
+    def take(self, places: Tensor) -> Batch:
+        """The images at `places`, in that order; as a batch it counts as before."""
+        return Batch(self.images[places], self.labels[places], self.share)
 
 
 def batch_at(data: Data, indices: Tensor, recipe: Recipe, epoch: int, step: int, progress: float) -> Batch:
@@ -372,25 +377,18 @@ class Step(NamedTuple):
 
 
 def train_step(
-    state: State,
-    batch: Batch,
-    learning_rate: float,
-    recipe: Recipe,
-    progress: float,
-    machine: Machine,
-    share: float = 1.0,
+    state: State, batch: Batch, learning_rate: float, recipe: Recipe, progress: float, machine: Machine
 ) -> Step:
     """Move the weights by one step on `batch`.
 
-    progress: epochs done so far, fractions included; share: how large the batch is, of a whole one of its epoch. Raises
-    NonFiniteError, the weights untouched, when the loss or a gradient is infinite or NaN, or a gradient beyond ±
-    LARGEST_GRADIENT.
+    progress: epochs done so far, fractions included. Raises NonFiniteError, the weights untouched, when the loss or a
+    gradient is infinite or NaN, or a gradient beyond ± LARGEST_GRADIENT.
     """
     model, step = state.model, state.counters.step
     if not model.training:
         model.train()
     model.reseed(recipe.seed, step, dropout=progress >= recipe.network.dropout_from_epoch)
-    model.weigh_batch(share)
+    model.weigh_batch(batch.share)
     with machine.autocast():
         logits = (state.compiled or model)(batch.images)
     logits = logits.float()
@@ -418,27 +416,20 @@ def train_step(
 
 
 def hardest(
-    proxy: State,
-    batch: Batch,
-    learning_rate: float,
-    recipe: Recipe,
-    progress: float,
-    machine: Machine,
-    share: float = 1.0,
+    proxy: State, batch: Batch, learning_rate: float, recipe: Recipe, progress: float, machine: Machine
 ) -> Tensor:
     """Where in `batch` the recipe's share of it is whose loss is highest for the proxy, one image at least: int64 (N,),
     ascending. The proxy is itself trained on those every PROXY_EVERY steps. Raises what `train_step` raises."""
     proxy.model.train()
     proxy.model.reseed(recipe.seed, proxy.counters.step, dropout=False)
-    proxy.model.weigh_batch(share)
+    proxy.model.weigh_batch(batch.share)
     with torch.no_grad(), machine.autocast():
         logits = proxy.model(batch.images)
     losses = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing, reduction="none")
     count = max(1, round(recipe.hardest * len(batch.labels)))
     chosen = losses.argsort(descending=True, stable=True)[:count].sort().values
     if proxy.counters.step % PROXY_EVERY == 0:
-        hard = Batch(batch.images[chosen], batch.labels[chosen])
-        train_step(proxy, hard, learning_rate, recipe, progress, machine, share)
+        train_step(proxy, batch.take(chosen), learning_rate, recipe, progress, machine)
     return chosen
 
 
