@@ -370,7 +370,8 @@ class AutoTrainer:
 def diagnosed(base, case, seed, folder, data_dir):
     """(names of the findings, first that which comes first; seconds it took) of a case."""
     from fromzero import probe
-    from fromzero.diagnosis import Evidence, diagnose
+    from fromzero.diagnosis import diagnose
+    from fromzero.evidence import Evidence
     from fromzero.sessions import load_trained
 
     run, images = trained(base, case, seed, folder, data_dir)
@@ -449,7 +450,8 @@ def _remedies(arguments):
 def remedied(base, case, seeds, folder, data_dir):
     """What the remedy of the first finding on the first seed does: the recipe with it and as it is, in pairs."""
     from fromzero import NonFiniteError, new_training, probe, stats
-    from fromzero.diagnosis import Evidence, Finding, diagnose
+    from fromzero.diagnosis import Finding, diagnose
+    from fromzero.evidence import Evidence
     from fromzero.sessions import load_trained
 
     run, images = trained(base, case, seeds[0], folder, data_dir)

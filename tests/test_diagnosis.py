@@ -10,20 +10,8 @@ import torch
 import fromzero
 from fromzero import cli, probe
 from fromzero.data.images import Images
-from fromzero.diagnosis import (
-    EXPLAINS,
-    RULES,
-    Copies,
-    Evidence,
-    LayerMeasures,
-    Measures,
-    Surest,
-    Trial,
-    best_factor,
-    diagnose,
-    study_text,
-    write_findings,
-)
+from fromzero.diagnosis import EXPLAINS, RULES, diagnose, study_text, write_findings
+from fromzero.evidence import Copies, Evidence, LayerMeasures, Measures, Surest, Trial, best_factor
 from fromzero.recipe import load_recipe
 from fromzero.sessions import load_trained, new_training
 from fromzero.study.definition import load_study
@@ -290,24 +278,29 @@ ARGUMENTS += ["--network.padding", "same", "--network.activation_layers", "true"
 ARGUMENTS += ["--network.dense_dropout", "0", "--epochs", "2", "--batch_size", "20", "--optimizer.learning_rate", "0.5"]
 
 
-def test_the_command_names_the_problem_and_the_study_that_it_writes_runs(tmp_path, monkeypatch, capsys, write_cifar):
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys, write_cifar):
+    """A run at far too high a rate, in runs/ of the working folder."""
     data = write_cifar(tmp_path / "tiny", per_batch=40)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", data.name, *ARGUMENTS]) == 0
-    run = next((tmp_path / "runs").iterdir())
     capsys.readouterr()
-    assert cli.main(["diagnose", str(run), "--threads", "1"]) == 0
+    return fromzero.list_runs()[0]
+
+
+def test_the_command_names_the_problem_and_the_study_that_it_writes_runs(run, tmp_path, monkeypatch, capsys):
+    assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 0
     told = capsys.readouterr().out
     assert "1. rate-too-high: " in told
-    study = run / f"{run.name}-rate-too-high.toml"
+    study = run.path / f"{run.name}-rate-too-high.toml"
     assert f"fromzero study {study}" in told
-    recorded = json.loads((run / "diagnosis.json").read_text("utf-8"))
+    recorded = json.loads((run.path / "diagnosis.json").read_text("utf-8"))
     assert recorded["findings"][0]["name"] == "rate-too-high"
     assert set(recorded["measures"]["trials"]) >= {"0.01", "0.1", "1", "10", "100"}
-    assert fromzero.load_run(run).has_ended()  # the folder is still a run's
+    assert run.has_ended()  # the folder is still a run's
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # where the recipe's own name of the folder leads nowhere
-    assert cli.main(["study", str(study), "--seeds", "2", "--jobs", "1", "--threads", "1"]) == 0
+    assert cli.main(["study", str(tmp_path / study), "--seeds", "2", "--jobs", "1", "--threads", "1"]) == 0
     assert "remedied against as-it-is, val/accuracy higher" in capsys.readouterr().out
 
 
@@ -319,7 +312,7 @@ def test_a_run_that_overflowed_in_its_first_epoch_can_be_looked_at(tiny_images, 
             pass
     assert training.run.metrics() == []
     found = load_trained(training.run, images=tiny_images, threads=1)
-    rows = [probe.row_of(found)]
+    rows = probe.rows_of(found)
     assert rows[0]["epoch"] == 0
     names = [finding.name for finding in diagnose(Evidence(training.recipe, rows, probe.measure(found)))]
     assert names[0] == "rate-too-high"
@@ -328,29 +321,19 @@ def test_a_run_that_overflowed_in_its_first_epoch_can_be_looked_at(tiny_images, 
 # What an attack on it found.
 
 
-def test_rows_after_the_checkpoint_do_not_count(tiny_images, tmp_path, monkeypatch, capsys, write_cifar):
-    data = write_cifar(tmp_path / "tiny", per_batch=40)
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", str(data), *ARGUMENTS, "--epochs", "3", "--checkpoint-minutes", "100"]) == 0
-    run = fromzero.list_runs()[0]
+def test_rows_after_the_checkpoint_do_not_count(run, capsys):
     for path in run.checkpoints.iterdir():  # a kill before the first minute leaves the first weights only
         if "step-0" not in path.name:
             path.unlink()
     (run.path / "summary.json").unlink()
-    capsys.readouterr()
     assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 0
     assert "after epoch 0: " in capsys.readouterr().out
 
 
-def test_an_edited_recipe_and_missing_rows_are_refused(tmp_path, monkeypatch, capsys, write_cifar):
-    data = write_cifar(tmp_path / "tiny", per_batch=40)
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", str(data), *ARGUMENTS]) == 0
-    run = fromzero.list_runs()[0]
+def test_an_edited_recipe_and_missing_rows_are_refused(run, capsys):
     rows = (run.path / "metrics.jsonl").read_text()
     for damage, said in (("", "rows are missing"), (rows.replace('"val/accuracy": 0', '"val/accuracy": 7'), "damaged")):
         (run.path / "metrics.jsonl").write_text(damage)
-        capsys.readouterr()
         assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 1
         assert said in capsys.readouterr().err
     (run.path / "metrics.jsonl").write_text(rows)
@@ -359,13 +342,8 @@ def test_an_edited_recipe_and_missing_rows_are_refused(tmp_path, monkeypatch, ca
     assert "augment.translate is 9, but this run was trained with 0" in capsys.readouterr().err
 
 
-def test_findings_are_told_where_the_folder_cannot_be_written(tmp_path, monkeypatch, capsys, write_cifar):
-    data = write_cifar(tmp_path / "tiny", per_batch=40)
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", str(data), *ARGUMENTS]) == 0
-    run = fromzero.list_runs()[0]
+def test_findings_are_told_where_the_folder_cannot_be_written(run, capsys):
     (run.path / "diagnosis.json").mkdir()
-    capsys.readouterr()
     assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 1
     told = capsys.readouterr()
     assert "1. rate-too-high: " in told.out

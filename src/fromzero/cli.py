@@ -210,7 +210,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from fromzero.report import validation_label
         from fromzero.stats import wilson_interval
 
-    run, images, data, network, weights, here = _trained(arguments)
+    run, images, data, network, weights, _, here = _trained(arguments)
     recipe = run.recipe
     print(f"{run.path}: {recipe.name}, {weights.stem} weights, {here.device}, {here.precision}")
     if arguments.tta != "none":
@@ -223,8 +223,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         try:
             found = evaluate(network, *subset, data.normalise, here, views=arguments.tta)
         except NonFiniteError as error:
-            other = "best" if arguments.checkpoint == "last" else "last"
-            raise NonFiniteError(f"{weights}: {error}; try --checkpoint {other}") from None
+            raise NonFiniteError(f"{weights}: {error}; {_other_weights(arguments)}") from None
         low, high = wilson_interval(found.accuracy, len(subset.labels))
         print(
             f"  {label:<28} accuracy {found.accuracy:.4f} ({low:.4f}–{high:.4f}, 95 % for {len(subset.labels):,}"
@@ -256,8 +255,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         try:
             found = predict(network, on_device, normalise, here, views=arguments.tta).max(1)
         except NonFiniteError as error:
-            other = "best" if arguments.checkpoint == "last" else "last"
-            raise NonFiniteError(f"{run.path}: {error}; try --checkpoint {other}") from None
+            raise NonFiniteError(f"{run.path}: {error}; {_other_weights(arguments)}") from None
         longest = max(map(len, names))
         for index, probability, label in zip(read, found.values.tolist(), found.indices.tolist(), strict=True):
             print(f"{names[label]:<{longest}}  {probability:.4f}  {paths[index]}")
@@ -280,6 +278,11 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"  {path.stat().st_size / 1e6:.1f} MB, computed as here to {difference:.1g}; classes are in its metadata")
 
 
+def _other_weights(arguments: argparse.Namespace) -> str:
+    """What to try where the weights that were asked for do not compute."""
+    return f"try --checkpoint {'best' if arguments.checkpoint == 'last' else 'last'}"
+
+
 def _trained(arguments: argparse.Namespace) -> Trained:
     """The run that is to be looked at."""
     with _importing():
@@ -288,7 +291,7 @@ def _trained(arguments: argparse.Namespace) -> Trained:
 
     return load_trained(
         load_run(arguments.RUN, arguments.runs_dir),
-        arguments.checkpoint,
+        getattr(arguments, "checkpoint", "last"),
         device=arguments.device or "auto",
         threads=arguments.threads,
         data_dir=arguments.data_dir,
@@ -301,30 +304,22 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         from rich.console import Console
 
         from fromzero import display, probe
-        from fromzero.diagnosis import Evidence, diagnose, write_findings
+        from fromzero.diagnosis import diagnose, write_findings
+        from fromzero.evidence import Evidence
         from fromzero.runs import load_run
-        from fromzero.sessions import check_unedited, last_checkpoint, load_trained
+        from fromzero.sessions import check_unedited
 
     run = load_run(arguments.RUN, arguments.runs_dir)
     run.has_ended()  # or its rows are not all there
     check_unedited(run)
-    trained = load_trained(
-        run,
-        device=arguments.device or "auto",
-        threads=arguments.threads,
-        data_dir=arguments.data_dir,
-        offline=arguments.offline,
-    )
+    trained = _trained(arguments)
     console = Console()
     plain: dict[str, Any] = {"highlight": False, "soft_wrap": not display.can_redraw(console), "markup": False}
     try:
-        # Rows after the checkpoint are not of the weights that are measured.
-        rows = run.metrics()[: last_checkpoint(run).state.get("epoch", 0)] or [probe.row_of(trained)]
+        rows = probe.rows_of(trained)
         console.print(display.diagnosis_header(run, rows), **plain)
         with console.status("") as status:
-            measures = probe.measure(
-                trained, trials=run.provenance["from"] is None, say=lambda doing: status.update(f"  {doing} …")
-            )
+            measures = probe.measure(trained, say=lambda doing: status.update(f"  {doing} …"))
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{trained.weights}: {error}; a lower --optimizer.learning_rate or a warm-up keeps them small"

@@ -10,26 +10,24 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tomli_w
 
-from fromzero.data import NAMED
+from fromzero.data import NAMED, split_name
 from fromzero.errors import FromzeroError
+from fromzero.evidence import SMALL_GAP, Evidence, Measures, best_factor
 from fromzero.files import write_atomically
 from fromzero.recipe import Recipe
-from fromzero.runs import Row, Run
+from fromzero.runs import Run
 from fromzero.stats import wilson_interval
 
 STUDY_SEEDS = 6  # the fewest pairs that can settle anything
 
-FITTED = 0.9  # clean train accuracy from which a network counts as having learned what it was shown
-BY_HEART = 0.97  # and from which it may have learned labels, right or wrong, one by one
-SMALL_GAP = 0.08  # between train and validation accuracy
+BY_HEART = 0.97  # clean train accuracy from which a network may have learned labels, right or wrong, one by one
 COPIED = 0.05  # share; of CIFAR-10's own test images 0.003 are found
 IMBALANCED, RECALL_GAP = 8.0, 0.2  # images of the commonest class over those of the rarest; accuracy
 WRONG, SURE, OVERSURE = 0.06, 0.6, 0.03  # share of wrong ones among the surest; their mean probability; beyond that
@@ -48,104 +46,6 @@ LAST_GAIN = 0.03  # of train accuracy, by the last epoch
 LOSS_RISE, LARGE_GAP = 0.05, 0.3  # of the lowest validation loss; accuracy
 FITS = 0.9  # accuracy on a few images
 WIDE = 0.05  # half of an accuracy's 95 % interval
-
-
-class LayerMeasures(NamedTuple):
-    """Of a layer with weights: norms of the gradient of the mean loss by them, and of them; the share of its units that
-    no image activates, None where no ReLU follows."""
-
-    name: str
-    gradient: float
-    weight: float
-    inactive: float | None
-
-
-class Copies(NamedTuple):
-    """How many of so many validation and test images are train images too, to the byte, and nearly."""
-
-    exact: int
-    near: int
-    of: int
-
-
-class Surest(NamedTuple):
-    """Of the validation images that the network is surest of, so many, those that have another label than it says, and
-    the mean probability that it gave."""
-
-    wrong: int
-    of: int
-    confidence: float
-
-
-class Trial(NamedTuple):
-    """Train loss after some first steps, infinite where they overflowed, and the standard error of its difference to
-    that at the run's own rate."""
-
-    loss: float
-    error: float
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What `probe` measured of a run. Losses in nats. recalls: accuracy by class on the validation images, None
-    without any; loss_error: standard error of the validation loss; plain_loss, dropout_loss: of the same train images,
-    without and with dropout; changed_by_batch_norm: share of train images that get another class when batches of the
-    recipe's size are normalised by themselves; seen_accuracies: on the same train images as they are and as augmented;
-    map_sides: of the map that each convolution works on, in pixels. Where the run gave a reason to try, else empty and
-    None: trials: factor on the learning rate → what the same few steps from the start came to; without_decay: what they
-    came to at the run's rate without its weight decay; fit_accuracy: on a few images, after steps on nothing else."""
-
-    image_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    train_counts: tuple[int, ...]
-    num_validation: int
-    recalls: tuple[float | None, ...]
-    loss_error: float
-    surest: Surest
-    copies: Copies
-    plain_loss: float
-    dropout_loss: float
-    changed_by_batch_norm: float
-    train_accuracy: float
-    seen_accuracies: tuple[float, float]
-    layers: tuple[LayerMeasures, ...]
-    map_sides: tuple[int, ...]
-    trials: Mapping[float, Trial] = field(default_factory=dict)
-    without_decay: Trial | None = None
-    fit_accuracy: float | None = None
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """All that a rule may look at: the recipe, a row an epoch, one at least, and the measures."""
-
-    recipe: Recipe
-    rows: Sequence[Row]
-    measures: Measures
-
-    @property
-    def last(self) -> Row:
-        return self.rows[-1]
-
-    @property
-    def entropy(self) -> float:
-        """The loss, in nats, of who says all classes as often as they occur and looks at no image."""
-        total = sum(self.measures.train_counts)
-        return -sum(n / total * math.log(n / total) for n in self.measures.train_counts if n)
-
-    @property
-    def fitted(self) -> bool:
-        return self.measures.train_accuracy >= FITTED
-
-    @property
-    def gap(self) -> float:
-        """Between clean train accuracy and validation accuracy."""
-        return float(self.last["train/accuracy"] - self.last["val/accuracy"])
-
-    @property
-    def accuracies(self) -> str:
-        row = self.last
-        return f"accuracy {row['train/accuracy']:.3f} on train images, {row['val/accuracy']:.3f} on validation images"
 
 
 @dataclass(frozen=True)
@@ -199,9 +99,9 @@ def write_findings(run: Run, found: Sequence[Finding], measures: Measures, sourc
     it: name → its file. source: where the images are now. Raises FromzeroError where the folder cannot be written."""
     recipe, data = run.recipe, run.provenance["data"]
     studies: dict[str, Path] = {}
-    name = re.split("[@:]", data["name"])[0]
+    name, options = split_name(data["name"])
     # A folder, by its whole path: the recipe names it from wherever the run was begun.
-    dataset = None if name in NAMED else source + data["name"].removeprefix(name)
+    dataset = None if name in NAMED else source + options
     known = asdict(measures) | {"trials": {f"{factor:g}": trial for factor, trial in measures.trials.items()}}
     content = {"findings": [asdict(finding) for finding in found], "measures": _finite(known)}
     try:
@@ -302,7 +202,7 @@ def _dropout_too_strong(e: Evidence) -> Finding | None:
     rates = [block.dropout for block in network.blocks()] + [rate for _, rate in network.dense_layers()]
     strongest = max(rates)
     costs = m.dropout_loss - m.plain_loss
-    if network.dropout_from_epoch >= e.last["epoch"] > 0:
+    if network.dropout_from_epoch >= max(e.last["epoch"], 1):
         return None  # it was off all the time
     if not strongest or e.fitted or (strongest < DROPPED and (costs < DROPOUT_LOSS or e.gap >= SMALL_GAP)):
         return None
@@ -362,11 +262,6 @@ def _other_rate(e: Evidence, is_too: str) -> Finding | None:
         f"a peak rate of {rate * best:g}",
         _rates(e.recipe, best),
     )
-
-
-def best_factor(trials: Mapping[float, Trial]) -> float:
-    """The factor on the learning rate with the lowest loss, of equal ones that nearest to one."""
-    return min(trials, key=lambda factor: (trials[factor].loss, abs(math.log(factor))))
 
 
 def _rates(recipe: Recipe, factor: float) -> dict[str, Any]:
@@ -453,6 +348,8 @@ def _augmentation_too_strong(e: Evidence) -> Finding | None:
     }
     if augment.crop:
         milder["augment.crop"] = (augment.crop + min(e.measures.image_shape[:2])) // 2
+    if augment.scales:
+        milder["augment.scale_epochs"] = 0.0
     mirrored_only = not milder and augment.flip != "none"
     return Finding(
         "augmentation-too-strong",
@@ -461,7 +358,7 @@ def _augmentation_too_strong(e: Evidence) -> Finding | None:
         else "augmentation hides what the label says",
         f"accuracy on the same train images {plain:.3f} as they are, {augmented:.3f} as augmented; {left:.0%} of an"
         " image is left on average",
-        "no mirroring" if mirrored_only else "shift, crop and cut out less",
+        "no mirroring" if mirrored_only else "shift, crop, scale and cut out less",
         {"augment.flip": "none"} if mirrored_only else milder,
     )
 

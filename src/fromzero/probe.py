@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fromzero import modules, networks
-from fromzero.diagnosis import FITTED, SMALL_GAP, Copies, LayerMeasures, Measures, Surest, Trial, best_factor
 from fromzero.errors import NonFiniteError
 from fromzero.evaluate import Outcomes, evaluate, predict
+from fromzero.evidence import FITTED, SMALL_GAP, Copies, LayerMeasures, Measures, Surest, Trial, best_factor
 from fromzero.machine import Machine
 from fromzero.modules import Network
 from fromzero.networks import layers
+from fromzero.optim import learning_rate_at
 from fromzero.recipe import AugmentRecipe, Recipe
 from fromzero.rng import permutation
 from fromzero.runs import Row
@@ -32,23 +33,22 @@ from fromzero.training import Batch, Data, Subset, batch_at, train_step
 
 IMAGES = 1000  # train images that modes, augmentation and units are measured on
 GRADIENT_BATCHES = 4
-CONFIDENT_SHARE, FEWEST_CONFIDENT = 0.1, 20
+SUREST_SHARE = 0.1
 TRIAL_FACTORS, MOST_TRIALS = (1.0, 0.1, 10.0, 0.01, 100.0), 8
 TRIAL_STEPS, FEWEST_TRIAL_STEPS, TRIAL_SECONDS = 100, 25, 60.0  # of each; seconds: of all together
 FITTED_IMAGES, FIT_BATCH, FIT_STEPS = 100, 50, 200  # whether the network can learn that few by heart
 COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
-SIDE, ALIKE, TWINS = (
-    16,
-    0.98,
-    0.01,
-)  # share with a likeness in another class; pictures as alike as that, made so small, count as one
+SIDE, ALIKE = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
+TWINS = 0.01  # share of pictures with a likeness in another class, beyond which likeness says nothing
 
 
 def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None] = lambda line: None) -> Measures:
-    """What can be told of a run within a minute or so. `trials`: whether the first steps are tried at other learning
-    rates; `say` is told what is being done."""
-    run, images, data, network, _, here = trained
-    recipe = run.recipe
+    """What can be told of a run in the time of some hundred steps. trials: whether the first steps are tried at other
+    learning rates where the train images are not fitted; of a run that began with another one's weights they never are.
+    `say` is told what is being done."""
+    images, data, network, here = trained.images, trained.data, trained.network, trained.machine
+    recipe, shape, classes = trained.run.recipe, images.image_shape, images.num_classes
+    trials = trials and trained.run.provenance["from"] is None
     say("scoring")
     validation = evaluate(network, *data.validation, data.normalise, here)
     train = evaluate(network, *data.clean_train, data.normalise, here)
@@ -61,20 +61,17 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
     fit = without_decay = None
     if trials and train.accuracy < FITTED:
         say("first steps at other learning rates")
-        found, without_decay = _trials(
-            recipe, data, images.image_shape, images.num_classes, here, _seconds_a_step(trained)
-        )
+        found, without_decay = _trials(recipe, data, shape, classes, here, _seconds_a_step(trained))
         if train.accuracy - validation.accuracy < SMALL_GAP:
             say("a few images by heart")
             factors = {1.0, best_factor(found), best_factor(found) / 10}  # what suits first steps may be too fast later
-            shape, classes = images.image_shape, images.num_classes
             fit = max(_fit(recipe, data, shape, classes, here, factor) for factor in sorted(factors))
     return Measures(
-        image_shape=images.image_shape,
+        image_shape=shape,
         class_names=images.class_names,
-        train_counts=tuple(torch.bincount(data.train.labels, minlength=images.num_classes).tolist()),
+        train_counts=tuple(torch.bincount(data.train.labels, minlength=classes).tolist()),
         num_validation=len(data.validation.labels),
-        recalls=tuple(None if math.isnan(r) else r for r in validation.recalls(images.num_classes)),
+        recalls=tuple(None if math.isnan(r) else r for r in validation.recalls(classes)),
         loss_error=_standard_error(validation),
         surest=_surest(probabilities, data.validation.labels),
         copies=copies,
@@ -84,15 +81,20 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
         train_accuracy=train.accuracy,
         seen_accuracies=_seen_accuracies(network, data, recipe, here),
         layers=_layers(network, data, recipe, here),
-        map_sides=tuple(_map_sides(recipe, images.image_shape, images.num_classes)),
+        map_sides=tuple(_map_sides(recipe, shape, classes)),
         trials=found,
         without_decay=without_decay,
         fit_accuracy=fit,
     )
 
 
-def row_of(trained: Trained) -> Row:
-    """What a row of metrics would say of a run that has ended no epoch. Raises NonFiniteError."""
+def rows_of(trained: Trained) -> list[Row]:
+    """The rows of metrics up to the weights that are measured: a run may have gone on since its last checkpoint. Of
+    weights that have no epoch behind them, a row of epoch 0 by scoring them. Raises NonFiniteError."""
+    return trained.run.metrics()[: trained.epochs] or [_first_row(trained)]
+
+
+def _first_row(trained: Trained) -> Row:
     scores: dict[str, float] = {}
     for split, subset in (("train", trained.data.clean_train), ("val", trained.data.validation)):
         found = evaluate(trained.network, *subset, trained.data.normalise, trained.machine)
@@ -109,7 +111,7 @@ def _standard_error(outcomes: Outcomes) -> float:
 def _surest(probabilities: Tensor, labels: Tensor) -> Surest:
     """Of the validation images, those that the network is surest of."""
     confidence, predictions = probabilities.max(1)
-    count = max(round(CONFIDENT_SHARE * len(labels)), min(FEWEST_CONFIDENT, len(labels)))
+    count = max(round(SUREST_SHARE * len(labels)), 1)
     chosen = confidence.argsort(descending=True, stable=True)[:count]
     wrong = int((predictions[chosen] != labels[chosen]).sum())
     return Surest(wrong, count, float(confidence[chosen].mean()))
@@ -155,7 +157,7 @@ def _seen_accuracies(network: Network, data: Data, recipe: Recipe, here: Machine
         right = 0
         with torch.no_grad(), here.autocast():
             for step, part in enumerate(indices.split(250)):
-                batch = batch_at(shown, part, how, recipe.epochs, step, float(recipe.epochs))
+                batch = batch_at(shown, part, how, recipe.epochs - 1, step, recipe.epochs - 1.0)
                 right += int((network(batch.images).argmax(1) == batch.labels).sum())
         return right / len(indices)
 
@@ -172,8 +174,8 @@ def _layers(network: Network, data: Data, recipe: Recipe, here: Machine) -> tupl
     size = min(recipe.batch_size, len(indices))
     batches = [indices[start : start + size] for start in range(0, len(indices), size)][:GRADIENT_BATCHES]
     for step, part in enumerate(batches):
-        batch = batch_at(data, part.to(here.device), recipe, recipe.epochs, step, float(recipe.epochs))
-        model.reseed(recipe.seed, step)
+        batch = batch_at(data, part.to(here.device), recipe, recipe.epochs - 1, step, recipe.epochs - 1.0)
+        model.reseed(recipe.seed, step, dropout=recipe.epochs - 1 >= recipe.network.dropout_from_epoch)
         with here.autocast():
             logits = model(batch.images)
         loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
@@ -278,18 +280,19 @@ def _trials(
     rate without its weight decay, if it has any. All begin at the run's first weights and see the same images, in the
     same order; the rate is the recipe's, but that it falls no more and that a warm-up ends half-way. Where the best
     factor is the lowest or the highest, one beyond is tried, too."""
-    simple = recipe.override({"hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0})
-    timetable = Timetable.of(simple, len(data.train.labels))
-    affordable = TRIAL_SECONDS / (len(TRIAL_FACTORS) * max(seconds_a_step, 1e-4))
+    affordable = TRIAL_SECONDS / (MOST_TRIALS * max(seconds_a_step, 1e-4))
     steps = int(min(TRIAL_STEPS, max(FEWEST_TRIAL_STEPS, affordable)))
-    warm = min(timetable.steps_before(recipe.schedule.warmup_epochs), steps / 2)
+    simple = recipe.override({"hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0, "schedule.name": "constant"})
+    timetable = Timetable.of(simple, len(data.train.labels))
+    warm_up = min(recipe.schedule.warmup_epochs, timetable.epochs_after(steps // 2))
+    simple = simple.override({"schedule.warmup_epochs": warm_up})
 
     def last_losses(factor: float, recipe: Recipe = simple) -> list[float]:
         """Of each step; infinite where one overflows."""
         state = initial_state(recipe, shape, num_classes, data, here)
         losses = []
         for step, batch in enumerate(_first_batches(recipe, data, timetable, steps)):
-            rate = factor * recipe.optimizer.learning_rate * min(1.0, (step + 1) / max(warm, 1))
+            rate = factor * learning_rate_at(recipe, step, timetable)
             state.counters.step = step
             try:
                 losses.append(train_step(state, batch, rate, recipe, timetable.epochs_after(step), here).loss)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from fromzero import checkpoint, machine, modules, networks
 from fromzero.checkpoint import Checkpoint
-from fromzero.data import NAMED, ImageSet, load_images
+from fromzero.data import NAMED, ImageSet, load_images, split_name
 from fromzero.errors import FromzeroError, InputError
 from fromzero.evaluate import Normalise
 from fromzero.machine import Machine
@@ -72,7 +72,7 @@ def new_training(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     images = images or load_images(recipe.dataset)
-    if images.name.partition(":")[0] in NAMED:  # so that the recipe in the run folder names the images it was given
+    if split_name(images.name)[0] in NAMED:  # so that the recipe in the run folder names the images it was given
         recipe = recipe.override({"dataset": images.name})
     check_image_set(recipe, images)
     here = machine.prepare(recipe.precision, device=device, threads=threads)
@@ -261,8 +261,7 @@ def recorded_images(
     name. Raises FromzeroError when their fingerprints are not the recorded ones."""
     recorded = run.provenance["data"]
     source = Path(recorded["source"])
-    name = re.split("[@:]", recorded["name"])[0]
-    options = recorded["name"].removeprefix(name)
+    name, options = split_name(recorded["name"])
     if images is None and name in NAMED:
         if data_dir is None and source.exists():
             data_dir = source if source.is_dir() else source.parent
@@ -313,13 +312,14 @@ def _naming(found: Checkpoint) -> Iterator[None]:
 
 class Trained(NamedTuple):
     """What a run has come to: its images as they are and as it trained on them, its network in evaluation mode, the
-    file that the weights are from, and the machine that computes."""
+    file that the weights are from and the epochs that they have behind them, and the machine that computes."""
 
     run: Run
     images: ImageSet
     data: Data
     network: Network
     weights: Path
+    epochs: int
     machine: Machine
 
 
@@ -337,8 +337,10 @@ def load_trained(
     FromzeroError when the images or the weights are not there or not its own."""
     images = recorded_images(run, images, data_dir=data_dir, offline=offline)
     here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
-    network, weights = load_network(run, images.image_shape, images.num_classes, here, which)
-    return Trained(run, images, Data.of(run.recipe, images, here.device), network, weights, here)
+    network, found = load_network(run, images.image_shape, images.num_classes, here, which)
+    assert found.path is not None  # it was read from a file
+    data = Data.of(run.recipe, images, here.device)
+    return Trained(run, images, data, network, found.path, found.state.get("epoch", 0), here)
 
 
 class Classifier(NamedTuple):
@@ -373,7 +375,7 @@ def load_classifier(
 
 def load_network(
     run: Run, image_shape: ImageShape, num_classes: int, here: Machine, which: str = "last"
-) -> tuple[Network, Path]:
+) -> tuple[Network, Checkpoint]:
     """A run's network with its `last` or `best` weights, in evaluation mode, and the checkpoint they are from: an older
     one where the last is damaged."""
     path = run.checkpoints / checkpoint.BEST
@@ -383,5 +385,4 @@ def load_network(
     model = networks.build(run.recipe.network, image_shape, num_classes, device=here.device)
     with _naming(found):
         load_weights(model, model_weights(found))
-    assert found.path is not None  # it was read from a file
-    return model.eval(), found.path
+    return model.eval(), found

@@ -20,6 +20,12 @@ __all__ = ["NAMED", "ImageSet", "Images", "load_images", "stratified_split"]
 NAMED = ("cifar10", "digits")  # data sets that are known by name
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """The name of an image set, or its path, and what is asked of it behind that: `("photos", "@64:500")`."""
+    stem = re.split("[@:]", name)[0]
+    return stem, name.removeprefix(stem)
+
+
 def load_images(
     dataset: str | Path = "cifar10", *, data_dir: str | Path | None = None, offline: bool = False
 ) -> ImageSet:
@@ -41,7 +47,7 @@ def load_images(
             )
         case "digits":
             return load_digits()
-        case path if data_dir is not None and (stem := re.split("[@:]", path)[0]) not in NAMED and os.path.exists(stem):
+        case path if data_dir is not None and (stem := split_name(path)[0]) not in NAMED and os.path.exists(stem):
             raise InputError(
                 f"data folder {data_dir}: where {path} is, its own path says; leave it out (it is for cifar10, or for a"
                 " run whose images have moved)"

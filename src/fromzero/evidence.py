@@ -1,0 +1,117 @@
+"""What a diagnosis rests on: the recipe, the rows of metrics, and what `probe` measured of a run. Plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fromzero.recipe import Recipe
+from fromzero.runs import Row
+
+FITTED = 0.9  # clean train accuracy from which a network counts as having learned what it was shown
+SMALL_GAP = 0.08  # between train and validation accuracy
+
+
+class LayerMeasures(NamedTuple):
+    """Of a layer with weights: norms of the gradient of the mean loss by them, and of them; the share of its units that
+    no image activates, None where no ReLU follows."""
+
+    name: str
+    gradient: float
+    weight: float
+    inactive: float | None
+
+
+class Copies(NamedTuple):
+    """How many of so many validation and test images are train images too, to the byte, and nearly."""
+
+    exact: int
+    near: int
+    of: int
+
+
+class Surest(NamedTuple):
+    """Of the validation images that the network is surest of, so many, those that have another label than it says, and
+    the mean probability that it gave."""
+
+    wrong: int
+    of: int
+    confidence: float
+
+
+class Trial(NamedTuple):
+    """Train loss after some first steps, infinite where they overflowed, and the standard error of its difference to
+    that at the run's own rate."""
+
+    loss: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What `probe` measured of a run. Losses in nats. recalls: accuracy by class on the validation images, None
+    without any; loss_error: standard error of the validation loss; plain_loss, dropout_loss: of the same train images,
+    without and with dropout; changed_by_batch_norm: share of train images that get another class when batches of the
+    recipe's size are normalised by themselves; seen_accuracies: on the same train images as they are and as augmented;
+    map_sides: of the map that each convolution works on, in pixels. Where the run gave a reason to try, else empty and
+    None: trials: factor on the learning rate → what the same few steps from the start came to; without_decay: what they
+    came to at the run's rate without its weight decay; fit_accuracy: on a few images, after steps on nothing else."""
+
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    train_counts: tuple[int, ...]
+    num_validation: int
+    recalls: tuple[float | None, ...]
+    loss_error: float
+    surest: Surest
+    copies: Copies
+    plain_loss: float
+    dropout_loss: float
+    changed_by_batch_norm: float
+    train_accuracy: float
+    seen_accuracies: tuple[float, float]
+    layers: tuple[LayerMeasures, ...]
+    map_sides: tuple[int, ...]
+    trials: Mapping[float, Trial] = field(default_factory=dict)
+    without_decay: Trial | None = None
+    fit_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a rule may look at: the recipe, a row an epoch, one at least, and the measures."""
+
+    recipe: Recipe
+    rows: Sequence[Row]
+    measures: Measures
+
+    @property
+    def last(self) -> Row:
+        return self.rows[-1]
+
+    @property
+    def entropy(self) -> float:
+        """The loss, in nats, of who says all classes as often as they occur and looks at no image."""
+        total = sum(self.measures.train_counts)
+        return -sum(n / total * math.log(n / total) for n in self.measures.train_counts if n)
+
+    @property
+    def fitted(self) -> bool:
+        return self.measures.train_accuracy >= FITTED
+
+    @property
+    def gap(self) -> float:
+        """Between clean train accuracy and validation accuracy."""
+        return float(self.last["train/accuracy"] - self.last["val/accuracy"])
+
+    @property
+    def accuracies(self) -> str:
+        row = self.last
+        return f"accuracy {row['train/accuracy']:.3f} on train images, {row['val/accuracy']:.3f} on validation images"
+
+
+def best_factor(trials: Mapping[float, Trial]) -> float:
+    """The factor on the learning rate with the lowest loss, of equal ones that nearest to one."""
+    return min(trials, key=lambda factor: (trials[factor].loss, abs(math.log(factor))))
