@@ -267,16 +267,16 @@ def test_what_stops_such_a_run_is_said(tmp_path):
 
 
 def test_every_planted_fault_is_a_recipe_that_differs_from_the_healthy_one():
-    from benchmarks import diagnosis
+    from benchmarks import planted
     from fromzero.diagnosis import RULES
 
-    for case in diagnosis.CASES:
+    for case in planted.CASES:
         assert set(case.problems) <= set(RULES)
         for base in case.bases:
-            healthy = diagnosis.recipe_of(base, diagnosis.CASES[0], 3)
-            recipe = diagnosis.recipe_of(base, case, 3)
+            healthy = planted.recipe_of(base, planted.CASES[0], 3)
+            recipe = planted.recipe_of(base, case, 3)
             same = recipe.override({"name": healthy.name}) == healthy
-            assert same == (case is diagnosis.CASES[0] or bool(case.images and not case.changes) or bool(case.weights))
+            assert same == (case is planted.CASES[0] or bool(case.images and not case.changes) or bool(case.weights))
 
 
 def test_what_counts_as_named():
