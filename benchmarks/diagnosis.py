@@ -63,7 +63,7 @@ def diagnosed(base, case, seed, folder, data_dir):
 
     run, images = trained(base, case, seed, folder, data_dir)
     kept = run.path / FINDINGS
-    if not kept.exists() or json.loads(kept.read_text("utf-8"))["rules"] != rules_digest():
+    if not kept.exists() or json.loads(kept.read_text("utf-8")).get("rules") != rules_digest():
         began = time.monotonic()
         measures = probe.measure(load_trained(run, images=images, threads=1))
         found = [finding.name for finding in diagnose(Evidence(run.recipe, run.metrics(), measures))]
