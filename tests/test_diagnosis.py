@@ -408,3 +408,13 @@ def test_what_is_written_is_json(tiny_images, tmp_path):
     assert "Infinity" not in text
     assert "NaN" not in text
     assert json.loads(text)["measures"]["without_decay"] == [None, 0.0]
+
+
+def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, tmp_path, capsys):
+    assert cli.main(["train", "tiny", *ARGUMENTS, "--from", str(run.path)]) == 0
+    capsys.readouterr()
+    second = fromzero.list_runs()[1]
+    assert cli.main(["diagnose", str(second.path), "--threads", "1"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"The run began with the weights of {run.path}: its first steps were not tried again" in told
+    assert json.loads((second.path / "diagnosis.json").read_text("utf-8"))["measures"]["trials"] == {}

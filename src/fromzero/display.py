@@ -169,8 +169,8 @@ def diagnosis_text(
             say("   test it:  ", "no field of a recipe changes that")
     others = [name for name in RULES if name not in {finding.name for finding in found}]
     if origin := run.provenance["from"]:
-        say("", f"The run began with the weights of {origin['run']}: its first steps were not tried again, and a study")
-        lines[-1] += " begins anew."
+        began = f"The run began with the weights of {origin['run']}:"
+        say("", f"{began} its first steps were not tried again, and a study begins anew.")
     say("not found, or explained by that: " if found else "nothing found of: ", ", ".join(others))
     return "\n".join(lines)
 
