@@ -104,6 +104,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     diagnose.add_argument("RUN", help="a run's folder or name")
     _add_shared(diagnose, "runs", "data", "machine")
 
+    report = add("report", "write a page about a run: curves, findings, confusions, surest mistakes")
+    report.add_argument("RUN", help="a run's folder or name")
+    report.add_argument("FILE", nargs="?", type=Path, help="the page's file (report.html in the run's folder)")
+    _add_checkpoint(report)
+    _add_shared(report, "runs", "data", "machine")
+
     runs = add("runs", "list the runs")
     _add_shared(runs, "runs")
 

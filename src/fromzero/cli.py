@@ -327,12 +327,42 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     found = diagnose(Evidence(run.recipe, rows, measures))
     studies, failure = {}, None
     try:
-        studies = write_findings(run, found, measures, trained.images.source)
+        studies = write_findings(run, found, measures, trained.images.source, trained.epochs)
     except FromzeroError as error:
         failure = error
     console.print(display.diagnosis_text(run, rows, found, studies, min(console.width, 110)), **plain)
     if failure is not None:
         raise failure
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    with _importing():
+        from fromzero import probe
+        from fromzero.evaluate import predict
+        from fromzero.files import write_atomically
+        from fromzero.report import Scored, run_page, validation_label
+
+    trained = _trained(arguments)
+    run, images, data, network, weights, _, here = trained
+    parts = {"train": data.clean_train, "val": data.validation, "test": data.test}
+    try:
+        rows = probe.rows_of(trained)
+        scored = {
+            split: Scored(
+                *(array.cpu().numpy() for array in (*part, predict(network, part.pixels, data.normalise, here)))
+            )
+            for split, part in parts.items()
+        }
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{weights}: {error}; {_other_weights(arguments)}") from None
+    validation = validation_label(run.recipe, own=images.validation is not None)
+    page = run_page(run, rows, scored, images, validation, weights.stem, run.diagnosis)
+    path = arguments.FILE or run.path / "report.html"
+    try:
+        write_atomically(path, page.encode())
+    except OSError as error:
+        raise FromzeroError(f"{path}: cannot be written: {error.strerror}") from None
+    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, to be opened in a browser")
 
 
 def _print_no_more() -> None:
@@ -501,6 +531,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "predict": _predict,
     "export": _export,
     "diagnose": _diagnose,
+    "report": _report,
     "runs": _runs,
     "summary": _summary,
     "study": _study,

@@ -94,16 +94,17 @@ def study_text(finding: Finding, recipe: Recipe, dataset: str | None = None) -> 
     )
 
 
-def write_findings(run: Run, found: Sequence[Finding], measures: Measures, source: str) -> dict[str, Path]:
+def write_findings(run: Run, found: Sequence[Finding], measures: Measures, source: str, epoch: int) -> dict[str, Path]:
     """Write diagnosis.json into the run folder, and for each finding that a recipe field can mend the study that tests
-    it: name → its file. source: where the images are now. Raises FromzeroError where the folder cannot be written."""
+    it: name → its file. source: where the images are now; epoch: after which the run was looked at. Raises
+    FromzeroError where the folder cannot be written."""
     recipe, data = run.recipe, run.provenance["data"]
     studies: dict[str, Path] = {}
     name, options = split_name(data["name"])
     # A folder, by its whole path: the recipe names it from wherever the run was begun.
     dataset = None if name in NAMED else source + options
     known = asdict(measures) | {"trials": {f"{factor:g}": trial for factor, trial in measures.trials.items()}}
-    content = {"findings": [asdict(finding) for finding in found], "measures": _finite(known)}
+    content = {"epoch": epoch, "findings": [asdict(finding) for finding in found], "measures": _finite(known)}
     try:
         for finding in found:
             if finding.changes:
@@ -410,7 +411,7 @@ def _label_noise(e: Evidence) -> Finding | None:
         "some labels may be wrong, or classes overlap",
         f"of the {count:,} validation images that the network is surest of (probability {confidence:.2f}), {wrong:,}"
         f" have another label: {low:.0%} to {high:.0%} (95 %)",
-        "look at images that it is sure of and wrong about (fromzero predict), and mend the labels",
+        "look at the images that it is sure of and wrong about (fromzero report shows them), and mend the labels",
     )
 
 

@@ -93,6 +93,19 @@ class _Provenance(pydantic.BaseModel):
     resumed: list[_Resumed] = []
 
 
+class _Finding(pydantic.BaseModel):
+    name: str
+    meaning: str
+    evidence: str
+    remedy: str
+    changes: dict[str, Any]
+
+
+class _Diagnosis(pydantic.BaseModel):
+    epoch: int
+    findings: list[_Finding]
+
+
 class Run:
     """A run folder. Reading needs no lock; whoever writes holds `lock()`."""
 
@@ -161,6 +174,21 @@ class Run:
                 f" {self.resume_command}"
             )
         return found if found["epoch"] == self.recipe.epochs else None
+
+    @property
+    def diagnosis(self) -> dict[str, Any] | None:
+        """What `diagnose` last said of the run: epoch, findings and measures; None where it has not been asked."""
+        if not (self.path / "diagnosis.json").exists():
+            return None
+        found = self._json("diagnosis.json")
+        try:
+            _Diagnosis.model_validate(found, strict=True)
+        except pydantic.ValidationError:
+            again = f"fromzero diagnose {shlex.quote(str(self.path))}"
+            raise FromzeroError(
+                f"{self.path}/diagnosis.json: damaged, or of an earlier fromzero; remove it, or: {again}"
+            ) from None
+        return found
 
     def has_ended(self) -> bool:
         """Whether the run has ended. Raises FromzeroError where what it recorded is damaged or not all there."""

@@ -16,17 +16,20 @@ RECORDS_AT_ONCE = 250  # of the fingerprint: small enough to stay in the process
 
 @dataclass(frozen=True)
 class Images:
-    """Pixels uint8 (N, H, W, C), labels int64 (N,)."""
+    """Pixels uint8 (N, H, W, C), labels int64 (N,), and the file that each came from, where each has one of its
+    own, under the image set's `source`."""
 
     pixels: np.ndarray
     labels: np.ndarray
+    files: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> Images:
         """The images at `indices`, in that order (a copy)."""
-        return Images(self.pixels[indices], self.labels[indices])
+        files = tuple(self.files[index] for index in indices) if self.files else ()
+        return Images(self.pixels[indices], self.labels[indices], files)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian, from

@@ -88,7 +88,9 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
 
     def part(split: str) -> Images:
         chosen = np.flatnonzero(splits == split)
-        return Images(pixels[chosen], labels[chosen])
+        return Images(
+            pixels[chosen], labels[chosen], tuple(str(listed[index].path.relative_to(path)) for index in chosen)
+        )
 
     parts = {split: part(split) for split in SPLITS if split in splits}
     stem = re.sub(r"[^\w-]+", "-", path.resolve().name).strip("-_") or "pictures"

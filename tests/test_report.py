@@ -1,0 +1,133 @@
+"""The page about a run: its figures on answers made by hand, and what it shows of real runs."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fromzero
+from fromzero import cli
+from fromzero.data import Images, ImageSet
+from fromzero.report import Scored, calibration, run_page
+
+ARGUMENTS = ["--recipe", "train1", "--epochs", "2", "--threads", "1", "--precision", "float32"]
+ARGUMENTS += ["--network.channels", "[[8],[8]]", "--network.pool", "4", "--network.dense", "[16]"]
+ARGUMENTS += ["--validation.source", "split", "--validation.fraction", "0.3"]
+RECIPE = fromzero.load_recipe("train1").override({"epochs": 1, "network.channels": [[4]], "network.pool": 8})
+
+
+def scored(labels, probabilities):
+    labels = np.array(labels)
+    return Scored(np.zeros((len(labels), 4, 4, 3), np.uint8), labels, np.array(probabilities, np.float32))
+
+
+THREE = scored([0, 0, 1, 1, 2], [[0.8, 0.1, 0.1], [0.3, 0.6, 0.1], [0.1, 0.9, 0.0], [0.94, 0.0, 0.06], [0.2, 0.2, 0.6]])
+
+
+def test_confusions_mistakes_and_loss():
+    assert THREE.confusions().tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+    assert THREE.mistakes().tolist() == [3, 1]
+    assert THREE.accuracy == pytest.approx(3 / 5)
+    certain = scored([0, 1], [[1.0, 0.0], [0.5, 0.5]])
+    assert certain.loss == pytest.approx(np.log(2) / 2)
+    assert np.isfinite(scored([1], [[1.0, 0.0]]).loss)
+
+
+def test_calibration_is_the_distance_of_confidence_and_accuracy():
+    bins, error = calibration(THREE)
+    assert [one.images for one in bins] == [0] * 6 + [2, 0, 1, 2]
+    assert bins[6].confidence == pytest.approx(0.6)
+    assert bins[6].accuracy == 0.5
+    assert error == pytest.approx((2 * 0.1 + 0.2 + 2 * abs(0.92 - 0.5)) / 5)
+    assert calibration(scored([0, 0], [[1.0, 0.0], [1.0, 0.0]]))[1] == 0
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """Red and blue pictures in classes whose names are marks in HTML; one of each is in the wrong class."""
+    monkeypatch.setenv("FROMZERO_HOME", str(tmp_path / "home"))
+    rng = np.random.default_rng(0)
+    for name, color in (("<i>red", 0), ("blue & co", 2)):
+        (tmp_path / "my pictures" / name).mkdir(parents=True)
+        for n in range(60):
+            pixels = rng.integers(0, 90, (16, 16, 3), dtype=np.uint8)
+            pixels[..., 2 - color if n == 7 else color] += 160
+            Image.fromarray(pixels).save(tmp_path / "my pictures" / name / f"{n:03}{'-wrong' * (n == 7)}.png")
+    return tmp_path / "my pictures"
+
+
+def test_a_page_shows_the_pictures_whose_labels_are_wrong_and_no_test_picture(pictures, tmp_path, capsys):
+    runs = ["--runs-dir", str(tmp_path / "runs")]
+    assert cli.main(["train", str(pictures), *ARGUMENTS, "--epochs", "8", *runs]) == 0
+    (run,) = fromzero.list_runs(tmp_path / "runs")
+    capsys.readouterr()
+    assert cli.main(["report", str(run.path), "--threads", "1"]) == 0
+    assert str(run.path / "report.html") in capsys.readouterr().out
+    page = (run.path / "report.html").read_text("utf-8")
+    images = fromzero.load_images(str(pictures))
+    files = set(re.findall(r"[\d]+(?:-wrong)?\.png", page))
+    wrong = {file.rpartition("/")[2] for part in (images.train, images.test) for file in part.files if "wrong" in file}
+    assert files & wrong
+    assert not any(file.replace("&", "&amp;").replace("<", "&lt;") in page for file in images.test.files)
+    assert "&lt;i&gt;red" in page
+    assert "<i>red" not in page
+    assert "blue &amp; co" in page
+    assert f"{run.summary['test/accuracy']:.4f}</td>" in page
+    assert f"{run.summary['val/accuracy']:.4f}</td>" in page
+    assert f"{run.summary['train/accuracy']:.4f}</td>" in page
+    assert "fromzero diagnose" in page
+    assert not re.search(r'(src|href)="(?!data:)', page), "it needs nothing else"
+    assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 0
+    assert cli.main(["report", str(run.path), str(tmp_path / "page.html"), "--threads", "1"]) == 0
+    found = json.loads((run.path / "diagnosis.json").read_text("utf-8"))["findings"]
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert found
+    assert all(f"<b>{finding['name']}</b>" in page for finding in found)
+
+
+def test_pages_of_other_runs(tiny_images, tmp_path):
+    """Validated on the test images; before an epoch has ended."""
+    run = fromzero.train(RECIPE, tiny_images, runs_dir=tmp_path, threads=1)
+    assert cli.main(["report", str(run.path), "--threads", "1", "--checkpoint", "best"]) == 0
+    page = (run.path / "report.html").read_text("utf-8")
+    assert "Train images" in page
+    assert "Validation images" not in page
+    assert 'class="matrix"' in page
+    training = fromzero.new_training(RECIPE, tiny_images, runs_dir=tmp_path, threads=1, name="begun")
+    training.close()
+    assert cli.main(["report", str(training.run.path), "--threads", "1"]) == 0
+    page = (training.run.path / "report.html").read_text("utf-8")
+    assert "after epoch 0 of 1" in page
+    assert "Accuracy and loss over the epochs" not in page
+
+
+def test_many_classes_have_no_matrix(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def part(count):
+        return Images(rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8), np.arange(count) % 30)
+
+    images = ImageSet(
+        "many", part(120), part(30), tuple(f"kind {n}" for n in range(30)), "", {"train": "a", "test": "b"}
+    )
+    test = Scored(images.test.pixels, images.test.labels, rng.dirichlet(np.ones(30), 30).astype(np.float32))
+    assert len(test.mistakes()) > 10
+    run = fromzero.train(RECIPE, images, runs_dir=tmp_path, threads=1)
+    page = run_page(run, run.metrics(), {"train": test, "val": test, "test": test}, images, "held out", "last", None)
+    assert 'class="matrix"' not in page
+    assert page.count(" taken for ") == 10
+
+
+def test_what_keeps_a_page_from_being_made_is_one_line(tiny_images, tmp_path, capsys):
+    run = fromzero.train(RECIPE, tiny_images, runs_dir=tmp_path, threads=1)
+    capsys.readouterr()
+    assert cli.main(["report", str(run.path), str(tmp_path / "nowhere" / "page.html"), "--threads", "1"]) == 1
+    assert "nowhere/page.html: cannot be written" in capsys.readouterr().err
+    for content in ("{", "[]", '{"findings": []}', '{"epoch": 1, "findings": [{"name": "copies"}]}'):
+        (run.path / "diagnosis.json").write_text(content)
+        assert cli.main(["report", str(run.path), "--threads", "1"]) == 1
+        error = capsys.readouterr().err
+        assert "diagnosis.json: damaged" in error
+        assert error.count("\n") == 1
