@@ -39,6 +39,7 @@ LESSONS = [
     "two-dense",
     "wide-dense-overfits",
 ]
+MEDIUM = ("early-dropout", "early-pooling", "padding", "two-dense")
 
 STUDY = """\
 claim = "More units reach more."
@@ -112,10 +113,10 @@ def rows_of(folder):
 # ---- what a file may say
 
 
-def test_the_nine_lessons_are_there_at_both_scales_and_two_between():
+def test_the_nine_lessons_are_there_at_both_scales_and_some_between():
     assert study_names() == LESSONS
     for name in LESSONS:
-        for scale in ("screen", "full", *(["medium"] if name in ("early-dropout", "padding") else [])):
+        for scale in ("screen", "full", *(["medium"] if name in MEDIUM else [])):
             study = load_study(name, scale)
             assert study.claim.endswith(".")
             assert study.notes
@@ -400,11 +401,12 @@ def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_fol
         again = fromzero.Run(execution.folder / "cells" / f"again-seed{seed}")
         assert Path(again.provenance["from"]["run"]).name == f"half-seed{seed}"
         assert not again.checkpoints.exists()
+        with pytest.raises(FromzeroError, match="its weights were not kept .*--keep-weights"):
+            last_checkpoint(again)
         assert (execution.folder / "cells" / f"half-seed{seed}" / "checkpoints" / "last.safetensors").exists()
     images = load_images(f"{data_folder}:100")
     assert all(is_finished(cell, images) for cell in execution.cells)
-    last_checkpoint = execution.cells[0].path / "checkpoints" / "last.safetensors"
-    last_checkpoint.unlink()
+    (execution.cells[0].path / "checkpoints" / "last.safetensors").unlink()
     assert not is_finished(execution.cells[0], images)
     notes = [e.text for e in prepare_study(load_study(path, "half"), runs_dir=tmp_path, jobs=1) if e.kind == "note"]
     assert "half-seed0: its weights, from which another arm starts, are gone: trained anew" in notes[0]

@@ -296,6 +296,10 @@ def recorded_images(
 def last_checkpoint(run: Run) -> Checkpoint:
     """The newest whole checkpoint of a run. Raises FromzeroError when it has none."""
     found = checkpoint.load_last(run.checkpoints)
+    if found is None and run.summary is not None and not run.checkpoints.exists():
+        raise FromzeroError(
+            f"{run.path}: it has ended and its weights were not kept (a study keeps them with --keep-weights)"
+        )
     if found is None:
         raise FromzeroError(f"{run.path}: it has no checkpoint{checkpoint.best_left(run.checkpoints)}")
     return found
