@@ -114,12 +114,13 @@ def rows_of(folder):
 
 
 def test_the_nine_lessons_are_there_at_both_scales_and_some_between():
-    assert study_names() == LESSONS
-    for name in LESSONS:
-        for scale in ("screen", "full", *(["medium"] if name in MEDIUM else [])):
+    assert study_names() == sorted([*LESSONS, "parts"])
+    for name in study_names():
+        scales = ["screen"] if name == "parts" else ["screen", "full", *(["medium"] if name in MEDIUM else [])]
+        for scale in scales:
             study = load_study(name, scale)
             assert study.claim.endswith(".")
-            assert study.notes
+            assert bool(study.notes) == (name in LESSONS)
             assert study.seeds >= stats.FEWEST_PAIRS
             claims = [c for c in study.contrasts if c.group == "claim"]
             assert study.seeds >= stats.fewest_pairs(len(claims)), f"{name}: the claim could not be settled"
