@@ -12,6 +12,7 @@ import pytest
 
 import fromzero as library
 from fromzero import cli
+from fromzero.recipe import recipe_names
 from fromzero.verify import Verdict
 
 FAST = [
@@ -147,6 +148,7 @@ BAD = [
     (["trian"], "unknown command 'trian'; nearest: train"),
     (["train", "--epohcs", "3"], "unknown option --epohcs; nearest: --epochs"),
     (["train", "--optimizer.lr", "3"], "unknown option --optimizer.lr; nearest: --optimizer.learning_rate"),
+    (["train", "digits", "--recipe", "train1", "--validation.fraction", "0.5"], "holds nothing out with --validation"),
     (["train", "digits", "--recipe", "trian2"], "unknown recipe 'trian2'; nearest: train2"),
     (["train", "digits", "--optimizer.name", "adm"], "'adm' is not one of sgd, adam, adamw, muon; nearest: adam"),
     (["train", "digits", "--epochs", "many"], "epochs: 'many'"),
@@ -358,3 +360,13 @@ def test_garbage_collection_is_as_it_was_after_importing():
             from fromzero import nothing  # noqa: F401
         assert gc.isenabled() is was_on
     assert gc.get_freeze_count() > before
+
+
+def test_recipes_are_listed_with_what_they_are_for(capsys):
+    assert cli.main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == recipe_names()
+    assert [line for line in lines if "(the default)" in line] == [
+        "strong  12 epochs  94 % on CIFAR-10, from scratch (the default)"
+    ]
+    assert any("from scratch" in line and line.startswith("quick ") for line in lines)

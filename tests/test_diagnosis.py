@@ -153,7 +153,7 @@ def test_decoupled_decay_is_judged_by_steps_without_it():
     assert diagnose(evidence(changes, {"without_decay": Trial(0.48, 0.01)})) == []
     found = diagnose(evidence(changes, {"without_decay": Trial(0.3, 0.01)}))
     assert [finding.name for finding in found] == ["decay-too-strong"]
-    assert "0.50, 0.30 without decay" in found[0].evidence
+    assert "0.50, without decay 0.30" in found[0].evidence
 
 
 def test_a_network_that_is_still_learning_is_no_judge_of_labels():
@@ -243,6 +243,30 @@ def test_dead_units_are_counted(tiny_images, tmp_path):
     inactive = {layer.name: layer.inactive for layer in m.layers}
     assert inactive["conv2d_2"] >= 12 / 16
     assert inactive["conv2d_1"] < 0.5
+
+
+@pytest.mark.parametrize("epochs", [4, 1000])
+def test_a_trial_goes_through_the_whole_schedule_in_no_more_steps_than_the_run_has(
+    epochs, tiny_images, tmp_path, monkeypatch
+):
+    found = trained(tiny_images, tmp_path)
+    changes = {"epochs": epochs, "optimizer.learning_rate": 0.01, "schedule.name": "linear"}
+    recipe = found.run.recipe.override(changes | {"schedule.warmup_epochs": epochs / 4})
+    rates = []
+    real = probe.train_step
+
+    def watched(state, batch, rate, *rest):
+        rates.append(rate)
+        return real(state, batch, rate, *rest)
+
+    monkeypatch.setattr(probe, "train_step", watched)
+    probe._trials(recipe, found.data, tiny_images.image_shape, 10, found.machine, seconds_a_step=0.001)
+    steps = min(epochs * -(-len(found.data.train.labels) // recipe.batch_size), probe.TRIAL_STEPS)
+    own, tenth = rates[:steps], rates[steps : 2 * steps]
+    assert max(own) == pytest.approx(0.01, rel=0.05)
+    assert own[0] < 0.004
+    assert own[-1] <= 0.01 / (0.75 * steps) * 1.5
+    assert tenth == pytest.approx([0.1 * rate for rate in own])
 
 
 def test_trials_tell_a_rate_that_is_too_low_or_too_high(tiny_images, tmp_path):
@@ -416,5 +440,6 @@ def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, t
     second = fromzero.list_runs()[1]
     assert cli.main(["diagnose", str(second.path), "--threads", "1"]) == 0
     told = " ".join(capsys.readouterr().out.split())
+    assert "So few validation images may hide imbalance, oscillating" in told
     assert f"The run began with the weights of {run.path}: its first steps were not tried again" in told
     assert json.loads((second.path / "diagnosis.json").read_text("utf-8"))["measures"]["trials"] == {}

@@ -1,5 +1,6 @@
 """Folders of pictures: their shapes, what is refused, what is kept, and that a training takes them."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -88,7 +89,7 @@ def test_without_test_val_is_kept_for_it(tmp_path):
     write(tmp_path / "set" / "val", count=3, seed=1)
     images = load_images(tmp_path / "set")
     assert (len(images.train), images.validation, len(images.test)) == (24, None, 9)
-    assert images.notes == ("no folder test: val is kept for the test, validation is held out of train",)
+    assert images.notes == ("no folder test: val is kept for the test",)
 
 
 def test_pictures_in_two_parts_are_counted(tmp_path):
@@ -312,6 +313,17 @@ def test_predictions_of_the_test_pictures_are_as_right_as_the_summary_says(tmp_p
     one = next((tmp_path / "set" / "test" / "red").iterdir())
     assert cli.main(["predict", "set-987", str(one), "--tta", "mirror", "--checkpoint", "best", "--threads", "1"]) == 0
     assert capsys.readouterr().out.endswith(f"{one}\n")
+    assert cli.main(["predict", "set-987", str(one), "--top", "9", "--threads", "1"]) == 0
+    *three, path = capsys.readouterr().out.split()
+    assert path == str(one)
+    assert sorted(three[::2]) == sorted(COLORS)
+    assert sum(map(float, three[1::2])) == pytest.approx(1, abs=2e-4)
+    assert cli.main(["predict", "set-987", str(one), "--top", "2", "--json", "--threads", "1"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["picture"] == str(one)
+    assert list(told["classes"]) == three[:3:2]
+    assert cli.main(["predict", "set-987", str(one), "--top", "0"]) == 2
+    assert "--top: 0 is less than 1" in capsys.readouterr().err
     for wrong, said in (
         ("nowhere", "nowhere: not there"),
         ("runs/set-987/checkpoints", "checkpoints: no pictures"),

@@ -22,10 +22,10 @@ from fromzero.recipe import load_recipe, recipe_names
 from fromzero.sessions import last_checkpoint
 from fromzero.study import pools
 from fromzero.study.cells import Cell, Setting, is_finished, read_outcomes, train_cell
-from fromzero.study.definition import lines_of, load_study, study_names
+from fromzero.study.definition import Contrast, lines_of, load_study, study_names
 from fromzero.study.execution import best_values, prepare_study, sweep
 from fromzero.study.page import write_lessons
-from fromzero.study.results import answer, list_results, read_result
+from fromzero.study.results import ContrastResult, answer, list_results, read_result, sentence
 from fromzero.verify import first_difference
 
 LESSONS = [
@@ -108,6 +108,13 @@ def rows_of(folder):
         found = [json.loads(line) for line in path.read_text().splitlines()]
         rows[path.parent.name] = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in found]
     return rows
+
+
+def test_pairs_that_all_differ_alike_have_no_interval():
+    contrast = Contrast("a", "b", "val/accuracy", "higher", 0.0, "claim")
+    same = stats.compare([0.1] * 6, [0.1] * 6)
+    said = sentence(ContrastResult(contrast, same, 1.0, "undecided", 0.0, None, None, {}), 1)
+    assert said == "a against b, val/accuracy higher: undecided; all 6 pairs differ by +0.00 points, to the last image"
 
 
 # ---- what a file may say

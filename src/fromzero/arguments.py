@@ -91,6 +91,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     predict = add("predict", "say what is in pictures, by a run's weights")
     predict.add_argument("RUN", help="a run's folder or name")
     predict.add_argument("PICTURE", nargs="+", type=Path, help="a picture, or a folder of them")
+    predict.add_argument("--top", type=int, default=1, metavar="N", help="how many classes to say, likeliest first (1)")
+    predict.add_argument(
+        "--json", action="store_true", help="a JSON object a line: the picture, and classes with theirs"
+    )
     _add_weights(predict)
     _add_shared(predict, "runs", "machine")
 

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib
 import io
+import json
 import math
 import os
 import sys
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import parse
 from fromzero.errors import FromzeroError, InputError, NonFiniteError
-from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names
+from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names, recipe_purpose
 
 if TYPE_CHECKING:
     from fromzero.sessions import Trained
@@ -85,6 +86,8 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.DATASET is not None:
         changes["dataset"] = arguments.DATASET
     recipe = load_recipe(arguments.recipe).override(changes)
+    if "validation.fraction" in changes and recipe.validation.source == "test":
+        raise InputError("--validation.fraction holds nothing out with --validation.source test; split would")
     with _importing():
         from fromzero.data import load_images
 
@@ -244,6 +247,8 @@ def _predict(arguments: argparse.Namespace) -> None:
         from fromzero.runs import load_run
         from fromzero.sessions import load_classifier
 
+    if arguments.top < 1:
+        raise InputError(f"--top: {arguments.top} is less than 1")
     paths = pictures_at(arguments.PICTURE)
     run = load_run(arguments.RUN, arguments.runs_dir)
     options = {"device": arguments.device or "auto", "threads": arguments.threads}
@@ -253,12 +258,18 @@ def _predict(arguments: argparse.Namespace) -> None:
     if read:
         on_device = torch.from_numpy(pixels[read]).to(here.device)
         try:
-            found = predict(network, on_device, normalise, here, views=arguments.tta).max(1)
+            found = predict(network, on_device, normalise, here, views=arguments.tta)
         except NonFiniteError as error:
             raise NonFiniteError(f"{run.path}: {error}; {_other_weights(arguments)}") from None
+        likeliest = found.topk(min(arguments.top, len(names)))
         longest = max(map(len, names))
-        for index, probability, label in zip(read, found.values.tolist(), found.indices.tolist(), strict=True):
-            print(f"{names[label]:<{longest}}  {probability:.4f}  {paths[index]}")
+        for index, values, labels in zip(read, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+            says = [(names[label], probability) for label, probability in zip(labels, values, strict=True)]
+            if arguments.json:
+                print(json.dumps({"picture": str(paths[index]), "classes": dict(says)}))
+                continue
+            told = "  ".join(f"{name:<{longest}}  {probability:.4f}" for name, probability in says)
+            print(f"{told}  {paths[index]}")
     if wrong:
         raise InputError(unreadable(paths, wrong))
 
@@ -275,7 +286,10 @@ def _export(arguments: argparse.Namespace) -> None:
     difference = export(run, classifier, path)
     shape = ", ".join(map(str, classifier.image_shape))
     print(f"{path}: pixels uint8 (N, {shape}) → probabilities float32 (N, {len(classifier.class_names)})")
-    print(f"  {path.stat().st_size / 1e6:.1f} MB, computed as here to {difference:.1g}; classes are in its metadata")
+    print(
+        f"  {path.stat().st_size / 1e6:.1f} MB; log-probabilities as here to {difference:.1g} nats; in its metadata are"
+        " the classes, and how pictures become pixels"
+    )
 
 
 def _other_weights(arguments: argparse.Namespace) -> str:
@@ -359,7 +373,7 @@ def _report(arguments: argparse.Namespace) -> None:
     page = run_page(run, rows, scored, images, validation, weights.stem, run.diagnosis)
     path = arguments.FILE or run.path / "report.html"
     try:
-        write_atomically(path, page.encode())
+        write_atomically(path, page.encode(errors="replace"))  # of file names that are no text
     except OSError as error:
         raise FromzeroError(f"{path}: cannot be written: {error.strerror}") from None
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, to be opened in a browser")
@@ -510,7 +524,10 @@ def _lessons(arguments: argparse.Namespace) -> None:
 def _recipes(arguments: argparse.Namespace) -> None:
     for name in recipe_names():
         recipe = load_recipe(name)
-        print(f"{name:<10} {recipe.epochs} epochs, {recipe.optimizer.name}; fromzero summary {name}")
+        print(
+            f"{name:<7} {recipe.epochs:>2} epochs  {recipe_purpose(name)}{' (the default)' if name == 'strong' else ''}"
+        )
+    print("fromzero summary NAME prints a recipe's network")
 
 
 def _machine_options(arguments: argparse.Namespace) -> dict[str, Any]:

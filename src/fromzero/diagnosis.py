@@ -176,7 +176,7 @@ def _decay_too_strong(e: Evidence) -> Finding | None:
     if m.without_decay is not None and m.trials:
         own, without = m.trials[1.0].loss, m.without_decay
         if own - without.loss >= max(RATE_GAIN * e.entropy, 3 * without.error):
-            shown = f"train loss after the same first steps {own:.2f}, {without.loss:.2f} without decay"
+            shown = f"train loss after a short training {own:.2f}, without decay {without.loss:.2f}"
     if not shown and optimizer.name != "adamw":
         decayed = [layer for layer in m.layers if optimizer.name != "muon" or layer.name == "predictions"]
         worst = max(decayed, key=lambda layer: layer.weight / max(layer.gradient, 1e-9))
@@ -259,7 +259,7 @@ def _other_rate(e: Evidence, is_too: str) -> Finding | None:
     return Finding(
         f"rate-too-{is_too}",
         f"the learning rate is too {is_too}",
-        f"train loss after the same first steps, by peak rate (the run's is {rate:g}): {tried}",
+        f"train loss after a short training, by peak rate (the run's is {rate:g}): {tried}",
         f"a peak rate of {rate * best:g}",
         _rates(e.recipe, best),
     )
@@ -487,7 +487,7 @@ def _validation_too_small(e: Evidence) -> Finding | None:
         "validation-too-small",
         "validation has too few images to tell better from worse",
         f"{count:,} images: an accuracy of {accuracy:.3f} may be {low:.3f} to {high:.3f} (95 %)",
-        "more validation images (a larger --validation.fraction, more pictures under val), or several seeds",
+        "train with more validation images (a larger --validation.fraction, or more pictures), or several seeds",
     )
 
 
@@ -510,6 +510,8 @@ RULES: dict[str, Callable[[Evidence], Finding | None]] = {
     "underfitting": _underfitting,
     "validation-too-small": _validation_too_small,
 }
+ON_VALIDATION = ("imbalance", "oscillating", "label-noise", "overfitting", "stopped-early")  # which few images may hide
+
 # What a finding is the likely cause of. Only a network that has learned can say that a label is wrong.
 _UNLEARNED = ("oscillating", "label-noise", "stopped-early", "underfitting")
 _STUCK = ("vanishing-gradients", "dead-units", *_UNLEARNED)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from fromzero import augment, training
-from fromzero.diagnosis import RULES, STUDY_SEEDS, Finding
+from fromzero.diagnosis import ON_VALIDATION, RULES, STUDY_SEEDS, Finding
 from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.recipe import Recipe
@@ -165,9 +165,9 @@ def diagnosis_text(
                 "             ",
                 f"{finding.changed}; {STUDY_SEEDS} pairs of runs{took}",
             )
-        elif not finding.changes:
-            say("   test it:  ", "no field of a recipe changes that")
     others = [name for name in RULES if name not in {finding.name for finding in found}]
+    if "validation-too-small" in {finding.name for finding in found}:
+        say("", f"So few validation images may hide {', '.join(ON_VALIDATION)}.")
     if origin := run.provenance["from"]:
         began = f"The run began with the weights of {origin['run']}:"
         say("", f"{began} its first steps were not tried again, and a study begins anew.")

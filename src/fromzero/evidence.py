@@ -42,8 +42,8 @@ class Surest(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Train loss after some first steps, infinite where they overflowed, and the standard error of its difference to
-    that at the run's own rate."""
+    """Train loss at the end of a short training, infinite where it overflowed, and the standard error of its difference
+    to that at the run's own rate."""
 
     loss: float
     error: float

@@ -23,15 +23,16 @@ from fromzero.sessions import Classifier
 
 OPSET, IR_VERSION = 20, 9  # the first with Gelu, and what runtimes of that time read
 CHECKED_IMAGES = 8
-TOLERANCE = 1e-3  # of a probability
+TOLERANCE, SMALLEST = 1e-2, 1e-20  # of the logarithm of a probability, nats; the smallest that is looked at
 
 
 def export(run: Run, classifier: Classifier, path: Path) -> float:
     """Write the network of `run` to `path` as ONNX, from pixels uint8 (N, H, W, C) to probabilities float32
-    (N, classes); its metadata hold the names of the classes.
+    (N, classes); its metadata hold the names of the classes and how pictures become pixels.
 
-    Returns the largest difference between its probabilities and `classifier`'s on random images, as onnx's reference
-    implementation computes them. Raises InputError without the package onnx, FromzeroError where the two differ by
+    Returns the largest difference in nats between the logarithms of its probabilities and of `classifier`'s on random
+    images, as onnx's reference implementation computes them: of a network that is sure of everything, probabilities
+    alone would say nothing. Raises InputError without the package onnx, FromzeroError where the two differ by
     more than TOLERANCE (nothing is written then) or where the file cannot be written."""
     try:
         from onnx.reference import ReferenceEvaluator
@@ -41,10 +42,10 @@ def export(run: Run, classifier: Classifier, path: Path) -> float:
     pixels = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, *classifier.image_shape), dtype=np.uint8)
     (theirs,) = ReferenceEvaluator(model).run(None, {"pixels": pixels})
     ours = predict(classifier.network, torch.from_numpy(pixels), classifier.normalise, classifier.machine).numpy()
-    difference = float(np.abs(theirs - ours).max())
+    difference = float(np.abs(np.log(np.maximum(theirs, SMALLEST)) - np.log(np.maximum(ours, SMALLEST))).max())
     if not difference <= TOLERANCE:
         raise FromzeroError(
-            f"{run.path}: as ONNX its probabilities would differ by {difference:.2g} from those here; nothing written"
+            f"{run.path}: its log-probabilities as ONNX would be off by {difference:.2g}; nothing was written"
         )
     try:
         write_atomically(path, model.SerializeToString())
@@ -77,6 +78,7 @@ def _model(run: Run, classifier: Classifier) -> Any:
     model.ir_version = IR_VERSION
     described = {
         "classes": json.dumps(classifier.class_names),
+        "pixels": f"RGB, turned as EXIF says, on white, cut to the middle, scaled by Lanczos to {shape[1]}×{shape[0]}",
         "run": run.name,
         "recipe": recipe.name,
         "recipe_fingerprint": recipe.fingerprint(),

@@ -276,23 +276,23 @@ def _seconds_a_step(trained: Trained) -> float:
 def _trials(
     recipe: Recipe, data: Data, shape: networks.ImageShape, num_classes: int, here: Machine, seconds_a_step: float
 ) -> tuple[dict[float, Trial], Trial | None]:
-    """Factor on the learning rate → train loss over the last quarter of the first so many steps; and that at the run's
-    rate without its weight decay, if it has any. All begin at the run's first weights and see the same images, in the
-    same order; the rate is the recipe's, but that it falls no more and that a warm-up ends half-way. Where the best
-    factor is the lowest or the highest, one beyond is tried, too."""
+    """Factor on the learning rate → train loss over the last quarter of so many first steps; and that at the run's rate
+    without its weight decay, if it has any. All begin at the run's first weights and see the same images, in the same
+    order. The rate goes through the recipe's whole schedule in these steps: one that is to fall to zero is too high
+    only if it is so after it has fallen. Where the best factor is the lowest or the highest, one beyond is tried, too.
+    """
     affordable = TRIAL_SECONDS / (MOST_TRIALS * max(seconds_a_step, 1e-4))
-    steps = int(min(TRIAL_STEPS, max(FEWEST_TRIAL_STEPS, affordable)))
-    simple = recipe.override({"hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0, "schedule.name": "constant"})
+    simple = recipe.override({"hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0})
     timetable = Timetable.of(simple, len(data.train.labels))
-    warm_up = min(recipe.schedule.warmup_epochs, timetable.epochs_after(steps // 2))
-    simple = simple.override({"schedule.warmup_epochs": warm_up})
+    in_all = timetable.start_of(recipe.epochs)
+    steps = min(TRIAL_STEPS, int(max(FEWEST_TRIAL_STEPS, affordable)), in_all)
 
     def last_losses(factor: float, recipe: Recipe = simple) -> list[float]:
         """Of each step; infinite where one overflows."""
         state = initial_state(recipe, shape, num_classes, data, here)
         losses = []
         for step, batch in enumerate(_first_batches(recipe, data, timetable, steps)):
-            rate = factor * learning_rate_at(recipe, step, timetable)
+            rate = factor * learning_rate_at(recipe, step * in_all // steps, timetable)
             state.counters.step = step
             try:
                 losses.append(train_step(state, batch, rate, recipe, timetable.epochs_after(step), here).loss)

@@ -365,6 +365,13 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
+def recipe_purpose(name: str) -> str:
+    """What a recipe that comes with fromzero is for: how the comment at the head of its file begins."""
+    header = (resources.files("fromzero") / "recipes" / f"{name}.toml").read_text("utf-8")
+    first = header.lstrip("# ").partition("\n")[0].removeprefix(f"{name}: ")
+    return re.split(r"[.;]( |$)", first)[0]
+
+
 def load_recipe(source: str | Path) -> Recipe:
     """The built-in recipe of that name, or the recipe in that TOML file.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -47,7 +48,7 @@ def validation_label(recipe: Recipe, own: bool) -> str:
 
 def counted(number: int, noun: str) -> str:
     """`1 epoch`, `2 epochs`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class Scored(NamedTuple):
@@ -147,7 +148,7 @@ def run_page(
     ]
     template = resources.files("fromzero").joinpath("report.html").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.globals.update(counted=counted, isnan=math.isnan, zip=zip)
+    environment.globals.update(counted=counted, isnan=math.isnan, told=_told, quote=shlex.quote, zip=zip)
     return environment.from_string(template).render(
         run=run,
         recipe=run.recipe,
@@ -170,6 +171,15 @@ def run_page(
         source=images.source if images.train.files else None,
         mistakes={split: _mistakes(scored[split], images) for split in shown},
     )
+
+
+def _told(value: Any) -> str:
+    """A value of a recipe or of provenance in words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_told(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(f"[{_told(inner)}]" if isinstance(inner, list | tuple) else _told(inner) for inner in value)
+    return {None: "–", True: "yes", False: "no"}.get(value, str(value)) if value in (None, True, False) else str(value)
 
 
 def _share(part: int, whole: int) -> float:

@@ -197,7 +197,7 @@ def _archive_files(path: Path) -> dict[str, Callable[[], bytes]]:
     except Exception as error:  # a damaged archive can raise whatever tarfile and the decompressors have
         if isinstance(error, tarfile.ReadError) and not _looks_like_an_archive(path):
             raise InputError(
-                f"{path}: neither a folder nor an archive: name the folder that holds CIFAR's files, or a .tar.gz"
+                f"{path}: neither a folder nor an archive: name a folder with a folder of pictures for each class"
             ) from None
         size = path.stat().st_size if path.exists() else 0
         raise InputError(

@@ -73,7 +73,7 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     if "test" not in splits:
         if "validation" in splits:
             splits[splits == "validation"] = "test"
-            notes.append("no folder test: val is kept for the test, validation is held out of train")
+            notes.append("no folder test: val is kept for the test")
         else:
             if alone := [name for name, count in zip(class_names, np.bincount(labels), strict=True) if count < 2]:
                 raise InputError(f"{path}: class {alone[0]!r} has one picture, too few to keep some for the test")
@@ -327,7 +327,7 @@ def _decode(path: Path, width: int, height: int) -> _Outcome:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        return f"nothing that {', '.join(FORMATS)} begin with"
+        return f"nothing that {', '.join(FORMATS)} begin with" if content else "empty"
     except Exception as error:  # whatever decoders raise at damaged files
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
