@@ -332,8 +332,11 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     try:
         rows = probe.rows_of(trained)
         console.print(display.diagnosis_header(run, rows), **plain)
-        with console.status("") as status:
-            measures = probe.measure(trained, say=lambda doing: status.update(f"  {doing} …"))
+        if display.can_redraw(console):
+            with console.status("") as status:
+                measures = probe.measure(trained, say=lambda doing: status.update(f"  {doing} …"))
+        else:
+            measures = probe.measure(trained, say=lambda doing: console.print(f"  {doing} …", **plain))
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{trained.weights}: {error}; a lower --optimizer.learning_rate or a warm-up keeps them small"

@@ -32,6 +32,7 @@ from fromzero.training import Training
 REFRESH_SECONDS = 0.25  # of the live display
 NARROW_HIDES = ("running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
 FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
+FEW_STEPS = 8  # an epoch
 LINE_SECONDS = 30.0  # without a terminal: the longest time without a line while steps are made
 
 
@@ -76,6 +77,11 @@ def header(run: Training) -> str:
         points = f"{98 / math.sqrt(count):.0f} points"  # half of a 95 % interval, at its widest
         lines.append(f"  note: {count} validation images tell an accuracy to ± {points} only{more}")
     augmentation, timetable = recipe.augment, run.timetable
+    if timetable.first_steps < FEW_STEPS and recipe.name != "few":
+        lines.append(
+            f"  note: {counted(timetable.first_steps, 'step')} an epoch; of so few images the recipe few, or a smaller"
+            " --batch_size, makes more"
+        )
     if augmentation.scales:
         size = "×".join(map(str, augment.smallest_size(augmentation, *run.images.image_shape[:2])))
         lines.append(f"  up to epoch {augmentation.scale_epochs:g} on images of {size} pixels")
