@@ -1,6 +1,7 @@
 """Diagnosis: every rule on evidence made by hand, the measures on networks whose answer is known, and the command."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import fromzero
 from fromzero import cli, probe
 from fromzero.data.images import Images
-from fromzero.diagnosis import EXPLAINS, RULES, diagnose, study_text, write_findings
+from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, diagnose, study_text, write_findings
 from fromzero.evidence import Copies, Evidence, LayerMeasures, Measures, Surest, Trial, best_factor
 from fromzero.recipe import load_recipe
 from fromzero.sessions import load_trained, new_training
@@ -245,28 +246,46 @@ def test_dead_units_are_counted(tiny_images, tmp_path):
     assert inactive["conv2d_1"] < 0.5
 
 
-@pytest.mark.parametrize("epochs", [4, 1000])
-def test_a_trial_goes_through_the_whole_schedule_in_no_more_steps_than_the_run_has(
-    epochs, tiny_images, tmp_path, monkeypatch
+@pytest.mark.parametrize(("epochs", "skipped"), [(4, 0.0), (1000, 0.0), (4, 0.5)])
+def test_a_trial_goes_through_the_runs_whole_course_in_no_more_steps(
+    epochs, skipped, tiny_images, tmp_path, monkeypatch
 ):
-    found = trained(tiny_images, tmp_path)
-    changes = {"epochs": epochs, "optimizer.learning_rate": 0.01, "schedule.name": "linear"}
+    found = trained(tiny_images, tmp_path, {"batch_size": 20})
+    changes = {"epochs": epochs, "optimizer.learning_rate": 0.01, "schedule.name": "linear", "skip_easy": skipped}
     recipe = found.run.recipe.override(changes | {"schedule.warmup_epochs": epochs / 4})
-    rates = []
+    watched = []
     real = probe.train_step
 
-    def watched(state, batch, rate, *rest):
-        rates.append(rate)
-        return real(state, batch, rate, *rest)
+    def train_step(state, batch, rate, recipe, progress, here):
+        watched.append((rate, progress))
+        return real(state, batch, rate, recipe, progress, here)
 
-    monkeypatch.setattr(probe, "train_step", watched)
-    probe._trials(recipe, found.data, tiny_images.image_shape, 10, found.machine, seconds_a_step=0.001)
-    steps = min(epochs * -(-len(found.data.train.labels) // recipe.batch_size), probe.TRIAL_STEPS)
-    own, tenth = rates[:steps], rates[steps : 2 * steps]
+    monkeypatch.setattr(probe, "train_step", train_step)
+    trials, _ = probe._trials(recipe, found.data, tiny_images.image_shape, 10, found.machine, seconds_a_step=0.001)
+    per_epoch = -(-len(found.data.train.labels) // 20)
+    steps = min(per_epoch + (epochs - 1) * math.ceil(per_epoch * (1 - skipped)), probe.TRIAL_STEPS)
+    (own, progress), (tenth, _) = (zip(*watched[start : start + steps], strict=True) for start in (0, steps))
+    assert len(watched) == len(trials) * steps
     assert max(own) == pytest.approx(0.01, rel=0.05)
-    assert own[0] < 0.004
+    assert own[0] < 0.005
     assert own[-1] <= 0.01 / (0.75 * steps) * 1.5
     assert tenth == pytest.approx([0.1 * rate for rate in own])
+    assert progress[0] == 0
+    assert progress[-1] == pytest.approx(epochs * (1 - 1 / steps), rel=0.1)
+
+
+def test_a_run_of_few_steps_has_no_trials(tiny_images, tmp_path):
+    found = trained(tiny_images, tmp_path, {"batch_size": 500, "epochs": 2})
+    measures = probe.measure(found)
+    assert measures.trials == {}
+    assert measures.fit_accuracy is None or measures.fit_accuracy >= 0
+    assert not {"rate-too-high", "rate-too-low"} & {
+        finding.name for finding in diagnose(Evidence(found.run.recipe, probe.rows_of(found), measures))
+    }
+
+
+def test_what_few_validation_images_hide_are_rules():
+    assert set(ON_VALIDATION) <= RULES.keys()
 
 
 def test_trials_tell_a_rate_that_is_too_low_or_too_high(tiny_images, tmp_path):

@@ -36,6 +36,7 @@ GRADIENT_BATCHES = 4
 SUREST_SHARE = 0.1
 TRIAL_FACTORS, MOST_TRIALS = (1.0, 0.1, 10.0, 0.01, 100.0), 8
 TRIAL_STEPS, FEWEST_TRIAL_STEPS, TRIAL_SECONDS = 100, 25, 60.0  # of each; seconds: of all together
+LEAST_TRIAL_STEPS = 8  # of a run with fewer no trial is made: its last quarter would be a step
 FITTED_IMAGES, FIT_BATCH, FIT_STEPS = 100, 50, 200  # whether the network can learn that few by heart
 COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
 SIDE, ALIKE = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
@@ -60,11 +61,11 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
     found: dict[float, Trial] = {}
     fit = without_decay = None
     if trials and train.accuracy < FITTED:
-        say("first steps at other learning rates")
+        say("short trainings at other learning rates")
         found, without_decay = _trials(recipe, data, shape, classes, here, _seconds_a_step(trained))
         if train.accuracy - validation.accuracy < SMALL_GAP:
             say("a few images by heart")
-            factors = {1.0, best_factor(found), best_factor(found) / 10}  # what suits first steps may be too fast later
+            factors = {1.0, *(scale * best_factor(found) for scale in (1.0, 0.1) if found)}
             fit = max(_fit(recipe, data, shape, classes, here, factor) for factor in sorted(factors))
     return Measures(
         image_shape=shape,
@@ -278,24 +279,27 @@ def _trials(
 ) -> tuple[dict[float, Trial], Trial | None]:
     """Factor on the learning rate → train loss over the last quarter of so many first steps; and that at the run's rate
     without its weight decay, if it has any. All begin at the run's first weights and see the same images, in the same
-    order. The rate goes through the recipe's whole schedule in these steps: one that is to fall to zero is too high
-    only if it is so after it has fallen. Where the best factor is the lowest or the highest, one beyond is tried, too.
-    """
+    order. They go through the run's whole course, of rate, augmentation and dropout, in these steps: a rate that is to
+    fall to zero is too high only if it is so after it has fallen. Where the best factor is the lowest or the highest,
+    one beyond is tried, too. Nothing where the run has too few steps."""
     affordable = TRIAL_SECONDS / (MOST_TRIALS * max(seconds_a_step, 1e-4))
-    simple = recipe.override({"hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0})
-    timetable = Timetable.of(simple, len(data.train.labels))
+    timetable = Timetable.of(recipe, len(data.train.labels))
     in_all = timetable.start_of(recipe.epochs)
     steps = min(TRIAL_STEPS, int(max(FEWEST_TRIAL_STEPS, affordable)), in_all)
+    if steps < LEAST_TRIAL_STEPS:
+        return {}, None
+    course = [step * in_all // steps for step in range(steps)]  # the run's step that each stands for
+    simple = recipe.override({"hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0})
 
     def last_losses(factor: float, recipe: Recipe = simple) -> list[float]:
         """Of each step; infinite where one overflows."""
         state = initial_state(recipe, shape, num_classes, data, here)
         losses = []
-        for step, batch in enumerate(_first_batches(recipe, data, timetable, steps)):
-            rate = factor * learning_rate_at(recipe, step * in_all // steps, timetable)
+        for step, (at, batch) in enumerate(zip(course, _batches(recipe, data, course, timetable), strict=True)):
+            rate = factor * learning_rate_at(recipe, at, timetable)
             state.counters.step = step
             try:
-                losses.append(train_step(state, batch, rate, recipe, timetable.epochs_after(step), here).loss)
+                losses.append(train_step(state, batch, rate, recipe, timetable.epochs_after(at), here).loss)
             except NonFiniteError:
                 return [math.inf]
         return losses[-max(2, steps // 4) :]
@@ -351,13 +355,14 @@ def _fit(
     return sum(right[-10:]) / 10
 
 
-def _first_batches(recipe: Recipe, data: Data, timetable: Timetable, steps: int) -> Iterator[Batch]:
+def _batches(recipe: Recipe, data: Data, course: list[int], timetable: Timetable) -> Iterator[Batch]:
+    """As many batches as `course` has steps, from the first epoch on, each augmented as the run's step there is."""
     step = epoch = 0
     while True:
         order = torch.from_numpy(permutation(len(data.train.labels), recipe.seed, "order", epoch))
         for indices in order.to(data.train.labels.device).split(recipe.batch_size):
-            if step == steps:
+            if step == len(course):
                 return
-            yield batch_at(data, indices, recipe, epoch, step, timetable.epochs_after(step))
+            yield batch_at(data, indices, recipe, epoch, step, timetable.epochs_after(course[step]))
             step += 1
         epoch += 1
