@@ -366,7 +366,7 @@ def test_recipes_are_listed_with_what_they_are_for(capsys):
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == recipe_names()
-    assert [line for line in lines if "(the default)" in line] == [
-        "strong  12 epochs  94 % on CIFAR-10, from scratch (the default)"
+    assert [line for line in lines if "The default." in line] == [
+        "strong  12 epochs  94 % on CIFAR-10, from scratch. The default."
     ]
     assert any("from scratch" in line and line.startswith("quick ") for line in lines)

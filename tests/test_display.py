@@ -84,10 +84,10 @@ def test_what_a_recipe_leaves_out_is_said_and_counted(tiny_images, tmp_path):
     run.close()
 
 
-@pytest.mark.parametrize(("batch_size", "said"), [(200, "1 step an epoch"), (50, "4 steps an epoch"), (25, None)])
+@pytest.mark.parametrize(("batch_size", "said"), [(200, "1 step an epoch"), (150, "2 steps an epoch"), (50, None)])
 def test_few_steps_an_epoch_are_said(batch_size, said, tiny_images, tmp_path):
     changes = {"epochs": 1, "batch_size": batch_size, "network.channels": [[4]], "network.pool": 8}
     run = new_training(load_recipe("train1").override(changes), tiny_images, runs_dir=tmp_path)
     run.close()
-    notes = [line for line in display.header(run).splitlines() if "an epoch; of so few images the recipe few" in line]
-    assert [line.split(";")[0] for line in notes] == ([f"  note: {said}"] if said else [])
+    notes = [line for line in display.header(run).splitlines() if "a --batch_size of 125, as the recipe few" in line]
+    assert [line.split(":")[1].strip() for line in notes] == ([said] if said else [])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 import fromzero
 from fromzero import cli
 from fromzero.data import Images, ImageSet
-from fromzero.report import Scored, calibration, run_page
+from fromzero.report import Scored, _mistakes, _told, calibration, page, report
+from fromzero.sessions import load_trained
 
 ARGUMENTS = ["--recipe", "train1", "--epochs", "2", "--threads", "1", "--precision", "float32"]
 ARGUMENTS += ["--network.channels", "[[8],[8]]", "--network.pool", "4", "--network.dense", "[16]"]
@@ -98,26 +100,46 @@ def test_pages_of_other_runs(tiny_images, tmp_path):
     training = fromzero.new_training(RECIPE, tiny_images, runs_dir=tmp_path, threads=1, name="begun")
     training.close()
     assert cli.main(["report", str(training.run.path), "--threads", "1"]) == 0
-    page = (training.run.path / "report.html").read_text("utf-8")
-    assert "after epoch 0 of 1" in page
-    assert "Accuracy and loss over the epochs" not in page
+    text = (training.run.path / "report.html").read_text("utf-8")
+    assert "after epoch 0 of 1" in text
+    assert "Accuracy and loss over the epochs" not in text
+    assert "its test images are scored at its end" in text
+    assert "By class, validation images" in text
 
 
-def test_many_classes_have_no_matrix(tmp_path):
+def test_many_classes_have_no_matrix_and_a_class_may_have_no_image(tmp_path):
     rng = np.random.default_rng(0)
 
     def part(count):
         return Images(rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8), np.arange(count) % 30)
 
     images = ImageSet(
-        "many", part(120), part(30), tuple(f"kind {n}" for n in range(30)), "", {"train": "a", "test": "b"}
+        "many", part(120), part(29), tuple(f"kind {n}" for n in range(30)), "", {"train": "a", "test": "b"}
     )
-    test = Scored(images.test.pixels, images.test.labels, rng.dirichlet(np.ones(30), 30).astype(np.float32))
+    test = Scored(images.test.pixels, images.test.labels, rng.dirichlet(np.ones(30), 29).astype(np.float32))
     assert len(test.mistakes()) > 10
     run = fromzero.train(RECIPE, images, runs_dir=tmp_path, threads=1)
-    page = run_page(run, run.metrics(), {"train": test, "val": test, "test": test}, images, "held out", "last", None)
-    assert 'class="matrix"' not in page
-    assert page.count(" taken for ") == 10
+    found = load_trained(run, images=images, threads=1)
+    text = page(found, run.metrics(), {"train": test, "val": test, "test": test}, None)
+    assert 'class="matrix"' not in text
+    assert text.count(" taken for ") == 10
+    assert "<td>kind 29</td><td>0</td><td>–</td>" in text
+
+
+def test_a_mistakes_file_is_one_of_its_own_split():
+    pixels = np.arange(4 * 12, dtype=np.uint8).reshape(4, 2, 2, 3)
+    found = Scored(pixels[:2], np.array([0, 1]), np.array([[0.1, 0.9], [0.8, 0.2]], np.float32))
+    train = Images(pixels[[0, 1, 0]], np.array([0, 1, 1]), ("a/0.png", "b/1.png", "b/copy of 0.png"))
+    shown = _mistakes(found, train)
+    assert [one["file"] for one in shown] == ["a/0.png", "b/1.png"]
+    assert [(one["label"], one["said"]) for one in shown] == [(0, 1), (1, 0)]
+    assert train.take(np.array([2, 0])).files == ("b/copy of 0.png", "a/0.png")
+    assert [one["file"] for one in _mistakes(found, Images(pixels, np.zeros(4, int)))] == [None, None]
+
+
+def test_values_in_words():
+    values = (None, True, False, 0, 1, 0.0, 1.0, [[1, 2], [3]], {"a": False, "b": 2})
+    assert [_told(v) for v in values] == ["–", "yes", "no", "0", "1", "0.0", "1.0", "[1, 2], [3]", "a no, b 2"]
 
 
 def test_what_keeps_a_page_from_being_made_is_one_line(tiny_images, tmp_path, capsys):
@@ -125,9 +147,13 @@ def test_what_keeps_a_page_from_being_made_is_one_line(tiny_images, tmp_path, ca
     capsys.readouterr()
     assert cli.main(["report", str(run.path), str(tmp_path / "nowhere" / "page.html"), "--threads", "1"]) == 1
     assert "nowhere/page.html: cannot be written" in capsys.readouterr().err
+    (tmp_path / "folder").mkdir()
+    assert cli.main(["report", str(run.path), str(tmp_path / "folder"), "--threads", "1"]) == 0
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["report.html"]
     for content in ("{", "[]", '{"findings": []}', '{"epoch": 1, "findings": [{"name": "copies"}]}'):
         (run.path / "diagnosis.json").write_text(content)
-        assert cli.main(["report", str(run.path), "--threads", "1"]) == 1
-        error = capsys.readouterr().err
-        assert "diagnosis.json: damaged" in error
-        assert error.count("\n") == 1
+        with pytest.warns(UserWarning, match=r"diagnosis\.json: damaged"):
+            report(load_trained(run, images=tiny_images, threads=1))
+        with warnings.catch_warnings(action="ignore"):
+            assert cli.main(["report", str(run.path), "--threads", "1"]) == 0
+        assert "Not made yet" in (run.path / "report.html").read_text("utf-8")

@@ -113,8 +113,12 @@ def rows_of(folder):
 def test_pairs_that_all_differ_alike_have_no_interval():
     contrast = Contrast("a", "b", "val/accuracy", "higher", 0.0, "claim")
     same = stats.compare([0.1] * 6, [0.1] * 6)
+    assert stats.compare([0.4] * 7, [0.1] * 7).sd < 1e-12
     said = sentence(ContrastResult(contrast, same, 1.0, "undecided", 0.0, None, None, {}), 1)
-    assert said == "a against b, val/accuracy higher: undecided; all 6 pairs differ by +0.00 points, to the last image"
+    assert (
+        said
+        == "a against b, val/accuracy higher: undecided; its 6 pairs all differ by +0.00 points, so they tell no spread"
+    )
 
 
 # ---- what a file may say

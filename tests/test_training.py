@@ -672,7 +672,7 @@ def test_another_fromzero_is_another_machine(small, tiny_images, tmp_path, monke
 def test_a_picture_that_cannot_be_drawn_costs_no_run(small, tiny_images, tmp_path, monkeypatch):
     run = fromzero.train(small.override({"name": "a$^$b"}), tiny_images, runs_dir=tmp_path)
     assert (run.path / "curves.png").exists()
-    monkeypatch.setattr("fromzero.report.draw_curves", lambda *ignored: 1 / 0)
+    monkeypatch.setattr("fromzero.curves.draw_curves", lambda *ignored: 1 / 0)
     with pytest.warns(UserWarning, match="was not drawn"):
         assert fromzero.train(small, tiny_images, runs_dir=tmp_path).summary
 

@@ -11,6 +11,8 @@ from typing import NoReturn
 from fromzero.errors import InputError, nearest
 from fromzero.recipe import field_types, recipe_names
 
+DEFAULT_RECIPE = "strong"
+
 
 class _Parser(argparse.ArgumentParser):
     """Complains in one line, as everything here does."""
@@ -67,7 +69,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train = add("train", "train a network from a recipe; leaves a run folder")
     train.usage = "%(prog)s DATASET [--recipe NAME|FILE] [--OPTION VALUE ...] [--FIELD VALUE ...]"  # there are dozens
     train.add_argument("DATASET", nargs="?", help="cifar10, digits, a folder of pictures, or CIFAR's files")
-    train.add_argument("--recipe", default="strong", help=f"{', '.join(recipe_names())} or a TOML file (strong)")
+    train.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"{', '.join(recipe_names())} or a TOML file (strong)")
     train.add_argument("--from", metavar="RUN", help="start from the last weights of that run")
     train.add_argument("--partial", action="store_true", help="with --from: take the weights that fit")
     _add_shared(train, "runs", "data", "machine", "saving")
@@ -110,7 +112,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     report = add("report", "write a page about a run: curves, findings, confusions, surest mistakes")
     report.add_argument("RUN", help="a run's folder or name")
-    report.add_argument("FILE", nargs="?", type=Path, help="the page's file (report.html in the run's folder)")
+    report.add_argument(
+        "FILE", nargs="?", type=Path, help="the page's file, or a folder for report.html (the run's folder)"
+    )
     _add_checkpoint(report)
     _add_shared(report, "runs", "data", "machine")
 

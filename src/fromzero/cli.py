@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fromzero.arguments import parse
+from fromzero.arguments import DEFAULT_RECIPE, parse
 from fromzero.errors import FromzeroError, InputError, NonFiniteError
 from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names, recipe_purpose
 
@@ -209,8 +209,8 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     with _importing():
+        from fromzero.curves import validation_label
         from fromzero.evaluate import evaluate
-        from fromzero.report import validation_label
         from fromzero.stats import wilson_interval
 
     run, images, data, network, weights, _, here = _trained(arguments)
@@ -266,7 +266,9 @@ def _predict(arguments: argparse.Namespace) -> None:
         for index, values, labels in zip(read, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
             says = [(names[label], probability) for label, probability in zip(labels, values, strict=True)]
             if arguments.json:
-                print(json.dumps({"picture": str(paths[index]), "classes": dict(says)}))
+                print(
+                    json.dumps({"picture": os.fsencode(paths[index]).decode(errors="replace"), "classes": dict(says)})
+                )
                 continue
             told = "  ".join(f"{name:<{longest}}  {probability:.4f}" for name, probability in says)
             print(f"{told}  {paths[index]}")
@@ -354,27 +356,16 @@ def _diagnose(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     with _importing():
-        from fromzero import probe
-        from fromzero.evaluate import predict
         from fromzero.files import write_atomically
-        from fromzero.report import Scored, run_page, validation_label
+        from fromzero.report import report
 
     trained = _trained(arguments)
-    run, images, data, network, weights, _, here = trained
-    parts = {"train": data.clean_train, "val": data.validation, "test": data.test}
     try:
-        rows = probe.rows_of(trained)
-        scored = {
-            split: Scored(
-                *(array.cpu().numpy() for array in (*part, predict(network, part.pixels, data.normalise, here)))
-            )
-            for split, part in parts.items()
-        }
+        page = report(trained)
     except NonFiniteError as error:
-        raise NonFiniteError(f"{weights}: {error}; {_other_weights(arguments)}") from None
-    validation = validation_label(run.recipe, own=images.validation is not None)
-    page = run_page(run, rows, scored, images, validation, weights.stem, run.diagnosis)
-    path = arguments.FILE or run.path / "report.html"
+        raise NonFiniteError(f"{trained.weights}: {error}; {_other_weights(arguments)}") from None
+    path = arguments.FILE or trained.run.path
+    path = path / "report.html" if path.is_dir() else path
     try:
         write_atomically(path, page.encode(errors="replace"))  # of file names that are no text
     except OSError as error:
@@ -526,10 +517,8 @@ def _lessons(arguments: argparse.Namespace) -> None:
 
 def _recipes(arguments: argparse.Namespace) -> None:
     for name in recipe_names():
-        recipe = load_recipe(name)
-        print(
-            f"{name:<7} {recipe.epochs:>2} epochs  {recipe_purpose(name)}{' (the default)' if name == 'strong' else ''}"
-        )
+        default = " The default." if name == DEFAULT_RECIPE else ""
+        print(f"{name:<7} {load_recipe(name).epochs:>2} epochs  {recipe_purpose(name)}{default}")
     print("fromzero summary NAME prints a recipe's network")
 
 

@@ -104,13 +104,14 @@ def write_findings(run: Run, found: Sequence[Finding], measures: Measures, sourc
     # A folder, by its whole path: the recipe names it from wherever the run was begun.
     dataset = None if name in NAMED else source + options
     known = asdict(measures) | {"trials": {f"{factor:g}": trial for factor, trial in measures.trials.items()}}
-    content = {"epoch": epoch, "findings": [asdict(finding) for finding in found], "measures": _finite(known)}
     try:
         for finding in found:
             if finding.changes:
                 path = run.path / f"{run.name}-{finding.name}.toml"
                 write_atomically(path, study_text(finding, recipe, dataset).encode())
                 studies[finding.name] = path
+        findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
+        content = {"epoch": epoch, "findings": findings, "measures": _finite(known)}
         write_atomically(run.path / "diagnosis.json", (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
         raise FromzeroError(

@@ -17,11 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from fromzero import augment, training
+from fromzero.curves import counted, validation_label
 from fromzero.diagnosis import ON_VALIDATION, RULES, STUDY_SEEDS, Finding
 from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.recipe import Recipe
-from fromzero.report import counted, validation_label
 from fromzero.runs import Row, Run
 from fromzero.stats import fewest_pairs
 from fromzero.study.definition import short
@@ -32,7 +32,7 @@ from fromzero.training import Training
 REFRESH_SECONDS = 0.25  # of the live display
 NARROW_HIDES = ("running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
 FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
-FEW_STEPS = 8  # an epoch
+FEW_STEPS, FEW_BATCH = 8, 125  # an epoch; images a step, as measured for the recipe few
 LINE_SECONDS = 30.0  # without a terminal: the longest time without a line while steps are made
 
 
@@ -77,10 +77,10 @@ def header(run: Training) -> str:
         points = f"{98 / math.sqrt(count):.0f} points"  # half of a 95 % interval, at its widest
         lines.append(f"  note: {count} validation images tell an accuracy to ± {points} only{more}")
     augmentation, timetable = recipe.augment, run.timetable
-    if timetable.first_steps < FEW_STEPS and recipe.name != "few":
+    if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
         lines.append(
-            f"  note: {counted(timetable.first_steps, 'step')} an epoch; of so few images the recipe few, or a smaller"
-            " --batch_size, makes more"
+            f"  note: {counted(timetable.first_steps, 'step')} an epoch: with so few images a --batch_size of"
+            f" {FEW_BATCH}, as the recipe few has it, learns more"
         )
     if augmentation.scales:
         size = "×".join(map(str, augment.smallest_size(augmentation, *run.images.image_shape[:2])))
@@ -172,8 +172,8 @@ def diagnosis_text(
                 f"{finding.changed}; {STUDY_SEEDS} pairs of runs{took}",
             )
     others = [name for name in RULES if name not in {finding.name for finding in found}]
-    if "validation-too-small" in {finding.name for finding in found}:
-        say("", f"So few validation images may hide {', '.join(ON_VALIDATION)}.")
+    if "validation-too-small" not in others:
+        say("", f"So few validation images may hide {', '.join(name for name in ON_VALIDATION if name in others)}.")
     if origin := run.provenance["from"]:
         began = f"The run began with the weights of {origin['run']}:"
         say("", f"{began} its first steps were not tried again, and a study begins anew.")

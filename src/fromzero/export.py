@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fromzero import networks
+from fromzero.data.pictures import PREPARED
 from fromzero.errors import FromzeroError, InputError
 from fromzero.evaluate import predict
 from fromzero.files import write_atomically
@@ -78,7 +79,7 @@ def _model(run: Run, classifier: Classifier) -> Any:
     model.ir_version = IR_VERSION
     described = {
         "classes": json.dumps(classifier.class_names),
-        "pixels": f"RGB, turned as EXIF says, on white, cut to the middle, scaled by Lanczos to {shape[1]}×{shape[0]}",
+        "pixels": f"{PREPARED} to {shape[1]}×{shape[0]}" if shape[2] == 3 else "",
         "run": run.name,
         "recipe": recipe.name,
         "recipe_fingerprint": recipe.fingerprint(),

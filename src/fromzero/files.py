@@ -22,7 +22,12 @@ def home() -> Path:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data`. Raises OSError, the old file whole, when the disk is full or fails."""
     stage(path, data)
-    publish(path)
+    try:
+        publish(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            _partial(path).unlink()
+        raise
 
 
 def stage(path: Path, data: bytes) -> None:

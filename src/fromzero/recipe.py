@@ -366,10 +366,9 @@ def recipe_names() -> list[str]:
 
 
 def recipe_purpose(name: str) -> str:
-    """What a recipe that comes with fromzero is for: how the comment at the head of its file begins."""
+    """What a recipe that comes with fromzero is for: the first line of its file, a comment."""
     header = (resources.files("fromzero") / "recipes" / f"{name}.toml").read_text("utf-8")
-    first = header.lstrip("# ").partition("\n")[0].removeprefix(f"{name}: ")
-    return re.split(r"[.;]( |$)", first)[0]
+    return header.lstrip("# ").partition("\n")[0].removeprefix(f"{name}: ")
 
 
 def load_recipe(source: str | Path) -> Recipe:

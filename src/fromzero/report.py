@@ -1,4 +1,4 @@
-"""Pictures of recorded runs, and a page about one. Reads what was recorded and what a network said, never a network."""
+"""A page about a run: one HTML file, from what the run recorded and what its network says of its images."""
 
 from __future__ import annotations
 
@@ -6,49 +6,27 @@ import base64
 import io
 import math
 import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fromzero.data import Images, ImageSet
-from fromzero.files import write_atomically
-from fromzero.recipe import Recipe
-from fromzero.runs import Row, Run
+from fromzero.curves import counted, curves_png, validation_label
+from fromzero.data import Images
+from fromzero.errors import FromzeroError
+from fromzero.evaluate import predict
+from fromzero.probe import rows_of
+from fromzero.runs import Row
+from fromzero.sessions import Trained
 from fromzero.stats import wilson_interval
 
 MOST_MISTAKES = 24  # pictures of each split
 MOST_CLASSES = 25  # whose confusions are shown as a matrix
 MOST_CONFUSIONS = 10
 CALIBRATION_BINS = 10
-
-CURVES = {
-    "running": ("#c44e52", "--", "train, running (training mode, as Keras prints it)"),
-    "clean": ("#c44e52", "-", "train, clean (evaluation mode, fixed subset)"),
-    "val": ("#1f4e9c", "-", "validation"),
-}
-MARKERS = {"running": "x", "clean": "o", "val": "s"}  # of a single epoch, which draws no line
-KEYS = {
-    "loss": {"running": "train/running_loss", "clean": "train/loss", "val": "val/loss"},
-    "accuracy": {"running": "train/running_accuracy", "clean": "train/accuracy", "val": "val/accuracy"},
-}
-
-
-def validation_label(recipe: Recipe, own: bool) -> str:
-    """What the validation figures of a run are, to be said wherever they appear. own: whether its data set has
-    validation images."""
-    if recipe.validation.source == "test":
-        return "validation = the test images, as in the notes"
-    if own:
-        return "validation = the data set's own validation images"
-    return f"validation = {100 * recipe.validation.fraction:.4g}% of the train images, held out"
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 epoch`, `2 epochs`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+SPLITS = {"train": "train images", "val": "validation images", "test": "test images"}
 
 
 class Scored(NamedTuple):
@@ -77,6 +55,11 @@ class Scored(NamedTuple):
     @property
     def accuracy(self) -> float:
         return float(self.right.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ends of the accuracy's 95 % interval, by the number of images."""
+        return wilson_interval(self.accuracy, len(self.labels))
 
     @property
     def loss(self) -> float:
@@ -121,31 +104,56 @@ def calibration(scored: Scored) -> tuple[list[Bin], float]:
     return bins, error
 
 
-def run_page(
-    run: Run,
-    rows: Sequence[Row],
-    scored: Mapping[str, Scored],
-    images: ImageSet,
-    validation: str,
-    weights: str,
-    diagnosis: Mapping[str, Any] | None,
-) -> str:
+def report(trained: Trained) -> str:
     """A run as one HTML page that needs nothing else.
 
-    rows: up to the weights; scored: a part of the `train` images, the `val` and the `test` images; weights: which ones;
-    diagnosis: what diagnosis.json holds. Pictures of mistakes are train and validation images only: who looks at test
-    images one by one and changes something has no test set left."""
+    What is said by class, and of how sure the network is, is said of the test images once the run has ended; before
+    that of the validation images, as the test images are for the end. Pictures of mistakes are train and validation
+    images only: who looks at test images one by one and changes something for it has no test set left. Raises
+    NonFiniteError where the weights do not compute."""
+    run, data = trained.run, trained.data
+    diagnosis = None
+    try:
+        diagnosis = run.diagnosis
+    except FromzeroError as error:
+        warnings.warn(str(error), stacklevel=2)
+    rows = rows_of(trained)
+    ended = run.summary is not None
+    parts = {"train": data.clean_train, "val": data.validation} | ({"test": data.test} if ended else {})
+    scored = {
+        split: Scored(
+            part.pixels.cpu().numpy(),
+            part.labels.cpu().numpy(),
+            predict(trained.network, part.pixels, data.normalise, trained.machine).cpu().numpy(),
+        )
+        for split, part in parts.items()
+    }
+    return page(trained, rows, scored, diagnosis)
+
+
+def page(
+    trained: Trained,
+    rows: Sequence[Row],
+    scored: Mapping[str, Scored],
+    diagnosis: Mapping[str, Any] | None,
+) -> str:
+    """The page of `report`, from rows up to the weights, what the network says of each split (a part of the train
+    images), and what diagnosis.json holds."""
     import jinja2
 
-    test, names = scored["test"], images.class_names
-    confusions = test.confusions()
+    run, images = trained.run, trained.images
+    on_test = run.recipe.validation.source == "test"
+    judged = "test" if "test" in scored else "val"
+    names = images.class_names
+    confusions = scored[judged].confusions()
     given, said, found = confusions.sum(1), confusions.sum(0), np.diag(confusions)
     wrong = confusions - np.diag(found)
-    commonest = [np.unravel_index(place, wrong.shape) for place in np.argsort(-wrong, axis=None, kind="stable")]
-    bins, error = calibration(test)
-    shown = [
-        split for split in scored if split == "train" or (split == "val" and run.recipe.validation.source != "test")
-    ]
+    most = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]
+    commonest = [(int(place) // len(names), int(place) % len(names), int(wrong.flat[place])) for place in most]
+    bins, error = calibration(scored[judged])
+    validation = validation_label(run.recipe, own=images.validation is not None)
+    # Files are those of the split's own images: a copy may have other names in other splits.
+    parts = {"train": images.train, "val": images.validation or images.train}
     template = resources.files("fromzero").joinpath("report.html").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.globals.update(counted=counted, isnan=math.isnan, told=_told, quote=shlex.quote, zip=zip)
@@ -153,48 +161,51 @@ def run_page(
         run=run,
         recipe=run.recipe,
         provenance=run.provenance,
-        rows=rows,
-        weights=weights,
+        epoch=rows[-1]["epoch"],
+        weights=trained.weights.stem,
         validation=validation,
         names=names,
+        splits=SPLITS,
         curves=_embedded(curves_png(rows, run.recipe, run.name, validation)) if rows[-1]["epoch"] else None,
-        scores={
-            split: (s.accuracy, *wilson_interval(s.accuracy, len(s.labels)), s.loss, len(s.labels))
-            for split, s in scored.items()
-        },
+        scored=scored,
         diagnosis=diagnosis,
+        judged=SPLITS[judged],
         by_class=[(int(n), _share(right, n), _share(right, k)) for n, k, right in zip(given, said, found, strict=True)],
-        commonest=[(int(a), int(b), int(wrong[a, b])) for a, b in commonest[:MOST_CONFUSIONS] if wrong[a, b]],
+        commonest=[(truth, taken_for, count) for truth, taken_for, count in commonest if count],
         matrix=confusions.tolist() if len(names) <= MOST_CLASSES else None,
         bins=[one for one in bins if one.images],
         calibration_error=error,
         source=images.source if images.train.files else None,
-        mistakes={split: _mistakes(scored[split], images) for split in shown},
+        mistakes={
+            split: _mistakes(scored[split], part) for split, part in parts.items() if split == "train" or not on_test
+        },
     )
 
 
-def _told(value: Any) -> str:
+def _told(value: object) -> str:
     """A value of a recipe or of provenance in words."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_told(inner)}" for key, inner in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(f"[{_told(inner)}]" if isinstance(inner, list | tuple) else _told(inner) for inner in value)
-    return {None: "–", True: "yes", False: "no"}.get(value, str(value)) if value in (None, True, False) else str(value)
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case Mapping():
+            return ", ".join(f"{key} {_told(inner)}" for key, inner in value.items())
+        case list() | tuple():
+            return ", ".join(f"[{_told(v)}]" if isinstance(v, list | tuple) else _told(v) for v in value)
+    return str(value)
 
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def _mistakes(scored: Scored, images: ImageSet) -> list[dict[str, Any]]:
-    """The surest mistakes: the picture, what it is labelled, what the network says and how surely, and its file."""
+def _mistakes(scored: Scored, images: Images) -> list[dict[str, Any]]:
+    """The surest mistakes: the picture, what it is labelled, what the network says and how surely, and its file among
+    `images`. Splits keep no names, so that is found by what is in it; copies of a picture in one class are as good."""
     chosen = scored.mistakes()[:MOST_MISTAKES].tolist()
     wanted = {_key(scored, index) for index in chosen}
-    # Splits keep no files, so they are found by what is in them; copies of a picture in one class are as good.
-    parts = [part for part in (images.train, images.validation, images.test) if part is not None and part.files]
-    files = {
-        key: file for part in parts for index, file in enumerate(part.files) if (key := _key(part, index)) in wanted
-    }
+    files = {key: file for index, file in enumerate(images.files) if (key := _key(images, index)) in wanted}
     return [
         {
             "picture": _embedded(_png(scored.pixels[index])),
@@ -212,7 +223,7 @@ def _key(part: Scored | Images, index: int) -> tuple[int, bytes]:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """uint8 (H, W, C) as a PNG: grey of one channel, else the first three as colours."""
+    """uint8 (H, W, C) as a PNG: the first three channels as colours, of fewer the first as grey."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -222,47 +233,3 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def _embedded(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, validation: str, path: Path) -> None:
-    """Write what `curves_png` draws."""
-    write_atomically(path, curves_png(rows, recipe, title, validation))
-
-
-def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str) -> bytes:
-    """Accuracy and loss over the epochs as a PNG: the three curves, the best and the last epoch marked."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    epochs = [row["epoch"] for row in rows]
-    for axes, quantity in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-        for curve, (color, style, label) in CURVES.items():
-            values = [row[KEYS[quantity][curve]] for row in rows]
-            if curve == "running" and (recipe.skip_easy or recipe.hardest < 1):
-                label = "train, running (training mode, of images trained on)"
-            marker = MARKERS[curve] if len(rows) == 1 else None
-            axes.plot(epochs, values, style, color=color, label=label, lw=1.6, marker=marker, ms=4)
-        axes.set_xlabel("epoch")
-        if len(rows) == 1:
-            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
-        axes.set_ylabel(quantity if quantity == "accuracy" else "loss (cross-entropy, nats)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    accuracy, loss = figure.axes
-    best = max(rows, key=lambda row: row["val/accuracy"])
-    accuracy.plot(best["epoch"], best["val/accuracy"], "o", color=CURVES["val"][0], mfc="white", ms=6)
-    accuracy.set_title(
-        f"validation: last {rows[-1]['val/accuracy']:.4f}, best {best['val/accuracy']:.4f} (epoch {best['epoch']})",
-        fontsize=10,
-    )
-    # Below both: wherever it lay in a picture of three epochs, it would lie over a curve.
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.suptitle(
-        f"{title} · {recipe.name.replace('$', chr(92) + '$')} · seed {recipe.seed} · {validation}",
-        fontsize=10,
-    )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, metadata={"Software": None})
-    return buffer.getvalue()

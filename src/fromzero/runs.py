@@ -98,7 +98,7 @@ class _Finding(pydantic.BaseModel):
     meaning: str
     evidence: str
     remedy: str
-    changes: dict[str, Any]
+    study: str | None
 
 
 class _Diagnosis(pydantic.BaseModel):

@@ -295,14 +295,19 @@ def recorded_images(
 
 def last_checkpoint(run: Run) -> Checkpoint:
     """The newest whole checkpoint of a run. Raises FromzeroError when it has none."""
+    _check_kept(run)
     found = checkpoint.load_last(run.checkpoints)
-    if found is None and run.summary is not None and not run.checkpoints.exists():
-        raise FromzeroError(
-            f"{run.path}: it has ended and its weights were not kept (a study keeps them with --keep-weights)"
-        )
     if found is None:
         raise FromzeroError(f"{run.path}: it has no checkpoint{checkpoint.best_left(run.checkpoints)}")
     return found
+
+
+def _check_kept(run: Run) -> None:
+    """Raise FromzeroError for a run that has ended and has no weights any more, as a study's runs have none."""
+    if run.summary is not None and not run.checkpoints.exists():
+        raise FromzeroError(
+            f"{run.path}: it has ended and its weights were not kept (a study keeps them with --keep-weights)"
+        )
 
 
 @contextlib.contextmanager
@@ -383,6 +388,7 @@ def load_network(
     """A run's network with its `last` or `best` weights, in evaluation mode, and the checkpoint they are from: an older
     one where the last is damaged."""
     path = run.checkpoints / checkpoint.BEST
+    _check_kept(run)
     if which == "best" and not path.exists():
         raise FromzeroError(f"{run.path}: it has no best checkpoint yet")
     found = checkpoint.load(path) if which == "best" else last_checkpoint(run)

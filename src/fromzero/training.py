@@ -329,7 +329,7 @@ class Training:
         )
 
     def _draw(self) -> None:
-        from fromzero.report import draw_curves, validation_label
+        from fromzero.curves import draw_curves, validation_label
 
         try:
             if rows := self.run.metrics():

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 
 from fromzero import checkpoint
+from fromzero.curves import counted
 from fromzero.errors import FromzeroError
-from fromzero.report import counted
 from fromzero.runs import Run, list_runs
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has none

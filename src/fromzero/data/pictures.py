@@ -306,6 +306,9 @@ def _size(path: Path) -> tuple[int, int] | None:
         return None
 
 
+PREPARED = "RGB, turned as EXIF says, on white where transparent, cut to the middle, scaled by Lanczos"
+
+
 def _decode(path: Path, width: int, height: int) -> _Outcome:
     """RGB pixels uint8 (height, width, 3), from the middle of the picture and on white where it is transparent, and
     eight bytes of the file's SHA-256 as a number; or what is wrong."""

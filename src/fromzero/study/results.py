@@ -193,9 +193,9 @@ def sentence(found: ContrastResult, comparisons: int) -> str:
     head = f"{c.arm} against {c.against}, {c.metric}{claimed(c)}: "
     if x is None:
         return head + f"{found.verdict}; n = {len(found.pairs)} pairs, too few for an interval"
-    if x.sd == 0:  # as of networks that all say one class: an interval of no width would be a claim
+    if x.sd < 1e-12:  # as of networks that all say one class: an interval of no width would be a claim
         mean = figure(x.difference.mean, c.metric, sign=True)
-        return head + f"{found.verdict}; all {x.n} pairs differ by {mean} {unit(c.metric)}, to the last image"
+        return head + f"{found.verdict}; its {x.n} pairs all differ by {mean} {unit(c.metric)}, so they tell no spread"
     low, high = figure(x.difference.low, c.metric, sign=True), figure(x.difference.high, c.metric, sign=True)
     approximately = "" if x.exact else "about "
     text = head + (

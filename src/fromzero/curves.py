@@ -1,0 +1,82 @@
+"""Learning curves of recorded runs, and how their figures are to be called. Reads rows of metrics, never a network."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from fromzero.files import write_atomically
+from fromzero.recipe import Recipe
+from fromzero.runs import Row
+
+CURVES = {
+    "running": ("#c44e52", "--", "train, running (training mode, as Keras prints it)"),
+    "clean": ("#c44e52", "-", "train, clean (evaluation mode, fixed subset)"),
+    "val": ("#1f4e9c", "-", "validation"),
+}
+MARKERS = {"running": "x", "clean": "o", "val": "s"}  # of a single epoch, which draws no line
+KEYS = {
+    "loss": {"running": "train/running_loss", "clean": "train/loss", "val": "val/loss"},
+    "accuracy": {"running": "train/running_accuracy", "clean": "train/accuracy", "val": "val/accuracy"},
+}
+
+
+def validation_label(recipe: Recipe, own: bool) -> str:
+    """What the validation figures of a run are, to be said wherever they appear. own: whether its data set has
+    validation images."""
+    if recipe.validation.source == "test":
+        return "validation = the test images, as in the notes"
+    if own:
+        return "validation = the data set's own validation images"
+    return f"validation = {100 * recipe.validation.fraction:.4g}% of the train images, held out"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, validation: str, path: Path) -> None:
+    """Write what `curves_png` draws."""
+    write_atomically(path, curves_png(rows, recipe, title, validation))
+
+
+def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str) -> bytes:
+    """Accuracy and loss over the epochs as a PNG: the three curves, the best and the last epoch marked."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    for axes, quantity in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
+        for curve, (color, style, label) in CURVES.items():
+            values = [row[KEYS[quantity][curve]] for row in rows]
+            if curve == "running" and (recipe.skip_easy or recipe.hardest < 1):
+                label = "train, running (training mode, of images trained on)"
+            marker = MARKERS[curve] if len(rows) == 1 else None
+            axes.plot(epochs, values, style, color=color, label=label, lw=1.6, marker=marker, ms=4)
+        axes.set_xlabel("epoch")
+        if len(rows) == 1:
+            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+        axes.set_ylabel(quantity if quantity == "accuracy" else "loss (cross-entropy, nats)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    accuracy, loss = figure.axes
+    best = max(rows, key=lambda row: row["val/accuracy"])
+    accuracy.plot(best["epoch"], best["val/accuracy"], "o", color=CURVES["val"][0], mfc="white", ms=6)
+    accuracy.set_title(
+        f"validation: last {rows[-1]['val/accuracy']:.4f}, best {best['val/accuracy']:.4f} (epoch {best['epoch']})",
+        fontsize=10,
+    )
+    # Below both: wherever it lay in a picture of three epochs, it would lie over a curve.
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(
+        f"{title} · {recipe.name} · seed {recipe.seed} · {validation}",
+        fontsize=10,
+        parse_math=False,  # a name may have dollar signs in it
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
