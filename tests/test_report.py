@@ -157,3 +157,19 @@ def test_what_keeps_a_page_from_being_made_is_one_line(tiny_images, tmp_path, ca
         with warnings.catch_warnings(action="ignore"):
             assert cli.main(["report", str(run.path), "--threads", "1"]) == 0
         assert "Not made yet" in (run.path / "report.html").read_text("utf-8")
+
+
+def test_images_of_one_channel_have_a_page_and_no_predictions(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+
+    def part(count):
+        return Images(rng.integers(0, 256, (count, 16, 16, 1), dtype=np.uint8), np.arange(count) % 2)
+
+    images = ImageSet("grey", part(40), part(10), ("a", "b"), "", {"train": "a", "test": "b"})
+    run = fromzero.train(RECIPE, images, runs_dir=tmp_path, threads=1)
+    assert "data:image/png" in report(load_trained(run, images=images, threads=1))
+    picture = tmp_path / "x.png"
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(picture)
+    capsys.readouterr()
+    assert cli.main(["predict", str(run.path), str(picture)]) == 2
+    assert "its images have 1 channel; pictures are read as red, green, blue" in capsys.readouterr().err

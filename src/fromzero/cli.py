@@ -242,6 +242,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     with _importing():
         import torch
 
+        from fromzero.curves import counted
         from fromzero.data.pictures import pictures_at, read_pictures, unreadable
         from fromzero.evaluate import predict
         from fromzero.runs import load_run
@@ -252,7 +253,11 @@ def _predict(arguments: argparse.Namespace) -> None:
     paths = pictures_at(arguments.PICTURE)
     run = load_run(arguments.RUN, arguments.runs_dir)
     options = {"device": arguments.device or "auto", "threads": arguments.threads}
-    network, normalise, (height, width, _), names, here = load_classifier(run, arguments.checkpoint, **options)
+    network, normalise, (height, width, channels), names, here = load_classifier(run, arguments.checkpoint, **options)
+    if channels != 3:
+        raise InputError(
+            f"{run.path}: its images have {counted(channels, 'channel')}; pictures are read as red, green, blue"
+        )
     pixels, _, wrong = read_pictures(paths, height, width, "reading")
     read = [index for index in range(len(paths)) if index not in wrong]
     if read:
