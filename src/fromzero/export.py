@@ -79,11 +79,12 @@ def _model(run: Run, classifier: Classifier) -> Any:
     model.ir_version = IR_VERSION
     described = {
         "classes": json.dumps(classifier.class_names),
-        "pixels": f"{PREPARED} to {shape[1]}×{shape[0]}" if shape[2] == 3 else "",
         "run": run.name,
         "recipe": recipe.name,
         "recipe_fingerprint": recipe.fingerprint(),
     }
+    if shape[2] == 3:
+        described["pixels"] = f"{PREPARED} to {shape[1]}×{shape[0]}"
     helper.set_model_props(model, described)
     onnx.checker.check_model(model, full_check=True)
     return model

@@ -388,8 +388,8 @@ def load_network(
     """A run's network with its `last` or `best` weights, in evaluation mode, and the checkpoint they are from: an older
     one where the last is damaged."""
     path = run.checkpoints / checkpoint.BEST
-    _check_kept(run)
     if which == "best" and not path.exists():
+        _check_kept(run)
         raise FromzeroError(f"{run.path}: it has no best checkpoint yet")
     found = checkpoint.load(path) if which == "best" else last_checkpoint(run)
     model = networks.build(run.recipe.network, image_shape, num_classes, device=here.device)
