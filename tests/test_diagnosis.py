@@ -11,8 +11,9 @@ import torch
 import fromzero
 from fromzero import cli, probe
 from fromzero.data.images import Images
-from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, diagnose, study_text, write_findings
+from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, diagnose
 from fromzero.evidence import Copies, Evidence, LayerMeasures, Measures, Surest, Trial, best_factor
+from fromzero.findings import study_text, write_findings
 from fromzero.recipe import load_recipe
 from fromzero.sessions import load_trained, new_training
 from fromzero.study.definition import load_study

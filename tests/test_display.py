@@ -89,5 +89,9 @@ def test_few_steps_an_epoch_are_said(batch_size, said, tiny_images, tmp_path):
     changes = {"epochs": 1, "batch_size": batch_size, "network.channels": [[4]], "network.pool": 8}
     run = new_training(load_recipe("train1").override(changes), tiny_images, runs_dir=tmp_path)
     run.close()
-    notes = [line for line in display.header(run).splitlines() if "a --batch_size of 125, as the recipe few" in line]
-    assert [line.split(":")[1].strip() for line in notes] == ([said] if said else [])
+    notes = [
+        line
+        for line in display.header(run).splitlines()
+        if "a smaller --batch_size makes more, as the 125 of the recipe few" in line
+    ]
+    assert [line.split(";")[0].removeprefix("  note: ") for line in notes] == ([said] if said else [])

@@ -20,7 +20,7 @@ ORDER = [
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],
     ["evaluate", "state", "curves", "evidence"],
     ["training", "diagnosis"],
-    ["sessions", "verify"],
+    ["sessions", "verify", "findings"],
     ["probe", "export"],
     ["report"],
     ["study"],

@@ -325,8 +325,9 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         from rich.console import Console
 
         from fromzero import display, probe
-        from fromzero.diagnosis import diagnose, write_findings
+        from fromzero.diagnosis import diagnose
         from fromzero.evidence import Evidence
+        from fromzero.findings import write_findings
         from fromzero.runs import load_run
         from fromzero.sessions import check_unedited
 

@@ -11,21 +11,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import tomli_w
-
-from fromzero.data import NAMED, split_name
-from fromzero.errors import FromzeroError
-from fromzero.evidence import SMALL_GAP, Evidence, Measures, best_factor
-from fromzero.files import write_atomically
+from fromzero.evidence import SMALL_GAP, Evidence, best_factor
 from fromzero.recipe import Recipe
-from fromzero.runs import Run
 from fromzero.stats import wilson_interval
-
-STUDY_SEEDS = 6  # the fewest pairs that can settle anything
 
 BY_HEART = 0.97  # clean train accuracy from which a network may have learned labels, right or wrong, one by one
 COPIED = 0.05  # share; of CIFAR-10's own test images 0.003 are found
@@ -75,59 +66,6 @@ def diagnose(evidence: Evidence) -> list[Finding]:
             changes = {path: new for path, new in finding.changes.items() if recipe.override({path: new}) != recipe}
             found.append(replace(finding, changes=changes))
     return found
-
-
-def study_text(finding: Finding, recipe: Recipe, dataset: str | None = None) -> str:
-    """The study, as TOML beside the run's recipe, that tests a finding's remedy: the recipe as it is and remedied, with
-    the same seeds, on held-out train images. dataset: where they are, if not where the recipe says."""
-    common: dict[str, Any] = {} if dataset is None else {"dataset": dataset}
-    if recipe.validation.source != "split":
-        common["validation"] = {"source": "split"}
-    return tomli_w.dumps(
-        {
-            "claim": f"With {finding.changed} validation accuracy is higher than without (against {finding.name}).",
-            "base": "recipe.toml",
-            **({"recipe": common} if common else {}),
-            "arms": {"as-it-is": {}, "remedied": dict(finding.changes)},
-            "scale": {"screen": {"seeds": STUDY_SEEDS}},
-        }
-    )
-
-
-def write_findings(run: Run, found: Sequence[Finding], measures: Measures, source: str, epoch: int) -> dict[str, Path]:
-    """Write diagnosis.json into the run folder, and for each finding that a recipe field can mend the study that tests
-    it: name → its file. source: where the images are now; epoch: after which the run was looked at. Raises
-    FromzeroError where the folder cannot be written."""
-    recipe, data = run.recipe, run.provenance["data"]
-    studies: dict[str, Path] = {}
-    name, options = split_name(data["name"])
-    # A folder, by its whole path: the recipe names it from wherever the run was begun.
-    dataset = None if name in NAMED else source + options
-    known = asdict(measures) | {"trials": {f"{factor:g}": trial for factor, trial in measures.trials.items()}}
-    try:
-        for finding in found:
-            if finding.changes:
-                path = run.path / f"{run.name}-{finding.name}.toml"
-                write_atomically(path, study_text(finding, recipe, dataset).encode())
-                studies[finding.name] = path
-        findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
-        content = {"epoch": epoch, "findings": findings, "measures": _finite(known)}
-        write_atomically(run.path / "diagnosis.json", (json.dumps(content, indent=2) + "\n").encode())
-    except OSError as error:
-        raise FromzeroError(
-            f"{run.path}: cannot be written: {error.strerror}, so no study was left there; make the folder writable, or"
-            " copy it to one that is"
-        ) from None
-    return studies
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for what is not finite, which JSON cannot say."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _copies(e: Evidence) -> Finding | None:

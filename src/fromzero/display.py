@@ -18,7 +18,8 @@ from rich.table import Column, Table
 
 from fromzero import augment, training
 from fromzero.curves import counted, validation_label
-from fromzero.diagnosis import ON_VALIDATION, RULES, STUDY_SEEDS, Finding
+from fromzero.diagnosis import ON_VALIDATION, RULES, Finding
+from fromzero.findings import STUDY_SEEDS
 from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.recipe import Recipe
@@ -32,7 +33,7 @@ from fromzero.training import Training
 REFRESH_SECONDS = 0.25  # of the live display
 NARROW_HIDES = ("running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
 FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
-FEW_STEPS, FEW_BATCH = 8, 125  # an epoch; images a step, as measured for the recipe few
+FEW_STEPS, FEW_BATCH = 8, 125  # an epoch; images a step
 LINE_SECONDS = 30.0  # without a terminal: the longest time without a line while steps are made
 
 
@@ -79,8 +80,8 @@ def header(run: Training) -> str:
     augmentation, timetable = recipe.augment, run.timetable
     if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
         lines.append(
-            f"  note: {counted(timetable.first_steps, 'step')} an epoch: with so few images a --batch_size of"
-            f" {FEW_BATCH}, as the recipe few has it, learns more"
+            f"  note: {counted(timetable.first_steps, 'step')} an epoch; a smaller --batch_size makes more, as the"
+            f" {FEW_BATCH} of the recipe few"
         )
     if augmentation.scales:
         size = "×".join(map(str, augment.smallest_size(augmentation, *run.images.image_shape[:2])))
