@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,16 @@ import numpy as np
 from fromzero import stats
 from fromzero.errors import InputError
 from fromzero.files import write_atomically
-from fromzero.study.definition import CLAIM, METRICS, TUNING_SEEDS_FROM, Study, load_study, short, study_names
+from fromzero.study.definition import (
+    CLAIM,
+    METRICS,
+    TUNING_SEEDS_FROM,
+    Study,
+    differing_fields,
+    load_study,
+    short,
+    study_names,
+)
 from fromzero.study.results import ArmResult, ContrastResult, Result, Spread, claimed, figure, unit
 
 COLORS = ("#1f4e9c", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd")
@@ -31,10 +40,12 @@ claim names and in nothing else, on the same images, with the same seeds.
 - **Correlation** says what pairing by seed bought: at 0 nothing. **Seen** is the smallest true difference that so many
   pairs find four times out of five. **To settle** is how many more seeds would find a difference of the size seen;
   seeds added after looking make p too small, so start anew with that many.
-- **Screen** is small and short: a quarter of the width, 4,000 train images, six to twenty epochs. Where the
-  *train* column is far below 100, the networks have not yet learned their images by heart, and what pays only then,
-  dropout above all, cannot pay: *contradicted* at this scale means "not at this scale", not "not in 50 epochs".
-- **Medium** is the notes' network as it is, on 5,000 train images for 50 epochs: enough to learn them by heart.
+- **Screen** is small and short: a quarter of the width, 4,000 train images, six to twenty epochs, about half of the
+  dropout; the first line of each table says what else differs from the notes' training. Where the *train* column is far
+  below 100, the networks have not yet learned their images by heart, and what pays only then, dropout above all, cannot
+  pay: *contradicted* at this scale means "not at this scale", not "not in 50 epochs".
+- **Medium** has the notes' layers and dropout, on 5,000 train images for 50 epochs, enough to learn them by heart.
+- **parts** is no lesson of the notes: it takes the recipe `quick` apart, at its full width on 40,000 train images.
 """
 
 
@@ -119,10 +130,6 @@ def _overview(names: Sequence[str], results: Sequence[Result]) -> str:
         claim = found[-1].study.claim if found else load_study(name).claim
         said = "; ".join(f"{_title(r)}: {_said(r)}" for r in found) or "not run yet"
         lines.append(f"| [{name}](#{name}) | {claim} | {said} |")
-    machines = sorted({machine for r in results for machine in r.machines})
-    commits = sorted({commit for r in results for commit in r.commits})
-    if machines:
-        lines.append(f"\nTrained on: {'; '.join(machines)}. fromzero at {', '.join(commits)}.")
     return "\n".join(lines) + "\n"
 
 
@@ -157,7 +164,7 @@ def _section(result: Result) -> str:
     lines = [
         f"### {name_of(result)}: {result.verdict}\n",
         f"`{result.command}` · n = {study.seeds} seeds · {result.train_images:,} train images, "
-        f"{_common(study)} · {minutes}\n",
+        f"{_common(study)} · {minutes} · {'; '.join(result.machines)} · fromzero at {', '.join(result.commits)}\n",
     ]
     lines += [_arms_table(result), _contrasts_table(result)]
     if result.tuned:
@@ -189,12 +196,13 @@ def _arms_table(result: Result) -> str:
     extra = [] if metric == "val/accuracy" else [metric]
     head = ["arm", "what it is", "parameters", "M multiply-adds", "n", *extra, "val, last", "val, best epoch"]
     lines = [_row([*head, "train", "test"]), _row(["---"] * (len(head) + 2))]
+    first = next(iter(result.arms))
     for arm in result.arms.values():
-        changes = ", ".join(f"`{path} = {short(value)}`" for path, value in arm.arm.changes.items())
-        if not changes:
-            changes = f"{result.study.base.name}, as said above"
-        elif arm.arm.like != next(iter(result.arms)):
-            changes = f"like {arm.arm.like}: {changes}"
+        changes = _fields(arm.arm.changes)
+        if arm.arm.name == first:
+            changes = _first(result.study)
+        elif not changes or arm.arm.like != first:
+            changes = f"like {arm.arm.like}" + (f": {changes}" if changes else "")
         if arm.arm.after:
             changes += f"; starts from the weights of {arm.arm.after}"
         if arm.value is not None and result.study.tuning:
@@ -207,6 +215,19 @@ def _arms_table(result: Result) -> str:
             cells.append("–" if found is None else _mean_and_sd(found, 100, 2))
         lines.append(_row(cells))
     return "\n".join(lines) + "\n"
+
+
+def _first(study: Study) -> str:
+    """What the first arm is: the base, and what study and scale change in it, but for what the section's first line
+    says."""
+    changes = differing_fields(study.base, next(iter(study.arms.values())).recipe)
+    said = ("dataset", "epochs", "batch_size", "validation.source", "validation.fraction", "clean_train_images")
+    fields = _fields({path: value for path, value in changes.items() if path not in said})
+    return study.base.name + (f" with {fields}" if fields else "")
+
+
+def _fields(changes: Mapping[str, object]) -> str:
+    return ", ".join(f"`{path} = {short(value)}`" for path, value in changes.items())
 
 
 def _spread(arm: ArmResult, metric: str) -> str:

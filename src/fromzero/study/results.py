@@ -164,7 +164,7 @@ def read_result(folder: Path) -> Result:
         train_images=train_images,
         seconds=seconds,
         machines=tuple(sorted({_machine(p) for p in provenances})),
-        commits=tuple(sorted({p["commit"][:7] if p["commit"] else "no known commit" for p in provenances})),
+        commits=tuple(sorted({(p["commit"] or "")[:7] or "a commit that was not recorded" for p in provenances})),
     )
 
 
