@@ -51,9 +51,11 @@ VARIANTS = {
     "augment": (
         {},
         {"flip": "alternating", "translate": 2, "cutout": 8},
-        {"flip": "random"},
+        {"flip": "random", "scale": 0.75, "scale_epochs": 1},
     ),
     "ema_decay": (0.0, 0.9),
+    "skip_easy": (0.0, 0.0, 0.3),
+    "hardest": (1.0, 1.0, 0.5),
     "label_smoothing": (0.0, 0.2),
     "schedule": ({}, {"name": "cosine", "warmup_epochs": 0.5}, {"name": "linear"}),
     "precision": ("float32", "bfloat16"),
@@ -239,8 +241,8 @@ on {machine}.
   SIGKILL.
 - **Full and failing disks** while a checkpoint or a row of metrics is written: a clear error, a non-zero exit, the
   checkpoint before it whole.
-- **Cost of saving**: 0.2 to 1.0 % of the time for the built-in recipes at the default interval (docs/results.md); by
-  default a run saves after a minute, or later where a save takes more than 2.5 % of the time.
+- **Cost of saving**: 0.2 to 1.0 % of the time for the notes' three trainings at the default interval
+  (docs/results.md); by default a run saves after a minute, or later where a save takes more than 2.5 % of the time.
 - **On your own machine**: `fromzero verify-resume` trains a run straight and interrupted, as processes of their own,
   and compares every tensor.
 - **What is not promised**: the same bits on another processor, thread count, device, precision or version of torch.
