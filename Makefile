@@ -29,7 +29,7 @@ check: .venv/.check ## linter, formatter and type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.setup .venv-bench/.setup ## speed beside Keras and PyTorch, in one run of about 40 minutes; writes docs/benchmarks.md
+bench: .venv/.setup .venv-bench/.setup ## speed beside Keras and PyTorch, in one run of 40 minutes to more than an hour; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks $(BENCH)
 
 bench-precision: .venv/.setup ## whether bfloat16 learns as well as float32, in paired seeds, about half an hour

@@ -51,7 +51,7 @@ def about_lines(results):
     commit = about["commit"] or "unknown"
     commit = commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
     return [
-        f"From one run of `{about['command']}` (`make bench`) on {about['date']}, {about.get('minutes', 0):.0f}"
+        f"From one run of `{about['command']}` on {about['date']}, {about.get('minutes', 0):.0f}"
         f" minutes, commit {commit}.",
         "",
         f"{about['processor']}, {about['instructions']}; {about['cores']} cores, {about['threads']} threads; fromzero's"
@@ -89,7 +89,7 @@ def steps_section(results):
     lines = [
         f"Batches of {about['batch_size']}, SGD with momentum 0.9, random images of CIFAR-10's size and number in"
         " memory; images a second. Plain PyTorch is eager, channels_last, with a fused optimizer; Keras runs on"
-        " TensorFlow, as `Sequential`, `compile` and the fastest of the ways below. fromzero's side is the whole step"
+        " TensorFlow, as `Sequential` and `compile`, trained as said below. fromzero's side is the whole step"
         " of a real training: it starts from uint8 pixels, checks losses and gradients and keeps the running accuracy.",
         "",
         "![Training steps](benchmarks.png)",
@@ -103,8 +103,10 @@ def steps_section(results):
         ways = list(tried[0][2])
         lines += [
             "",
-            "How to train with Keras: each way tried once in the same run, the fastest taken for the rounds"
-            " (images a second). Without XLA is what `compile` chooses on a machine without a GPU.",
+            "How Keras was trained, each way tried once in the same run, the fastest taken for the rounds (images a"
+            " second)"
+            + ("" if len(ways) > 1 else ": one way only, no other was compared here (single measurements: docs/log.md)")
+            + ". Without XLA is what `compile` chooses on a machine without a GPU.",
             "",
             row(["", "", *ways]),
             row(["---"] * 2 + ["---:"] * len(ways)),

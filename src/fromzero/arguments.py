@@ -130,7 +130,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     study = add("study", "run a study: arms that differ in one thing, several seeds, an answer with an interval")
     study.add_argument("STUDY", help="a study that comes with fromzero (fromzero lessons lists them) or a TOML file")
-    study.add_argument("--scale", default="screen", help="one of the study's scales: screen, full (screen)")
+    study.add_argument("--scale", default="screen", help="one of the study's: screen, full, for some medium (screen)")
     study.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (as the study's scale says)")
     study.add_argument("--jobs", type=int, metavar="N", help="runs at a time (one a core; one on a GPU)")
     study.add_argument("--tune", action="store_true", help="first find each arm's best rate, with equal budgets")

@@ -204,7 +204,7 @@ def _runs(arguments: argparse.Namespace) -> None:
         " fromzero resume RUN"
     )
     if on_test:
-        print("* validated on the test images, as the notes did; best is the best epoch on them, so it flatters")
+        print("* validated on the test images; best is the best epoch on them, so it flatters")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

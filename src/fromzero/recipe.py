@@ -210,7 +210,9 @@ class OptimizerRecipe(_Part):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, for adam and adamw")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment, for adam and adamw")
     epsilon: float = Field(1e-7, gt=0, description="added to the root of the second moment (1e-7 as in Keras)")
-    weight_decay: float = Field(0.0, ge=0, description="L2 in the gradient (sgd, adam) or decoupled (adamw)")
+    weight_decay: float = Field(
+        0.0, ge=0, description="L2 in the gradient (sgd, adam, what muon leaves to sgd) or decoupled (adamw)"
+    )
 
 
 class ScheduleRecipe(_Part):
