@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from fromzero.data import load_images
-from fromzero.data.cifar import CIFAR10_CLASSES
 
 # A shell's background job has Ctrl-C ignored, and so would everything that a test starts and then interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -44,6 +43,9 @@ def cifar10_dir():
     return folder
 
 
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
 @pytest.fixture(scope="session")
 def write_cifar():
     """write_cifar(folder): images that a network can learn, in CIFAR's layout; the same in either layout."""
@@ -52,7 +54,7 @@ def write_cifar():
         folder.mkdir(parents=True, exist_ok=True)
         patterns = np.random.default_rng(0).integers(40, 215, (classes, 3, 4, 4)).repeat(8, 2).repeat(8, 3)
         rng = np.random.default_rng(seed)
-        names = [*CIFAR10_CLASSES, *(f"class{n}" for n in range(10, classes))][:classes]
+        names = [*CIFAR10_NAMES, *(f"class{n}" for n in range(10, classes))][:classes]
         for batch in (*(f"data_batch_{n}" for n in range(1, batches + 1)), "test_batch"):
             labels = rng.permutation(np.arange(per_batch) % classes).astype(np.uint8)
             noise = rng.normal(0, 20, (per_batch, 3, 32, 32))

@@ -51,7 +51,7 @@ VARIANTS = {
     "augment": (
         {},
         {"flip": "alternating", "translate": 2, "cutout": 8},
-        {"flip": "random", "scale": 0.75, "scale_epochs": 1},
+        {"flip": "random"},
     ),
     "ema_decay": (0.0, 0.9),
     "skip_easy": (0.0, 0.0, 0.3),

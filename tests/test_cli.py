@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,12 @@ def test_train_from_and_resume_with_more_epochs(trained):
     assert f"starting from the weights of runs/{first.name} ({first.recipe.name}) at step" in again.stdout
     longer = fromzero("resume", library.list_runs(folder / "runs")[-1].name, "--epochs", "3", cwd=folder)
     assert "extended from 2 to 3 epochs: the learning rate is constant" in longer.stdout
+    copied = folder / "copied"
+    shutil.copytree(first.path, copied)
+    shutil.copy(copied / "checkpoints" / "best.safetensors", copied / "checkpoints" / "last.safetensors")
+    from_best = fromzero("train", "digits", *FAST, "--from", copied, cwd=folder)
+    assert from_best.returncode == 0, from_best.stderr
+    assert f"starting from the weights of {copied} ({first.recipe.name})\n" in from_best.stdout
     refused = fromzero("train", "digits", "--from", first.name, cwd=folder)
     assert refused.returncode == 2
     assert "do not fit this network" in refused.stderr
@@ -130,7 +137,7 @@ def test_a_verdict_on_resuming_says_how_often_it_was_tried(trained, capsys):
         (("SIGKILL",), "after 1 interruption of 2: it ended before the next"),
         (("SIGKILL", "SIGTERM"), "after 2 interruptions\n"),
     ):
-        cli._print_verdict(Verdict(run, run, happened, None), 2)
+        cli._print_verdict(Verdict(run, happened, None), 2)
         assert said in capsys.readouterr().out
 
 
@@ -182,11 +189,11 @@ BAD = [
     (["train", "digits", "--network.channels", "[32,64]"], "network.channels: 32: a list is meant: [[32]]\n"),
     (["train", "digits", "--name", "a\nb"], "name: 'a\\nb' has characters that cannot be printed"),
     (["train", "cifar10:many"], "'many' is no number of train images, as in cifar10:5000"),
-    (["verify-resume", "--epochs", "0"], "--epochs: 0 is less than 1"),
-    (["verify-resume", "--threads", "0"], "--threads: 0 is less than 1"),
+    (["verify-resume", "--epochs", "0"], "--epochs: 0 is not a whole number from 1 on"),
+    (["verify-resume", "--threads", "0"], "--threads: 0 is not a whole number from 1 on"),
     (["--data-dir", "x", "train", "digits"], "unknown option --data-dir before a command"),
     (["runs", "--runs-dir", "nowhere"], "no folder nowhere"),
-    (["summary", "train1", "--classes", "0"], "--classes: 0 is less than 1"),
+    (["summary", "train1", "--classes", "0"], "--classes: 0 is not a whole number from 1 on"),
     (["summary", "train9"], "unknown recipe 'train9'; nearest: train"),
     (["summary", "train1", "--image-shape", "4", "4", "3"], "leaves no pixel of 4×4 images"),
 ]

@@ -18,6 +18,7 @@ import pytest
 
 from fromzero.data import Images, cifar, load_images, stratified_split
 from fromzero.errors import InputError
+from tests.conftest import CIFAR10_NAMES
 
 TEST_BATCH = {"binary": "test_batch.bin", "python": "test_batch"}
 META = {"binary": "batches.meta.txt", "python": "batches.meta"}
@@ -52,7 +53,7 @@ def test_every_format_holds_the_same_images(form, tiny_images, tmp_path, write_c
     found = load_images(tmp_path if "of" in form else path)
     assert equal(found, tiny_images)
     assert found.fingerprints == tiny_images.fingerprints
-    assert found.class_names == tiny_images.class_names == cifar.CIFAR10_CLASSES
+    assert found.class_names == tiny_images.class_names == tuple(CIFAR10_NAMES)
     assert str(path) in found.source
 
 

@@ -24,7 +24,7 @@ def stepped(make, steps=6):
         for number, group in enumerate(optimizer.param_groups):
             group["lr"] = 0.01 * (step + 1 + number)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=step % 2 == 0)
+        optimizer.zero_grad()
     return weights, [{k: t for k, t in optimizer.state[w].items() if t is not None} for w in weights]
 
 

@@ -21,7 +21,7 @@ from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.recipe import load_recipe, recipe_names
 from fromzero.sessions import last_checkpoint
 from fromzero.study import pools
-from fromzero.study.cells import Cell, Setting, is_finished, read_outcomes, train_cell
+from fromzero.study.cells import OUTCOMES, Cell, Setting, is_finished, read_outcomes, train_cell
 from fromzero.study.definition import Contrast, lines_of, load_study, study_names
 from fromzero.study.execution import best_values, prepare_study, sweep
 from fromzero.study.page import write_lessons
@@ -222,6 +222,7 @@ TUNING = "\n[tuning.values]\nnarrow = [0.1, 0.2]\nwide = {wide}\n"
         ("network.dense = [32]", "validation.fraction = 0.2", 18, "other data than arm 'narrow' (validation.fraction)"),
         ("network.dense = [32]", 'dataset = "digits"', 18, "other data than arm 'narrow' (dataset)"),
         ("network.dense = [32]", "seed = 3", 18, "every arm is trained with the same seeds"),
+        ("network.pool = 4", "network.pool = 4\nseed = 3", 8, "every arm is trained with the same seeds"),
         ("network.dense = [32]", 'after = "wider"\nepochs = 2', 18, "after: no arm 'wider' above"),
         ("network.dense = [32]", 'like = "wide"', 18, "like: no arm 'wide' above"),
         ('validation.source = "split"', 'validation.source = "test"', 11, "the test images decide nothing"),
@@ -245,6 +246,7 @@ TUNING = "\n[tuning.values]\nnarrow = [0.1, 0.2]\nwide = {wide}\n"
         ("[scale.half]", COMPARISON.format(arm='"wider"') + "[scale.half]", 27, "arm: no arm 'wider'; nearest: wide"),
         ("[scale.half]", COMPARISON.format(arm='"narrow"') + "[scale.half]", 27, "compared with itself"),
         ("[scale.half]", TUNING.format(wide="[0.1]") + "[scale.half]", 26, "same budget"),
+        ("[scale.half]", TUNING.format(wide="[0.1, 0.1000000001]") + "[scale.half]", 28, "two are equal to six digits"),
         ("[scale.half]", TUNING.format(wide="[0.1, -1.0]") + "[scale.half]", 28, "optimizer.learning_rate: -1.0"),
         ("[scale.half]", "[scale.half", 25, "not valid TOML"),
     ],
@@ -271,11 +273,13 @@ def test_what_else_is_refused(tmp_path, text, data_folder):
             load_study(*arguments)
     with pytest.raises(InputError, match="--seeds: 1 is less than 2"):
         load_study(path, seeds=1)
+    path.write_text("\ufeff" + text)  # as some editors begin a file
     study = load_study(path)
     for options, says in (
         ({"tune": True}, "--tune needs a [tuning] table"),
         ({"jobs": 0}, "--jobs: 0 is not from 1"),
         ({"threads": 9999}, "--threads: 9999 is not from 1"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
     ):
         with pytest.raises(InputError, match=re.escape(says)):
             prepare_study(study, runs_dir=tmp_path, **options)
@@ -360,6 +364,30 @@ def test_outcomes_are_those_of_the_last_epoch(finished):
         assert outcomes.mean() == pytest.approx(run.summary["val/accuracy"])
 
 
+def test_a_cell_stopped_before_its_outcomes_were_kept_is_gone_on_with(data_folder, tmp_path, text):
+    execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1, keep_weights=True)
+    list(execution)
+    one, two, *_ = execution.cells
+    ended = (one.path / "summary.json").stat().st_mtime_ns
+    (one.path / OUTCOMES).unlink()
+    (two.path / OUTCOMES).write_bytes(b"")  # as where the weights did not give the recorded accuracy
+    assert [is_finished(cell, execution.images) for cell in (one, two)] == [False, True]
+    assert read_outcomes(fromzero.Run(two.path)) is None
+    assert [e.text for e in execution if e.kind == "finished" and e.cell == one] == [""]
+    assert len(read_outcomes(fromzero.Run(one.path))) == 30
+    assert (one.path / "summary.json").stat().st_mtime_ns == ended, "it was not trained again"
+
+
+def test_what_starts_from_a_cell_that_is_trained_anew_is_trained_anew_all_the_way(data_folder, tmp_path, text):
+    arms = '[arms.one]\n\n[arms.two]\nafter = "one"\n\n[arms.three]\nafter = "two"\n'
+    path = written(tmp_path, text[: text.index("[arms.narrow]")] + arms + text[text.index("[scale.screen]") :])
+    list(prepare_study(load_study(path, "half"), runs_dir=tmp_path, jobs=1))
+    execution = prepare_study(load_study(path, "half"), runs_dir=tmp_path, jobs=1)
+    (execution.cells[0].path / "checkpoints" / "last.safetensors").unlink()
+    done = [e.cell.name for e in execution if e.kind == "finished" and not e.text]
+    assert done == ["one-seed0", "two-seed0", "three-seed0"]
+
+
 def test_a_cell_whose_recipe_has_changed_is_set_aside_and_trained_anew(data_folder, tmp_path, text):
     study = load_study(written(tmp_path, text), "half")
     execution = prepare_study(study, runs_dir=tmp_path, jobs=1)
@@ -398,9 +426,11 @@ def test_damaged_cells_are_named_and_trained_anew(data_folder, tmp_path, text):
     assert len(list((execution.folder / "set-aside").iterdir())) == 4
     assert answer(read_result(execution.folder)) == said
     (tmp_path / "studies" / "another").mkdir()
-    (tmp_path / "studies" / "another" / "study.json").write_text("x")
-    with pytest.warns(UserWarning, match=r"another/study\.json: damaged: .* remove it"):
-        assert [found.folder for found in list_results(tmp_path)] == [execution.folder]
+    recorded = json.loads((execution.folder / "study.json").read_text())
+    for content in ("x", "{}", json.dumps(recorded | {"scale": 3}), json.dumps(recorded | {"image_shape": None})):
+        (tmp_path / "studies" / "another" / "study.json").write_text(content)
+        with pytest.warns(UserWarning, match=r"another/study\.json: damaged: .*"):
+            assert [found.folder for found in list_results(tmp_path)] == [execution.folder]
 
 
 def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_folder, tmp_path, text):
@@ -602,6 +632,10 @@ def test_the_page_is_written_from_the_folders(finished, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size < 100_000
     assert "](lessons/units-screen.png)" in page
+    assert "| narrow | train1 with `network.channels = [[4], [8]]`, `network.pool = 4`" in page
+    assert f"fromzero at {results[0].commits[0]}" in page
+    write_lessons(results, tmp_path / "lessons")
+    assert "](lessons-pictures/units-screen.png)" in (tmp_path / "lessons").read_text()
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(InputError, match="cannot be written"):
@@ -670,6 +704,7 @@ def test_two_ray_workers_one_killed_end_with_the_same_bits(finished, tmp_path):
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from fromzero.study.definition import load_study
+from fromzero.study import results
 from fromzero.study.execution import prepare_study
 execution = prepare_study(load_study({str(file)!r}), runs_dir=Path({str(tmp_path)!r}), place="ray", keep_weights=True)
 killed = 0
@@ -683,7 +718,7 @@ for event in execution:
             import json
             os.kill(json.loads(writer.read_text())["pid"], signal.SIGKILL)
             killed += 1
-print("killed", killed, "failed", failed, "complete", execution.is_complete)
+print("killed", killed, "failed", failed, "complete", results.read_result(execution.folder).is_complete)
 """
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     command = [sys.executable, "-W", "ignore", "-c", script]

@@ -18,10 +18,11 @@ from torch import nn
 
 import fromzero
 from fromzero import checkpoint, machine, optim, training
+from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.recipe import Recipe, load_recipe
-from fromzero.sessions import load_network, new_training, resumed_training
+from fromzero.sessions import initial_state, load_classifier, load_network, load_trained, new_training, resumed_training
 from fromzero.state import State
 from fromzero.timetable import Timetable
 from fromzero.training import Data
@@ -354,6 +355,27 @@ def test_a_run_stopped_at_every_kind_of_moment_ends_in_the_same_bits(variant, sm
     assert first_difference(straight, broken.run) is None
 
 
+def test_the_whitening_layer_sees_every_class_where_images_come_class_by_class(monkeypatch, tmp_path):
+    labels = np.arange(40) // 10
+    pixels = np.broadcast_to((20 + 60 * labels).astype(np.uint8)[:, None, None, None], (40, 32, 32, 3)).copy()
+    part = Images(pixels, labels)
+    prints = {"train": part.fingerprint(), "test": part.fingerprint()}
+    images = ImageSet("sorted", part, part, tuple("abcd"), "made up", prints)
+    recipe = load_recipe("quick").override({"validation.source": "test", "precision": "float32"})
+    here = machine.prepare("float32", device="cpu", threads=1)
+    data, seen = Data.of(recipe, images, "cpu"), []
+    monkeypatch.setattr("fromzero.modules.whiten", lambda model, pixels: seen.append(pixels))
+    monkeypatch.setattr("fromzero.sessions.WHITENING_IMAGES", 8)
+    initial_state(recipe, images.image_shape, 4, data, here)
+    assert len(seen[0]) == 8
+    assert len(seen[0].unique()) == 4
+    mixed = dataclasses.replace(data, train=data.train.take(np.roll(np.arange(40), 5)))
+    initial_state(recipe, images.image_shape, 4, mixed, here)
+    assert torch.equal(seen[1], data.normalise(mixed.train.pixels[:8])), "of mixed images the first"
+    initial_state(recipe.override({"network.whitening": 0}), images.image_shape, 4, data, here)
+    assert len(seen) == 2
+
+
 def test_an_edited_recipe_is_not_resumed(small, tiny_images, tmp_path):
     run = new_training(small, tiny_images, runs_dir=tmp_path)
     for progress in run:
@@ -367,6 +389,9 @@ def test_an_edited_recipe_is_not_resumed(small, tiny_images, tmp_path):
     told = r"recipe\.toml: batch_size is 96, but this run was trained with 48: put that back.*--from"
     with pytest.raises(FromzeroError, match=told):
         resumed_training(run.run.path, tiny_images)
+    for load in (lambda: load_trained(run.run, images=tiny_images), lambda: load_classifier(run.run)):
+        with pytest.raises(FromzeroError, match=told):  # weights may fit a recipe that they are not of
+            load()
     path.write_text(whole)
     extended = resumed_training(run.run.path, tiny_images, epochs=4)
     extended.close()

@@ -81,7 +81,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     resume = add("resume", "go on with a stopped run, to the bit; or extend one with --epochs")
     resume.add_argument("RUN", help="a run's folder or name")
-    resume.add_argument("--epochs", type=int, help="a new total of epochs")
+    resume.add_argument("--epochs", type=_count, help="a new total of epochs")
     resume.add_argument("--allow-inexact", action="store_true", help="go on although the machine differs")
     _add_shared(resume, "runs", "data", "machine", "saving")
 
@@ -93,7 +93,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     predict = add("predict", "say what is in pictures, by a run's weights")
     predict.add_argument("RUN", help="a run's folder or name")
     predict.add_argument("PICTURE", nargs="+", type=Path, help="a picture, or a folder of them")
-    predict.add_argument("--top", type=int, default=1, metavar="N", help="how many classes to say, likeliest first (1)")
+    predict.add_argument("--top", type=_count, default=1, metavar="N", help="how many classes, likeliest first (1)")
     predict.add_argument(
         "--json", action="store_true", help="a JSON object a line: the picture, and classes with theirs"
     )
@@ -124,15 +124,15 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     summary = add("summary", "print a recipe's network as Keras's summary() does")
     summary.add_argument("recipe", help=f"{', '.join(recipe_names())} or a TOML file")
     summary.add_argument(
-        "--image-shape", type=int, nargs=3, default=(32, 32, 3), metavar=("H", "W", "C"), help="(32 32 3)"
+        "--image-shape", type=_count, nargs=3, default=(32, 32, 3), metavar=("H", "W", "C"), help="(32 32 3)"
     )
-    summary.add_argument("--classes", type=int, default=10, help="number of classes (10)")
+    summary.add_argument("--classes", type=_count, default=10, help="number of classes (10)")
 
     study = add("study", "run a study: arms that differ in one thing, several seeds, an answer with an interval")
     study.add_argument("STUDY", help="a study that comes with fromzero (fromzero lessons lists them) or a TOML file")
     study.add_argument("--scale", default="screen", help="one of the study's: screen, full, for some medium (screen)")
     study.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (as the study's scale says)")
-    study.add_argument("--jobs", type=int, metavar="N", help="runs at a time (one a core; one on a GPU)")
+    study.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (one a core; one on a GPU)")
     study.add_argument("--tune", action="store_true", help="first find each arm's best rate, with equal budgets")
     study.add_argument("--on", choices=("local", "ray"), default="local", help="where the runs compute (local)")
     study.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of runs that have ended")
@@ -146,14 +146,21 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     verify = add("verify-resume", "show that resuming is exact on this machine, in about a minute")
     verify.add_argument("recipe", nargs="?", default="train3", help=f"{', '.join(recipe_names())} or a file (train3)")
-    verify.add_argument("--epochs", type=int, default=4, help="epochs on the digits (4)")
-    verify.add_argument("--interruptions", type=int, default=4, help="how many times to interrupt (4)")
+    verify.add_argument("--epochs", type=_count, default=4, help="epochs on the digits (4)")
+    verify.add_argument("--interruptions", type=_count, default=4, help="how many times to interrupt (4)")
     verify.add_argument("--seed", type=int, default=0, help="of the kinds and moments of interruption (0)")
-    verify.add_argument("--threads", type=int, help="CPU threads (one a core)")
+    verify.add_argument("--threads", type=_count, help="CPU threads (one a core)")
 
     demo = add("demo", "train the notes' three networks on handwritten digits, in a minute or two")
     _add_shared(demo, "runs")
     return parser, commands
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return int(text)
 
 
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
@@ -180,9 +187,9 @@ def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
         default = "as recorded" if command.prog.endswith("resume") else "{}"
         command.add_argument("--device", help=f"cpu, cuda or cuda:N ({default.format('cuda where there is one')})")
         threads = "one a run" if command.prog.endswith("study") else default.format("one a core")
-        command.add_argument("--threads", type=int, help=f"CPU threads ({threads})")
+        command.add_argument("--threads", type=_count, help=f"CPU threads ({threads})")
     if "saving" in groups:
         command.add_argument(
             "--checkpoint-minutes", type=float, metavar="M", help="save every M minutes (1, more where saving is slow)"
         )
-        command.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints to keep (2)")
+        command.add_argument("--keep", type=_count, default=2, metavar="N", help="checkpoints to keep (2)")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import DEFAULT_RECIPE, parse
-from fromzero.errors import FromzeroError, InputError, NonFiniteError
+from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted
 from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names, recipe_purpose
 
 if TYPE_CHECKING:
@@ -89,14 +89,14 @@ def _train(arguments: argparse.Namespace) -> None:
     if "validation.fraction" in changes and recipe.validation.source == "test":
         raise InputError("--validation.fraction holds nothing out with --validation.source test; split would")
     with _importing():
-        from fromzero.data import load_images
+        from fromzero.data import load_images, split_name
 
         # Importing torch takes as long as reading CIFAR-10, about a second: both at once. Not so for the digits and for
         # pictures: scikit-learn looks into torch while it is imported and would find half of it, and who stops an
         # import (of Pillow) by Ctrl-C while there is another may leave its lock closed.
         importing = threading.Thread(target=importlib.import_module, args=("torch",))
         importing.start()
-        if not recipe.dataset.startswith("cifar10"):
+        if split_name(recipe.dataset)[0] != "cifar10":
             importing.join()
         try:
             images = load_images(recipe.dataset, data_dir=arguments.data_dir, offline=arguments.offline)
@@ -113,7 +113,8 @@ def _train(arguments: argparse.Namespace) -> None:
     )
     origin = training.run.provenance["from"] or {}
     if origin:
-        print(f"starting from the weights of {origin['run']} ({origin['recipe']}) at step {origin['step']:,}")
+        at = "" if origin["step"] is None else f" at step {origin['step']:,}"  # best weights do not know theirs
+        print(f"starting from the weights of {origin['run']} ({origin['recipe']}){at}")
     left = origin.get("left")
     if left:
         print(f"not taken from {getattr(arguments, 'from')}, drawn anew: {', '.join(left)}")
@@ -156,7 +157,7 @@ def _watch(training: Training) -> None:
             _print_no_more()
 
     console = Lasting()
-    console.print(display.header(training), highlight=False, soft_wrap=not display.can_redraw(console), markup=False)
+    display.say(console, display.header(training))
     display.watch(training, console)
 
 
@@ -165,9 +166,6 @@ def _summary(arguments: argparse.Namespace) -> None:
     from fromzero.networks import summary
 
     height, width, channels = arguments.image_shape
-    for option, value in (("--image-shape", min(arguments.image_shape)), ("--classes", arguments.classes)):
-        if value < 1:
-            raise InputError(f"{option}: {value} is less than 1")
     print(summary(recipe.network, (height, width, channels), arguments.classes))
 
 
@@ -242,14 +240,11 @@ def _predict(arguments: argparse.Namespace) -> None:
     with _importing():
         import torch
 
-        from fromzero.curves import counted
         from fromzero.data.pictures import pictures_at, read_pictures, unreadable
         from fromzero.evaluate import predict
         from fromzero.runs import load_run
         from fromzero.sessions import load_classifier
 
-    if arguments.top < 1:
-        raise InputError(f"--top: {arguments.top} is less than 1")
     paths = pictures_at(arguments.PICTURE)
     run = load_run(arguments.RUN, arguments.runs_dir)
     options = {"device": arguments.device or "auto", "threads": arguments.threads}
@@ -329,22 +324,19 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         from fromzero.evidence import Evidence
         from fromzero.findings import write_findings
         from fromzero.runs import load_run
-        from fromzero.sessions import check_unedited
 
     run = load_run(arguments.RUN, arguments.runs_dir)
-    run.has_ended()  # or its rows are not all there
-    check_unedited(run)
+    run.check()
     trained = _trained(arguments)
     console = Console()
-    plain: dict[str, Any] = {"highlight": False, "soft_wrap": not display.can_redraw(console), "markup": False}
     try:
         rows = probe.rows_of(trained)
-        console.print(display.diagnosis_header(run, rows), **plain)
+        display.say(console, display.diagnosis_header(run, rows))
         if display.can_redraw(console):
             with console.status("") as status:
                 measures = probe.measure(trained, say=lambda doing: status.update(f"  {doing} …"))
         else:
-            measures = probe.measure(trained, say=lambda doing: console.print(f"  {doing} …", **plain))
+            measures = probe.measure(trained, say=lambda doing: display.say(console, f"  {doing} …"))
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{trained.weights}: {error}; a lower --optimizer.learning_rate or a warm-up keeps them small"
@@ -355,7 +347,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         studies = write_findings(run, found, measures, trained.images.source, trained.epochs)
     except FromzeroError as error:
         failure = error
-    console.print(display.diagnosis_text(run, rows, found, studies, min(console.width, 110)), **plain)
+    display.say(console, display.diagnosis_text(run, rows, found, studies, min(console.width, 110)))
     if failure is not None:
         raise failure
 
@@ -422,11 +414,6 @@ def _verify_resume(arguments: argparse.Namespace) -> None:
     from fromzero.verify import verify_resume
 
     load_recipe(arguments.recipe)
-    for option in ("epochs", "interruptions"):
-        if (value := getattr(arguments, option)) < 1:
-            raise InputError(f"--{option}: {value} is less than 1")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise InputError(f"--threads: {arguments.threads} is less than 1")
     folder = Path(tempfile.mkdtemp(prefix="fromzero-verify-"))
     keep = False
     try:
@@ -454,7 +441,7 @@ def _print_verdict(found: Verdict, wanted: int) -> None:
     tensors = checkpoint.load(found.straight.checkpoints / checkpoint.LAST).tensors
     values = sum(tensor.numel() for tensor in tensors.values())
     happened = len(found.interruptions)
-    interrupted = f"{happened} interruption{'' if happened == 1 else 's'}"
+    interrupted = counted(happened, "interruption")
     if happened < wanted:
         interrupted += f" of {wanted}: it ended before the next (with more --epochs it does not)"
     print(
@@ -486,21 +473,19 @@ def _study(arguments: argparse.Namespace) -> None:
         offline=arguments.offline,
     )
     console = Console()
-    plain: dict[str, Any] = {"highlight": False, "soft_wrap": not display.can_redraw(console), "markup": False}
-    console.print(display.study_header(execution), **plain)
+    display.say(console, display.study_header(execution))
     display.watch_study(execution, console)
     result = results.read_result(execution.folder)
     page.draw_result(result, execution.folder / "result.png")
-    console.print("\n".join(results.answer(result)), **plain)
-    console.print(f"runs and picture: {execution.folder}", **plain)
+    display.say(console, "\n".join(results.answer(result)))
+    display.say(console, f"runs and picture: {execution.folder}")
     if not result.is_complete:
         raise FromzeroError(f"{study.name}: some runs failed; the same command tries them again: {execution.command}")
 
 
 def _lessons(arguments: argparse.Namespace) -> None:
     from fromzero.study import page
-    from fromzero.study.definition import load_study, study_names
-    from fromzero.study.results import list_results
+    from fromzero.study.results import by_lesson, list_results
 
     if arguments.runs_dir.exists() and not arguments.runs_dir.is_dir():
         raise InputError(f"{arguments.runs_dir} is a file; name the folder that holds the runs by --runs-dir")
@@ -509,16 +494,13 @@ def _lessons(arguments: argparse.Namespace) -> None:
         page.write_lessons(results, arguments.write)
         print(f"written: {arguments.write}")
         return
-    own = [r.study.name for r in results if r.study.name not in study_names()]
-    for name in [*study_names(), *dict.fromkeys(own)]:
-        found = [r for r in results if r.study.name == name]
-        claim = found[-1].study.claim if found else load_study(name).claim
-        print(f"{name}: {claim}")
+    for study, found in by_lesson(results):
+        print(f"{study.name}: {study.claim}")
         for r in found:
             runs = f"{sum(len(arm.runs) for arm in r.arms.values())} of {r.study.seeds * len(r.arms)} runs"
-            print(f"  {r.study.scale}{', tuned' if r.tuned else ''}: {r.verdict} ({runs})")
+            print(f"  {r.title}: {r.verdict} ({runs})")
         if not found:
-            print(f"  not run yet: fromzero study {name}")
+            print(f"  not run yet: fromzero study {study.name}")
 
 
 def _recipes(arguments: argparse.Namespace) -> None:
@@ -529,8 +511,6 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
 
 def _machine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    if arguments.keep < 1:
-        raise InputError(f"--keep: {arguments.keep} is less than 1")
     if arguments.checkpoint_minutes is not None and not 0 <= arguments.checkpoint_minutes <= 10_000:
         raise InputError(f"--checkpoint-minutes: {arguments.checkpoint_minutes:g} is not from 0 to 10,000")
     options = {"threads": arguments.threads, "keep": arguments.keep}

@@ -32,11 +32,6 @@ def validation_label(recipe: Recipe, own: bool) -> str:
     return f"validation = {100 * recipe.validation.fraction:.4g}% of the train images, held out"
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 epoch`, `2 epochs`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, validation: str, path: Path) -> None:
     """Write what `curves_png` draws."""
     write_atomically(path, curves_png(rows, recipe, title, validation))

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
 from fromzero import augment, training
-from fromzero.curves import counted, validation_label
+from fromzero.curves import validation_label
 from fromzero.diagnosis import ON_VALIDATION, RULES, Finding
+from fromzero.errors import counted
 from fromzero.findings import STUDY_SEEDS
 from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
@@ -44,9 +45,14 @@ def watch(run: Training, console: Console) -> None:
         _watch_live(progress, console)
     else:
         _watch_lines(progress, console)
-    console.print(outcome(run), highlight=False, soft_wrap=not can_redraw(console), markup=False)
+    say(console, outcome(run))
     for _ in progress:  # what is left, drawing, need not be waited for
         pass
+
+
+def say(console: Console, text: str) -> None:
+    """Print text as it is; in a file or a pipe a line stays a line."""
+    console.print(text, highlight=False, soft_wrap=not can_redraw(console), markup=False)
 
 
 def can_redraw(console: Console) -> bool:

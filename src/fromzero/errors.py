@@ -43,3 +43,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if found:
         return f"; nearest: {found[0]}"
     return f"; known: {', '.join(names)}" if 0 < len(names) <= 12 else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

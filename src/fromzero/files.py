@@ -7,6 +7,7 @@ survives a power loss; when it raises, the old content is untouched.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
@@ -28,6 +29,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             _partial(path).unlink()
         raise
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replace `path` by a JSON text of `content`, as `write_atomically` does."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def stage(path: Path, data: bytes) -> None:

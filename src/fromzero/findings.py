@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from fromzero.data import NAMED, split_name
 from fromzero.diagnosis import Finding
 from fromzero.errors import FromzeroError
 from fromzero.evidence import Measures
-from fromzero.files import write_atomically
+from fromzero.files import write_atomically, write_json
 from fromzero.recipe import Recipe
 from fromzero.runs import Run
 
@@ -57,7 +56,7 @@ def write_findings(run: Run, found: Sequence[Finding], measures: Measures, sourc
                 studies[finding.name] = path
         findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
         content = {"epoch": epoch, "findings": findings, "measures": _finite(known)}
-        write_atomically(run.path / "diagnosis.json", (json.dumps(content, indent=2) + "\n").encode())
+        write_json(run.path / "diagnosis.json", content)
     except OSError as error:
         raise FromzeroError(
             f"{run.path}: cannot be written: {error.strerror}, so no study was left there; make the folder writable, or"

@@ -51,14 +51,11 @@ class Optimizer(ABC):
             if weights:
                 self._move(weights, [weight.grad for weight in weights], group)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; or set them to zero."""
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
         for group in self.param_groups:
             for weight in group["params"]:
-                if set_to_none:
-                    weight.grad = None
-                elif weight.grad is not None:
-                    weight.grad = torch.zeros_like(weight.grad)
+                weight.grad = None
 
     @abstractmethod
     def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:

@@ -97,18 +97,7 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
     precision: "auto", "bfloat16" or "float32"; device: "auto", "cpu", "cuda" or "cuda:N"; threads: CPU threads, by
     default as `cores.num_threads` says. Raises InputError for a device that is not there.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:N") from None
-    if kind.type not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r} is not supported; known: auto, cpu, cuda, cuda:N")
-    if kind.type == "cpu":
-        kind = torch.device("cpu")  # "cpu:1" is no other one
-    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    kind = chosen_device(device)
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise InputError(f"threads: {threads} is not from 1 to {MAX_THREADS}")
     if kind.type == "cuda":
@@ -135,22 +124,37 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
     return chosen_machine
 
 
+def chosen_device(device: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" means here. Raises InputError where it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device {device!r}; known: auto, cpu, cuda, cuda:N") from None
+    if kind.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported; known: auto, cpu, cuda, cuda:N")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cpu") if kind.type == "cpu" else kind  # "cpu:1" is no other one
+
+
 @cache
-def keep_large_buffers() -> bool:
+def keep_large_buffers() -> None:
     """Tell glibc to keep freed buffers of the heap instead of returning each to the kernel.
 
     A training step frees and asks again for the same large buffers; by default each is unmapped and mapped, and
-    its pages zeroed, every step. Returns whether the C library took the settings (False off glibc).
+    its pages zeroed, every step. Another C library is left as it is.
     """
     if not sys.platform.startswith("linux"):
-        return False
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        return False
+        return
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # names and numbers of malloc.h
-    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20))
-    return all([mallopt(name, value) == 1 for name, value in settings])
+    for name, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20)):
+        mallopt(name, value)
 
 
 def _kernels(device: str, precision: Precision) -> kernels.Made:

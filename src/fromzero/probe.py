@@ -41,6 +41,7 @@ FITTED_IMAGES, FIT_BATCH, FIT_STEPS = 100, 50, 200  # whether the network can le
 COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
 SIDE, ALIKE = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
 TWINS = 0.01  # share of pictures with a likeness in another class, beyond which likeness says nothing
+UNCHANGED = {f"augment.{name}": value for name, value in AugmentRecipe().model_dump().items()}  # images as they are
 
 
 def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None] = lambda line: None) -> Measures:
@@ -151,7 +152,7 @@ def _some(data: Data, recipe: Recipe) -> Subset:
 def _seen_accuracies(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple[float, float]:
     """Accuracies on the same train images, as they are and as augmented as the last epoch's."""
     shown = replace(data, train=_some(data, recipe))
-    as_they_are = recipe.override({f"augment.{name}": value for name, value in AugmentRecipe().model_dump().items()})
+    as_they_are = recipe.override(UNCHANGED)
     indices = torch.arange(len(shown.train.labels), device=here.device)
 
     def accuracy(how: Recipe) -> float:
@@ -336,7 +337,7 @@ def _fit(
     `factor` times its rate, with nothing that keeps a network from learning by heart (after Karpathy, "A Recipe for
     Training Neural Networks", 2019: overfit one batch)."""
     free = recipe.override(
-        {f"augment.{name}": value for name, value in AugmentRecipe().model_dump().items()}
+        UNCHANGED
         | {"network.block_dropout": 0.0, "network.dense_dropout": 0.0, "optimizer.weight_decay": 0.0}
         | {"label_smoothing": 0.0, "hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0}
     )

@@ -14,6 +14,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -26,6 +27,7 @@ from fromzero.errors import InputError, nearest
 Padding = Literal["same", "valid"]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Kind = Literal["recipe", "study"]  # of what comes with fromzero as TOML files
 
 
 def _types_in(annotation: Any) -> set[Any]:
@@ -361,15 +363,40 @@ class Recipe(_Part):
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
+def names_of(kind: Kind) -> list[str]:
+    """Names of the recipes, or studies, that come with fromzero."""
+    return sorted(f.name.removesuffix(".toml") for f in _folder(kind).iterdir() if f.name.endswith(".toml"))
+
+
+def text_of(kind: Kind, source: str | Path) -> str:
+    """The TOML of the recipe or study of that name, or in that file. Raises InputError where it cannot be read."""
+    name = str(source)
+    if name in names_of(kind):
+        return (_folder(kind) / f"{name}.toml").read_text("utf-8")
+    path = Path(source)
+    if path.suffix == ".toml" or os.path.isfile(path):
+        try:
+            return path.read_text("utf-8-sig")  # some editors begin a file with a mark
+        except (OSError, ValueError) as error:
+            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
+            raise InputError(f"{kind} file {name!r}: {reason}") from None
+    if os.path.isfile(path / "recipe.toml"):
+        raise InputError(f"{name!r} is the folder of a run, whose recipe is {path / 'recipe.toml'}")
+    raise InputError(f"unknown {kind} {name!r}{nearest(name, names_of(kind))} (or give a .toml file)")
+
+
+def _folder(kind: Kind) -> Traversable:
+    return resources.files("fromzero") / {"recipe": "recipes", "study": "studies"}[kind]
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that come with fromzero."""
-    folder = resources.files("fromzero") / "recipes"
-    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+    return names_of("recipe")
 
 
 def recipe_purpose(name: str) -> str:
     """What a recipe that comes with fromzero is for: the first line of its file, a comment."""
-    header = (resources.files("fromzero") / "recipes" / f"{name}.toml").read_text("utf-8")
+    header = text_of("recipe", name)
     return header.lstrip("# ").partition("\n")[0].removeprefix(f"{name}: ")
 
 
@@ -408,7 +435,7 @@ def _fields(model: type[pydantic.BaseModel], prefix: str = "") -> list[tuple[str
 
 
 def _load(source: str | Path, seen: tuple[Path, ...]) -> Recipe:
-    text, label = _read(source)
+    text, label = text_of("recipe", source), str(source)
     try:
         tree = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # more than TOMLDecodeError: endless numbers, bottomless lists
@@ -427,22 +454,6 @@ def _load(source: str | Path, seen: tuple[Path, ...]) -> Recipe:
             raise InputError(f"{label}: base: {error}") from None
         tree = _merged(inherited.model_dump(), tree)
     return _validated(tree, label)
-
-
-def _read(source: str | Path) -> tuple[str, str]:
-    name = str(source)
-    if name in recipe_names():
-        return (resources.files("fromzero") / "recipes" / f"{name}.toml").read_text("utf-8"), name
-    path = Path(source)
-    if path.suffix == ".toml" or os.path.isfile(path):
-        try:
-            return path.read_text("utf-8-sig"), name  # some editors begin a file with a mark
-        except (OSError, ValueError) as error:
-            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
-            raise InputError(f"recipe file {name!r}: {reason}") from None
-    if os.path.isfile(path / "recipe.toml"):
-        raise InputError(f"{name!r} is the folder of a run, whose recipe is {path / 'recipe.toml'}")
-    raise InputError(f"unknown recipe {name!r}{nearest(name, recipe_names())} (or give a .toml file)")
 
 
 def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

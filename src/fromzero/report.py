@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fromzero.curves import counted, curves_png, validation_label
+from fromzero.curves import curves_png, validation_label
 from fromzero.data import Images
-from fromzero.errors import FromzeroError
+from fromzero.errors import FromzeroError, counted
 from fromzero.evaluate import predict
 from fromzero.probe import rows_of
 from fromzero.runs import Row

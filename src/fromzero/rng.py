@@ -21,11 +21,11 @@ def derive(seed: int, purpose: str, step: int = 0) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def generator(seed: int, purpose: str, step: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
-    """A fresh torch generator on `device`, seeded with `derive(seed, purpose, step)`."""
+def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
+    """A fresh torch generator, seeded with `derive(seed, purpose, step)`."""
     import torch
 
-    return torch.Generator(device=device).manual_seed(derive(seed, purpose, step))
+    return torch.Generator().manual_seed(derive(seed, purpose, step))
 
 
 def permutation(count: int, seed: int, purpose: str, step: int = 0) -> np.ndarray:

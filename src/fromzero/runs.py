@@ -6,9 +6,10 @@
     summary.json      the outcome, flat, once the run has ended
     checkpoints/      last, the one before, best
     curves.png        the learning curves
-    lock              held by the process that writes; writer.json says which one, while it does
+    lock              held by the process that trains; writer.json says which one, while it does
+    diagnosis.json, a study for each remedy, report.html, the exported model: when asked for
 
-A folder is never overwritten, and one process at a time writes to it.
+A folder is never overwritten, and one process at a time trains in it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import filelock
 import pydantic
 
 from fromzero.errors import FromzeroError, InputError, nearest
-from fromzero.files import append_line, sync_folder, write_atomically
+from fromzero.files import append_line, sync_folder, write_atomically, write_json
 from fromzero.recipe import Recipe, load_recipe
 
 Row = dict[str, Any]
@@ -107,7 +108,7 @@ class _Diagnosis(pydantic.BaseModel):
 
 
 class Run:
-    """A run folder. Reading needs no lock; whoever writes holds `lock()`."""
+    """A run folder. Whoever trains holds `lock()`; reading needs none."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -117,7 +118,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.name or self.path.resolve().name
+        return Path(os.path.abspath(self.path)).name  # of "..", too, and of links their own
 
     @property
     def resume_command(self) -> str:
@@ -151,7 +152,7 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """Where the run's figures come from: versions, machine, command, commit, data."""
-        found = self._json("provenance.json")
+        found = read_object(self.path / "provenance.json")
         try:
             _Provenance.model_validate(found, strict=True)
         except pydantic.ValidationError as error:
@@ -167,7 +168,7 @@ class Run:
         """The outcome, or None while the run has not ended (or goes on, extended)."""
         if not (self.path / "summary.json").exists():
             return None
-        found = self._json("summary.json")
+        found = read_object(self.path / "summary.json")
         if wrong := [key for key in SUMMARY_KEYS if not _is_number(found.get(key))]:
             raise FromzeroError(
                 f"{self.path}/summary.json: damaged: {', '.join(wrong)}: no number; remove it, then:"
@@ -180,7 +181,7 @@ class Run:
         """What `diagnose` last said of the run: epoch, findings and measures; None where it has not been asked."""
         if not (self.path / "diagnosis.json").exists():
             return None
-        found = self._json("diagnosis.json")
+        found = read_object(self.path / "diagnosis.json")
         try:
             _Diagnosis.model_validate(found, strict=True)
         except pydantic.ValidationError:
@@ -190,12 +191,16 @@ class Run:
             ) from None
         return found
 
-    def has_ended(self) -> bool:
-        """Whether the run has ended. Raises FromzeroError where what it recorded is damaged or not all there."""
+    def check(self) -> None:
+        """Raise FromzeroError where what the run recorded is damaged or not all there."""
         recipe, _, summary, rows = self.recipe, self.provenance, self.summary, self.metrics()
         if summary is not None and len(rows) < recipe.epochs:
             raise FromzeroError(f"{self.path}/metrics.jsonl: rows are missing; {self.way_on}")
-        return summary is not None
+
+    def has_ended(self) -> bool:
+        """Whether the run has ended. Raises as `check` does."""
+        self.check()
+        return self.summary is not None
 
     def metrics(self) -> list[Row]:
         """One dict an epoch; a row that a kill cut in half at the end is left out."""
@@ -241,10 +246,10 @@ class Run:
         write_atomically(self.path / "recipe.toml", recipe.to_toml().encode())
 
     def write_provenance(self, provenance: dict[str, Any]) -> None:
-        self._write_json("provenance.json", provenance)
+        write_json(self.path / "provenance.json", provenance)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        self._write_json("summary.json", summary)
+        write_json(self.path / "summary.json", summary)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -255,7 +260,7 @@ class Run:
         holder: dict[str, Any] = {}
         try:
             with contextlib.suppress(FromzeroError):
-                holder = self._json("writer.json")
+                holder = read_object(self.path / "writer.json")
             taken = not (self.path / "lock").exists() and _lives(holder)
             if not taken:
                 held.acquire()
@@ -271,26 +276,25 @@ class Run:
                 f" {holder.get('host', '?')}; wait for it, or stop it (Ctrl-C saves)"
             )
         try:
-            self._write_json("writer.json", {"host": socket.gethostname(), "pid": os.getpid()})
+            write_json(self.path / "writer.json", {"host": socket.gethostname(), "pid": os.getpid()})
             yield
         finally:
             with contextlib.suppress(OSError):
                 (self.path / "writer.json").unlink()
             held.release()
 
-    def _json(self, name: str) -> dict[str, Any]:
-        try:
-            found = json.loads((self.path / name).read_text("utf-8"))
-        except ValueError as error:
-            raise FromzeroError(f"{self.path}/{name}: damaged: {error}") from None
-        except OSError as error:
-            raise FromzeroError(f"{self.path}/{name}: {error.strerror}") from None
-        if not isinstance(found, dict):
-            raise FromzeroError(f"{self.path}/{name}: damaged: expected an object")
-        return found
 
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in that file. Raises FromzeroError when it is damaged or not there."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise FromzeroError(f"{path}: damaged: {error}") from None
+    except OSError as error:
+        raise FromzeroError(f"{path}: {error.strerror}") from None
+    if not isinstance(found, dict):
+        raise FromzeroError(f"{path}: damaged: expected an object")
+    return found
 
 
 def _is_number(value: object) -> bool:
@@ -359,6 +363,12 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", run.name)]
 
     return sorted((Run(path) for path in folder.iterdir() if (path / "recipe.toml").is_file()), key=key)
+
+
+def last_machine(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The machine that a run was last trained on."""
+    machine: dict[str, Any] = [provenance, *provenance["resumed"]][-1]["machine"]
+    return machine
 
 
 def describe_program() -> dict[str, Any]:

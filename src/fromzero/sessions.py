@@ -19,7 +19,7 @@ from fromzero.modules import Network
 from fromzero.networks import ImageShape
 from fromzero.optim import learning_rate_at
 from fromzero.recipe import Recipe, load_recipe
-from fromzero.runs import Run, create_run, describe_program, load_run
+from fromzero.runs import Run, create_run, describe_program, last_machine, load_run
 from fromzero.state import State, load_weights, model_weights
 from fromzero.timetable import Timetable
 from fromzero.training import Data, Training, check_image_set
@@ -117,10 +117,15 @@ def new_training(
 
 
 def initial_state(recipe: Recipe, image_shape: ImageShape, num_classes: int, data: Data, here: Machine) -> State:
-    """The state before the first step, whitening layers set from the train images."""
+    """The state before the first step, whitening layers set from WHITENING_IMAGES of the train images."""
     state = State.initial(recipe, image_shape, num_classes, here.device)
-    for model in (state.model, *([state.proxy.model] if state.proxy else [])):
-        modules.whiten(model, data.normalise(data.train.pixels[:WHITENING_IMAGES]))
+    if recipe.network.whitening:
+        pixels, labels = data.train
+        if bool((labels[1:] >= labels[:-1]).all()):  # pictures come class by class, and the first would be of a few
+            pixels = pixels[:: -(-len(pixels) // WHITENING_IMAGES)].contiguous()
+        seen = data.normalise(pixels[:WHITENING_IMAGES])
+        for model in (state.model, *([state.proxy.model] if state.proxy else [])):
+            modules.whiten(model, seen)
     return state
 
 
@@ -165,7 +170,7 @@ def _loaded(
 ) -> Training:
     """The training of a run whose lock is held, at its last checkpoint; the run folder is cut back to it."""
     recipe, provenance = run.recipe, run.provenance
-    recorded = [provenance, *provenance["resumed"]][-1]["machine"]
+    recorded = last_machine(provenance)
     check_unedited(run)
     if epochs is not None and epochs < recipe.epochs:
         raise InputError(f"{run.path}: --epochs {epochs} is less than the run's {recipe.epochs}")
@@ -386,7 +391,8 @@ def load_network(
     run: Run, image_shape: ImageShape, num_classes: int, here: Machine, which: str = "last"
 ) -> tuple[Network, Checkpoint]:
     """A run's network with its `last` or `best` weights, in evaluation mode, and the checkpoint they are from: an older
-    one where the last is damaged."""
+    one where the last is damaged. Raises FromzeroError also when its recipe was edited, which they might fit."""
+    check_unedited(run)
     path = run.checkpoints / checkpoint.BEST
     if which == "best" and not path.exists():
         _check_kept(run)

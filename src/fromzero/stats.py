@@ -117,8 +117,9 @@ def sign_flip_p(differences: ArrayLike) -> np.ndarray:
     return np.asarray((1 + _hits(d, at_least, 1.0 - 2.0 * bits)) / (1 + DRAWS))
 
 
-def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `count` (Wilson, 1927)."""
+    z = 1.959964
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
     return centre - half, centre + half

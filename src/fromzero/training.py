@@ -134,7 +134,6 @@ class Training:
             self.state.watch_losses(len(self.data.train.labels), self.machine.device)
         if self.recipe.compile and self.machine.device != "cpu":
             self.state.compile_network()
-        self._saved_at = self._ticked_at = time.monotonic()
         self._save_seconds = 0.0  # of the last save here; what saves took before a resume says little of this disk
 
     def __iter__(self) -> Iterator[Progress]:
@@ -403,7 +402,7 @@ def train_step(
         name = next(name for name, gradient in gradients.items() if not kernels.within([gradient], LARGEST_GRADIENT))
         wrong = f"the gradient of {name} is not finite or beyond {LARGEST_GRADIENT:g}"
     if wrong:
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad()
         instead = _try_instead(learning_rate, machine)
         raise NonFiniteError(
             f"step {step + 1}: {wrong}; the weights were not changed, checkpoints are whole: {instead}"
@@ -411,7 +410,7 @@ def train_step(
     set_learning_rate(state.optimizer, learning_rate)
     with machine.autocast():
         state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad()
     return Step(mean_loss, int(num_correct), logits.detach())
 
 

@@ -18,18 +18,17 @@ from typing import NamedTuple
 import torch
 
 from fromzero import checkpoint
-from fromzero.curves import counted
-from fromzero.errors import FromzeroError
+from fromzero.errors import FromzeroError, counted
 from fromzero.runs import Run, list_runs
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has none
 
 
 class Verdict(NamedTuple):
-    """The two runs, the interruptions that took place, and where the runs differ first (None: nowhere)."""
+    """The run straight through, the interruptions of the other that took place, and where the two differ first (None:
+    nowhere)."""
 
     straight: Run
-    interrupted: Run
     interruptions: tuple[str, ...]
     difference: str | None
 
@@ -52,7 +51,7 @@ def verify_resume(
     options = ["--checkpoint-minutes", "0.01"] + (["--threads", str(threads)] if threads else [])
     command = ["train", "digits", "--recipe", recipe, "--epochs", str(epochs), "--validation.source", "split", *options]
     say(f"training {recipe} on the digits for {counted(epochs, 'epoch')}, straight through")
-    seconds, _ = _finish(_start([*command, "--runs-dir", str(folder / "straight")]))
+    seconds = _finish(_start([*command, "--runs-dir", str(folder / "straight")]))
     straight = list_runs(folder / "straight")[0]
     happened: list[str] = []
     process = _start([*command, "--runs-dir", str(folder / "interrupted")])
@@ -73,7 +72,7 @@ def verify_resume(
     if not happened:
         raise FromzeroError("no interruption came before the end: give more --epochs")
     interrupted = list_runs(folder / "interrupted")[0]
-    return Verdict(straight, interrupted, tuple(happened), first_difference(straight, interrupted))
+    return Verdict(straight, tuple(happened), first_difference(straight, interrupted))
 
 
 def first_difference(one: Run, two: Run) -> str | None:
@@ -117,26 +116,28 @@ def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
     )
 
 
-def _finish(process: subprocess.Popen[str]) -> tuple[float, str]:
-    """Seconds from the first line printed to the end, and what was printed. Raises FromzeroError when it failed."""
+def _finish(process: subprocess.Popen[str]) -> float:
+    """Seconds from the first line printed to the end. Raises FromzeroError when it failed."""
     assert process.stdout is not None
     printed = process.stdout.readline()
     started = time.monotonic()
     printed += process.stdout.read()
-    if process.wait():
-        raise FromzeroError(f"a training failed: {printed.strip().splitlines()[-1] if printed.strip() else '?'}")
-    return time.monotonic() - started, printed
+    _check(process.wait(), printed)
+    return time.monotonic() - started
+
+
+def _check(code: int, printed: str) -> None:
+    """Raise FromzeroError, by the last line printed, where a training failed."""
+    if code:
+        raise FromzeroError(f"a training failed: {(printed.strip().splitlines() or ['?'])[-1]}")
 
 
 def _interrupt(process: subprocess.Popen[str], number: int, seconds: float) -> bool:
     """Send a signal so many seconds after the first line was printed. False when it was over before that."""
     assert process.stdout is not None
     first = process.stdout.readline()
-    if not first:
-        _finish(process)
     try:
-        if process.wait(seconds):
-            raise FromzeroError(f"a training failed: {process.stdout.read().strip().splitlines()[-1:]}")
+        _check(process.wait(seconds), first + process.stdout.read())
         return False
     except subprocess.TimeoutExpired:
         pass

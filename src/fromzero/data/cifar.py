@@ -21,13 +21,10 @@ import numpy as np
 
 from fromzero import files
 from fromzero.data import download
-from fromzero.data.images import Images, ImageSet
+from fromzero.data.images import Images, ImageSet, own_name
 from fromzero.errors import InputError
 
 RECORD_BYTES = 1 + 3 * 32 * 32
-CIFAR10_CLASSES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
 CIFAR10_FINGERPRINTS = {
     "train": "55a61f79a40ece2ceda9fb5f9f7078f6ea2fc4952489cef56682bcf92cfcc260",
     "test": "325704b01eb92e1e2a6215ae6a916bb7db7de054af0c496be1c7be2e0fcfbf5f",
@@ -119,11 +116,9 @@ def load_cifar(path: Path, name: str | None = None) -> ImageSet:
     if supposed.order_digest() == CIFAR10_ORDER:
         return supposed
     fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
-    stem = re.sub(r"[^\w-]+", "-", path.name.split(".")[0]).strip("-_") or "images"
-    if stem in ("cifar10", "digits"):  # the names of known image sets, which these are not
-        stem += "-images"
+    own = own_name(path.name.split(".")[0], "images")
     return ImageSet(
-        name=name or ("cifar10" if fingerprints == CIFAR10_FINGERPRINTS else stem),
+        name=name or ("cifar10" if fingerprints == CIFAR10_FINGERPRINTS else own),
         train=train,
         test=test,
         class_names=class_names,
@@ -258,7 +253,7 @@ def _read_binary_names(data: bytes, label: str) -> tuple[str, ...]:
 
 def _read_python_batch(data: bytes, label: str) -> _Batch:
     content = _unpickle(data, label)
-    rows, labels = content.get("data"), content.get("labels", content.get("fine_labels"))
+    rows, labels = content.get("data"), content.get("labels")
     if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != RECORD_BYTES - 1:
         found = f"shape {rows.shape}" if isinstance(rows, np.ndarray) else type(rows).__name__
         raise InputError(f"{label}: damaged: expected uint8 rows (N, {RECORD_BYTES - 1}) under 'data', found {found}")

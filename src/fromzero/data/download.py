@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -80,6 +81,7 @@ def _reachable(urls: list[str]) -> set[str]:
     threads = [threading.Thread(target=try_to_connect, args=(url,), daemon=True) for url in urls]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + REACH_SECONDS
     for thread in threads:
-        thread.join(REACH_SECONDS / len(threads))
+        thread.join(max(0.0, deadline - time.monotonic()))
     return set(answered)

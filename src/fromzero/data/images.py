@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,6 +12,7 @@ import numpy as np
 from fromzero.errors import InputError
 from fromzero.rng import permutation
 
+NAMED = ("cifar10", "digits")  # data sets that are known by name
 RECORDS_AT_ONCE = 250  # of the fingerprint: small enough to stay in the processor's cache
 
 
@@ -103,6 +105,12 @@ class ImageSet:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+def own_name(stem: str, otherwise: str) -> str:
+    """What an image set is called after its file or folder, unlike those that are known by name."""
+    name = re.sub(r"[^\w-]+", "-", stem).strip("-_") or otherwise
+    return f"{name}-{otherwise}" if name in NAMED else name
 
 
 def stratified_split(labels: np.ndarray, fraction: float, purpose: str) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from rich.progress import track
 
 from fromzero import files
 from fromzero.cores import num_threads
-from fromzero.data.images import Images, ImageSet
+from fromzero.data.images import Images, ImageSet, own_name
 from fromzero.errors import InputError
 
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -93,9 +92,7 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
         )
 
     parts = {split: part(split) for split in SPLITS if split in splits}
-    stem = re.sub(r"[^\w-]+", "-", path.resolve().name).strip("-_") or "pictures"
-    if stem in ("cifar10", "digits"):  # the names of known image sets, which these are not
-        stem += "-pictures"
+    stem = own_name(path.resolve().name, "pictures")
     return ImageSet(
         name=stem if side is None else f"{stem}@{side}",
         train=parts["train"],

@@ -6,6 +6,7 @@ to the bit, one whose recipe has changed or whose files are damaged is set aside
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -62,10 +63,8 @@ class Setting:
 
 
 def is_finished(cell: Cell, images: ImageSet) -> bool:
-    """Whether the cell has ended, with this recipe, these images and this start."""
-    if not (cell.path / "recipe.toml").is_file() or _differences(cell, images):
-        return False
-    return Run(cell.path).has_ended()
+    """Whether nothing is left to be done for the cell."""
+    return _is_trained(cell, images) and ((cell.path / OUTCOMES).exists() or not Run(cell.path).checkpoints.exists())
 
 
 def train_cell(
@@ -73,7 +72,7 @@ def train_cell(
 ) -> Iterator[float]:
     """Train a cell to its end, yielding the share that is done, first that from before. Raises what a training raises;
     StoppedError when asked to stop, the cell saved. `note` is told what a user should know."""
-    if not is_finished(cell, images):
+    if not _is_trained(cell, images):
         with closing(_begun(cell, images, setting, note)) as training:
             steps = training.timetable.start_of(training.recipe.epochs)
             yield training.state.counters.step / steps
@@ -89,9 +88,17 @@ def train_cell(
 def read_outcomes(run: Run) -> np.ndarray | None:
     """Whether each validation image was right after the last epoch, bool (N,), or None where that is not recorded."""
     try:
-        return np.frombuffer((run.path / OUTCOMES).read_bytes(), np.uint8) == 1
+        outcomes = (run.path / OUTCOMES).read_bytes()
     except OSError:
         return None
+    return np.frombuffer(outcomes, np.uint8) == 1 if outcomes else None
+
+
+def _is_trained(cell: Cell, images: ImageSet) -> bool:
+    """Whether the cell's run has ended, with this recipe, these images and this start."""
+    if not (cell.path / "recipe.toml").is_file() or _differences(cell, images):
+        return False
+    return Run(cell.path).has_ended()
 
 
 def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str], None]) -> Training:
@@ -102,7 +109,7 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
             note(f"{cell.name}: {'; '.join(reasons)}: trained anew, the old run is {_set_aside(cell).name}")
         else:
             try:
-                return sessions.resumed_training(Run(cell.path), images)
+                return sessions.resumed_training(Run(cell.path), images, keep=1)
             except FromzeroError as error:
                 if Run(cell.path).has_ended():  # by a writer that was waited for
                     raise
@@ -128,7 +135,7 @@ def _differences(cell: Cell, images: ImageSet) -> list[str]:
     """Why the run in the cell's folder is not the one that the study asks for; empty when it is."""
     run = Run(cell.path)
     try:
-        run.has_ended()
+        run.check()
         recipe, provenance = run.recipe, run.provenance
     except FromzeroError as error:
         return [str(error).removeprefix(f"{cell.path}/").partition("; ")[0]]
@@ -181,18 +188,16 @@ def _wait_for_writer(run: Run) -> None:
 
 
 def _record_outcomes(cell: Cell, images: ImageSet) -> None:
-    """Score the validation images once more with the last weights and keep which were right. Left out where the weights
-    are gone or do not give the recorded accuracy: an interval can be done without, a wrong one not."""
+    """Score the validation images once more with the last weights and keep which were right; none where the weights are
+    gone or do not give the recorded accuracy: an interval can be done without, a wrong one not."""
     run = Run(cell.path)
     recorded = run.provenance["machine"]
     here = machine.prepare(recorded["precision"], device=recorded["device"], threads=recorded["threads"])
-    try:
+    right = b""
+    with contextlib.suppress(FromzeroError):
         network, _ = sessions.load_network(run, images.image_shape, images.num_classes, here)
         data = Data.of(cell.recipe, images, here.device)
         outcomes = evaluate(network, *data.validation, data.normalise, here)
-    except FromzeroError:
-        return
-    summary = run.summary or {}
-    if outcomes.accuracy == summary["val/accuracy"]:
-        right = (outcomes.predictions == outcomes.labels).cpu().numpy()
-        write_atomically(run.path / OUTCOMES, right.astype(np.uint8).tobytes())
+        if outcomes.accuracy == (run.summary or {})["val/accuracy"]:
+            right = (outcomes.predictions == outcomes.labels).cpu().numpy().astype(np.uint8).tobytes()
+    write_atomically(run.path / OUTCOMES, right)

@@ -10,7 +10,6 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,7 +17,7 @@ import pydantic
 from pydantic import Field
 
 from fromzero.errors import InputError, nearest
-from fromzero.recipe import Recipe, field_types, load_recipe
+from fromzero.recipe import Recipe, field_types, load_recipe, names_of, text_of
 from fromzero.stats import Direction
 
 METRICS = {  # what a row of metrics records, and what follows from it: key → whether it is a share (shown in points)
@@ -127,8 +126,7 @@ class _File(_Table):
 
 def study_names() -> list[str]:
     """Names of the studies that come with fromzero."""
-    folder = resources.files("fromzero") / "studies"
-    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+    return names_of("study")
 
 
 def load_study(
@@ -146,8 +144,7 @@ def load_study(
     copies; the label is what the user called it). Raises InputError, naming file and line, for anything that does not
     fit.
     """
-    text, read_from = _read(source)
-    label = label or read_from
+    text, label = text_of("study", source), label or str(source)
     lines = lines_of(text)
     try:
         tree = tomllib.loads(text)
@@ -191,7 +188,7 @@ def load_study(
     _refuse_unfair(arms, wrong)
     if file.metric not in METRICS:
         wrong(("metric",), _unknown_metric(file.metric))
-    study = Study(
+    return Study(
         name=name,
         claim=file.claim,
         notes=file.notes,
@@ -206,7 +203,6 @@ def load_study(
         text=text,
         label=label,
     )
-    return study
 
 
 def lines_of(text: str) -> dict[tuple[str, ...], int]:
@@ -240,20 +236,6 @@ def refuse(label: str, lines: Mapping[tuple[str, ...], int], path: tuple[str, ..
         below = [line for known, line in lines.items() if path and known[: len(path)] == path]
     line = lines.get(path, min(below, default=0))
     raise InputError(f"{label}, line {line}: {message}" if line else f"{label}: {message}")
-
-
-def _read(source: str | Path) -> tuple[str, str]:
-    name = str(source)
-    if name in study_names():
-        return (resources.files("fromzero") / "studies" / f"{name}.toml").read_text("utf-8"), name
-    path = Path(source)
-    if path.suffix == ".toml" or path.is_file():
-        try:
-            return path.read_text("utf-8"), name
-        except (OSError, ValueError) as error:
-            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
-            raise InputError(f"study file {name!r}: {reason}") from None
-    raise InputError(f"unknown study {name!r}{nearest(name, study_names())} (or give a .toml file)")
 
 
 def _path(dotted: str) -> list[str]:
@@ -295,6 +277,8 @@ def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple
 def _overridden(recipe: Recipe, tree: Mapping[str, Any], where: tuple[str, ...], wrong: Refuse) -> Recipe:
     """`recipe` with the fields of a table changed; complaints name the line of the field."""
     changes = {".".join(path): value for path, value in _flat(tree)}
+    if "seed" in changes:
+        wrong((*where, "seed"), "seed: every arm is trained with the same seeds; how many, say under [scale]")
     for path in changes:
         if path not in field_types():
             wrong((*where, *path.split(".")), f"unknown recipe field {path!r}{nearest(path, field_types())}")
@@ -326,8 +310,6 @@ def _arms(
         for key, value in (("like", like), ("after", after)):
             if value is not None and value not in arms:
                 wrong(("arms", name, key), f"{key}: no arm {value!r} above{nearest(str(value), arms)}")
-        if "seed" in differences:
-            wrong(("arms", name, "seed"), "seed: every arm is trained with the same seeds; how many, say under [scale]")
         recipe = recipes[like] if like else common
         recipe = _overridden(recipe, differences, ("arms", name), wrong)
         recipe = _overridden(recipe, scale_tables.get(name, {}), ("scale", scale, "arms", name), wrong)
@@ -397,6 +379,9 @@ def _tuning(table: _Tuning | None, arms: Mapping[str, Arm], wrong: Refuse) -> Tu
     missing = [name for name in arms if name not in table.values]
     if missing:
         wrong(("tuning", "values"), f"no values for arm {missing[0]!r}: every arm gets the same budget")
+    for name, values in table.values.items():
+        if len({f"{value:g}" for value in values}) < len(values):  # by which their runs are called
+            wrong(("tuning", "values", name), f"values of arm {name!r}: two are equal to six digits")
     lengths = {len(values) for values in table.values.values()}
     if len(lengths) > 1 or min(lengths) < 2:
         wrong(("tuning", "values"), "every arm gets the same budget: equally many values, two at least")

@@ -12,7 +12,6 @@ runs/studies/NAME-SCALE/     -tuned added for a study whose arms were tuned firs
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -22,16 +21,15 @@ from typing import Any, Literal
 
 import filelock
 import numpy as np
-import torch
 
 from fromzero.cores import num_threads
 from fromzero.data import ImageSet, load_images
 from fromzero.errors import FromzeroError, InputError, StoppedError
-from fromzero.files import write_atomically
-from fromzero.machine import MAX_THREADS
+from fromzero.files import write_atomically, write_json
+from fromzero.machine import MAX_THREADS, chosen_device
 from fromzero.networks import num_multiply_adds
 from fromzero.recipe import Recipe
-from fromzero.runs import Run
+from fromzero.runs import Run, read_object
 from fromzero.study.cells import Cell, Setting, is_finished
 from fromzero.study.definition import TUNING_SEEDS_FROM, Study
 from fromzero.study.pools import Event, on_ray, on_this_machine
@@ -89,11 +87,6 @@ class Execution:
                     found.append(Cell(arm.name, seed, path, recipe, work=self._work(recipe)))
         return found
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every cell has ended."""
-        return not self._open(self.cells)
-
     def __iter__(self) -> Iterator[Event]:
         with self._alone():
             self._write_description()
@@ -135,8 +128,11 @@ class Execution:
             yield event
 
     def _open(self, cells: Sequence[Cell]) -> list[Cell]:
-        found = {cell.path for cell in cells if not is_finished(cell, self.images)}
-        return [cell for cell in cells if cell.path in found or cell.after in found]
+        found: set[Path] = set()
+        for cell in cells:  # an arm comes behind the one that it starts from
+            if cell.after in found or not is_finished(cell, self.images):
+                found.add(cell.path)
+        return [cell for cell in cells if cell.path in found]
 
     def _best_of(self, arm: str) -> dict[str, float]:
         return {self.study.tuning.field: self.best[arm]} if self.study.tuning and arm in self.best else {}
@@ -189,15 +185,14 @@ class Execution:
             "train_images": len(self.images.train),
             "seconds": round(before + seconds, 1),
         }
-        write_atomically(self.folder / "study.json", (json.dumps(content, indent=2) + "\n").encode())
+        write_json(self.folder / "study.json", content)
 
     def _note_failure(self, cell: Cell, why: str | None) -> None:
         path = self.folder / "failures.json"
         failures = read_json(path)
         if failures.get(cell.name) != why:
             kept = {name: text for name, text in failures.items() if name != cell.name}
-            content = kept if why is None else kept | {cell.name: why}
-            write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+            write_json(path, kept if why is None else kept | {cell.name: why})
 
 
 def prepare_study(
@@ -240,7 +235,7 @@ def prepare_study(
             num_multiply_adds(arm.recipe.network, images.image_shape, images.num_classes)
         except InputError as error:
             study.refuse(("arms", arm.name), f"arm {arm.name!r}: {error}")
-    on_gpu = device != "cpu" and torch.cuda.is_available()
+    on_gpu = chosen_device(device or "auto").type == "cuda"
     cores = num_threads()
     jobs = jobs or (1 if on_gpu else max(1, cores // (threads or 1)))
     threads = threads or (max(1, cores // jobs) if on_gpu else 1)
@@ -303,13 +298,6 @@ def best_values(study: Study, folder: Path) -> dict[str, float]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in that file; empty when there is none. Raises FromzeroError when it is damaged."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise FromzeroError(f"{path}: damaged: {error}; remove it, then the study's command writes it anew") from None
-    except OSError as error:
-        raise FromzeroError(f"{path}: {error.strerror}") from None
-    if not isinstance(content, dict):
-        raise FromzeroError(f"{path}: damaged: expected an object; remove it, then the study's command writes it anew")
-    return content
+        return read_object(path) if path.exists() else {}
+    except FromzeroError as error:
+        raise FromzeroError(f"{error}; remove it, then the study's command writes it anew") from None

@@ -17,11 +17,9 @@ from fromzero.study.definition import (
     TUNING_SEEDS_FROM,
     Study,
     differing_fields,
-    load_study,
     short,
-    study_names,
 )
-from fromzero.study.results import ArmResult, ContrastResult, Result, Spread, claimed, figure, unit
+from fromzero.study.results import ArmResult, ContrastResult, Result, Spread, by_lesson, claimed, figure, unit
 
 COLORS = ("#1f4e9c", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd")
 MOST_CURVES = len(COLORS)  # arms beyond which curves would only hide each other
@@ -50,15 +48,14 @@ claim names and in nothing else, on the same images, with the same seeds.
 
 
 def write_lessons(results: Sequence[Result], path: Path) -> None:
-    """Write the page, and its pictures into a folder of the same name beside it. Raises InputError when it cannot be
+    """Write the page, and its pictures into a folder named after it beside it. Raises InputError when it cannot be
     written."""
-    pictures = path.with_suffix("")
-    names = [*study_names(), *dict.fromkeys(r.study.name for r in results if r.study.name not in study_names())]
-    parts = ["# The notes' lessons as experiments\n\n" + HOW_TO_READ, _overview(names, results)]
+    pictures = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-pictures")
+    lessons = list(by_lesson(results))
+    parts = ["# The notes' lessons as experiments\n\n" + HOW_TO_READ, _overview(lessons)]
     try:
         pictures.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            parts.append(_lesson(name, [r for r in results if r.study.name == name], pictures))
+        parts += [_lesson(study, found, pictures) for study, found in lessons]
         write_atomically(path, "\n".join(parts).encode())
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
@@ -123,38 +120,35 @@ def _draw_differences(axes: object, contrasts: Sequence[ContrastResult]) -> None
     axes.set_xlabel("; ".join(f"{metric} ({unit(metric)})" for metric in metrics), fontsize=9)
 
 
-def _overview(names: Sequence[str], results: Sequence[Result]) -> str:
+def _overview(lessons: Sequence[tuple[Study, list[Result]]]) -> str:
     lines = ["| lesson | claim | verdicts |", "|---|---|---|"]
-    for name in names:
-        found = [r for r in results if r.study.name == name]
-        claim = found[-1].study.claim if found else load_study(name).claim
-        said = "; ".join(f"{_title(r)}: {_said(r)}" for r in found) or "not run yet"
-        lines.append(f"| [{name}](#{name}) | {claim} | {said} |")
+    for study, found in lessons:
+        said = "; ".join(f"{r.title}: {_said(r)}" for r in found) or "not run yet"
+        lines.append(f"| [{study.name}](#{study.name}) | {study.claim} | {said} |")
     return "\n".join(lines) + "\n"
 
 
 def _said(result: Result) -> str:
     """The verdict, with that of each comparison where they differ: a claim of two parts can hold in one."""
-    parts = [c for c in result.contrasts if c.contrast.group == CLAIM]
+    parts = result.group(CLAIM)
     text = f"**{result.verdict}**"
     if len({c.verdict for c in parts}) > 1:
         text += " (" + ", ".join(f"{c.contrast.arm} against {c.contrast.against}: {c.verdict}" for c in parts) + ")"
     return text
 
 
-def _lesson(name: str, results: Sequence[Result], pictures: Path) -> str:
-    study = results[-1].study if results else load_study(name)
-    parts = [f"## {name}\n", f"**{study.claim}**\n"]
+def _lesson(study: Study, results: Sequence[Result], pictures: Path) -> str:
+    parts = [f"## {study.name}\n", f"**{study.claim}**\n"]
     if study.notes:
         parts.append(f"The notes: “{study.notes}”.\n")
     if study.remark:
         parts.append(study.remark.strip() + "\n")
     if not results:
-        parts.append(f"Not run yet: `fromzero study {name}`\n")
+        parts.append(f"Not run yet: `fromzero study {study.name}`\n")
     for result in results:
         picture = pictures / f"{result.folder.name}.png"
         draw_result(result, picture)
-        parts += [_section(result), f"![{name}, {_title(result)}]({pictures.name}/{picture.name})\n"]
+        parts += [_section(result), f"![{name_of(result)}]({pictures.name}/{picture.name})\n"]
     return "\n".join(parts)
 
 
@@ -178,11 +172,7 @@ def _section(result: Result) -> str:
 
 def name_of(result: Result) -> str:
     """The heading of a result within its lesson."""
-    return f"{result.study.name}, {_title(result)}"
-
-
-def _title(result: Result) -> str:
-    return result.study.scale + (", tuned" if result.tuned else "")
+    return f"{result.study.name}, {result.title}"
 
 
 def _common(study: Study) -> str:
@@ -256,14 +246,16 @@ def _contrasts_table(result: Result) -> str:
     lines = [_row([*head, "says"]), _row(["---"] * (len(head) + 1))]
     groups = list(dict.fromkeys(c.contrast.group for c in result.contrasts))
     for group in groups:
-        members = [c for c in result.contrasts if c.contrast.group == group]
+        members = result.group(group)
         for found in members:
-            c, x = found.contrast, found.comparison
+            c, x = found.contrast, found.spread
             name = f"{c.arm} − {c.against}" + ("" if group == CLAIM else f" ({group})")
             what = f"{c.metric}{claimed(c)}"
             if x is None:
-                cells = [name, what, "–", "–", str(len(found.pairs)), "–", "–", "–", "–", found.verdict]
-                lines.append(_row(cells))
+                mean = "–"
+                if found.comparison is not None:
+                    mean = figure(found.comparison.difference.mean, c.metric, sign=True) + " in every pair"
+                lines.append(_row([name, what, mean, "–", str(len(found.pairs)), "–", "–", "–", "–", found.verdict]))
                 continue
             p = f"{found.adjusted_p:.3g}" if x.exact else f"≈ {found.adjusted_p:.3g}"
             p += f" (one of {len(members)})" if len(members) > 1 else ""

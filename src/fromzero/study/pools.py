@@ -86,14 +86,13 @@ def on_this_machine(cells: Sequence[Cell], setting: Setting, jobs: int, log: Pat
                         yield Event("note", cell, text=f"{cell.name}: {why}: going on with it")
                     else:
                         yield Event("failed", cell, text=f"{why}, {ATTEMPTS} times; see {log}")
-                else:
+                elif "failed" in answer:
                     sender.cell = None
-                    if "failed" in answer:
-                        yield Event("failed", cell, text=answer["failed"])
-                    elif "stopped" in answer:  # somebody else stopped the worker alone
-                        waiting.insert(0, cell)
-                    else:
-                        yield Event("finished", cell, 1.0)
+                    yield Event("failed", cell, text=answer["failed"])
+                elif "done" in answer:
+                    sender.cell = None
+                    yield Event("finished", cell, 1.0)
+                # Else somebody stopped the worker alone: it goes, and its cell to another.
         finally:
             for w in workers:
                 w.end()
@@ -176,10 +175,10 @@ def _blocked(cell: Cell, waiting: Sequence[Cell], busy: set[Path]) -> bool:
 
 def _core_groups(jobs: int, threads: int) -> list[list[int]]:
     """Cores of each job, none shared; processors where cores do not suffice; empty lists (no pinning) where those do
-    not, or nothing can be pinned. Where a control group grants less time than there are cores nothing is pinned either:
-    others who do the same would all sit on the first."""
+    not, or nothing can be pinned. Nothing is pinned either where cores are left over, or where a control group grants
+    less time than there are cores: others who do the same would all sit on the first."""
     cores = next((found for found in (usable_cores(), usable_processors()) if jobs * threads <= len(found)), [])
-    if not cores or num_threads() < len(usable_cores()) or not hasattr(os, "sched_setaffinity"):
+    if not cores or min(num_threads(), jobs * threads) < len(usable_cores()) or not hasattr(os, "sched_setaffinity"):
         return [[] for _ in range(jobs)]
     return [cores[job * threads : (job + 1) * threads] for job in range(jobs)]
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pydantic
 
 from fromzero import stats
-from fromzero.errors import FromzeroError
+from fromzero.errors import FromzeroError, counted
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.recipe import Recipe, load_recipe
-from fromzero.runs import Row, Run
+from fromzero.runs import Row, Run, last_machine
 from fromzero.stats import Comparison, Interval, Verdict
 from fromzero.study.cells import read_outcomes
-from fromzero.study.definition import CLAIM, METRICS, Arm, Contrast, Study, load_study
+from fromzero.study.definition import CLAIM, METRICS, Arm, Contrast, Study, load_study, study_names
 from fromzero.study.execution import best_values, cell_name, command, read_json, sweep
 
 
@@ -78,6 +79,26 @@ class ContrastResult:
     new_images: Interval | None
     pairs: dict[int, float]
 
+    @property
+    def spread(self) -> Comparison | None:
+        """The comparison, where its pairs tell a spread. Where all are equal, as of networks that all say one class, an
+        interval of no width would be a claim."""
+        return self.comparison if self.comparison and self.comparison.sd >= 1e-12 else None
+
+
+class _Ran(pydantic.BaseModel):
+    """What is read of study.json."""
+
+    name: str
+    label: str
+    scale: str
+    seeds: int
+    tuned: bool
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    train_images: int
+    seconds: float
+
 
 @dataclass(frozen=True)
 class Result:
@@ -95,9 +116,18 @@ class Result:
     commits: tuple[str, ...]
 
     @property
+    def title(self) -> str:
+        """What tells it from other results of its study."""
+        return self.study.scale + (", tuned" if self.tuned else "")
+
+    def group(self, name: str) -> list[ContrastResult]:
+        """The comparisons that are corrected together; those of CLAIM decide."""
+        return [c for c in self.contrasts if c.contrast.group == name]
+
+    @property
     def verdict(self) -> Verdict:
         """Of the claim: supported when all its comparisons are, contradicted when one is."""
-        said = [c.verdict for c in self.contrasts if c.contrast.group == CLAIM]
+        said = [c.verdict for c in self.group(CLAIM)]
         if "contradicted" in said:
             return "contradicted"
         return "supported" if all(v == "supported" for v in said) else "undecided"
@@ -132,37 +162,43 @@ def list_results(runs_dir: Path) -> list[Result]:
     return found
 
 
+def by_lesson(results: Sequence[Result]) -> Iterator[tuple[Study, list[Result]]]:
+    """Each study that comes with fromzero, then the user's own, as last run, with its results."""
+    for name in dict.fromkeys([*study_names(), *(r.study.name for r in results)]):
+        found = [r for r in results if r.study.name == name]
+        yield found[-1].study if found else load_study(name), found
+
+
 def read_result(folder: Path) -> Result:
     """What the study in that folder has found so far."""
-    described = read_json(folder / "study.json")
     try:
-        name, scale, seeds, tuned = (described[key] for key in ("name", "scale", "seeds", "tuned"))
-        shape, num_classes = tuple(described["image_shape"]), described["num_classes"]
-        train_images, label, seconds = (described[key] for key in ("train_images", "label", "seconds"))
-    except KeyError as error:
-        raise FromzeroError(f"{folder}/study.json: damaged: {error} not there") from None
+        ran = _Ran.model_validate(read_json(folder / "study.json"))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise FromzeroError(f"{folder}/study.json: damaged: {where}: {first['msg'].lower()}") from None
     base = load_recipe(folder / "base.toml")
-    study = load_study(folder / "study.toml", scale, seeds=seeds, name=name, base=base, label=label)
+    study = load_study(folder / "study.toml", ran.scale, seeds=ran.seeds, name=ran.name, base=base, label=ran.label)
     failures = read_json(folder / "failures.json")
-    swept = sweep(study, folder) if tuned else {}
+    swept = sweep(study, folder) if ran.tuned else {}
     try:
-        best = best_values(study, folder) if tuned else {}
+        best = best_values(study, folder) if ran.tuned else {}
     except FromzeroError:  # not swept to the end yet
         best = {}
     arms = {
-        arm.name: _arm_result(arm, study, folder, failures, best.get(arm.name), shape, num_classes)
+        arm.name: _arm_result(arm, study, folder, failures, best.get(arm.name), ran.image_shape, ran.num_classes)
         for arm in study.arms.values()
     }
     provenances = [run.provenance for arm in arms.values() for run in arm.runs.values()]
     return Result(
         study=study,
         folder=folder,
-        tuned=tuned,
+        tuned=ran.tuned,
         arms=arms,
         contrasts=_contrasts(study, arms),
         sweep=swept,
-        train_images=train_images,
-        seconds=seconds,
+        train_images=ran.train_images,
+        seconds=ran.seconds,
         machines=tuple(sorted({_machine(p) for p in provenances})),
         commits=tuple(sorted({(p["commit"] or "")[:7] or "a commit that was not recorded" for p in provenances})),
     )
@@ -178,8 +214,8 @@ def metric_of(row: Row, metric: str) -> float:
 def answer(result: Result) -> list[str]:
     """What the study says, in words: a line for the verdict, one for each comparison, one for each failure."""
     study = result.study
-    lines = [f"{study.name} ({study.scale}{', tuned' if result.tuned else ''}): {result.verdict}. {study.claim}"]
-    lines += [f"  {sentence(c, len(_group(result, c.contrast.group)))}" for c in result.contrasts]
+    lines = [f"{study.name} ({result.title}): {result.verdict}. {study.claim}"]
+    lines += [f"  {sentence(c, len(result.group(c.contrast.group)))}" for c in result.contrasts]
     for arm in result.arms.values():
         lines += [f"  failed: {cell}: {why}" for cell, why in arm.failures.items()]
         if len(arm.runs) < arm.seeds:
@@ -193,7 +229,7 @@ def sentence(found: ContrastResult, comparisons: int) -> str:
     head = f"{c.arm} against {c.against}, {c.metric}{claimed(c)}: "
     if x is None:
         return head + f"{found.verdict}; n = {len(found.pairs)} pairs, too few for an interval"
-    if x.sd < 1e-12:  # as of networks that all say one class: an interval of no width would be a claim
+    if found.spread is None:
         mean = figure(x.difference.mean, c.metric, sign=True)
         return head + f"{found.verdict}; its {x.n} pairs all differ by {mean} {unit(c.metric)}, so they tell no spread"
     low, high = figure(x.difference.low, c.metric, sign=True), figure(x.difference.high, c.metric, sign=True)
@@ -237,10 +273,6 @@ def figure(value: float, metric: str, *, sign: bool = False) -> str:
 def unit(metric: str) -> str:
     """In what `figure` shows that metric."""
     return "points" if METRICS[metric] else "nats"
-
-
-def _group(result: Result, group: str) -> list[ContrastResult]:
-    return [c for c in result.contrasts if c.contrast.group == group]
 
 
 def _arm_result(
@@ -330,7 +362,7 @@ def _new_images(contrast: Contrast, seeds: list[int], arms: dict[str, ArmResult]
 
 
 def _machine(provenance: dict[str, Any]) -> str:
-    here = [provenance, *provenance["resumed"]][-1]["machine"]
-    threads = f"{here['threads']} thread{'s' if here['threads'] > 1 else ''}"
+    here = last_machine(provenance)
+    threads = counted(here["threads"], "thread")
     kind, version = here.get("processor", "?"), here.get("torch", "?")
     return f"{kind}, {here['device']}, {threads}, {here['precision']}, torch {version}"
