@@ -358,6 +358,30 @@ def test_the_check_reaches_the_gradient_that_is_computed_position_by_position(tm
     assert not kernels.agrees(kernels.Kernels(library, torch.bfloat16))
 
 
+COMPUTING = [
+    name for name, value in vars(kernels.Kernels).items() if callable(value) and name[0] != "_" and name != "moves"
+]
+
+
+@pytest.mark.parametrize("name", COMPUTING)
+def test_the_check_finds_a_kernel_that_computes_something_else(name, made, monkeypatch):
+    whole = getattr(kernels.Kernels, name)
+
+    def wrong(result):
+        if isinstance(result, torch.Tensor):
+            return result + 1
+        return tuple(map(wrong, result)) if isinstance(result, tuple) else not result if result is not None else None
+
+    def broken(self, weights, *arguments, **named):
+        result = whole(self, weights, *arguments, **named)
+        if name in ("descend", "adapt"):
+            weights += 1
+        return wrong(result)
+
+    monkeypatch.setattr(kernels.Kernels, name, broken)
+    assert not kernels.agrees(made)
+
+
 @pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-march=x86-64"]])
 def test_other_instruction_sets_compute_the_same(flags, tmp_path, monkeypatch):
     if kernels.find(torch.float32).kernels is None or platform.machine() not in ("x86_64", "AMD64"):

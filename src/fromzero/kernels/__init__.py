@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fromzero import files
 from fromzero.errors import FromzeroError
+from fromzero.kernels.agreement import agrees
 from fromzero.kernels.functions import BatchNorm, Convolve3x3, ConvolveDirectly, Drop, MaxPool2x2, Pooled
 from fromzero.kernels.interface import ACTIVATIONS, DIRECT_CHANNELS, Kernels, Mask
-from fromzero.rng import random_bytes, words
 
 __all__ = [
     "ACTIVATIONS",
@@ -70,8 +69,6 @@ LINK = ("-shared", "-undefined", "dynamic_lookup") if APPLE else ("-shared",)
 # For this very processor; Apple's, which it calls arm64, has vectors of one width.
 NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native", "arm64": "-mcpu=apple-m1"}  # elsewhere -mcpu=native
 COMPILE_SECONDS = 60.0
-# Of the check, over the largest value. Errors are a tenth of it.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 _loaded: dict[torch.dtype, Kernels] = {}
 
@@ -252,147 +249,6 @@ def built(compiler: str, flags: Iterable[str], folder: Path) -> Path:
 
 def _content_digest(library: Path) -> str:
     return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
-
-
-def agrees(kernels: Kernels) -> bool:
-    """Whether every kernel, on a small map, computes what PyTorch does."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        element, draws = kernels.element, torch.Generator().manual_seed(0)
-
-        def drawn(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=draws, dtype=torch.float32, device="cpu") - 0.5
-
-        def of(result: Tensor, gradient: Tensor, *leaves: Tensor) -> list[Tensor]:
-            """Gradients of a sum, since a gradient handed to autograd imports sympy: a second at the start of a run."""
-            total = (result * gradient.float().permute(0, 3, 1, 2)).sum()
-            return list(torch.autograd.grad(total, leaves, retain_graph=True))
-
-        x, filters, bias = drawn(3, 7, 6, 33).to(element), drawn(19, 3, 3, 33), drawn(19)
-        gradient, of_pool = drawn(3, 7, 6, 19).to(element), drawn(3, 3, 3, 33).to(element)
-        leaf, leaf_filters = (t.float().permute(0, 3, 1, 2).detach().requires_grad_() for t in (x, filters))
-        shift = drawn(33).requires_grad_()
-        image, few = drawn(3, 9, 6, 3).to(element), drawn(19, 3, 3, 3)
-        leaf_image, leaf_few = (t.float().permute(0, 3, 1, 2).detach().requires_grad_() for t in (image, few))
-        of_image = drawn(3, 9, 6, 19).to(element)
-        rectified, _ = kernels.forward_directly(image, few, bias, 1, pooled=False, relu=True)
-        of_few, of_bias = kernels.gradients_directly(image, of_image, 1, rectified, None)
-        pooled = kernels.max_pool(x, relu=True)
-        mean, variance = kernels.moments(x)
-        normal = mean, (variance + 1e-5).rsqrt(), shift.detach(), "gelu"
-        added = drawn(*x.shape).to(element)
-        rectifying = *normal[:3], "relu"
-        of_joined, of_joined_shift, of_added = kernels.normalise_gradient(x, x, *rectifying, added)
-        assert of_added is not None
-        leaf_added = added.float().permute(0, 3, 1, 2).detach().requires_grad_()
-        mask = Mask(64, 2**63 - 5, 3)
-        key = torch.tensor(words(mask.key), dtype=torch.int32, device="cpu")
-        kept = (random_bytes(key, mask.layer, x.numel()) >= mask.threshold).to(torch.float32) / 0.75
-        convolved, picked = kernels.forward_pooled(x, filters, bias, 1, relu=True, mask=mask)
-        of_convolved = drawn(*convolved.shape).to(element)
-        small, of_small = drawn(5, 2, 2, 33).to(element), drawn(5, 2, 2, 19).to(element)
-        leaf_small = small.float().permute(0, 3, 1, 2).detach().requires_grad_()
-        many, of_many = drawn(260, 3, 3, 128).to(element), drawn(260, 3, 3, 128).to(element)
-        # Of so many tiles and channels the filters' gradient is computed in another way, position by position.
-        leaf_many = torch.zeros(128, 128, 3, 3, dtype=torch.float32, device="cpu", requires_grad=True)
-        # A gradient as the pooling hands it back: the pooled map's, where it was picked.
-        places = (picked[..., None] == torch.arange(4, device="cpu")) * of_convolved[..., None]
-        spread = torch.zeros_like(gradient)
-        spread[:, :6] = 1 / 0.75 * places.unflatten(-1, (2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
-        moved, momenta = drawn(1, 1, 5, 33), drawn(1, 1, 5, 33)
-        of_moved = drawn(*moved.shape).to(element)
-        step = 0.9 * momenta + (of_moved.float() + 0.1 * moved)
-        there = moved - 0.5 * (step * 0.9 + of_moved.float() + 0.1 * moved)
-        kernels.descend(moved, of_moved, momenta, 0.5, 0.9, 0.1, nesterov=True)
-        adapted, means, squares = drawn(1, 1, 5, 33), drawn(1, 1, 5, 33), drawn(1, 1, 5, 33) + 0.5
-        new_means, new_squares, placed = means, squares, adapted
-        for betas, decay, decoupled in (((0.9, 0.99), 0.1, False), ((0.4, 0.9), 0.1, True)):
-            along = of_moved.float() + (0 if decoupled else decay * placed)
-            new_means = betas[0] * new_means + (1 - betas[0]) * along
-            new_squares = betas[1] * new_squares + (1 - betas[1]) * along**2
-            root = (new_squares / (1 - betas[1] ** 3)).sqrt() + 0.1
-            placed = placed * (1 - 0.5 * decay * decoupled) - 0.5 * new_means / (1 - betas[0] ** 3) / root
-            kernels.adapt(adapted, of_moved, means, squares, 3, 0.5, *betas, 0.1, decay, decoupled)
-        pixels = (255 * (drawn(1, 3, 7, 3) + 0.5)).to(torch.uint8)
-        rows, columns = (torch.tensor(places, device="cpu") for places in ([[8, 0]] * 2, [[5, 5, 1], [2, 0, 3]]))
-        bytes_ = (255 * (image.float() + 0.5)).to(torch.uint8)
-        which = torch.tensor([2, 1], device="cpu")
-        large = drawn(5000)
-        large[4998] = -2.0
-        found = [
-            float(kernels.within(large[:count], limit)) for count, limit in ((4998, 1.0), (4999, 1.0), (4999, 2.0))
-        ]
-        whole = bytes_.long()
-        sums = torch.stack([whole.sum((0, 1, 2)), whole.square().sum((0, 1, 2))])
-        found.append(float(torch.equal(kernels.byte_sums(bytes_), sums)))
-        ours = (
-            torch.tensor(found, device="cpu").expand(1, 1, 1, -1),
-            kernels.normalise_pixels(pixels, bias[:3], bias[3:6]),
-            kernels.gather(bytes_, which, rows, columns),
-            kernels.convolve_pixels(image.float(), few.permute(1, 2, 3, 0).contiguous(), "gelu"),
-            moved,
-            momenta,
-            adapted,
-            means,
-            squares,
-            kernels.orthogonalise(filters.flatten(1), (3.0, -4.0, 2.0), 2).expand(1, 1, -1, -1),
-            kernels.forward(x, filters, bias, 1),
-            kernels.input_gradient(gradient, filters, 1, x.shape),
-            kernels.filter_gradient(x, gradient, 1).permute(0, 2, 3, 1),
-            pooled,
-            kernels.max_pool_gradient(x, pooled, of_pool, relu=True),
-            kernels.channel_sums(x).expand(1, 1, 1, -1),
-            convolved,
-            kernels.input_gradient(of_convolved, filters, 1, x.shape, picked, mask.threshold),
-            kernels.filter_gradient(x, of_convolved, 1, picked, mask.threshold).permute(0, 2, 3, 1),
-            kernels.channel_sums(of_convolved, picked, mask.threshold).expand(1, 1, 1, -1),
-            kernels.normalise(x, *normal),
-            kernels.normalise_gradient(x, x, *normal)[0],
-            kernels.normalise(x, *rectifying, added),
-            of_joined,
-            of_added,
-            of_joined_shift.expand(1, 1, 1, -1),
-            kernels.drop(x, mask),
-            kernels.forward(small, filters, bias, 1),
-            kernels.input_gradient(of_small, filters, 1, small.shape),
-            kernels.filter_gradient(small, of_small, 1).permute(0, 2, 3, 1),
-            kernels.filter_gradient(many, of_many, 1).permute(0, 2, 3, 1),
-            rectified,
-            kernels.forward_directly(image, few, bias, 1, pooled=True, relu=False)[0],
-            of_few.permute(0, 2, 3, 1),
-            of_bias.expand(1, 1, 1, -1),
-        )
-        y = F.conv2d(leaf, leaf_filters, bias, padding=1)
-        normalised = (pixels.float() - bias[:3]) * bias[3:6]
-        gathered = bytes_[which[:, None, None], rows[:, :, None], columns[:, None]].float()
-        theirs = [t.permute(0, 3, 1, 2) for t in (normalised, gathered, there, step, placed, new_means, new_squares)]
-        theirs.insert(2, F.gelu(F.conv2d(leaf_image, leaf_few)))
-        theirs.insert(0, torch.tensor([1.0, 0.0, 1.0, 1.0], device="cpu").view(1, 4, 1, 1))
-        matrix = filters.flatten(1) / filters.norm()
-        for _ in range(2):
-            square = matrix @ matrix.T
-            matrix = 3 * matrix - 4 * square @ matrix + 2 * square @ square @ matrix
-        theirs += [matrix.expand(1, 1, -1, -1).permute(0, 3, 1, 2), y, *of(y, gradient, leaf, leaf_filters)]
-        z = F.relu(F.max_pool2d(leaf, 2))
-        theirs += [z, *of(z, of_pool, leaf), leaf.sum((0, 2, 3), keepdim=True)]
-        kept_pooled = kept[: convolved.numel()].view(convolved.shape).permute(0, 3, 1, 2)
-        theirs += [F.relu(F.max_pool2d(y, 2)) * kept_pooled, *of(y, spread, leaf, leaf_filters)]
-        theirs.append(spread.float().sum((0, 1, 2)).view(1, -1, 1, 1))
-        even = F.batch_norm(leaf, None, None, None, shift, training=True, eps=1e-5)
-        z, joined = F.gelu(even), F.relu(even + leaf_added)
-        *of_leaves, of_shift = of(joined, x, leaf, leaf_added, shift)
-        theirs += [z, *of(z, x, leaf), joined, *of_leaves, of_shift.view(1, -1, 1, 1)]
-        theirs += [leaf * kept.view(x.shape).permute(0, 3, 1, 2)]
-        y = F.conv2d(leaf_small, leaf_filters, bias, padding=1)
-        theirs += [y, *of(y, of_small, leaf_small, leaf_filters)]
-        theirs += of(F.conv2d(many.float().permute(0, 3, 1, 2), leaf_many, padding=1), of_many, leaf_many)
-        y = F.conv2d(leaf_image, leaf_few, bias, padding=1)
-        of_y = of_image * (rectified > 0)
-        theirs += [F.relu(y), F.max_pool2d(y, 2), *of(y, of_y, leaf_few)]
-        theirs.append(of_y.float().sum((0, 1, 2)).view(1, -1, 1, 1))
-        return all(
-            bool((a.float() - b.detach().permute(0, 2, 3, 1)).abs().max() <= TOLERANCE[element] * b.abs().max())
-            for a, b in zip(ours, theirs, strict=True)
-        )
 
 
 def _run(command: list[str]) -> str:
