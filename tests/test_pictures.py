@@ -182,7 +182,8 @@ def test_what_is_no_picture_is_named(tmp_path):
     said = damaged(tmp_path, change)
     assert f"{tmp_path / 'set'}: 4 of 12 pictures cannot be read; repair or remove them:" in said
     assert f"{tmp_path / 'set' / 'blue' / '000.png'} (nothing that PNG, JPEG," in said
-    assert said.endswith("and 1 more")
+    named = [str(tmp_path / "set" / name) for name in ("blue/000.png", "blue/001.png", "blue/002.png", "red/001.png")]
+    assert all(f"{name} (" in said for name in named), "so that all can be removed before the next try"
 
 
 def test_pictures_turned_in_any_format_or_with_damaged_exif_keep_their_size(tmp_path):

@@ -35,7 +35,7 @@ USUAL_SIDE, LARGEST_AS_IT_IS, LARGEST_SIDE = 32, 64, 512  # pixels
 TEST_SHARE = 0.2
 KEPT_AS = "pictures-1"  # raised when the same files would give other arrays
 HIDDEN = (".", "__", "@", "Thumbs.db", "desktop.ini")  # how names begin that systems leave among pictures
-NAMED_AT_ONCE = 3
+NAMED_AT_ONCE, UNREADABLE_NAMED = 3, 50  # the latter so that all can be removed before the next try
 
 
 class _File(NamedTuple):
@@ -191,10 +191,10 @@ def _inside(folder: Path) -> str:
     return _some([entry.name for entry in _shown(folder)]) or "nothing"
 
 
-def _some(names: Sequence[str], between: str = ", ") -> str:
+def _some(names: Sequence[str], between: str = ", ", most: int = NAMED_AT_ONCE) -> str:
     """The first of them, and how many more there are."""
-    more = f" and {len(names) - NAMED_AT_ONCE} more" if len(names) > NAMED_AT_ONCE else ""
-    return between.join(names[:NAMED_AT_ONCE]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 def _kept_or_decoded(path: Path, listed: Sequence[_File], side: int | None) -> tuple[np.ndarray, np.ndarray, str]:
@@ -266,7 +266,8 @@ def unreadable(paths: Sequence[Path], wrong: Mapping[int, str]) -> str:
     """What `read_pictures` found wrong, in words: the first files by name."""
     files = [f"{paths[index]} ({why})" for index, why in wrong.items()]
     return (
-        f"{len(wrong)} of {len(paths):,} pictures cannot be read; repair or remove them: {_some(files, between='; ')}"
+        f"{len(wrong)} of {len(paths):,} pictures cannot be read; repair or remove them:"
+        f" {_some(files, between='; ', most=UNREADABLE_NAMED)}"
     )
 
 
