@@ -285,10 +285,13 @@ def _watch_live(progress: Iterator[Timed], console: Console) -> None:
                 last = now.row
                 line = epoch_line(now, narrow=console.width < 115)
                 bars.console.print(line, highlight=False, soft_wrap=True)
+            counters = now.counters
+            if counters.epoch == now.epochs:
+                bars.update(task, description="scoring the test images", total=1, completed=1, info="", refresh=True)
+                continue
             if time.monotonic() - shown < REFRESH_SECONDS:
                 continue
             shown = time.monotonic()
-            counters = now.counters
             three = f"running {_running(now):.3f}"
             if last:
                 three += f" train {last['train/accuracy']:.3f} val {last['val/accuracy']:.3f}"
