@@ -79,6 +79,7 @@ def test_no_more_threads_than_a_control_group_grants(system, own, files, count):
     for name, text in files.items():
         system(f"groups/{name}", text + "\n")
     assert cores.num_threads() == machine._default_threads() == count
-    # How many is not which: nothing is pinned then.
+    # How many is not which: nothing is pinned then; nor where cores are left over, which others may sit on as well.
     assert cores.usable_cores() == list(range(8))
-    assert pools._core_groups(1, 1) == ([[0]] if count == 8 else [[]])
+    assert pools._core_groups(8, 1) == ([[core] for core in range(8)] if count == 8 else [[]] * 8)
+    assert pools._core_groups(7, 1) == [[]] * 7

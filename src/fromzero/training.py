@@ -134,6 +134,7 @@ class Training:
             self.state.watch_losses(len(self.data.train.labels), self.machine.device)
         if self.recipe.compile and self.machine.device != "cpu":
             self.state.compile_network()
+        self._saved_at = self._ticked_at = time.monotonic()
         self._save_seconds = 0.0  # of the last save here; what saves took before a resume says little of this disk
 
     def __iter__(self) -> Iterator[Progress]:
