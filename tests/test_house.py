@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Each module may import modules of the lines above its own, and of its own line where that is said.
 ORDER = [
     ["errors", "rng", "files", "stats", "cores"],
+    ["shipped"],
     ["recipe", "kernels", "signals"],
     ["machine", "modules", "fused", "arguments", "timetable"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],

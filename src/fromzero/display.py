@@ -1,4 +1,5 @@
-"""What a training looks like while it runs: a live display on a terminal; elsewhere a line an epoch or half minute."""
+"""What a terminal shows: trainings and studies while they run (elsewhere a line an epoch or half minute), the table of
+runs, diagnoses."""
 
 from __future__ import annotations
 

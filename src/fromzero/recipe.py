@@ -13,8 +13,6 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -23,11 +21,11 @@ import tomli_w
 from pydantic import Field
 
 from fromzero.errors import InputError, nearest
+from fromzero.shipped import names_of, text_of
 
 Padding = Literal["same", "valid"]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Kind = Literal["recipe", "study"]  # of what comes with fromzero as TOML files
 
 
 def _types_in(annotation: Any) -> set[Any]:
@@ -361,32 +359,6 @@ class Recipe(_Part):
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the recipe's fields; equal recipes have equal fingerprints."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-
-def names_of(kind: Kind) -> list[str]:
-    """Names of the recipes, or studies, that come with fromzero."""
-    return sorted(f.name.removesuffix(".toml") for f in _folder(kind).iterdir() if f.name.endswith(".toml"))
-
-
-def text_of(kind: Kind, source: str | Path) -> str:
-    """The TOML of the recipe or study of that name, or in that file. Raises InputError where it cannot be read."""
-    name = str(source)
-    if name in names_of(kind):
-        return (_folder(kind) / f"{name}.toml").read_text("utf-8")
-    path = Path(source)
-    if path.suffix == ".toml" or os.path.isfile(path):
-        try:
-            return path.read_text("utf-8-sig")  # some editors begin a file with a mark
-        except (OSError, ValueError) as error:
-            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
-            raise InputError(f"{kind} file {name!r}: {reason}") from None
-    if os.path.isfile(path / "recipe.toml"):
-        raise InputError(f"{name!r} is the folder of a run, whose recipe is {path / 'recipe.toml'}")
-    raise InputError(f"unknown {kind} {name!r}{nearest(name, names_of(kind))} (or give a .toml file)")
-
-
-def _folder(kind: Kind) -> Traversable:
-    return resources.files("fromzero") / {"recipe": "recipes", "study": "studies"}[kind]
 
 
 def recipe_names() -> list[str]:

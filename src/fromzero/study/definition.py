@@ -17,7 +17,8 @@ import pydantic
 from pydantic import Field
 
 from fromzero.errors import InputError, nearest
-from fromzero.recipe import Recipe, field_types, load_recipe, names_of, text_of
+from fromzero.recipe import Recipe, field_types, load_recipe
+from fromzero.shipped import names_of, text_of
 from fromzero.stats import Direction
 
 METRICS = {  # what a row of metrics records, and what follows from it: key → whether it is a share (shown in points)
