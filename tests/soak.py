@@ -52,6 +52,7 @@ VARIANTS = {
         {},
         {"flip": "alternating", "translate": 2, "cutout": 8},
         {"flip": "random"},
+        {"cutmix": 0.5},
     ),
     "ema_decay": (0.0, 0.9),
     "skip_easy": (0.0, 0.0, 0.3),
@@ -82,6 +83,8 @@ def learnable_images(count=200, classes=10):
 
 def random_recipe(rng):
     fields = {key: rng.choice(values) for key, values in VARIANTS.items()}
+    if "cutmix" in fields["augment"]:  # which goes with all others
+        fields["skip_easy"] = 0.0
     return Recipe.model_validate(
         {
             "name": "soak",

@@ -98,6 +98,27 @@ def test_cutout_zeroes_a_square_around_any_pixel(pixels):
     assert holes[:, 0].float().mean(0).min() > 0.05  # no pixel is safe
 
 
+def test_cutmix_pastes_a_rectangle_of_the_image_before(pixels):
+    images = torch.rand(2000, 3, 9, 7)
+    mixed, own = augment.cut_mix(images, AugmentRecipe(cutmix=0.6), 0, 3)
+    pasted = (mixed == images.roll(1, 0)).all(1)
+    assert torch.equal(mixed, torch.where(pasted[:, None], images.roll(1, 0), images))
+    torch.testing.assert_close(own, 1 - pasted.flatten(1).float().mean(1))
+    for rectangle in pasted[pasted.flatten(1).any(1)]:
+        rows, columns = rectangle.any(1).nonzero().flatten(), rectangle.any(0).nonzero().flatten()
+        assert rectangle.sum() == len(rows) * len(columns)
+        assert [len(rows), len(columns)] == [part.max() - part.min() + 1 for part in (rows, columns)]
+    assert 0.54 < float((own < 1).float().mean()) < 0.62
+    # Of sides s = √u, whose centre may be anywhere, s - s²/4 lies inside on average; the mean of its square is 0.32.
+    assert float(own.mean()) == pytest.approx(1 - 0.6 * 0.32, abs=0.02)
+    covered = pasted.float().mean(0)
+    assert covered.min() > 0.08  # no pixel is safe
+    assert covered.argmax() in (3 * 7 + 3, 4 * 7 + 3, 5 * 7 + 3)  # and the middle least
+    everything, nothing = (augment.cut_mix(images, AugmentRecipe(cutmix=share), 0, 3)[1] for share in (1.0, 0.0))
+    assert (everything < 1).float().mean() > 0.9
+    assert (nothing == 1).all()
+
+
 def test_the_same_seed_and_step_give_the_same_images(pixels):
     recipe, indices = AugmentRecipe(flip="random", translate=2, cutout=3), torch.arange(20)
     one, same, other_step, other_seed = (

@@ -203,6 +203,54 @@ def test_steps_are_made_of_the_images_that_are_hardest_for_the_proxy(small, tiny
     assert run.timetable.images_after(12) == 3 * 160
 
 
+def test_labels_are_mixed_as_pixels_are(small, tiny_images, tmp_path, monkeypatch):
+    recipe = small.override({"augment.cutmix": 0.5, "hardest": 0.5, "label_smoothing": 0.1, "precision": "float32"})
+    run = new_training(recipe, tiny_images, runs_dir=tmp_path, device="cpu", threads=1)
+    trained_on, seen = training.train_step, []
+
+    def watched(trained, batch, *others):
+        made = trained_on(trained, batch, *others)
+        seen.append((trained is run.state.proxy, batch, made))
+        return made
+
+    monkeypatch.setattr(training, "train_step", watched)
+    for _ in run:
+        pass
+    assert all(batch.targets is None for is_proxy, batch, _ in seen if is_proxy)
+    batches = [(batch, made) for is_proxy, batch, made in seen if not is_proxy]
+    assert {len(batch.labels) for batch, _ in batches} == {24, 8}  # the harder half of 48 and of 16
+    for batch, (loss, correct, logits) in batches:
+        targets = batch.targets
+        torch.testing.assert_close(targets.sum(1), torch.ones(len(targets)))
+        assert (targets > 0).sum(1).max() == 2  # of images whose labels differ
+        assert torch.equal(targets.argmax(1), batch.labels)
+        log_probabilities = logits.log_softmax(1)
+        expected = -((0.9 * targets + 0.1 / tiny_images.num_classes) * log_probabilities).sum(1).mean()
+        assert loss == pytest.approx(expected.item(), abs=1e-5)
+        assert correct == (logits.argmax(1) == batch.labels).sum()
+
+
+def test_mixing_shows_two_images_and_says_how_much_of_each(small):
+    recipe = small.override({"augment.cutmix": 1.0})
+    labels = torch.arange(500) % 4
+    plain = training.Batch(labels.float()[:, None, None, None].expand(500, 1, 20, 20), labels)
+    assert training.mixed(plain, 4, small, 0) is plain
+    batch = training.mixed(plain, 4, recipe, 7)
+    shown = torch.stack([(batch.images == label).flatten(1).float().mean(1) for label in range(4)], 1)
+    torch.testing.assert_close(batch.targets, shown)
+    assert batch.share == plain.share
+    assert (batch.labels != labels).any()
+    kept = batch.take(torch.tensor([3, 1]))
+    assert torch.equal(kept.targets, batch.targets[[3, 1]])
+    other = training.mixed(plain, 4, recipe, 8)
+    assert not torch.equal(other.targets, batch.targets)
+
+
+def test_losses_of_mixed_images_do_not_say_which_are_easy(small):
+    with pytest.raises(InputError, match=r"skip_easy goes by the loss of each image, which augment\.cutmix mixes"):
+        small.override({"skip_easy": 0.3, "augment.cutmix": 0.5})
+
+
 def test_a_proxy_that_does_not_fit_is_refused(small, tiny_images, tmp_path):
     for changes, says in (
         ({"hardest": 0.5, "network.pool": [2, 2], "proxy_channels": [[4]]}, "proxy_channels: as .* pool has 2 values"),
@@ -319,6 +367,13 @@ VARIANTS = {
         "optimizer.bias_learning_rate": 0.05,
         "optimizer.weight_decay": 1e-3,
         "schedule.name": "linear",
+    },
+    "mixed images, the hardest of each batch": {
+        "hardest": 0.6,
+        "batch_size": 20,
+        "label_smoothing": 0.1,
+        "augment.cutmix": 0.7,
+        "augment.cutout": 4,
     },
     "the hardest of each batch": {
         "hardest": 0.5,

@@ -70,13 +70,40 @@ def cut_out(images: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> Tens
     if recipe.cutout == 0:
         return images
     draws = generator(seed, "cutout", step)
-    inside = []
-    for size in images.shape[2:]:
-        start = torch.randint(0, size, (len(images), 1), generator=draws) - recipe.cutout // 2
-        place = torch.arange(size)
-        inside.append(((place >= start) & (place < start + recipe.cutout)).to(images.device))
-    square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
-    return images.masked_fill(square, 0.0)
+    rows, columns = (
+        _between(torch.randint(0, size, (len(images), 1), generator=draws) - recipe.cutout // 2, recipe.cutout, size)
+        for size in images.shape[2:]
+    )
+    return images.masked_fill(_rectangle(rows, columns, images.device), 0.0)
+
+
+def cut_mix(images: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Cover a rectangle of some of `images` (B, C, H, W) by the same part of the image before in the batch (of the
+    first: of the last): as large a share of the image as is drawn between 0 and 1, its centre anywhere, what lies over
+    the border lost, as in Yun et al. (2019), but drawn for every image. With the share of each image that is still its
+    own, float32 (B,)."""
+    draws = generator(seed, "cutmix", step)
+    mixed = torch.rand((len(images), 1), generator=draws) < recipe.cutmix
+    side = torch.rand((len(images), 1), generator=draws).sqrt() * mixed
+    rows, columns = (
+        _between(torch.randint(0, size, (len(images), 1), generator=draws) - length // 2, length, size)
+        for size in images.shape[2:]
+        for length in [(side * size).round().long()]
+    )
+    own = 1 - rows.float().mean(1) * columns.float().mean(1)
+    covered = _rectangle(rows, columns, images.device)
+    return torch.where(covered, images.roll(1, 0), images), own.to(images.device)
+
+
+def _between(start: Tensor, length: int | Tensor, size: int) -> Tensor:
+    """Which of `size` places lie from `start` int64 (B, 1) on in the next `length`: bool (B, size)."""
+    place = torch.arange(size)
+    return (place >= start) & (place < start + length)
+
+
+def _rectangle(rows: Tensor, columns: Tensor, device: torch.device) -> Tensor:
+    """The pixels in these rows bool (B, H) and columns bool (B, W): bool (B, 1, H, W)."""
+    return rows.to(device)[:, None, :, None] & columns.to(device)[:, None, None, :]
 
 
 def _flips(indices: Tensor, num_images: int, recipe: AugmentRecipe, seed: int, epoch: int, step: int) -> Tensor:

@@ -29,7 +29,7 @@ from fromzero.rng import permutation
 from fromzero.runs import Row
 from fromzero.sessions import Trained, initial_state
 from fromzero.timetable import Timetable
-from fromzero.training import Batch, Data, Subset, batch_at, train_step
+from fromzero.training import Batch, Data, Subset, batch_at, mixed, train_step
 
 IMAGES = 1000  # train images that modes, augmentation and units are measured on
 GRADIENT_BATCHES = 4
@@ -82,7 +82,7 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
         changed_by_batch_norm=changed,
         train_accuracy=train.accuracy,
         seen_accuracies=_seen_accuracies(network, data, recipe, here),
-        layers=_layers(network, data, recipe, here),
+        layers=_layers(network, data, recipe, classes, here),
         map_sides=tuple(_map_sides(recipe, shape, classes)),
         trials=found,
         without_decay=without_decay,
@@ -150,7 +150,8 @@ def _some(data: Data, recipe: Recipe) -> Subset:
 
 
 def _seen_accuracies(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple[float, float]:
-    """Accuracies on the same train images, as they are and as augmented as the last epoch's."""
+    """Accuracies on the same train images, as they are and as augmented as the last epoch's, but not mixed, which would
+    leave it open what is right."""
     shown = replace(data, train=_some(data, recipe))
     as_they_are = recipe.override(UNCHANGED)
     indices = torch.arange(len(shown.train.labels), device=here.device)
@@ -166,7 +167,9 @@ def _seen_accuracies(network: Network, data: Data, recipe: Recipe, here: Machine
     return accuracy(as_they_are), accuracy(recipe)
 
 
-def _layers(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple[LayerMeasures, ...]:
+def _layers(
+    network: Network, data: Data, recipe: Recipe, num_classes: int, here: Machine
+) -> tuple[LayerMeasures, ...]:
     """Norms of weights and of the loss's gradient, a mean over some batches, and how many units no image activates."""
     model = copy.deepcopy(network)
     activated = _activated(model, _some(data, recipe), data, here)
@@ -177,10 +180,11 @@ def _layers(network: Network, data: Data, recipe: Recipe, here: Machine) -> tupl
     batches = [indices[start : start + size] for start in range(0, len(indices), size)][:GRADIENT_BATCHES]
     for step, part in enumerate(batches):
         batch = batch_at(data, part.to(here.device), recipe, recipe.epochs - 1, step, recipe.epochs - 1.0)
+        batch = mixed(batch, num_classes, recipe, step)
         model.reseed(recipe.seed, step, dropout=recipe.epochs - 1 >= recipe.network.dropout_from_epoch)
         with here.autocast():
             logits = model(batch.images)
-        loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
+        loss = batch.loss(logits.float(), recipe.label_smoothing)
         (loss / len(batches)).backward()
     found = []
     for path, module in model.named_modules():
@@ -296,7 +300,8 @@ def _trials(
         """Of each step; infinite where one overflows."""
         state = initial_state(recipe, shape, num_classes, data, here)
         losses = []
-        for step, (at, batch) in enumerate(zip(course, _batches(recipe, data, course, timetable), strict=True)):
+        batches = _batches(recipe, data, num_classes, course, timetable)
+        for step, (at, batch) in enumerate(zip(course, batches, strict=True)):
             rate = factor * learning_rate_at(recipe, at, timetable)
             state.counters.step = step
             try:
@@ -356,7 +361,9 @@ def _fit(
     return sum(right[-10:]) / 10
 
 
-def _batches(recipe: Recipe, data: Data, course: list[int], timetable: Timetable) -> Iterator[Batch]:
+def _batches(
+    recipe: Recipe, data: Data, num_classes: int, course: list[int], timetable: Timetable
+) -> Iterator[Batch]:
     """As many batches as `course` has steps, from the first epoch on, each augmented as the run's step there is."""
     step = epoch = 0
     while True:
@@ -364,6 +371,7 @@ def _batches(recipe: Recipe, data: Data, course: list[int], timetable: Timetable
         for indices in order.to(data.train.labels.device).split(recipe.batch_size):
             if step == len(course):
                 return
-            yield batch_at(data, indices, recipe, epoch, step, timetable.epochs_after(course[step]))
+            batch = batch_at(data, indices, recipe, epoch, step, timetable.epochs_after(course[step]))
+            yield mixed(batch, num_classes, recipe, step)
             step += 1
         epoch += 1

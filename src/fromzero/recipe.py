@@ -165,8 +165,8 @@ class NetworkRecipe(_Part):
 class AugmentRecipe(_Part):
     """What is done to a train image before a step, anew each time; images that are scored stay as they are.
 
-    Sources: alternating flips, Jordan (2024, arXiv:2404.00498); cutout, DeVries and Taylor (2017); smaller images
-    first, Tan and Le (2021, arXiv:2104.00298)."""
+    Sources: alternating flips, Jordan (2024, arXiv:2404.00498); cutout, DeVries and Taylor (2017); cutmix, Yun et
+    al. (2019, arXiv:1905.04899); smaller images first, Tan and Le (2021, arXiv:2104.00298)."""
 
     flip: Literal["none", "random", "alternating"] = Field(
         "none",
@@ -182,6 +182,13 @@ class AugmentRecipe(_Part):
     scale_epochs: float = Field(0.0, ge=0, description="epochs, from the first, on smaller images; 0: none")
     cutout: int = Field(
         0, ge=0, le=10_000, description="side in pixels of a square set to zero, after scaling; 0 is none"
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the images of a step that have a rectangle, of any size, covered by the same part of"
+        " another one; labels are mixed as pixels are, and running accuracy asks for the larger part's",
     )
 
     @property
@@ -305,6 +312,12 @@ class Recipe(_Part):
         if (self.augment.crop or self.augment.scales) and self.network.head == "flatten":
             field = "scale" if self.augment.scales else "crop"
             raise ValueError(f"augment.{field} gives images of another size: it needs network.head max or mean")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _losses_are_of_one_image(self) -> Recipe:
+        if self.skip_easy and self.augment.cutmix:
+            raise ValueError("skip_easy goes by the loss of each image, which augment.cutmix mixes: give one of them")
         return self
 
     @pydantic.model_validator(mode="after")

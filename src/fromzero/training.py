@@ -178,6 +178,7 @@ class Training:
             self.state.proxy.counters.step = counters.step
             chosen = hardest(self.state.proxy, batch, rate, self.recipe, progress, self.machine)
             batch, indices = batch.take(chosen), indices[chosen]
+        batch = mixed(batch, self.images.num_classes, self.recipe, counters.step)
         made = train_step(self.state, batch, rate, self.recipe, progress, self.machine)
         if self.state.losses is not None:
             self.state.losses[indices] = F.cross_entropy(made.logits, batch.labels, reduction="none")
@@ -345,16 +346,24 @@ class Training:
 
 
 class Batch(NamedTuple):
-    """What a step is made of: normalised images (B, C, H, W), labels int64 (B,), and how large the batch is as a share
-    of a whole one of its epoch, whose last one may be smaller."""
+    """What a step is made of: normalised images (B, C, H, W), labels int64 (B,), how large the batch is as a share of a
+    whole one of its epoch, whose last one may be smaller, and, of mixed images, what they show of each class, float32
+    (B, classes); their labels are of what they show most of."""
 
     images: Tensor
     labels: Tensor
     share: float = 1.0
+    targets: Tensor | None = None
 
     def take(self, places: Tensor) -> Batch:
         """The images at `places`, in that order; as a batch it counts as before."""
-        return Batch(self.images[places], self.labels[places], self.share)
+        targets = None if self.targets is None else self.targets[places]
+        return Batch(self.images[places], self.labels[places], self.share, targets)
+
+    def loss(self, logits: Tensor, label_smoothing: float) -> Tensor:
+        """The mean cross-entropy (nats) of logits (B, classes)."""
+        targets = self.labels if self.targets is None else self.targets
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
 def batch_at(data: Data, indices: Tensor, recipe: Recipe, epoch: int, step: int, progress: float) -> Batch:
@@ -365,6 +374,18 @@ def batch_at(data: Data, indices: Tensor, recipe: Recipe, epoch: int, step: int,
         pixels = augment.scaled(pixels, augmentation.scale)
     images = augment.cut_out(data.normalise(pixels), augmentation, seed, step)
     return Batch(images, data.train.labels[indices])
+
+
+def mixed(batch: Batch, num_classes: int, recipe: Recipe, step: int) -> Batch:
+    """The batch with its images mixed, where the recipe mixes them. Which are the hardest is asked before: a mixed
+    image is harder than those that it is made of, whatever they are."""
+    if not recipe.augment.cutmix:
+        return batch
+    images, own = augment.cut_mix(batch.images, recipe.augment, recipe.seed, step)
+    others = batch.labels.roll(1)
+    one, other = (F.one_hot(labels, num_classes) for labels in (batch.labels, others))
+    targets = own[:, None] * one + (1 - own)[:, None] * other
+    return batch._replace(images=images, labels=torch.where(own < 0.5, others, batch.labels), targets=targets)
 
 
 class Step(NamedTuple):
@@ -392,7 +413,7 @@ def train_step(
     with machine.autocast():
         logits = (state.compiled or model)(batch.images)
     logits = logits.float()
-    loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
+    loss = batch.loss(logits, recipe.label_smoothing)
     correct = (logits.argmax(1) == batch.labels).sum()
     loss.backward()
     # Read together, and when all is under way: on a GPU whoever reads waits for it, and it for what comes after.
