@@ -167,9 +167,7 @@ def _seen_accuracies(network: Network, data: Data, recipe: Recipe, here: Machine
     return accuracy(as_they_are), accuracy(recipe)
 
 
-def _layers(
-    network: Network, data: Data, recipe: Recipe, num_classes: int, here: Machine
-) -> tuple[LayerMeasures, ...]:
+def _layers(network: Network, data: Data, recipe: Recipe, num_classes: int, here: Machine) -> tuple[LayerMeasures, ...]:
     """Norms of weights and of the loss's gradient, a mean over some batches, and how many units no image activates."""
     model = copy.deepcopy(network)
     activated = _activated(model, _some(data, recipe), data, here)
@@ -361,9 +359,7 @@ def _fit(
     return sum(right[-10:]) / 10
 
 
-def _batches(
-    recipe: Recipe, data: Data, num_classes: int, course: list[int], timetable: Timetable
-) -> Iterator[Batch]:
+def _batches(recipe: Recipe, data: Data, num_classes: int, course: list[int], timetable: Timetable) -> Iterator[Batch]:
     """As many batches as `course` has steps, from the first epoch on, each augmented as the run's step there is."""
     step = epoch = 0
     while True:
