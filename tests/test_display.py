@@ -82,6 +82,11 @@ def test_what_a_recipe_leaves_out_is_said_and_counted(tiny_images, tmp_path):
     # 160 images of a quarter of the area, in four steps, then twice 80, in two steps
     assert [display._work(run, step) for step in (0, 2, 4, 5, 8)] == [0, 20, 40, 80, 200]
     run.close()
+    mixing = load_recipe("train1").override(changes | {"augment.cutmix": 0.25})
+    run = new_training(mixing, tiny_images, runs_dir=tmp_path)
+    says = "  25 % of a step's images are mixed with another; running accuracy asks for what they show most of"
+    assert says in display.header(run).splitlines()
+    run.close()
 
 
 @pytest.mark.parametrize(("batch_size", "said"), [(200, "1 step an epoch"), (150, "2 steps an epoch"), (50, None)])

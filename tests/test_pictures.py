@@ -324,7 +324,7 @@ def test_predictions_of_the_test_pictures_are_as_right_as_the_summary_says(tmp_p
     assert told["picture"] == str(one)
     assert list(told["classes"]) == three[:3:2]
     assert cli.main(["predict", "set-987", str(one), "--top", "0"]) == 2
-    assert "--top: 0 is not a whole number from 1 on" in capsys.readouterr().err
+    assert "--top: 0 is not a whole number from 1 to 999,999,999" in capsys.readouterr().err
     for wrong, said in (
         ("nowhere", "nowhere: not there"),
         ("runs/set-987/checkpoints", "checkpoints: no pictures"),

@@ -1,6 +1,7 @@
 """The page about a run: its figures on answers made by hand, and what it shows of real runs."""
 
 import json
+import os
 import re
 import warnings
 
@@ -11,7 +12,9 @@ from PIL import Image
 import fromzero
 from fromzero import cli
 from fromzero.data import Images, ImageSet
+from fromzero.errors import FromzeroError
 from fromzero.report import Scored, _mistakes, _told, calibration, page, report
+from fromzero.runs import write_named
 from fromzero.sessions import load_trained
 
 ARGUMENTS = ["--recipe", "train1", "--epochs", "2", "--threads", "1", "--precision", "float32"]
@@ -157,6 +160,29 @@ def test_what_keeps_a_page_from_being_made_is_one_line(tiny_images, tmp_path, ca
         with warnings.catch_warnings(action="ignore"):
             assert cli.main(["report", str(run.path), "--threads", "1"]) == 0
         assert "Not made yet" in (run.path / "report.html").read_text("utf-8")
+
+
+def test_a_file_that_is_named_replaces_no_device_no_link_and_nothing_of_a_run(tiny_images, tmp_path, capsys):
+    run = fromzero.train(RECIPE, tiny_images, runs_dir=tmp_path, threads=1)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    own = [run.path / "recipe.toml", run.path / "lock", run.path / "checkpoints" / "last.safetensors"]
+    for target in (tmp_path / "pipe", *own):
+        for command in (["report", run.path, target], ["export", run.path, target], ["lessons", "--write", target]):
+            assert cli.main(list(map(str, command))) == 2
+            assert re.match(rf"fromzero: {target} is .*; name (a|another) file\n$", capsys.readouterr().err)
+    assert cli.main(["export", str(run.path), str(tmp_path / "folder")]) == 2
+    assert "folder is a folder; name a file" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.glob("*-pictures"))
+    (tmp_path / "link.html").symlink_to("page.html")
+    for _ in range(2):
+        write_named(tmp_path / "link.html", b"a page")
+        assert (tmp_path / "link.html").is_symlink()
+        assert (tmp_path / "page.html").read_bytes() == b"a page"
+    with pytest.raises(FromzeroError, match=r"none/page\.html: cannot be written: No such file or directory"):
+        write_named(tmp_path / "none" / "page.html", b"a page")
 
 
 def test_images_of_one_channel_have_a_page_and_no_predictions(tmp_path, capsys):

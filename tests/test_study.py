@@ -206,6 +206,7 @@ def test_lines_of_a_file():
 
 COMPARISON = "\n[[comparisons]]\narm = {arm}\n"
 TUNING = "\n[tuning.values]\nnarrow = [0.1, 0.2]\nwide = {wide}\n"
+TUNED_DATA = '\n[tuning]\nfield = "validation.fraction"\nvalues = {narrow = [0.1, 0.2], wide = [0.1, 0.3]}\n'
 
 
 @pytest.mark.parametrize(
@@ -218,6 +219,12 @@ TUNING = "\n[tuning.values]\nnarrow = [0.1, 0.2]\nwide = {wide}\n"
             "unknown recipe field 'network.dens'; nearest: network.dense",
         ),
         ("network.dense = [32]", "network.dense = [2]", 17, "arm 'wide' is equal to arm 'narrow'"),
+        ("network.dense = [32]", 'name = "other"\nnetwork.dense = [2]', 17, "arm 'wide' is equal to arm 'narrow'"),
+        ("network.dense = [32]", 'like = ["narrow"]', 18, "like: no arm ['narrow'] above"),
+        ("network.dense = [32]", "after = {}", 18, "after: no arm {} above"),
+        ("[arms.wide]", f"[arms.{'w' * 101}]", 17, "a name has 100 letters at most"),
+        ("seeds = 6", "seeds = 1001", 21, "expected a number from 2 to 1,000, found 1001"),
+        ("[scale.half]", TUNED_DATA + "[scale.half]", 27, "validation.fraction says which images are used"),
         ("network.dense = [32]", "network.dense = [0]", 18, "network.dense: 0: input should be greater than"),
         ("network.dense = [32]", "validation.fraction = 0.2", 18, "other data than arm 'narrow' (validation.fraction)"),
         ("network.dense = [32]", 'dataset = "digits"', 18, "other data than arm 'narrow' (dataset)"),
@@ -271,8 +278,9 @@ def test_what_else_is_refused(tmp_path, text, data_folder):
     ):
         with pytest.raises(InputError, match=re.escape(says)):
             load_study(*arguments)
-    with pytest.raises(InputError, match="--seeds: 1 is less than 2"):
-        load_study(path, seeds=1)
+    for seeds in (1, 1001, 10**12):
+        with pytest.raises(InputError, match=f"--seeds: {seeds} is not from 2 to 1,000"):
+            load_study(path, seeds=seeds)
     path.write_text("\ufeff" + text)  # as some editors begin a file
     study = load_study(path)
     for options, says in (
@@ -431,6 +439,22 @@ def test_damaged_cells_are_named_and_trained_anew(data_folder, tmp_path, text):
         (tmp_path / "studies" / "another" / "study.json").write_text(content)
         with pytest.warns(UserWarning, match=r"another/study\.json: damaged: .*"):
             assert [found.folder for found in list_results(tmp_path)] == [execution.folder]
+    for seconds in ('"x"', "NaN", "null", "-1", "[]"):  # it takes part in no answer, and is counted anew
+        damaged = re.sub(r'"seconds": [\d.]+', f'"seconds": {seconds}', json.dumps(recorded))
+        (execution.folder / "study.json").write_text(damaged)
+        list(prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1))
+        assert 0 <= json.loads((execution.folder / "study.json").read_text())["seconds"] < recorded["seconds"]
+
+
+def test_a_file_where_a_cells_folder_belongs_is_set_aside(data_folder, tmp_path, text):
+    execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
+    cells = execution.folder / "cells"
+    cells.mkdir(parents=True)
+    (cells / "wide-seed0").write_text("a note")
+    events = list(execution)
+    assert [e.text for e in events if e.kind == "failed"] == []
+    assert "wide-seed0: a file was where its folder belongs" in next(e.text for e in events if e.kind == "note")
+    assert (execution.folder / "set-aside" / "wide-seed0-1").read_text() == "a note"
 
 
 def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_folder, tmp_path, text):

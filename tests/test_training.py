@@ -456,6 +456,15 @@ def test_an_edited_recipe_is_not_resumed(small, tiny_images, tmp_path):
     path.write_text(whole.replace("epochs = 3", "epochs = 5"))
     with pytest.raises(FromzeroError, match="epochs is 5, but this run was trained with 3"):
         resumed_training(run.run.path, tiny_images)
+    # A field that is newer than the run: it was trained as by that field's default.
+    older = run.run.provenance
+    del older["recipe"]["augment.cutmix"]
+    run.run.write_provenance(older)
+    path.write_text(again.recipe.to_toml().replace("cutmix = 0.0", "cutmix = 0.5"))
+    with pytest.raises(FromzeroError, match=r"augment.cutmix is 0\.5, but this run was trained with 0\.0"):
+        resumed_training(run.run.path, tiny_images)
+    path.write_text(again.recipe.to_toml().replace("cutmix = 0.0\n", ""))
+    resumed_training(run.run.path, tiny_images).close()
 
 
 def test_rows_after_the_last_checkpoint_are_cut_not_doubled(small, tiny_images, tmp_path):
@@ -612,6 +621,13 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(small, tiny_images, tmp_
     iterator.close()
     assert (run.run.checkpoints / "last.safetensors").read_bytes() == whole
     assert resumed_training(run.run, tiny_images).state.counters.step == 3
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:  # in which the system names no file
+        run.run.write_recipe(run.recipe)
+    assert caught.value.filename == str(run.run.path / "recipe.toml")
+    shutil.rmtree(run.run.checkpoints)
+    with pytest.raises(FromzeroError, match=r"No space left on device; no checkpoint had been saved before; mend that"):
+        run.save()
 
 
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(small, tiny_images, tmp_path):
@@ -666,7 +682,7 @@ def test_a_checkpoint_folder_that_was_removed_is_made_anew(small, tiny_images, t
     iterator = iter(again)
     next(iterator)
     shutil.rmtree(again.run.path)
-    with pytest.raises(FromzeroError, match="no checkpoint is left there, the folder was moved or removed"):
+    with pytest.raises(FromzeroError, match="the folder was moved or removed"):
         again.save()
 
 

@@ -92,7 +92,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     predict = add("predict", "say what is in pictures, by a run's weights")
     predict.add_argument("RUN", help="a run's folder or name")
-    predict.add_argument("PICTURE", nargs="+", type=Path, help="a picture, or a folder of them")
+    predict.add_argument("PICTURE", nargs="+", type=_path, help="a picture, or a folder of them")
     predict.add_argument("--top", type=_count, default=1, metavar="N", help="how many classes, likeliest first (1)")
     predict.add_argument(
         "--json", action="store_true", help="a JSON object a line: the picture, and classes with theirs"
@@ -102,7 +102,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     export = add("export", "write a run's weights as an ONNX model, for other programs")
     export.add_argument("RUN", help="a run's folder or name")
-    export.add_argument("FILE", nargs="?", type=Path, help="the model's file (in the run's folder, called as the run)")
+    export.add_argument("FILE", nargs="?", type=_path, help="the model's file (in the run's folder, called as the run)")
     _add_checkpoint(export)
     _add_shared(export, "runs")
 
@@ -113,7 +113,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     report = add("report", "write a page about a run: curves, findings, confusions, surest mistakes")
     report.add_argument("RUN", help="a run's folder or name")
     report.add_argument(
-        "FILE", nargs="?", type=Path, help="the page's file, or a folder for report.html (the run's folder)"
+        "FILE", nargs="?", type=_path, help="the page's file, or a folder for report.html (the run's folder)"
     )
     _add_checkpoint(report)
     _add_shared(report, "runs", "data", "machine")
@@ -139,7 +139,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     _add_shared(study, "runs", "data", "machine")
 
     lessons = add("lessons", "list the notes' lessons as studies, with their verdicts so far")
-    lessons.add_argument("--write", type=Path, metavar="FILE", help="write them as a page with pictures, from the runs")
+    lessons.add_argument(
+        "--write", type=_path, metavar="FILE", help="write them as a page with pictures, from the runs"
+    )
     _add_shared(lessons, "runs")
 
     add("recipes", "list the recipes that come with fromzero")
@@ -157,10 +159,17 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 
 def _count(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    """A whole number from 1 to a thousand million less one."""
+    if not text.strip().isdecimal() or len(text.strip()) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text[:20]} is not a whole number from 1 to 999,999,999")
     return int(text)
+
+
+def _path(text: str) -> Path:
+    """A path that is named: an empty one, as of an unset variable, would be the folder that one is in."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("an empty name" if not text else "a name with a NUL character")
+    return Path(text)
 
 
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:
@@ -179,9 +188,9 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
 
 def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
     if "runs" in groups:
-        command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where run folders are kept (runs)")
+        command.add_argument("--runs-dir", type=_path, default=Path("runs"), help="where run folders are kept (runs)")
     if "data" in groups:
-        command.add_argument("--data-dir", type=Path, help="where CIFAR-10 is, or where a run's images are now")
+        command.add_argument("--data-dir", type=_path, help="where CIFAR-10 is, or where a run's images are now")
         command.add_argument("--offline", action="store_true", help="never download")
     if "machine" in groups:
         default = "as recorded" if command.prog.endswith("resume") else "{}"

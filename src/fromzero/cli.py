@@ -354,8 +354,8 @@ def _diagnose(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     with _importing():
-        from fromzero.files import write_atomically
         from fromzero.report import report
+        from fromzero.runs import write_named
 
     trained = _trained(arguments)
     try:
@@ -364,10 +364,7 @@ def _report(arguments: argparse.Namespace) -> None:
         raise NonFiniteError(f"{trained.weights}: {error}; {_other_weights(arguments)}") from None
     path = arguments.FILE or trained.run.path
     path = path / "report.html" if path.is_dir() else path
-    try:
-        write_atomically(path, page.encode(errors="replace"))  # of file names that are no text
-    except OSError as error:
-        raise FromzeroError(f"{path}: cannot be written: {error.strerror}") from None
+    write_named(path, page.encode(errors="replace"))  # of file names that are no text
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, to be opened in a browser")
 
 

@@ -47,8 +47,8 @@ def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str)
     for axes, quantity in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
         for curve, (color, style, label) in CURVES.items():
             values = [row[KEYS[quantity][curve]] for row in rows]
-            if curve == "running" and (recipe.skip_easy or recipe.hardest < 1):
-                label = "train, running (training mode, of images trained on)"
+            if curve == "running" and (recipe.skip_easy or recipe.hardest < 1 or recipe.augment.cutmix):
+                label = "train, running (training mode, of images as trained on)"
             marker = MARKERS[curve] if len(rows) == 1 else None
             axes.plot(epochs, values, style, color=color, label=label, lw=1.6, marker=marker, ms=4)
         axes.set_xlabel("epoch")

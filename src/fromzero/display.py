@@ -104,6 +104,11 @@ def header(run: Training) -> str:
             f"  steps on the hardest {100 * recipe.hardest:.4g} % of each batch, as a proxy of {parameters:,}"
             " parameters finds them; running accuracy is that of these"
         )
+    if augmentation.cutmix:
+        lines.append(
+            f"  {100 * augmentation.cutmix:.4g} % of a step's images are mixed with another; running accuracy asks for"
+            " what they show most of"
+        )
     if counters.step:
         lines.append(f"  going on at step {counters.step:,}, {counters.epoch} of {recipe.epochs} epochs done")
     return "\n".join(lines)

@@ -18,8 +18,7 @@ from fromzero import networks
 from fromzero.data.pictures import PREPARED
 from fromzero.errors import FromzeroError, InputError
 from fromzero.evaluate import predict
-from fromzero.files import write_atomically
-from fromzero.runs import Run
+from fromzero.runs import Run, check_named, write_named
 from fromzero.sessions import Classifier
 
 OPSET, IR_VERSION = 20, 9  # the first with Gelu, and what runtimes of that time read
@@ -39,6 +38,7 @@ def export(run: Run, classifier: Classifier, path: Path) -> float:
         from onnx.reference import ReferenceEvaluator
     except ImportError:
         raise InputError("export needs the package onnx: pip install 'fromzero[onnx]'") from None
+    check_named(path)
     model = _model(run, classifier)
     pixels = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, *classifier.image_shape), dtype=np.uint8)
     (theirs,) = ReferenceEvaluator(model).run(None, {"pixels": pixels})
@@ -48,10 +48,7 @@ def export(run: Run, classifier: Classifier, path: Path) -> float:
         raise FromzeroError(
             f"{run.path}: its log-probabilities as ONNX would be off by {difference:.2g}; nothing was written"
         )
-    try:
-        write_atomically(path, model.SerializeToString())
-    except OSError as error:
-        raise FromzeroError(f"{path}: cannot be written: {error.strerror}") from None
+    write_named(path, model.SerializeToString())
     return difference
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
@@ -40,7 +41,7 @@ def stage(path: Path, data: bytes) -> None:
     """Write `data` durably beside `path`, under the name that `publish` renames."""
     partial = _partial(path)
     try:
-        with open(partial, "wb") as file:
+        with _naming(path), open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -73,6 +74,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of a full disk, which names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _partial(path: Path) -> Path:

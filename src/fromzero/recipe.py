@@ -318,6 +318,8 @@ class Recipe(_Part):
     def _losses_are_of_one_image(self) -> Recipe:
         if self.skip_easy and self.augment.cutmix:
             raise ValueError("skip_easy goes by the loss of each image, which augment.cutmix mixes: give one of them")
+        if self.augment.cutmix and round(self.hardest * self.batch_size) < 2:
+            raise ValueError("augment.cutmix mixes the images of a step, which here has one: a larger batch_size")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -397,6 +399,16 @@ def load_recipe(source: str | Path) -> Recipe:
 def field_types() -> dict[str, tuple[Any, str]]:
     """Dotted path of every field → (its type, its description), in the order of the recipe."""
     return dict(_fields(Recipe))
+
+
+def default_of(path: str) -> Any:
+    """The value, as JSON has it, of the field at `path` where nothing is given."""
+    *parents, leaf = path.split(".")
+    model: Any = Recipe
+    for parent in parents:
+        model = model.model_fields[parent].annotation
+    default = model.model_fields[leaf].default
+    return list(default) if isinstance(default, tuple) else default
 
 
 def parse_value(path: str, text: str) -> Any:

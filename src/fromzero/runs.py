@@ -38,6 +38,7 @@ from fromzero.files import append_line, sync_folder, write_atomically, write_jso
 from fromzero.recipe import Recipe, load_recipe
 
 Row = dict[str, Any]
+OWN_FILES = ("recipe.toml", "provenance.json", "metrics.jsonl", "summary.json", "lock", "writer.json")
 
 # What is read of the files of a run, and so must be there and be of that type; whatever else they hold is kept.
 FIGURES = tuple(f"{curve}{what}" for curve in ("train/", "train/running_", "val/") for what in ("accuracy", "loss"))
@@ -107,6 +108,27 @@ class _Diagnosis(pydantic.BaseModel):
     findings: list[_Finding]
 
 
+def write_named(path: Path, data: bytes) -> None:
+    """Write a file that the user named; behind a link, the one that it points to. Raises FromzeroError where it cannot
+    be written, InputError where `check_named` does."""
+    check_named(path)
+    try:
+        write_atomically(path.resolve(), data)
+    except OSError as error:
+        raise FromzeroError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def check_named(path: Path) -> None:
+    """Refuse to put a file that the user named in the place of a folder, of a device, or of a run's own records and
+    weights. Raises InputError."""
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise InputError(f"{path} is {'a folder' if target.is_dir() else 'no file to write to'}; name a file")
+    folder = target.parent.parent if target.parent.name == "checkpoints" else target.parent
+    if (folder / "recipe.toml").is_file() and (folder != target.parent or target.name in OWN_FILES):
+        raise InputError(f"{path} is where a run keeps its own records and weights; name another file")
+
+
 class Run:
     """A run folder. Whoever trains holds `lock()`; reading needs none."""
 
@@ -138,7 +160,9 @@ class Run:
         """What is left when saving fails, in words."""
         if any(self.checkpoints.glob("*.safetensors")):
             return f"checkpoints saved before are whole: mend that, then: {self.resume_command}"
-        return "no checkpoint is left there, the folder was moved or removed while the run trained"
+        if self.path.is_dir():
+            return "no checkpoint had been saved before; mend that, then begin the run again"
+        return "the folder was moved or removed while the run trained, and its checkpoints with it"
 
     @property
     def checkpoints(self) -> Path:

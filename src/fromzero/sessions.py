@@ -18,7 +18,7 @@ from fromzero.machine import Machine
 from fromzero.modules import Network
 from fromzero.networks import ImageShape
 from fromzero.optim import learning_rate_at
-from fromzero.recipe import Recipe, load_recipe
+from fromzero.recipe import Recipe, default_of, load_recipe
 from fromzero.runs import Run, create_run, describe_program, last_machine, load_run
 from fromzero.state import State, load_weights, model_weights
 from fromzero.timetable import Timetable
@@ -224,7 +224,10 @@ def check_unedited(run: Run) -> None:
     The images may have moved (theirs is a fingerprint of its own), and epochs change where a run was extended."""
     provenance, now = run.provenance, run.recipe.fields()
     extended = {epochs for note in provenance["resumed"] for epochs in note.get("epochs", ())}
-    for path, then in provenance.get("recipe", {}).items():  # of a field that is no more nothing can be said
+    recorded = provenance.get("recipe", {})
+    if recorded:  # a field that is newer than the run had no effect on it
+        recorded = {path: default_of(path) for path in now if path not in recorded} | recorded
+    for path, then in recorded.items():  # of a field that is no more nothing can be said
         fits = (
             now.get(path, then) == then or path in ("name", "dataset") or (path == "epochs" and now[path] in extended)
         )

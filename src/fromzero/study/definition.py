@@ -33,7 +33,9 @@ METRICS = {  # what a row of metrics records, and what follows from it: key → 
 DATA_FIELDS = ("dataset", "clean_train_images", "validation.source", "validation.fraction")
 CLAIM = "claim"
 Refuse = Callable[[tuple[str, ...], str], NoReturn]  # (where in the file, what is wrong there)
-TUNING_SEEDS_FROM = 1000  # far from the seeds 0, 1, 2 … of the arms
+TUNING_SEEDS_FROM = 1000  # beyond the seeds 0, 1, 2 … of the arms
+MOST_SEEDS = TUNING_SEEDS_FROM
+LONGEST_NAME = 100
 
 
 class Contrast(NamedTuple):
@@ -172,12 +174,13 @@ def load_study(
     images, scale_arms = settings.pop("images", None), settings.pop("arms", {})
     if seeds is None:
         seeds = settings.pop("seeds", None)
-        if type(seeds) is not int or seeds < 2:
+        if type(seeds) is not int or not 2 <= seeds <= MOST_SEEDS:
             wrong(
-                ("scale", scale, "seeds"), f"seeds: expected a number from 2 on, found {seeds!r}: one run says nothing"
+                ("scale", scale, "seeds"),
+                f"seeds: expected a number from 2 to {MOST_SEEDS:,}, found {seeds!r}: one run says nothing",
             )
-    elif seeds < 2:
-        raise InputError(f"--seeds: {seeds} is less than 2: one run says nothing")
+    elif not 2 <= seeds <= MOST_SEEDS:
+        raise InputError(f"--seeds: {seeds} is not from 2 to {MOST_SEEDS:,}: one run says nothing")
     settings.pop("seeds", None)
     common = _overridden(base, file.recipe, ("recipe",), wrong)
     common = _overridden(common, settings, ("scale", scale), wrong)
@@ -306,17 +309,21 @@ def _arms(
     for name, table in tables.items():
         if not re.fullmatch(r"[\w.+-]+", name):
             wrong(("arms", name), f"arm {name!r}: a name has letters, digits, '-', '_', '+' and '.' only")
+        if len(name) > LONGEST_NAME:
+            wrong(("arms", name), f"arm {name!r}: a name has {LONGEST_NAME} letters at most, as its runs are called so")
         differences = dict(table)
         like, after = differences.pop("like", None), differences.pop("after", None)
         for key, value in (("like", like), ("after", after)):
-            if value is not None and value not in arms:
+            if value is not None and not (isinstance(value, str) and value in arms):
                 wrong(("arms", name, key), f"{key}: no arm {value!r} above{nearest(str(value), arms)}")
         recipe = recipes[like] if like else common
         recipe = _overridden(recipe, differences, ("arms", name), wrong)
         recipe = _overridden(recipe, scale_tables.get(name, {}), ("scale", scale, "arms", name), wrong)
         recipes[name] = recipe
         reference = like or next(iter(recipes))
-        twin = next((a for a in arms.values() if recipes[a.name] == recipe and a.after == after), None)
+        twin = next(
+            (a for a in arms.values() if not differing_fields(recipes[a.name], recipe) and a.after == after), None
+        )
         if twin:
             wrong(("arms", name), f"arm {name!r} is equal to arm {twin.name!r}: nothing to compare")
         named = recipe.override({"name": f"{study}: {name}", "seed": 0})
@@ -372,6 +379,8 @@ def _contrasts(file: _File, arms: Mapping[str, Arm], wrong: Refuse) -> tuple[Con
 def _tuning(table: _Tuning | None, arms: Mapping[str, Arm], wrong: Refuse) -> Tuning | None:
     if table is None:
         return None
+    if table.field in DATA_FIELDS:
+        wrong(("tuning", "field"), f"{table.field} says which images are used: arms are compared on the same ones")
     if table.field not in field_types():
         wrong(("tuning", "field"), f"unknown recipe field {table.field!r}{nearest(table.field, field_types())}")
     for name in table.values:

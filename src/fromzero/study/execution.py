@@ -12,6 +12,7 @@ runs/studies/NAME-SCALE/     -tuned added for a study whose arms were tuned firs
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -171,7 +172,8 @@ class Execution:
     def _write_description(self, seconds: float = 0.0) -> None:
         write_atomically(self.folder / "study.toml", self.study.text.encode())
         write_atomically(self.folder / "base.toml", self.study.base.to_toml().encode())
-        before = read_json(self.folder / "study.json").get("seconds", 0.0)
+        said = read_json(self.folder / "study.json").get("seconds")
+        before = said if isinstance(said, int | float) and 0 <= said < math.inf else 0.0  # else it is damaged
         content = {
             "name": self.study.name,
             "label": self.study.label,

@@ -11,6 +11,7 @@ import numpy as np
 from fromzero import stats
 from fromzero.errors import InputError
 from fromzero.files import write_atomically
+from fromzero.runs import check_named, write_named
 from fromzero.study.definition import (
     CLAIM,
     METRICS,
@@ -50,15 +51,16 @@ claim names and in nothing else, on the same images, with the same seeds.
 def write_lessons(results: Sequence[Result], path: Path) -> None:
     """Write the page, and its pictures into a folder named after it beside it. Raises InputError when it cannot be
     written."""
+    check_named(path)
     pictures = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-pictures")
     lessons = list(by_lesson(results))
     parts = ["# The notes' lessons as experiments\n\n" + HOW_TO_READ, _overview(lessons)]
     try:
         pictures.mkdir(parents=True, exist_ok=True)
         parts += [_lesson(study, found, pictures) for study, found in lessons]
-        write_atomically(path, "\n".join(parts).encode())
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    write_named(path, "\n".join(parts).encode())
 
 
 def draw_result(result: Result, path: Path) -> None:

@@ -157,7 +157,7 @@ def list_results(runs_dir: Path) -> list[Result]:
         if (path / "study.json").is_file():
             try:
                 found.append(read_result(path))
-            except FromzeroError as error:
+            except (FromzeroError, OSError) as error:
                 warnings.warn(str(error), stacklevel=2)
     return found
 
