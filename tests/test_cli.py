@@ -190,6 +190,7 @@ BAD = [
     (["train", "digits", "--name", "a\nb"], "name: 'a\\nb' has characters that cannot be printed"),
     (["train", "cifar10:many"], "'many' is no number of train images, as in cifar10:5000"),
     (["summary", "train1", "--classes", "9" * 5000], "--classes: 99999999999999999999 is not a whole number from 1"),
+    (["train", "--", "digits", "--epochs", "1"], "--epochs stands behind --, which ends the options"),
     (["predict", "any", ""], "argument PICTURE: an empty name"),
     (["lessons", "--write", ""], "argument --write: an empty name"),
     (["runs", "--runs-dir", "a\0b"], "argument --runs-dir: a name with a NUL character"),

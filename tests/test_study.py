@@ -220,6 +220,7 @@ TUNED_DATA = '\n[tuning]\nfield = "validation.fraction"\nvalues = {narrow = [0.1
         ),
         ("network.dense = [32]", "network.dense = [2]", 17, "arm 'wide' is equal to arm 'narrow'"),
         ("network.dense = [32]", 'name = "other"\nnetwork.dense = [2]', 17, "arm 'wide' is equal to arm 'narrow'"),
+        ('claim = "', 'claim = "\\u001b[31m', 1, "has characters that cannot be printed"),
         ("network.dense = [32]", 'like = ["narrow"]', 18, "like: no arm ['narrow'] above"),
         ("network.dense = [32]", "after = {}", 18, "after: no arm {} above"),
         ("[arms.wide]", f"[arms.{'w' * 101}]", 17, "a name has 100 letters at most"),

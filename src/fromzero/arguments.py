@@ -32,6 +32,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if left:
         known = [s for action in commands[argv[0]]._actions for s in action.option_strings if s.startswith("--")]
         word = left[0].partition("=")[0]
+        if word in known:
+            raise InputError(f"{word} stands behind --, which ends the options; see: fromzero {argv[0]} --help")
         if word.startswith("-"):
             hint = nearest(word.lstrip("-"), [name.lstrip("-") for name in known])
             raise InputError(f"unknown option {word}{hint.replace('nearest: ', 'nearest: --')}")

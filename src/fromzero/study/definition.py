@@ -190,11 +190,14 @@ def load_study(
         common = common.override({"dataset": f"{common.dataset}:{images}"})
     arms = _arms(name, file.arms, scale_arms, scale, common, wrong)
     _refuse_unfair(arms, wrong)
+    claim = " ".join(file.claim.split())
+    if not claim.isprintable():
+        wrong(("claim",), f"claim: {claim!r} has characters that cannot be printed")
     if file.metric not in METRICS:
         wrong(("metric",), _unknown_metric(file.metric))
     return Study(
         name=name,
-        claim=file.claim,
+        claim=claim,
         notes=file.notes,
         remark=file.remark,
         metric=file.metric,

@@ -240,7 +240,8 @@ def sentence(found: ContrastResult, comparisons: int) -> str:
     )
     if comparisons > 1:
         text += f" ({found.adjusted_p:.3g} among {comparisons}, Holm)"
-    text += f", correlation of pairs {x.correlation:.2f}"
+    if np.isfinite(x.correlation):  # not where an arm's runs are all equal
+        text += f", correlation of pairs {x.correlation:.2f}"
     if np.isfinite(found.smallest):
         text += f"; {x.n} pairs see {figure(found.smallest, c.metric)} four times of five"
     else:
