@@ -247,7 +247,8 @@ on {machine}.
 - **Full and failing disks** while a checkpoint or a row of metrics is written: a clear error, a non-zero exit, the
   checkpoint before it whole.
 - **Cost of saving**: 0.2 to 1.0 % of the time for the notes' three trainings at the default interval
-  (docs/results.md); by default a run saves after a minute, or later where a save takes more than 2.5 % of the time.
+  (docs/results.md); by default a run saves after ten seconds, then after as long again, up to a minute, or later where
+  a save takes more than 2.5 % of the time.
 - **On your own machine**: `fromzero verify-resume` trains a run straight and interrupted, as processes of their own,
   and compares every tensor.
 - **What is not promised**: the same bits on another processor, thread count, device, precision or version of torch.

@@ -169,6 +169,7 @@ BAD = [
     (["train", "digits", "--device", "tpu"], "unknown device 'tpu'"),
     (["train", "digits", "--device", "cuda:99"], "'cuda:99' is not there"),
     (["train", "digits", "--keep", "0"], "--keep: 0"),
+    (["train", "digits", "--dataset", "cifar10"], "two data sets, digits and --dataset cifar10: give one"),
     (["train", "digits", "more"], "unexpected argument 'more'"),
     (["train", "--data-dir", "nowhere"], "data folder nowhere"),
     (["train", "digits", "--data-dir", "."], "data folder .: digits come with scikit-learn"),

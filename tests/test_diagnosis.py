@@ -15,7 +15,7 @@ from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, diagnose
 from fromzero.evidence import Copies, Evidence, LayerMeasures, Measures, Surest, Trial, best_factor
 from fromzero.findings import study_text, write_findings
 from fromzero.recipe import load_recipe
-from fromzero.sessions import load_trained, new_training
+from fromzero.sessions import load_classifier, load_trained, new_training
 from fromzero.study.definition import load_study
 
 RECIPE = load_recipe("train2").override({"validation.source": "split", "schedule.name": "linear"})
@@ -365,13 +365,22 @@ def test_a_run_that_overflowed_in_its_first_epoch_can_be_looked_at(tiny_images, 
 # What an attack on it found.
 
 
-def test_rows_after_the_checkpoint_do_not_count(run, capsys):
-    for path in run.checkpoints.iterdir():  # a kill before the first minute leaves the first weights only
+def test_a_run_of_which_no_epoch_is_saved_is_judged_by_nothing(run, capsys):
+    for path in run.checkpoints.iterdir():  # as an early kill leaves it
         if "step-0" not in path.name:
             path.unlink()
     (run.path / "summary.json").unlink()
-    assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 0
-    assert "after epoch 0: " in capsys.readouterr().out
+    for command in ("diagnose", "report"):
+        assert cli.main([command, str(run.path), "--threads", "1"]) == 1
+        assert "no epoch of it has been saved yet: wait" in capsys.readouterr().err
+    assert not (run.path / "diagnosis.json").exists()
+    assert cli.main(["evaluate", str(run.path), "--threads", "1"]) == 0
+    assert " weights, of epoch 0," in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="these are the weights it began with; none has been saved since"):
+        load_classifier(run, threads=1)
+    rows = len(run.metrics())
+    assert cli.main(["resume", str(run.path), "--threads", "1"]) == 0
+    assert f"the {rows} epochs since the one before are trained again" in capsys.readouterr().out
 
 
 def test_an_edited_recipe_and_missing_rows_are_refused(run, capsys):

@@ -141,7 +141,7 @@ def steps_saved(run, now):
 @pytest.mark.parametrize(
     ("options", "save_takes", "expected"),
     [
-        ({}, 0, [0, 3, 6, 9]),  # a minute
+        ({}, 0, [0, 1, 2, 4, 7, 10]),  # after 20, 20, 40 seconds, then every minute
         ({}, 5, [0, 10]),  # 200 seconds, so that saving takes 2.5 % of them
         ({"checkpoint_minutes": 0.5}, 5, [0, 2, 4, 6, 8, 10]),
         ({"checkpoint_minutes": 2}, 0, [0, 6]),
@@ -162,7 +162,7 @@ def test_a_checkpoint_is_written_when_it_is_due(
     assert steps_saved(run, now) == expected
 
 
-@pytest.mark.parametrize(("options", "expected"), [({}, [0, 3, 6, 9]), ({"checkpoint_minutes": 2}, [0, 6])])
+@pytest.mark.parametrize(("options", "expected"), [({}, [0, 1, 2, 4, 7, 10]), ({"checkpoint_minutes": 2}, [0, 6])])
 def test_a_resumed_run_is_saved_as_often(options, expected, small, tiny_images, tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("fromzero.training.time.monotonic", lambda: now[0])

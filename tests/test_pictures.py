@@ -92,6 +92,14 @@ def test_without_test_val_is_kept_for_it(tmp_path):
     assert images.notes == ("no folder test: val is kept for the test",)
 
 
+def test_classes_that_a_part_has_no_picture_of_are_named(tmp_path):
+    write(tmp_path / "set" / "train", count=8)
+    write(tmp_path / "set" / "test", count=3, seed=1)
+    shutil.rmtree(tmp_path / "set" / "test" / "red")
+    (tmp_path / "set" / "test" / "red").mkdir()
+    assert load_images(tmp_path / "set").notes == ("no test picture of red",)
+
+
 def test_pictures_in_two_parts_are_counted(tmp_path):
     write(tmp_path / "set" / "train", count=8)
     write(tmp_path / "set" / "test", count=3)

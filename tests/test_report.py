@@ -90,6 +90,11 @@ def test_a_page_shows_the_pictures_whose_labels_are_wrong_and_no_test_picture(pi
     page = (tmp_path / "page.html").read_text("utf-8")
     assert found
     assert all(f"<b>{finding['name']}</b>" in page for finding in found)
+    assert cli.main(["resume", str(run.path), "--epochs", "9", "--threads", "1"]) == 0
+    assert cli.main(["report", str(run.path), "--threads", "1"]) == 0
+    page = (run.path / "report.html").read_text("utf-8")
+    assert "Made after epoch 8, and not for these weights: <code>fromzero diagnose" in page
+    assert not any(f"<b>{finding['name']}</b>" in page for finding in found)
 
 
 def test_pages_of_other_runs(tiny_images, tmp_path):

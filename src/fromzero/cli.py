@@ -84,6 +84,8 @@ def _train(arguments: argparse.Namespace) -> None:
         raise InputError("--partial goes with --from RUN")
     changes = {path: parse_value(path, text) for path, text in vars(arguments).items() if path in field_types()}
     if arguments.DATASET is not None:
+        if changes.get("dataset", arguments.DATASET) != arguments.DATASET:
+            raise InputError(f"two data sets, {arguments.DATASET} and --dataset {changes['dataset']}: give one")
         changes["dataset"] = arguments.DATASET
     recipe = load_recipe(arguments.recipe).override(changes)
     if "validation.fraction" in changes and recipe.validation.source == "test":
@@ -127,7 +129,7 @@ def _resume(arguments: argparse.Namespace) -> None:
         from fromzero.runs import load_run
 
     run = load_run(arguments.RUN, arguments.runs_dir)
-    before = run.recipe
+    before, num_rows = run.recipe, len(run.metrics())
     training = sessions.resumed_training(
         run,
         epochs=arguments.epochs,
@@ -140,6 +142,8 @@ def _resume(arguments: argparse.Namespace) -> None:
         step = training.state.counters.step
         note = sessions.extension_note(before, training.recipe, step, training.timetable)
         print(f"extended from {before.epochs} to {training.recipe.epochs} epochs: {note}")
+    if again := num_rows - training.state.counters.epoch:
+        print(f"ended without a last save: the {counted(again, 'epoch')} since the one before are trained again")
     _watch(training)
 
 
@@ -211,9 +215,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from fromzero.evaluate import evaluate
         from fromzero.stats import wilson_interval
 
-    run, images, data, network, weights, _, here = _trained(arguments)
+    run, images, data, network, weights, epochs, here = _trained(arguments)
     recipe = run.recipe
-    print(f"{run.path}: {recipe.name}, {weights.stem} weights, {here.device}, {here.precision}")
+    print(f"{run.path}: {recipe.name}, {weights.stem} weights, of epoch {epochs}, {here.device}, {here.precision}")
     if arguments.tta != "none":
         print(f"  with test-time augmentation ({arguments.tta}): not to be compared with figures without")
     for label, subset in (
@@ -315,6 +319,15 @@ def _trained(arguments: argparse.Namespace) -> Trained:
     )
 
 
+def _check_saved(trained: Trained) -> None:
+    """Refuse to speak of a run by the weights that it began with, when it has come further."""
+    if trained.run.metrics() and not trained.epochs:
+        raise FromzeroError(
+            f"{trained.run.path}: no epoch of it has been saved yet: wait for its next save, if it is being trained, or"
+            f" go on with it: {trained.run.resume_command}"
+        )
+
+
 def _diagnose(arguments: argparse.Namespace) -> None:
     with _importing():
         from rich.console import Console
@@ -328,6 +341,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     run = load_run(arguments.RUN, arguments.runs_dir)
     run.check()
     trained = _trained(arguments)
+    _check_saved(trained)
     console = Console()
     try:
         rows = probe.rows_of(trained)
@@ -358,6 +372,7 @@ def _report(arguments: argparse.Namespace) -> None:
         from fromzero.runs import write_named
 
     trained = _trained(arguments)
+    _check_saved(trained)
     try:
         page = report(trained)
     except NonFiniteError as error:

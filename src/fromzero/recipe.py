@@ -170,7 +170,7 @@ class AugmentRecipe(_Part):
 
     flip: Literal["none", "random", "alternating"] = Field(
         "none",
-        description="left to right: never, by chance, or by chance in the first epoch and then in turn",
+        description="left to right: none, random, or alternating: by chance in the first epoch and then in turn",
     )
     translate: int = Field(
         0, ge=0, le=1000, description="shift by up to so many pixels each way, the border filled by reflection"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -385,7 +386,9 @@ def load_classifier(
         )
     height, width, channels = recorded["image_shape"]
     here = machine.prepare(precision or run.provenance["machine"]["precision"], device=device, threads=threads)
-    network, _ = load_network(run, (height, width, channels), len(recorded["classes"]), here, which)
+    network, found = load_network(run, (height, width, channels), len(recorded["classes"]), here, which)
+    if which == "last" and not found.state.get("step"):
+        warnings.warn(f"{run.path}: these are the weights it began with; none has been saved since", stacklevel=2)
     normalise = Normalise.from_json(recorded["normalise"], here.device)
     return Classifier(network, normalise, (height, width, channels), tuple(recorded["classes"]), here)
 

@@ -35,8 +35,9 @@ from fromzero.signals import StopSignals
 from fromzero.state import Counters, State
 from fromzero.timetable import Timetable
 
-# By default a checkpoint is due after a minute, or later where saving is slow: then it takes this share of the time.
-SAVE_SECONDS, SAVE_SHARE = 60.0, 0.025
+# By default a checkpoint is due after as long as was trained before it, from ten seconds to a minute, or later where
+# saving is slow: then it takes this share of the time.
+FIRST_SAVE_SECONDS, SAVE_SECONDS, SAVE_SHARE = 10.0, 60.0, 0.025
 PROXY_EVERY = 4  # as airbench96 does: losses only rank images, and change slowly
 LARGEST_GRADIENT = 1e18  # the square of ten times as much overflows a float
 
@@ -134,14 +135,14 @@ class Training:
             self.state.watch_losses(len(self.data.train.labels), self.machine.device)
         if self.recipe.compile and self.machine.device != "cpu":
             self.state.compile_network()
-        self._saved_at = self._ticked_at = time.monotonic()
+        self._began_at = self._saved_at = self._ticked_at = time.monotonic()
         self._save_seconds = 0.0  # of the last save here; what saves took before a resume says little of this disk
 
     def __iter__(self) -> Iterator[Progress]:
         recipe, counters = self.recipe, self.state.counters
         with self.lock, StopSignals() as stop, self._saving_what_an_overflow_leaves(), self._naming_the_compiler():
             self.machine.set_up()
-            self._saved_at = self._ticked_at = time.monotonic()
+            self._began_at = self._saved_at = self._ticked_at = time.monotonic()
             while counters.epoch < recipe.epochs:
                 order = self._order()
                 while counters.step < self.timetable.start_of(counters.epoch + 1):
@@ -233,7 +234,7 @@ class Training:
 
     def _save_if_due(self, stopped_by: int | None) -> None:
         """Save when asked to stop (then raise StoppedError), or when a checkpoint is due: after `checkpoint_minutes`,
-        by default after a minute or so."""
+        by default after ten seconds, and then after as long again, up to a minute or so."""
         if stopped_by is not None:
             self.save()
             self._draw()
@@ -242,7 +243,8 @@ class Training:
                 stopped_by,
             )
         if self.checkpoint_minutes is None:
-            due = max(SAVE_SECONDS, self._save_seconds / SAVE_SHARE)
+            usual = min(max(self._saved_at - self._began_at, FIRST_SAVE_SECONDS), SAVE_SECONDS)
+            due = max(usual, self._save_seconds / SAVE_SHARE)
         else:
             due = self.checkpoint_minutes * 60
         if time.monotonic() - self._saved_at >= due:
@@ -489,4 +491,6 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
         present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
         if (counts < 2).any():
             name = images.class_names[int(present[counts < 2][0])]
-            raise InputError(f"{images.source}: class {name!r} has one train image left, too few to hold some out")
+            raise InputError(
+                f"{images.source}: class {name!r} has one train image left, too few to hold some out: add images of it"
+            )

@@ -80,6 +80,10 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
             if "test" not in splits:
                 raise InputError(f"{path}: each class has copies of one picture only; none is left for the test")
             notes.append("no folder test: a fifth of each class, copies together, is kept for it")
+    for split in np.unique(splits):
+        present = set(labels[splits == split].tolist())
+        if absent := [name for label, name in enumerate(class_names) if label not in present]:
+            notes.append(f"no {split} picture of {_some(absent)}")
     for split, seen_in in (("validation", "train"), ("test", "train"), ("test", "validation")):
         here, there = (digests[splits == name] for name in (split, seen_in))
         if copies := int(np.isin(here, there).sum()):
