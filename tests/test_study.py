@@ -543,7 +543,7 @@ def test_stopping_saves_every_cell(tmp_path, text):
     long = text.replace("epochs = 2", "epochs = 500")
     execution = prepare_study(load_study(written(tmp_path, long), "half"), runs_dir=tmp_path)
     seen = set()
-    with pytest.raises(StoppedError, match=r"every cell is saved; the same command goes on: fromzero study") as caught:
+    with pytest.raises(StoppedError, match=r"every run is saved; the same command goes on: fromzero study") as caught:
         for event in execution:
             if event.kind == "progress" and event.share > 0:
                 seen.add(event.cell.name)

@@ -99,7 +99,7 @@ class Execution:
                 yield from self._run(self.cells)
             except StoppedError as stopped:
                 number = stopped.exit_code - 128
-                message = f"stopped; every cell is saved; the same command goes on: {self.command}"
+                message = f"stopped; every run is saved; the same command goes on: {self.command}"
                 raise StoppedError(message, number) from None
             finally:
                 self._write_description(time.monotonic() - began)
