@@ -365,6 +365,17 @@ def test_a_run_that_overflowed_in_its_first_epoch_can_be_looked_at(tiny_images, 
 # What an attack on it found.
 
 
+def test_rows_after_the_checkpoint_do_not_count(run, capsys):
+    rows = run.metrics()
+    run.write_recipe(run.recipe.override({"epochs": len(rows) + 2}))
+    resumed = run.provenance["resumed"] + [{"machine": run.provenance["machine"], "epochs": [len(rows), len(rows) + 2]}]
+    run.write_provenance({**run.provenance, "resumed": resumed})
+    (run.path / "summary.json").unlink()
+    run.append_metrics({**rows[-1], "epoch": len(rows) + 1})  # as a kill after it and before a save leaves it
+    assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 0
+    assert f"after epoch {len(rows)}: " in capsys.readouterr().out
+
+
 def test_a_run_of_which_no_epoch_is_saved_is_judged_by_nothing(run, capsys):
     for path in run.checkpoints.iterdir():  # as an early kill leaves it
         if "step-0" not in path.name:

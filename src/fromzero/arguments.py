@@ -161,7 +161,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 
 def _count(text: str) -> int:
-    """A whole number from 1 to a thousand million less one."""
+    """A whole number from 1 to 999,999,999."""
     if not text.strip().isdecimal() or len(text.strip()) > 9 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text[:20]} is not a whole number from 1 to 999,999,999")
     return int(text)

@@ -70,10 +70,7 @@ def cut_out(images: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> Tens
     if recipe.cutout == 0:
         return images
     draws = generator(seed, "cutout", step)
-    rows, columns = (
-        _between(torch.randint(0, size, (len(images), 1), generator=draws) - recipe.cutout // 2, recipe.cutout, size)
-        for size in images.shape[2:]
-    )
+    rows, columns = (_stretch(recipe.cutout, size, len(images), draws) for size in images.shape[2:])
     return images.masked_fill(_rectangle(rows, columns, images.device), 0.0)
 
 
@@ -85,18 +82,16 @@ def cut_mix(images: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> tupl
     draws = generator(seed, "cutmix", step)
     mixed = torch.rand((len(images), 1), generator=draws) < recipe.cutmix
     side = torch.rand((len(images), 1), generator=draws).sqrt() * mixed
-    rows, columns = (
-        _between(torch.randint(0, size, (len(images), 1), generator=draws) - length // 2, length, size)
-        for size in images.shape[2:]
-        for length in [(side * size).round().long()]
-    )
+    rows, columns = (_stretch((side * size).round().long(), size, len(images), draws) for size in images.shape[2:])
     own = 1 - rows.float().mean(1) * columns.float().mean(1)
     covered = _rectangle(rows, columns, images.device)
     return torch.where(covered, images.roll(1, 0), images), own.to(images.device)
 
 
-def _between(start: Tensor, length: int | Tensor, size: int) -> Tensor:
-    """Which of `size` places lie from `start` int64 (B, 1) on in the next `length`: bool (B, size)."""
+def _stretch(length: int | Tensor, size: int, count: int, draws: torch.Generator) -> Tensor:
+    """For `count` images which of `size` places lie within `length` of them (one, or int64 (count, 1)) around a centre
+    drawn from all: bool (count, size)."""
+    start = torch.randint(0, size, (count, 1), generator=draws) - length // 2
     place = torch.arange(size)
     return (place >= start) & (place < start + length)
 
