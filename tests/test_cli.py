@@ -248,6 +248,21 @@ def test_help_shows_one_spelling(capsys):
     assert "--batch-size" not in shown
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"), [([], "strong"), (["--recipe", "best"], "best"), (["--recipe=quick"], "quick")]
+)
+def test_help_shows_the_values_of_the_recipe(arguments, name, capsys):
+    from fromzero import cli
+    from fromzero.recipe import load_recipe
+
+    with pytest.raises(SystemExit):
+        cli.main(["train", *arguments, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"passes over the train images; see skip_easy ({load_recipe(name).epochs})" in shown
+    assert cli.main(["train", "--recipe", "nothing", "--help"]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
 def test_no_network_says_where_to_put_the_file_within_five_seconds(tmp_path):
     """A name server that never answers is the worst case; an address that drops packets is the next."""
     started = time.monotonic()

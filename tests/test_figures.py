@@ -181,6 +181,7 @@ def test_every_resume_leaves_a_note_of_where_and_on_what(small, tiny_images, tmp
             break
     run.close()
     fromzero.resume(run.run, images=tiny_images)
+    first_end = run.run.summary
     fromzero.resume(run.run, images=tiny_images, epochs=4)
     provenance = run.run.provenance
     assert {**provenance, "resumed": []} == started
@@ -191,6 +192,8 @@ def test_every_resume_leaves_a_note_of_where_and_on_what(small, tiny_images, tmp
     assert second["exact"] is True
     assert "epochs" not in first
     assert second["epochs"] == [3, 4]
+    assert "summary" not in first
+    assert second["summary"] == first_end
     assert first["versions"]["torch"] == torch.__version__
     other = resumed_training(run.run, tiny_images, epochs=5, threads=2, allow_inexact=True)
     other.close()

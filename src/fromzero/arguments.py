@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
 from fromzero.errors import InputError, nearest
-from fromzero.recipe import field_types, recipe_names
+from fromzero.recipe import Recipe, field_types, load_recipe, recipe_names
 
 DEFAULT_RECIPE = "strong"
 
@@ -23,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, `command` being the name of the command. Raises InputError for what does not fit."""
-    parser, commands = _parsers()
+    parser, commands = _parsers(_recipe_to_show(argv))
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
         raise InputError(f"unknown option {argv[0]} before a command; see: fromzero --help")
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
@@ -56,7 +57,18 @@ def _with_known_spelling(argv: list[str], commands: Mapping[str, argparse.Argume
     return words
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _recipe_to_show(argv: list[str]) -> Recipe | None:
+    """The recipe whose values the help of `train` shows, where that is asked for."""
+    if argv[:1] != ["train"] or not {"-h", "--help"} & set(argv):
+        return None
+    named = _Parser(add_help=False, allow_abbrev=False)
+    named.add_argument("--recipe", default=DEFAULT_RECIPE)
+    return load_recipe(named.parse_known_args(argv)[0].recipe)
+
+
+def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """All of fromzero's options, and those of each command by its name; the help of recipe fields with the values of
+    `recipe`."""
     parser = _Parser(prog="fromzero", description=metadata.metadata("fromzero")["Summary"], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fromzero {metadata.version('fromzero')}")
     adder = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
@@ -75,11 +87,15 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument("--from", metavar="RUN", help="start from the last weights of that run")
     train.add_argument("--partial", action="store_true", help="with --from: take the weights that fit")
     _add_shared(train, "runs", "data", "machine", "saving")
-    fields = train.add_argument_group("recipe fields", "each overrides one field of the recipe; - is as good as _")
+    shown = recipe.fields() if recipe else {}
+    fields = train.add_argument_group(
+        "recipe fields",
+        f"each overrides one field of the recipe; in brackets, last, what {recipe.name if recipe else 'it'} has; - is"
+        " as good as _",
+    )
     for path, (_, description) in field_types().items():
-        fields.add_argument(
-            f"--{path}", metavar="VALUE", default=argparse.SUPPRESS, help=description.replace("%", "%%")
-        )
+        text = f"{description} ({json.dumps(shown.get(path))})"
+        fields.add_argument(f"--{path}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
 
     resume = add("resume", "go on with a stopped run, to the bit; or extend one with --epochs")
     resume.add_argument("RUN", help="a run's folder or name")

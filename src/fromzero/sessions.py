@@ -210,6 +210,8 @@ def _loaded(
     note["exact"] = not differences
     if epochs is not None and epochs != recipe.epochs:
         note["epochs"] = [recipe.epochs, epochs]
+        if run.summary is not None:
+            note["summary"] = run.summary  # what the shorter training ended with, its test accuracy too
         recipe = recipe.override({"epochs": epochs})
     (run.path / "summary.json").unlink(missing_ok=True)
     data = provenance["data"] | {"source": images.source}  # where they are now
