@@ -12,6 +12,7 @@ import fromzero
 from fromzero import cli, probe
 from fromzero.data.images import Images
 from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, diagnose
+from fromzero.display import diagnosis_text
 from fromzero.evidence import Copies, Evidence, LayerMeasures, Measures, Surest, Trial, best_factor
 from fromzero.findings import study_text, write_findings
 from fromzero.recipe import load_recipe
@@ -483,3 +484,14 @@ def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, t
     assert "So few validation images may hide imbalance, oscillating" in told
     assert f"The run began with the weights of {run.path}: its first steps were not tried again" in told
     assert json.loads((second.path / "diagnosis.json").read_text("utf-8"))["measures"]["trials"] == {}
+
+
+@pytest.mark.parametrize(("changes", "hinted"), [({}, True), ({"network.batch_norm": True}, False)])
+def test_a_training_without_a_fault_is_not_called_the_best(run, changes, hinted):
+    """It finds faults; that another recipe reaches more is none (docs/walkthrough.md)."""
+    run.write_recipe(run.recipe.override({"dataset": "my photos", **changes}))
+    said = diagnosis_text(run, rows(), [], {})
+    assert ("fromzero train 'my photos' --recipe few" in said) is hinted
+    found = diagnose(evidence(**PLANTED["imbalance"]))
+    assert found
+    assert "--recipe few" not in diagnosis_text(run, rows(), found, {})

@@ -374,7 +374,8 @@ def _overfitting(e: Evidence) -> Finding | None:
     if not augment.translate:
         changes["augment.translate"] = max(1, min(e.measures.image_shape[:2]) // 8)
         remedy = (
-            f"train images shifted by up to {changes['augment.translate']} pixels, and mirrored where that is allowed"
+            f"train images shifted by up to {changes['augment.translate']} pixels; mirrored, too, where a mirrored one"
+            " is still what its label says (augment.flip)"
         )
     elif not any(block.dropout for block in network.blocks()) and not network.batch_norm:
         changes["network.block_dropout"] = 0.2
