@@ -2,12 +2,15 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import fromzero
+from fromzero.arguments import parse
 from fromzero.machine import NUMERIC_MODULES
+from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names
 
 SOURCE = Path(fromzero.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -118,3 +121,17 @@ def test_a_recipes_header_says_what_came_of_it(name):
     assert "n = 1, seed 0." in header
     assert time.replace(" min", " minutes") in header
     assert f"Command: fromzero train cifar10 --recipe {name}" in header
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/walkthrough.md", "docs/results.md"])
+def test_the_commands_on_a_page_are_commands(page):
+    """Those in blocks, written out in full; what their recipes' fields are given fits."""
+    text = (ROOT / page).read_text("utf-8")
+    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL) + re.findall(r"^    (?=fromzero)(.*)", text, re.MULTILINE)
+    commands = re.findall(r"^fromzero [^…|\[\n]*$", "\n".join(blocks), re.MULTILINE)
+    assert len(commands) > 4
+    for command in commands:
+        arguments = parse(shlex.split(command, comments=True)[1:])
+        if arguments.command == "train" and arguments.recipe in recipe_names():
+            given = {path: parse_value(path, text) for path, text in vars(arguments).items() if path in field_types()}
+            load_recipe(arguments.recipe).override(given)
