@@ -490,8 +490,9 @@ def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, t
 def test_a_training_without_a_fault_is_not_called_the_best(run, changes, hinted):
     """It finds faults; that another recipe reaches more is none (docs/walkthrough.md)."""
     run.write_recipe(run.recipe.override({"dataset": "my photos", **changes}))
-    said = diagnosis_text(run, rows(), [], {})
-    assert ("fromzero train 'my photos' --recipe few" in said) is hinted
+    for steps, other in ((10, "few"), (10_000, "strong")):  # an epoch
+        said = diagnosis_text(run, rows(step=[steps * epoch for epoch in range(1, 6)]), [], {})
+        assert (f"fromzero train 'my photos' --recipe {other}" in said) is hinted
     found = diagnose(evidence(**PLANTED["imbalance"]))
     assert found
     assert "--recipe few" not in diagnosis_text(run, rows(), found, {})
