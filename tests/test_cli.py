@@ -261,6 +261,8 @@ def test_help_shows_the_values_of_the_recipe(arguments, name, capsys):
     assert f"passes over the train images; see skip_easy ({load_recipe(name).epochs})" in shown
     assert cli.main(["train", "--recipe", "nothing", "--help"]) == 2
     assert "nothing" in capsys.readouterr().err
+    assert cli.main(["train", "--help", "--recipe"]) == 2
+    assert "see: fromzero train --help" in capsys.readouterr().err
 
 
 def test_no_network_says_where_to_put_the_file_within_five_seconds(tmp_path):

@@ -489,10 +489,10 @@ def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, t
 @pytest.mark.parametrize(("changes", "hinted"), [({}, True), ({"network.batch_norm": True}, False)])
 def test_a_training_without_a_fault_is_not_called_the_best(run, changes, hinted):
     """It finds faults; that another recipe reaches more is none (docs/walkthrough.md)."""
-    run.write_recipe(run.recipe.override({"dataset": "my photos", **changes}))
+    run.write_recipe(run.recipe.override(changes))
     for steps, other in ((10, "few"), (10_000, "strong")):  # an epoch
         said = diagnosis_text(run, rows(step=[steps * epoch for epoch in range(1, 6)]), [], {})
-        assert (f"fromzero train 'my photos' --recipe {other}" in said) is hinted
+        assert (f"reaches more: --recipe {other} has" in said) is hinted
     found = diagnose(evidence(**PLANTED["imbalance"]))
     assert found
     assert "--recipe few" not in diagnosis_text(run, rows(), found, {})

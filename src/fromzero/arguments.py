@@ -61,7 +61,7 @@ def _recipe_to_show(argv: list[str]) -> Recipe | None:
     """The recipe whose values the help of `train` shows, where that is asked for."""
     if argv[:1] != ["train"] or not {"-h", "--help"} & set(argv):
         return None
-    named = _Parser(add_help=False, allow_abbrev=False)
+    named = _Parser(prog="fromzero train", add_help=False, allow_abbrev=False)
     named.add_argument("--recipe", default=DEFAULT_RECIPE)
     return load_recipe(named.parse_known_args(argv)[0].recipe)
 
@@ -94,7 +94,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
         " as good as _",
     )
     for path, (_, description) in field_types().items():
-        text = f"{description} ({json.dumps(shown.get(path))})"
+        text = f"{description} ({json.dumps(shown[path])})" if shown else description
         fields.add_argument(f"--{path}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
 
     resume = add("resume", "go on with a stopped run, to the bit; or extend one with --epochs")

@@ -197,10 +197,9 @@ def diagnosis_text(
         other = "few" if images < FEW_IMAGES else "strong"
         say(
             "",
-            f"That is not to say that no other recipe reaches more: {other} has what was worth most on CIFAR-10, a rate"
-            " that falls, Muon and batch normalisation:",
+            f"That is not to say that no other recipe reaches more: --recipe {other} has what was worth most on"
+            " CIFAR-10, a rate that falls, Muon and batch normalisation.",
         )
-        say("  ", f"fromzero train {shlex.quote(run.recipe.dataset)} --recipe {other}", whole=True)
     return "\n".join(lines)
 
 
