@@ -194,6 +194,43 @@ def test_what_is_no_picture_is_named(tmp_path):
     assert all(f"{name} (" in said for name in named), "so that all can be removed before the next try"
 
 
+def test_a_few_damaged_pictures_are_left_out_and_named(tmp_path, monkeypatch):
+    folder, without = write(tmp_path / "set", count=20), write(tmp_path / "without", count=20)
+    damaged_one = folder / "red" / "003.png"
+    damaged_one.write_bytes(damaged_one.read_bytes()[:-100])
+    (without / "red" / "003.png").unlink()
+    for _ in range(2):  # decoded, and as kept
+        images = load_images(folder)
+        assert images.fingerprints == load_images(without).fingerprints
+        assert images.train.files + images.test.files == (
+            load_images(without).train.files + load_images(without).test.files
+        )
+        (note,) = images.notes[:1]
+        assert note.startswith(f"1 of 60 pictures cannot be read; they are left out: {damaged_one} (")
+    for n in range(4, 7):
+        (folder / "red" / f"{n:03}.png").write_bytes(b"")
+    with pytest.raises(InputError, match="4 of 60 pictures cannot be read; repair or remove them: "):
+        load_images(folder)
+    for path in (folder / "red").iterdir():
+        if int(path.stem) in range(3, 7):
+            path.unlink()
+    (folder / "white").mkdir()
+    (folder / "white" / "000.png").write_bytes(b"")
+    with pytest.raises(InputError, match="1 of 57 pictures cannot be read; repair or remove them: "):
+        load_images(folder)  # all of a class
+    shutil.rmtree(folder / "white")
+    read = Path.read_bytes
+
+    def unreachable(path):
+        if path.name == "010.png":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", unreachable)
+    with pytest.raises(InputError, match=r"3 of 56 pictures cannot be read; .*010\.png \(Permission denied\)"):
+        load_images(folder)  # no damage: they may be there the next time
+
+
 def test_pictures_turned_in_any_format_or_with_damaged_exif_keep_their_size(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -212,7 +249,7 @@ def test_pictures_turned_in_any_format_or_with_damaged_exif_keep_their_size(tmp_
 
 def test_what_is_left_out_is_said(tmp_path):
     folder = write(tmp_path / "set", count=4)
-    (folder / "red" / "more").mkdir()
+    (folder / "red" / "linked").symlink_to(folder / "red")
     (folder / "red" / "a.heic").write_bytes(b"")
     (folder / "loose.png").write_bytes(b"")
     for unseen in (".DS_Store", "Thumbs.db", "red/._000.png"):
@@ -220,9 +257,31 @@ def test_what_is_left_out_is_said(tmp_path):
     for unseen in ("@eaDir", "__MACOSX"):
         (folder / unseen).mkdir()
     (note,) = (note for note in load_images(folder).notes if note.startswith("not read"))
-    assert note == "not read, being no picture in a class folder: loose.png, red/a.heic, red/more"
+    assert note == "not read, being no picture in a class folder: loose.png, red/a.heic, red/linked"
     (folder / "red" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(InputError, match=r"gone\.png: cannot be read: No such file"):
+        load_images(folder)
+
+
+def test_folders_within_a_class_are_of_that_class(tmp_path):
+    folder, flat = write(tmp_path / "set", count=6), write(tmp_path / "flat", count=6)
+    (folder / "red" / "2021" / "may").mkdir(parents=True)
+    (folder / "red" / "empty").mkdir()
+    (folder / "red" / "2021" / "a.txt").write_text("notes")
+    (folder / "red" / "000.png").rename(folder / "red" / "2021" / "000.png")
+    (folder / "red" / "001.png").rename(folder / "red" / "2021" / "may" / "001.png")
+    images = load_images(folder)
+    assert images.fingerprints == load_images(flat).fingerprints
+    assert "pictures in a folder within a class are of that class: red/2021" in images.notes
+    assert "not read, being no picture in a class folder: red/2021/a.txt" in images.notes
+    (folder / "blue").rename(tmp_path / "was")
+    (folder / "blue").mkdir()
+    (tmp_path / "was").rename(folder / "blue" / "2021")
+    assert load_images(folder).fingerprints == images.fingerprints
+    (folder / "green").rename(tmp_path / "was")
+    (folder / "green").mkdir()
+    (tmp_path / "was").rename(folder / "green" / "2021")
+    with pytest.raises(InputError, match=r"set: blue and green have no pictures of their own but a folder 2021 each: "):
         load_images(folder)
 
 

@@ -1,7 +1,7 @@
 """Folders of pictures, a folder a class, as one array of small images.
 
 Pictures are decoded once: the array is kept under `files.home()` and taken from there for as long as the folder lists
-the same files with the same sizes and times. What is not a whole picture is refused, all such files in one line.
+the same files with the same sizes and times. What is not a whole picture is left out and named, as long as that is few.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # other decoders are no
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 USUAL_SIDE, LARGEST_AS_IT_IS, LARGEST_SIDE = 32, 64, 512  # pixels
 TEST_SHARE = 0.2
-KEPT_AS = "pictures-1"  # raised when the same files would give other arrays
+DAMAGED_SHARE = 0.05  # of the pictures; more of them are no accident, but a folder that is not what it seems
+KEPT_AS = "pictures-2"  # raised when the same files would give other arrays
 HIDDEN = (".", "__", "@", "Thumbs.db", "desktop.ini")  # how names begin that systems leave among pictures
 NAMED_AT_ONCE, UNREADABLE_NAMED = 3, 50  # the latter so that all can be removed before the next try
 
@@ -44,31 +45,38 @@ class _File(NamedTuple):
     path: Path
 
 
-_Outcome = tuple[np.ndarray, int] | str  # pixels and digest of a file, or what is wrong with it
+class Wrong(NamedTuple):
+    """Why a picture cannot be read, and whether its contents are to blame: the rest may be otherwise the next time."""
+
+    why: str
+    damaged: bool
+
+
+_Outcome = tuple[np.ndarray, int] | Wrong  # pixels and digest of a file, or what is wrong with it
 
 
 def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     """The pictures under `path`, which has a folder for each class, or `train` and perhaps `val` and `test` with a
-    folder for each class in them.
+    folder for each class in them. Folders within a class's are of that class.
 
     They are cut to the square in their middle and scaled to side × side. Without a side they stay as they are if all
     have one size, up to LARGEST_AS_IT_IS pixels, and else become USUAL_SIDE pixels wide and high. Without a test
     folder `val` is the test set; without both a fifth of each class is, chosen by the files' contents: copies in a
-    class stay together, and pictures that are added later move few others. Raises InputError, naming the files, when
-    the folder has another shape or a file is no whole picture.
+    class stay together, and pictures that are added later move few others. Files that are no whole pictures are left
+    out, which a note says. Raises InputError, naming the files, when more than DAMAGED_SHARE of them or all of a class
+    are so, or any cannot be opened, and when the folder has another shape.
     """
     if side is not None and not 1 <= side <= LARGEST_SIDE:
         raise InputError(f"{path}@{side}: images are from 1 to {LARGEST_SIDE} pixels wide")
     try:
-        class_names, listed, left_out = _listed(path)
-        pixels, digests, note = _kept_or_decoded(path, listed, side)
+        class_names, listed, notes = _listed(path)
+        pixels, digests, whole, said = _kept_or_decoded(path, listed, side)
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+    listed = [listed[index] for index in whole]
     labels = np.array([file.label for file in listed], np.int64)
     splits = np.array([file.split for file in listed])
-    notes = [note] if note else []
-    if left_out:
-        notes.append(f"not read, being no picture in a class folder: {_some(left_out)}")
+    notes = said + notes
     if "test" not in splits:
         if "validation" in splits:
             splits[splits == "validation"] = "test"
@@ -124,8 +132,8 @@ def pictures_at(paths: Sequence[Path]) -> list[Path]:
 
 
 def _listed(path: Path) -> tuple[tuple[str, ...], list[_File], list[str]]:
-    """The class names, all pictures in a fixed order, and what else there is. Raises InputError when the folder has
-    another shape."""
+    """The class names, all pictures in a fixed order, and notes on what lies elsewhere. Raises InputError when the
+    folder has another shape."""
     found: dict[str, Path] = {}
     loose = []
     for folder in _folders(path):
@@ -150,20 +158,33 @@ def _listed(path: Path) -> tuple[tuple[str, ...], list[_File], list[str]]:
             f"{found['train']}: expected a folder for each of at least two classes with its pictures in it, or train,"
             f" val and test with such, or CIFAR's data_batch files; found {_inside(found['train'])}"
         )
-    listed, left_out = [], list(loose)
+    listed, left_out, deeper = [], list(loose), []
     for split, root in found.items():
+        only_deeper: dict[str, Path] = {}
         left_out += [entry for entry in _shown(root) if not entry.is_dir()]
         for folder in _folders(root):
             if folder.name not in class_names:
                 raise InputError(f"{folder}: a class that {found['train']} does not have")
-            pictures = _pictures(folder)
+            pictures, others, within = _under(folder)
             if not pictures and split == "train":
                 raise InputError(
                     f"{folder}: expected the pictures of a class ({', '.join(ENDINGS)}); found {_inside(folder)}"
                 )
+            for inner in within if folder not in {picture.parent for picture in pictures} else ():
+                if (same := only_deeper.setdefault(inner.name, folder)) != folder:
+                    raise InputError(
+                        f"{root}: {same.name} and {folder.name} have no pictures of their own but a folder {inner.name}"
+                        f" each: if those are the classes, name {folder}; if not, put a class's pictures together"
+                    )
             listed += [_File(split, class_names.index(folder.name), picture) for picture in pictures]
-            left_out += sorted({*_shown(folder)} - {*pictures})
-    return class_names, listed, [str(entry.relative_to(path)) for entry in left_out]
+            left_out += others
+            deeper += within
+    notes = []
+    if deeper:
+        notes.append(f"pictures in a folder within a class are of that class: {_some(_names(deeper, path))}")
+    if left_out:
+        notes.append(f"not read, being no picture in a class folder: {_some(_names(left_out, path))}")
+    return class_names, listed, notes
 
 
 def _shown(folder: Path) -> list[Path]:
@@ -180,14 +201,31 @@ def _holds_runs(folder: Path) -> bool:
     return (folder / "studies").is_dir() or any(folder.glob("*/provenance.json"))
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return [entry for entry in _shown(folder) if _is_picture(entry)]
+def _under(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """The pictures in and under it, what else there is, and the folders in it with such pictures."""
+    pictures: list[Path] = []
+    others: list[Path] = []
+    to_read = [folder]
+    while to_read:
+        for entry in _shown(to_read.pop()):
+            if _is_picture(entry):
+                pictures.append(entry)
+            elif entry.is_dir() and not entry.is_symlink() and not _holds_runs(entry):  # a link may lead back here
+                to_read.append(entry)
+            else:
+                others.append(entry)
+    within = {folder / picture.relative_to(folder).parts[0] for picture in pictures if picture.parent != folder}
+    return sorted(pictures), sorted(others), sorted(within)
 
 
 def _is_picture(path: Path) -> bool:
     """By its name; a link to nothing is meant as one, and is named as what cannot be read."""
     named = path.suffix.lower() in ENDINGS and not path.name.startswith(HIDDEN)
     return named and (path.is_symlink() or path.is_file())
+
+
+def _names(entries: Iterable[Path], path: Path) -> list[str]:
+    return [str(entry.relative_to(path)) for entry in entries]
 
 
 def _inside(folder: Path) -> str:
@@ -201,8 +239,12 @@ def _some(names: Sequence[str], between: str = ", ", most: int = NAMED_AT_ONCE) 
     return between.join(names[:most]) + more
 
 
-def _kept_or_decoded(path: Path, listed: Sequence[_File], side: int | None) -> tuple[np.ndarray, np.ndarray, str]:
-    """pixels uint8 (N, H, W, 3), digests uint64 (N,) of the files, and what was done to them."""
+_Decoded = tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]
+
+
+def _kept_or_decoded(path: Path, listed: Sequence[_File], side: int | None) -> _Decoded:
+    """pixels uint8 (N, H, W, 3), digests uint64 (N,) of the files, the places (N,) in the list of those that are whole
+    pictures, and notes on what was done."""
     listing = hashlib.sha256(KEPT_AS.encode())
     for file in listed:
         name, state = str(file.path.relative_to(path)), file.path.stat()
@@ -212,23 +254,30 @@ def _kept_or_decoded(path: Path, listed: Sequence[_File], side: int | None) -> t
     # Not there, of other files, or damaged in whatever way: decoded again.
     with contextlib.suppress(Exception), open(place, "rb") as kept_file, np.load(kept_file) as kept:
         if str(kept["listing"]) == listing.hexdigest():
-            return kept["pixels"], kept["digests"], str(kept["note"])
-    pixels, digests, note = _decoded(path, listed, side)
+            return kept["pixels"], kept["digests"], kept["whole"], kept["notes"].tolist()
+    pixels, digests, whole, notes = _decoded(path, listed, side)
     partial = place.with_name(f"{place.name}.{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as out:
-            np.savez(out, listing=listing.hexdigest(), pixels=pixels, digests=digests, note=note)
+            np.savez(
+                out,
+                listing=listing.hexdigest(),
+                pixels=pixels,
+                digests=digests,
+                whole=whole,
+                notes=np.array(notes, np.str_),
+            )
         os.replace(partial, place)
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         if not isinstance(error, OSError):  # a full disk or a folder that is not ours costs the next start some time
             raise
-    return pixels, digests, note
+    return pixels, digests, whole, notes
 
 
-def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> tuple[np.ndarray, np.ndarray, str]:
+def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> _Decoded:
     """As `_kept_or_decoded`, from the files."""
     paths = [file.path for file in listed]
     with _pool() as pool:
@@ -237,40 +286,47 @@ def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> tuple[np.
     if side is None and len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_AS_IT_IS:
         ((width, height),) = sizes
     pixels, digests, wrong = read_pictures(paths, height, width, f"reading {path}")
+    whole, notes = np.delete(np.arange(len(paths)), list(wrong)), []
     if wrong:
-        raise InputError(f"{path}: {unreadable(paths, wrong)}")
+        left = {file[:2] for index, file in enumerate(listed) if index not in wrong}  # classes of the splits
+        accident = all(of.damaged for of in wrong.values()) and len(wrong) <= DAMAGED_SHARE * len(paths)
+        if not accident or left != {file[:2] for file in listed}:
+            raise InputError(f"{path}: {unreadable(paths, wrong, todo='repair or remove them')}")
+        notes.append(unreadable(paths, wrong, todo="they are left out"))
+        pixels, digests = pixels[whole], digests[whole]
     if sizes <= {(width, height)}:
-        return pixels, digests, ""
+        return pixels, digests, whole, notes
     widths, heights = zip(*sizes, strict=True)
     smallest, largest = f"{min(widths)}×{min(heights)}", f"{max(widths)}×{max(heights)}"
     of = smallest if smallest == largest else f"{smallest} to {largest}"
     larger = "" if side else f" ({path.resolve().name}@64: to 64×64)"
-    return pixels, digests, f"pictures of {of} pixels, cut to squares and scaled to {width}×{height}{larger}"
+    notes.append(f"pictures of {of} pixels, cut to squares and scaled to {width}×{height}{larger}")
+    return pixels, digests, whole, notes
 
 
 def read_pictures(
     paths: Sequence[Path], height: int, width: int, doing: str
-) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+) -> tuple[np.ndarray, np.ndarray, dict[int, Wrong]]:
     """The pictures in these files, cut to their middle and scaled: RGB pixels uint8 (N, height, width, 3); uint64 (N,),
     eight bytes of each file's SHA-256; and what is wrong with those that cannot be read, by their place, where the rest
     is zeros. `doing` is what a terminal shows meanwhile."""
     pixels, digests = np.zeros((len(paths), height, width, 3), np.uint8), np.zeros(len(paths), np.uint64)
-    wrong: dict[int, str] = {}
+    wrong: dict[int, Wrong] = {}
     with _pool() as pool:
         found = pool.map(lambda picture: _decode(picture, width, height), paths)
         for index, outcome in enumerate(_watched(found, len(paths), doing)):
-            if isinstance(outcome, str):
+            if isinstance(outcome, Wrong):
                 wrong[index] = outcome
             else:
                 pixels[index], digests[index] = outcome
     return pixels, digests, wrong
 
 
-def unreadable(paths: Sequence[Path], wrong: Mapping[int, str]) -> str:
+def unreadable(paths: Sequence[Path], wrong: Mapping[int, Wrong], todo: str) -> str:
     """What `read_pictures` found wrong, in words: the first files by name."""
-    files = [f"{paths[index]} ({why})" for index, why in wrong.items()]
+    files = [f"{paths[index]} ({of.why})" for index, of in wrong.items()]
     return (
-        f"{len(wrong)} of {len(paths):,} pictures cannot be read; repair or remove them:"
+        f"{len(wrong)} of {len(paths):,} pictures cannot be read; {todo}:"
         f" {_some(files, between='; ', most=UNREADABLE_NAMED)}"
     )
 
@@ -316,11 +372,14 @@ def _decode(path: Path, width: int, height: int) -> _Outcome:
     eight bytes of the file's SHA-256 as a number; or what is wrong."""
     try:
         content = path.read_bytes()
+    except OSError as error:
+        return Wrong(error.strerror or type(error).__name__, damaged=False)
+    try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             image.draft("RGB", (2 * width, 2 * height))  # a large JPEG is not decoded in full only to be made small
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith(("I", "F")):
-                return f"{image.mode}: only 8 bits a channel are read"
+                return Wrong(f"{image.mode}: only 8 bits a channel are read", damaged=False)
             if image.has_transparency_data:
                 over = image.convert("RGBA")
                 plain = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
@@ -332,11 +391,9 @@ def _decode(path: Path, width: int, height: int) -> _Outcome:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        return f"nothing that {', '.join(FORMATS)} begin with" if content else "empty"
+        return Wrong(f"nothing that {', '.join(FORMATS)} begin with" if content else "empty", damaged=True)
     except Exception as error:  # whatever decoders raise at damaged files
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror
-        return " ".join(str(error).split())[:120] or type(error).__name__
+        return Wrong(" ".join(str(error).split())[:120] or type(error).__name__, damaged=True)
 
 
 def _fifth(labels: np.ndarray, digests: np.ndarray) -> np.ndarray:
