@@ -149,11 +149,11 @@ def seconds_of(ends):
     return (ends[-1] - ends[0]) * len(ends) / (len(ends) - 1)
 
 
-def cold_run(recipe, seed, data_dir, threads):
-    """`fromzero train cifar10 --recipe RECIPE --seed SEED` as a user types it: seconds from the start of its process
+def cold_run(recipe, seed, data_dir=None, threads=None, dataset="cifar10"):
+    """`fromzero train DATASET --recipe RECIPE --seed SEED` as a user types it: seconds from the start of its process
     until the test accuracy is printed and until its end, and that accuracy (as its summary has it)."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fromzero", "train", "cifar10", "--recipe", recipe, "--runs-dir", folder]
+        command = [sys.executable, "-m", "fromzero", "train", dataset, "--recipe", recipe, "--runs-dir", folder]
         command += ["--seed", str(seed)]
         command += ["--data-dir", str(Path(data_dir).resolve())] if data_dir else []
         command += ["--threads", str(threads)] if threads else []

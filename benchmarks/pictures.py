@@ -1,0 +1,66 @@
+"""A folder of pictures: fromzero from the start of its process to its test accuracy, beside Keras's tutorial, in turn.
+
+    python -m benchmarks.pictures FOLDER [--recipe few] [--rounds 3]
+
+Both train on the same pictures and score the same test pictures; Keras's side trains on the ones that fromzero holds
+out for validation too, and validates on none. Prints every run, then means and the ratios of times.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import lifetime
+from benchmarks.timing import ROOT, run_worker
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    parser.add_argument("--recipe", default="few")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side, seeds from 0 (3)")
+    parser.add_argument("--epochs", type=int, default=15, help="of Keras's side; 15 is the tutorial's (15)")
+    arguments = parser.parse_args()
+    dataset = os.path.abspath(arguments.folder)  # what it runs has another working folder
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        parts = Path(folder, "parts.json")
+        parts.write_text(json.dumps(parts_of(dataset)), "utf-8")
+        for seed in range(arguments.rounds):
+            ours.append(lifetime.cold_run(arguments.recipe, seed, dataset=dataset))
+            say(f"fromzero {arguments.recipe}", seed, ours[-1])
+            began = time.perf_counter()
+            task = {"parts": str(parts), "seed": seed, "epochs": arguments.epochs}
+            theirs.append(run_worker("tutorial_keras", task, ROOT / ".venv-bench" / "bin" / "python"))
+            theirs[-1]["seconds"] = time.perf_counter() - began
+            say("Keras's tutorial", seed, theirs[-1])
+    for name, side in ((f"fromzero {arguments.recipe}", ours), ("Keras's tutorial", theirs)):
+        accuracies = [run["accuracy"] for run in side]
+        spread = f" ± {statistics.stdev(accuracies):.4f}" if len(side) > 1 else ""
+        seconds = statistics.median(run["seconds"] for run in side)
+        print(f"{name}: {statistics.mean(accuracies):.4f}{spread} (n = {len(side)}), {seconds:.0f} s (median)")
+    ratios = sorted(other["seconds"] / own["seconds"] for own, other in zip(ours, theirs, strict=True))
+    print(f"Keras ÷ fromzero, seconds: {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})")
+
+
+def parts_of(folder):
+    """Of train and test each the files and their labels, as fromzero splits that folder."""
+    from fromzero import load_images
+
+    images = load_images(folder)
+    return {
+        name: ([str(Path(images.source, file)) for file in part.files], part.labels.tolist())
+        for name, part in (("train", images.train), ("test", images.test))
+    }
+
+
+def say(side, seed, run):
+    print(f"{side}, seed {seed}: test accuracy {run['accuracy']:.4f}, {run['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
