@@ -277,7 +277,7 @@ def _predict(arguments: argparse.Namespace) -> None:
             told = "  ".join(f"{name:<{longest}}  {probability:.4f}" for name, probability in says)
             print(f"{told}  {paths[index]}")
     if wrong:
-        raise InputError(unreadable(paths, wrong, todo="repair or remove them"))
+        raise InputError(unreadable(paths, wrong))
 
 
 def _export(arguments: argparse.Namespace) -> None:

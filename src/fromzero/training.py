@@ -81,7 +81,9 @@ class Data:
         if recipe.validation.source == "split" and images.validation is not None:
             validation = Subset.of(images.validation)
         elif recipe.validation.source == "split":
-            kept, held = stratified_split(images.train.labels, recipe.validation.fraction, "validation")
+            # Of images that come in files of their own; CIFAR-10 and the digits have no copies, and a second is long.
+            copies = images.train.first_copies() if images.train.files else None
+            kept, held = stratified_split(images.train.labels, recipe.validation.fraction, "validation", copies)
             train, validation = train.take(kept), train.take(held)
         clean = train
         if recipe.clean_train_images < len(train.labels):

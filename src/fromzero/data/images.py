@@ -33,6 +33,15 @@ class Images:
         files = tuple(self.files[index] for index in indices) if self.files else ()
         return Images(self.pixels[indices], self.labels[indices], files)
 
+    def first_copies(self) -> np.ndarray:
+        """int64 (N,): for each image the place of the first one with the same pixels, its own if there is none
+        before it. By a 64-bit hash, which other pixels share by chance in one of 10^10 data sets of this size."""
+        rows = self.pixels.reshape(len(self), -1)
+        words = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8))).view(np.uint64)
+        weights = np.random.default_rng(0).integers(0, 2**64, words.shape[1], np.uint64)
+        _, first, inverse = np.unique(words @ weights, return_index=True, return_inverse=True)
+        return first[inverse]
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian, from
         256 classes on) and the pixels in the order C, H, W. It does not depend on the order of the images or on the
@@ -113,9 +122,17 @@ def own_name(stem: str, otherwise: str) -> str:
     return f"{name}-{otherwise}" if name in NAMED else name
 
 
-def stratified_split(labels: np.ndarray, fraction: float, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(
+    labels: np.ndarray, fraction: float, purpose: str, first_copies: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(kept, held out): int64 indices in ascending order, with `round(fraction × count)` of each class held out, at
-    least one and never all. Depends on the labels, the fraction and the purpose alone, never on a recipe's seed."""
+    least one and never all. Depends on the labels, the fraction and the purpose alone, never on a recipe's seed. With
+    `first_copies`, of `Images`, pictures are counted and not their copies, which go where the first of them goes."""
+    if first_copies is not None:
+        pictures = np.flatnonzero(first_copies == np.arange(len(labels)))
+        goes = np.zeros(len(labels), bool)
+        goes[pictures[stratified_split(labels[pictures], fraction, purpose)[1]]] = True
+        return np.flatnonzero(~goes[first_copies]), np.flatnonzero(goes[first_copies])
     order = permutation(len(labels), 0, purpose)
     held = []
     for label in np.unique(labels):

@@ -46,7 +46,7 @@ class _File(NamedTuple):
 
 
 class Wrong(NamedTuple):
-    """Why a picture cannot be read, and whether its contents are to blame: the rest may be otherwise the next time."""
+    """Why a picture cannot be read, and whether its contents are to blame: what else it is may pass."""
 
     why: str
     damaged: bool
@@ -76,7 +76,7 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     listed = [listed[index] for index in whole]
     labels = np.array([file.label for file in listed], np.int64)
     splits = np.array([file.split for file in listed])
-    notes = said + notes
+    notes = said + notes + _contradictions(listed, digests)
     if "test" not in splits:
         if "validation" in splits:
             splits[splits == "validation"] = "test"
@@ -117,6 +117,19 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     )
 
 
+def _contradictions(listed: Sequence[_File], digests: np.ndarray) -> list[str]:
+    """A note on pictures that are in two classes, if there are any: they cannot be right twice."""
+    of: dict[int, list[_File]] = {}
+    for file, digest in zip(listed, digests.tolist(), strict=True):
+        of.setdefault(digest, []).append(file)
+    double = [files for files in of.values() if len({file.label for file in files}) > 1]
+    if not double:
+        return []
+    named = [" and ".join("/".join(file.path.parts[-2:]) for file in files[:2]) for files in double]
+    are = f"{len(double):,} pictures are" if len(double) > 1 else "1 picture is"
+    return [f"{are} in two classes, to the byte: {_some(named, between='; ')}"]
+
+
 def pictures_at(paths: Sequence[Path]) -> list[Path]:
     """The pictures named, and those in and under the folders named. Raises InputError where there is none."""
     found = []
@@ -154,13 +167,14 @@ def _listed(path: Path) -> tuple[tuple[str, ...], list[_File], list[str]]:
         found, loose = {"train": path}, []
     class_names = tuple(folder.name for folder in _folders(found["train"]))
     if len(class_names) < 2:
+        below = [folder for folder in _folders(found["train"]) if len(_folders(folder)) > 1]
+        meant = f"; {below[0]} has folders in it: if those are the classes, name that" if below else ""
         raise InputError(
             f"{found['train']}: expected a folder for each of at least two classes with its pictures in it, or train,"
-            f" val and test with such, or CIFAR's data_batch files; found {_inside(found['train'])}"
+            f" val and test with such, or CIFAR's data_batch files; found {_inside(found['train'])}{meant}"
         )
     listed, left_out, deeper = [], list(loose), []
     for split, root in found.items():
-        only_deeper: dict[str, Path] = {}
         left_out += [entry for entry in _shown(root) if not entry.is_dir()]
         for folder in _folders(root):
             if folder.name not in class_names:
@@ -170,12 +184,12 @@ def _listed(path: Path) -> tuple[tuple[str, ...], list[_File], list[str]]:
                 raise InputError(
                     f"{folder}: expected the pictures of a class ({', '.join(ENDINGS)}); found {_inside(folder)}"
                 )
-            for inner in within if folder not in {picture.parent for picture in pictures} else ():
-                if (same := only_deeper.setdefault(inner.name, folder)) != folder:
-                    raise InputError(
-                        f"{root}: {same.name} and {folder.name} have no pictures of their own but a folder {inner.name}"
-                        f" each: if those are the classes, name {folder}; if not, put a class's pictures together"
-                    )
+            if len(within) > 1 and folder not in {picture.parent for picture in pictures}:
+                raise InputError(
+                    f"{folder}: has no pictures of its own but folders with such, {_some([x.name for x in within])}; if"
+                    f" those are classes, name {folder} as the data set, and if {folder.name} is one, put its pictures"
+                    " into it"
+                )
             listed += [_File(split, class_names.index(folder.name), picture) for picture in pictures]
             left_out += others
             deeper += within
@@ -289,10 +303,16 @@ def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> _Decoded:
     whole, notes = np.delete(np.arange(len(paths)), list(wrong)), []
     if wrong:
         left = {file[:2] for index, file in enumerate(listed) if index not in wrong}  # classes of the splits
-        accident = all(of.damaged for of in wrong.values()) and len(wrong) <= DAMAGED_SHARE * len(paths)
-        if not accident or left != {file[:2] for file in listed}:
-            raise InputError(f"{path}: {unreadable(paths, wrong, todo='repair or remove them')}")
-        notes.append(unreadable(paths, wrong, todo="they are left out"))
+        too_many = ""
+        if not all(of.damaged for of in wrong.values()):
+            too_many = "some could not be opened, which may be otherwise the next time"
+        elif len(wrong) > DAMAGED_SHARE * len(paths):
+            too_many = f"more than {DAMAGED_SHARE:.0%}, too many to leave out"
+        elif left != {file[:2] for file in listed}:
+            too_many = "all pictures of a class, too many to leave out"
+        if too_many:
+            raise InputError(f"{path}: {unreadable(paths, wrong)}; {too_many}: repair or remove them")
+        notes.append(f"left out: {unreadable(paths, wrong)}")
         pixels, digests = pixels[whole], digests[whole]
     if sizes <= {(width, height)}:
         return pixels, digests, whole, notes
@@ -322,13 +342,16 @@ def read_pictures(
     return pixels, digests, wrong
 
 
-def unreadable(paths: Sequence[Path], wrong: Mapping[int, Wrong], todo: str) -> str:
-    """What `read_pictures` found wrong, in words: the first files by name."""
-    files = [f"{paths[index]} ({of.why})" for index, of in wrong.items()]
-    return (
-        f"{len(wrong)} of {len(paths):,} pictures cannot be read; {todo}:"
-        f" {_some(files, between='; ', most=UNREADABLE_NAMED)}"
-    )
+def unreadable(paths: Sequence[Path], wrong: Mapping[int, Wrong]) -> str:
+    """What `read_pictures` found wrong, in words: the first files by name, after what they have in common."""
+    named: dict[str, list[str]] = {}
+    for index in list(wrong)[:UNREADABLE_NAMED]:
+        named.setdefault(wrong[index].why, []).append(str(paths[index]))
+    reasons = [f"{why}: {', '.join(files)}" for why, files in named.items()]
+    if len(wrong) > UNREADABLE_NAMED:
+        reasons.append(f"and {len(wrong) - UNREADABLE_NAMED} more")
+    of = "1 picture" if len(paths) == 1 else f"{len(paths):,} pictures"
+    return f"{len(wrong)} of {of} cannot be read ({'; '.join(reasons)})"
 
 
 @contextlib.contextmanager
@@ -379,7 +402,7 @@ def _decode(path: Path, width: int, height: int) -> _Outcome:
             image.draft("RGB", (2 * width, 2 * height))  # a large JPEG is not decoded in full only to be made small
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith(("I", "F")):
-                return Wrong(f"{image.mode}: only 8 bits a channel are read", damaged=False)
+                return Wrong("more than 8 bits a channel", damaged=True)
             if image.has_transparency_data:
                 over = image.convert("RGBA")
                 plain = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
@@ -390,6 +413,8 @@ def _decode(path: Path, width: int, height: int) -> _Outcome:
             return np.asarray(plain), int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
     except MemoryError:
         raise
+    except Image.DecompressionBombError:
+        return Wrong("too many pixels to be safely decoded", damaged=True)
     except UnidentifiedImageError:
         return Wrong(f"nothing that {', '.join(FORMATS)} begin with" if content else "empty", damaged=True)
     except Exception as error:  # whatever decoders raise at damaged files
