@@ -46,7 +46,7 @@ def measure(parts, seed, epochs):
     parts = json.loads(Path(parts).read_text("utf-8"))
     keras.utils.set_random_seed(seed)
     train, test = pictures(*parts["train"]), pictures(*parts["test"]).batch(BATCH_SIZE)
-    train = train.shuffle(1000).batch(BATCH_SIZE).prefetch(tf.data.AUTOTUNE)
+    train = train.shuffle(len(parts["train"][0])).batch(BATCH_SIZE).prefetch(tf.data.AUTOTUNE)  # they come by class
     model = build(1 + max(parts["train"][1]))
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     model.fit(train, epochs=epochs, verbose=0)

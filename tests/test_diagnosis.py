@@ -482,6 +482,7 @@ def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, t
     assert cli.main(["diagnose", str(second.path), "--threads", "1"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "So few validation images may hide imbalance, oscillating" in told
+    assert "imbalance" not in told.split("not found, or explained by that: ")[1]
     assert f"The run began with the weights of {run.path}: its first steps were not tried again" in told
     assert json.loads((second.path / "diagnosis.json").read_text("utf-8"))["measures"]["trials"] == {}
 
@@ -489,10 +490,23 @@ def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, t
 @pytest.mark.parametrize(("changes", "hinted"), [({}, True), ({"network.batch_norm": True}, False)])
 def test_a_training_without_a_fault_is_not_called_the_best(run, changes, hinted):
     """It finds faults; that another recipe reaches more is none (docs/walkthrough.md)."""
-    run.write_recipe(run.recipe.override(changes))
+    run.write_recipe(run.recipe.override({"name": "own", **changes}))
+    too_few = diagnose(evidence(measured={"num_validation": 100}))
+    assert [finding.name for finding in too_few] == ["validation-too-small"]
     for steps, other in ((10, "few"), (10_000, "strong")):  # an epoch
-        said = diagnosis_text(run, rows(step=[steps * epoch for epoch in range(1, 6)]), [], {})
-        assert (f"reaches more: --recipe {other} has" in said) is hinted
+        for found in ([], too_few):
+            said = diagnosis_text(run, rows(step=[steps * epoch for epoch in range(1, 6)]), found, {})
+            assert (f"reaches more: --recipe {other} has" in said) is hinted
     found = diagnose(evidence(**PLANTED["imbalance"]))
     assert found
     assert "--recipe few" not in diagnosis_text(run, rows(), found, {})
+
+
+def test_a_run_shorter_than_its_recipe_or_that_has_not_ended_is_told_so(run):
+    run.write_recipe(run.recipe.override({"name": "few", "network.batch_norm": True}))
+    told = f"few has 60 epochs, where this run has {run.recipe.epochs}: more of them may reach more."
+    assert told in diagnosis_text(run, rows(), [], {})
+    (run.path / "summary.json").unlink()
+    said = diagnosis_text(run, rows(), [], {})
+    assert f"The run has not ended; fromzero resume {run.path} trains it on." in said
+    assert "more of them" not in said

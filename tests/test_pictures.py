@@ -439,3 +439,13 @@ def test_predictions_of_the_test_pictures_are_as_right_as_the_summary_says(tmp_p
     told = capsys.readouterr()
     assert told.out == ""
     assert "outputs are no numbers: its weights are too large to compute with; try --checkpoint best" in told.err
+
+
+def test_what_a_training_on_pictures_says_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val", "test"):
+        write(tmp_path / "set" / split, count=4, seed=len(split))
+    assert cli.main(["train", "set", *CHANGES]) == 0
+    assert "  3 classes: blue, green, red\n" in capsys.readouterr().out
+    assert cli.main(["train", "set", *CHANGES, "--validation.fraction", "0.4"]) == 2
+    assert "holds nothing out: " in capsys.readouterr().err

@@ -547,6 +547,18 @@ def test_weights_that_do_not_fit_are_refused_with_a_table(small, tiny_images, tm
     assert taken.run.provenance["from"]["left"] == ["dense_1.weight", "dense_1.bias", "predictions.weight"]
 
 
+def test_weights_of_other_classes_are_taken_without_their_last_layer(small, tiny_images, tmp_path):
+    first = fromzero.train(small.override({"epochs": 1}), tiny_images, runs_dir=tmp_path)
+    others = dataclasses.replace(tiny_images, class_names=tuple(f"other {n}" for n in range(10)))
+    with pytest.raises(
+        InputError, match="its classes are airplane, automobile, bird and 7 more, and here they are other"
+    ):
+        new_training(small, others, runs_dir=tmp_path / "other", start_from=first)
+    taken = new_training(small, others, runs_dir=tmp_path / "other", start_from=first, partial=True)
+    assert all(name.startswith("predictions.") for name in taken.run.provenance["from"]["left"])
+    assert taken.run.provenance["from"]["left"]
+
+
 @pytest.mark.parametrize("poison", ["loss", math.inf, 1e30])
 def test_non_finite_values_stop_before_the_weights_change(poison, small, tiny_images, tmp_path):
     run = new_training(small, tiny_images, runs_dir=tmp_path)

@@ -105,6 +105,8 @@ def _train(arguments: argparse.Namespace) -> None:
         finally:
             importing.join()  # torch cannot be imported while the program ends
         from fromzero.sessions import new_training
+    if "validation.fraction" in changes and images.validation is not None:
+        raise InputError(f"--validation.fraction holds nothing out: {images.source} has validation images of its own")
     training = new_training(
         recipe,
         images,

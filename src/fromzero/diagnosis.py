@@ -99,7 +99,8 @@ def _imbalance(e: Evidence) -> Finding | None:
         "imbalance",
         "classes with few images are missed",
         f"{counts[commonest]:,} train images of {names[commonest]!r}, {counts[rarest]:,} of {names[rarest]!r}; of the"
-        f" validation images of the {len(rare)} rare classes {rare_recall:.2f} are right, of the others"
+        f" validation images of the {'rare class' if len(rare) == 1 else f'{len(rare)} rare classes'}"
+        f" {rare_recall:.2f} are right, of the others"
         f" {common_recall:.2f}",
         "collect more images of the rare classes, and look at accuracy by class (fromzero evaluate), not at the mean",
     )
@@ -427,7 +428,7 @@ def _validation_too_small(e: Evidence) -> Finding | None:
         "validation-too-small",
         "validation has too few images to tell better from worse",
         f"{count:,} images: an accuracy of {accuracy:.3f} may be {low:.3f} to {high:.3f} (95 %)",
-        "train with more validation images (a larger --validation.fraction, or more pictures), or several seeds",
+        "more validation images (a larger --validation.fraction where they are held out of train), or several seeds",
     )
 
 

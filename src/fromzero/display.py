@@ -20,11 +20,11 @@ from rich.table import Column, Table
 from fromzero import augment, training
 from fromzero.curves import validation_label
 from fromzero.diagnosis import ON_VALIDATION, RULES, Finding
-from fromzero.errors import counted
+from fromzero.errors import counted, some
 from fromzero.findings import STUDY_SEEDS
 from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
-from fromzero.recipe import Recipe
+from fromzero.recipe import Recipe, load_recipe, recipe_names
 from fromzero.runs import Row, Run
 from fromzero.stats import fewest_pairs
 from fromzero.study.definition import short
@@ -37,6 +37,7 @@ NARROW_HIDES = ("running", "seed", "train", "best", "time", "recipe")  # columns
 FEW_IMAGES = 5000  # the recipe few is as good as strong from 4,000, and took a third of the time (docs/results.md)
 FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
 FEW_STEPS, FEW_BATCH = 8, 125  # an epoch; images a step
+NAMED_CLASSES = 10  # at the start of a training
 LINE_SECONDS = 30.0  # without a terminal: the longest time without a line while steps are made
 
 
@@ -73,6 +74,7 @@ def header(run: Training) -> str:
         f"{run.run.path}: {recipe.name} on {run.images.name}, {parameters:,} parameters, seed {recipe.seed}",
         f"  {len(run.data.train.labels):,} train images from {run.images.source}; {validation}"
         f" ({len(run.data.validation.labels):,})",
+        f"  {run.images.num_classes} classes: {some(run.images.class_names, most=NAMED_CLASSES)}",
         f"  {here.device}, {counted(here.threads, 'thread')}, {here.precision}{kernels}; {recipe.optimizer.name} at"
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {counted(recipe.epochs, 'epoch')}",
     ]
@@ -187,20 +189,34 @@ def diagnosis_text(
             )
     others = [name for name in RULES if name not in {finding.name for finding in found}]
     if "validation-too-small" not in others:
-        say("", f"So few validation images may hide {', '.join(name for name in ON_VALIDATION if name in others)}.")
+        hidden = [name for name in others if name in ON_VALIDATION]
+        others = [name for name in others if name not in hidden]
+        say("", f"So few validation images may hide {', '.join(hidden)}.")
     if origin := run.provenance["from"]:
         began = f"The run began with the weights of {origin['run']}:"
         say("", f"{began} its first steps were not tried again, and a study begins anew.")
     say("not found, or explained by that: " if found else "nothing found of: ", ", ".join(others))
-    if not found and not run.recipe.network.batch_norm:
-        images = rows[-1]["step"] / max(rows[-1]["epoch"], 1) * run.recipe.batch_size
-        other = "few" if images < FEW_IMAGES else "strong"
-        say(
-            "",
-            f"That is not to say that no other recipe reaches more: --recipe {other} has what was worth most on"
-            " CIFAR-10, a rate that falls, Muon and batch normalisation.",
-        )
+    if run.summary is None:
+        say("", f"The run has not ended; fromzero resume {shlex.quote(str(run.path))} trains it on.")
+    elif {finding.name for finding in found} <= {"validation-too-small"} and (more := _other_recipe(run, rows)):
+        say("", more)
     return "\n".join(lines)
+
+
+def _other_recipe(run: Run, rows: Sequence[Row]) -> str:
+    """What may reach more where no fault is found, if anything is known to."""
+    recipe = run.recipe
+    usual = load_recipe(recipe.name).epochs if recipe.name in recipe_names() else 0
+    if usual > recipe.epochs:
+        return f"{recipe.name} has {usual} epochs, where this run has {recipe.epochs}: more of them may reach more."
+    if recipe.network.batch_norm:
+        return ""
+    images = rows[-1]["step"] / max(rows[-1]["epoch"], 1) * recipe.batch_size
+    other = "few" if images < FEW_IMAGES else "strong"
+    return (
+        f"That is not to say that no other recipe reaches more: --recipe {other} has what was worth most on"
+        " CIFAR-10, a rate that falls, Muon and batch normalisation."
+    )
 
 
 def duration(seconds: float) -> str:

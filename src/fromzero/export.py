@@ -37,7 +37,7 @@ def export(run: Run, classifier: Classifier, path: Path) -> float:
     try:
         from onnx.reference import ReferenceEvaluator
     except ImportError:
-        raise InputError("export needs the package onnx: pip install 'fromzero[onnx]'") from None
+        raise InputError("export needs the package onnx: pip install onnx") from None
     check_named(path)
     model = _model(run, classifier)
     pixels = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, *classifier.image_shape), dtype=np.uint8)

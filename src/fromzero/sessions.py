@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from fromzero import checkpoint, machine, modules, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError
+from fromzero.errors import FromzeroError, InputError, some
 from fromzero.evaluate import Normalise
 from fromzero.machine import Machine
 from fromzero.modules import Network
@@ -83,8 +83,17 @@ def new_training(
     if start_from is not None:
         source = start_from if isinstance(start_from, Run) else load_run(start_from, runs_dir)
         found = last_checkpoint(source)
+        weights = model_weights(found)
+        theirs = source.provenance["data"].get("classes", list(images.class_names))
+        if theirs != list(images.class_names):
+            if not partial:
+                raise InputError(
+                    f"{source.path}: its classes are {some(theirs)}, and here they are {some(images.class_names)}"
+                    "\n--partial takes the weights of all layers but the last"
+                )
+            weights = {name: weight for name, weight in weights.items() if not name.startswith("predictions.")}
         try:
-            left = load_weights(state.model, model_weights(found), partial=partial)
+            left = load_weights(state.model, weights, partial=partial)
         except InputError as error:
             raise InputError(f"{source.path}: {error}\n--partial takes the weights that fit") from None
         origin = {"run": str(source.path), "recipe": source.recipe.name, "step": found.state.get("step"), "left": left}

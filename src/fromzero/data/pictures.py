@@ -26,7 +26,7 @@ from rich.progress import track
 from fromzero import files
 from fromzero.cores import num_threads
 from fromzero.data.images import Images, ImageSet, own_name
-from fromzero.errors import InputError
+from fromzero.errors import InputError, some
 
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # other decoders are not tried on anybody's file
@@ -36,7 +36,7 @@ TEST_SHARE = 0.2
 DAMAGED_SHARE = 0.05  # of the pictures; more of them are no accident, but a folder that is not what it seems
 KEPT_AS = "pictures-2"  # raised when the same files would give other arrays
 HIDDEN = (".", "__", "@", "Thumbs.db", "desktop.ini")  # how names begin that systems leave among pictures
-NAMED_AT_ONCE, UNREADABLE_NAMED = 3, 50  # the latter so that all can be removed before the next try
+UNREADABLE_NAMED = 50  # the latter so that all can be removed before the next try
 
 
 class _File(NamedTuple):
@@ -91,7 +91,7 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     for split in np.unique(splits):
         present = set(labels[splits == split].tolist())
         if absent := [name for label, name in enumerate(class_names) if label not in present]:
-            notes.append(f"no {split} picture of {_some(absent)}")
+            notes.append(f"no {split} picture of {some(absent)}")
     for split, seen_in in (("validation", "train"), ("test", "train"), ("test", "validation")):
         here, there = (digests[splits == name] for name in (split, seen_in))
         if copies := int(np.isin(here, there).sum()):
@@ -127,7 +127,7 @@ def _contradictions(listed: Sequence[_File], digests: np.ndarray) -> list[str]:
         return []
     named = [" and ".join("/".join(file.path.parts[-2:]) for file in files[:2]) for files in double]
     are = f"{len(double):,} pictures are" if len(double) > 1 else "1 picture is"
-    return [f"{are} in two classes, to the byte: {_some(named, between='; ')}"]
+    return [f"{are} in two classes, to the byte: {some(named, between='; ')}"]
 
 
 def pictures_at(paths: Sequence[Path]) -> list[Path]:
@@ -186,7 +186,7 @@ def _listed(path: Path) -> tuple[tuple[str, ...], list[_File], list[str]]:
                 )
             if len(within) > 1 and folder not in {picture.parent for picture in pictures}:
                 raise InputError(
-                    f"{folder}: has no pictures of its own but folders with such, {_some([x.name for x in within])}; if"
+                    f"{folder}: has no pictures of its own but folders with such, {some([x.name for x in within])}; if"
                     f" those are classes, name {folder} as the data set, and if {folder.name} is one, put its pictures"
                     " into it"
                 )
@@ -195,9 +195,9 @@ def _listed(path: Path) -> tuple[tuple[str, ...], list[_File], list[str]]:
             deeper += within
     notes = []
     if deeper:
-        notes.append(f"pictures in a folder within a class are of that class: {_some(_names(deeper, path))}")
+        notes.append(f"pictures in a folder within a class are of that class: {some(_names(deeper, path))}")
     if left_out:
-        notes.append(f"not read, being no picture in a class folder: {_some(_names(left_out, path))}")
+        notes.append(f"not read, being no picture in a class folder: {some(_names(left_out, path))}")
     return class_names, listed, notes
 
 
@@ -244,13 +244,7 @@ def _names(entries: Iterable[Path], path: Path) -> list[str]:
 
 def _inside(folder: Path) -> str:
     """What is in it, in words."""
-    return _some([entry.name for entry in _shown(folder)]) or "nothing"
-
-
-def _some(names: Sequence[str], between: str = ", ", most: int = NAMED_AT_ONCE) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return between.join(names[:most]) + more
+    return some([entry.name for entry in _shown(folder)]) or "nothing"
 
 
 _Decoded = tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]

@@ -194,7 +194,7 @@ def on_ray(cells: Sequence[Cell], setting: Setting) -> Iterator[Event]:
     try:
         import ray
     except ImportError:
-        raise InputError("--on ray needs Ray: pip install 'fromzero[ray]'") from None
+        raise InputError("--on ray needs Ray: pip install ray") from None
     address = os.environ.get("RAY_ADDRESS")
     if place := re.fullmatch(r"(?:ray://)?([^/]+):(\d+)", address or ""):
         try:  # Ray itself would try for minutes
