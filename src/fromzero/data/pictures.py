@@ -122,10 +122,11 @@ def _contradictions(listed: Sequence[_File], digests: np.ndarray) -> list[str]:
     of: dict[int, list[_File]] = {}
     for file, digest in zip(listed, digests.tolist(), strict=True):
         of.setdefault(digest, []).append(file)
-    double = [files for files in of.values() if len({file.label for file in files}) > 1]
+    one_a_class = [list({file.label: file for file in files}.values()) for files in of.values()]
+    double = [files for files in one_a_class if len(files) > 1]
     if not double:
         return []
-    named = [" and ".join("/".join(file.path.parts[-2:]) for file in files[:2]) for files in double]
+    named = [" and ".join("/".join(file.path.parts[-2:]) for file in files) for files in double]
     are = f"{len(double):,} pictures are" if len(double) > 1 else "1 picture is"
     return [f"{are} in two classes, to the byte: {some(named, between='; ')}"]
 
