@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from benchmarks.timing import main_of_worker
 
-SIDE, BATCH_SIZE, EPOCHS = 180, 32, 15
+SIDE, BATCH_SIZE = 180, 32
 
 
 def build(num_classes):

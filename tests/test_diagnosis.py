@@ -508,5 +508,5 @@ def test_a_run_shorter_than_its_recipe_or_that_has_not_ended_is_told_so(run):
     assert told in diagnosis_text(run, rows(), [], {})
     (run.path / "summary.json").unlink()
     said = diagnosis_text(run, rows(), [], {})
-    assert f"The run has not ended; fromzero resume {run.path} trains it on." in said
+    assert f"The run has not ended; if it was stopped, fromzero resume {run.path} trains it on." in said
     assert "more of them" not in said

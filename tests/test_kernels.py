@@ -423,7 +423,7 @@ def test_without_a_compiler_pytorch_computes_and_it_is_said(tmp_path, monkeypatc
         training = new_training(recipe, tiny_images, runs_dir=tmp_path / "runs", device="cpu", threads=1)
         training.close()
         assert training.machine.kernels == kernels.NONE
-        assert header(training).splitlines()[3].startswith(f"  by PyTorch's kernels, which are slower: {why}")
+        assert header(training).splitlines()[4].startswith(f"  by PyTorch's kernels, which are slower: {why}")
     monkeypatch.setenv("FROMZERO_KERNELS", "off")
     assert training.machine.why_no_kernels == "FROMZERO_KERNELS is off"
 

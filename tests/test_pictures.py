@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
 from fromzero import Run, checkpoint, cli, load_images, load_recipe
 from fromzero.data import pictures
 from fromzero.errors import InputError
+from fromzero.sessions import load_trained
 from fromzero.training import Data
 
 COLORS = {"blue": (20, 40, 200), "green": (30, 180, 60), "red": (210, 30, 40)}
@@ -207,7 +209,7 @@ def test_a_few_damaged_pictures_are_left_out_and_named(tmp_path, monkeypatch):
         )
         (note,) = images.notes[:1]
         assert note.startswith("left out: 1 of 60 pictures cannot be read (")
-        assert note.endswith(f": {damaged_one})")
+        assert note.endswith(": red/003.png)")
     for n in range(4, 7):
         (folder / "red" / f"{n:03}.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"4 of 60 pictures cannot be read .*more than 5%"):
@@ -449,3 +451,42 @@ def test_what_a_training_on_pictures_says_first(tmp_path, monkeypatch, capsys):
     assert "  3 classes: blue, green, red\n" in capsys.readouterr().out
     assert cli.main(["train", "set", *CHANGES, "--validation.fraction", "0.4"]) == 2
     assert "holds nothing out: " in capsys.readouterr().err
+
+
+def test_a_picture_that_is_left_out_does_not_decide_the_size(tmp_path):
+    folder = write(tmp_path / "set", count=10, size=(28, 28))
+    painted("red", 0, size=(200, 100)).save(folder / "red" / "x.png")
+    (folder / "red" / "x.png").write_bytes((folder / "red" / "x.png").read_bytes()[:-200])
+    images = load_images(folder)
+    assert images.image_shape == (28, 28, 3)
+    assert [note[:9] for note in images.notes] == ["left out:", "no folder"]
+
+
+def test_copies_of_one_picture_leave_none_for_validation(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(Path("set", "test"), count=4)
+    for color in COLORS:
+        Path("set", "train", color).mkdir(parents=True)
+        for n in range(5):
+            painted(color, 7).save(Path("set", "train", color, f"{n}.png"))
+    assert cli.main(["train", "set", *CHANGES]) == 2
+    assert "each class has copies of one picture only; none is left for validation" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_run_begun_before_copies_were_kept_together_keeps_its_split(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(Path("set"), count=15)
+    for path in list(Path("set").glob("*/*.png")):
+        shutil.copy(path, path.with_name(f"{path.stem}-copy.png"))
+    assert cli.main(["train", "set", *CHANGES]) == 0
+    run = Run(next(Path("runs").iterdir()))
+    together = load_trained(run).data
+    provenance = json.loads((run.path / "provenance.json").read_text())
+    assert provenance["data"].pop("copies") == "together"
+    assert any("a fifth of each class" in note for note in provenance["data"]["notes"])
+    (run.path / "provenance.json").write_text(json.dumps(provenance))
+    apart = load_trained(Run(run.path)).data
+    train, held = ({image.numpy().tobytes() for image in part.pixels} for part in (apart.train, apart.validation))
+    assert train & held
+    assert not torch.equal(apart.validation.pixels, together.validation.pixels)

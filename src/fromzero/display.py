@@ -86,7 +86,7 @@ def header(run: Training) -> str:
     if (count := len(run.data.validation.labels)) < FEW_FOR_VALIDATION:
         more = "; --validation.fraction holds out more" if len(run.data.train.labels) < len(run.images.train) else ""
         points = f"{98 / math.sqrt(count):.0f} points"  # half of a 95 % interval, at its widest
-        lines.append(f"  note: {count} validation images tell an accuracy to ± {points} only{more}")
+        lines.append(f"  note: {counted(count, 'validation image')} tell an accuracy to ± {points} only{more}")
     augmentation, timetable = recipe.augment, run.timetable
     if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
         lines.append(
@@ -197,7 +197,7 @@ def diagnosis_text(
         say("", f"{began} its first steps were not tried again, and a study begins anew.")
     say("not found, or explained by that: " if found else "nothing found of: ", ", ".join(others))
     if run.summary is None:
-        say("", f"The run has not ended; fromzero resume {shlex.quote(str(run.path))} trains it on.")
+        say("", f"The run has not ended; if it was stopped, {run.resume_command} trains it on.")
     elif {finding.name for finding in found} <= {"validation-too-small"} and (more := _other_recipe(run, rows)):
         say("", more)
     return "\n".join(lines)
@@ -397,6 +397,7 @@ def study_header(execution: Execution) -> str:
     own = execution.images.validation is not None
     validation = "validation images of their own" if own else "validation held out of them"
     lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {validation}")
+    lines += [f"  note: {note}" for note in execution.images.notes]
     for group in dict.fromkeys(c.group for c in study.contrasts):
         comparisons = sum(c.group == group for c in study.contrasts)
         fewest = fewest_pairs(comparisons)

@@ -52,5 +52,5 @@ def counted(number: int, noun: str) -> str:
 
 def some(names: Sequence[str], between: str = ", ", most: int = 3) -> str:
     """The first of them, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
+    more = f"{'' if between == ', ' else between.rstrip()} and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + more

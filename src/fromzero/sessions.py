@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from fromzero import checkpoint, machine, modules, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError, some
+from fromzero.errors import FromzeroError, InputError
 from fromzero.evaluate import Normalise
 from fromzero.machine import Machine
 from fromzero.modules import Network
@@ -85,10 +86,13 @@ def new_training(
         found = last_checkpoint(source)
         weights = model_weights(found)
         theirs = source.provenance["data"].get("classes", list(images.class_names))
-        if theirs != list(images.class_names):
+        ours = list(images.class_names)
+        if theirs != ours:
             if not partial:
+                pairs = enumerate(itertools.zip_longest(theirs, ours, fillvalue="none"), 1)
+                place, one, other = next((place, *pair) for place, pair in pairs if pair[0] != pair[1])
                 raise InputError(
-                    f"{source.path}: its classes are {some(theirs)}, and here they are {some(images.class_names)}"
+                    f"{source.path}: its classes are others: number {place} is {one!r} there and {other!r} here"
                     "\n--partial takes the weights of all layers but the last"
                 )
             weights = {name: weight for name, weight in weights.items() if not name.startswith("predictions.")}
@@ -108,6 +112,8 @@ def new_training(
         "classes": list(images.class_names),
         "image_shape": list(images.image_shape),
         "normalise": data.normalise.to_json(),
+        "copies": "together",
+        "notes": list(images.notes),
     }
     run.write_provenance(
         {
@@ -227,7 +233,8 @@ def _loaded(
     run.write_provenance({**provenance, "data": data, "resumed": [*provenance["resumed"], note]})
     if "epochs" in note:  # last: a recipe with epochs that provenance does not know would count as edited
         run.write_recipe(recipe)
-    return Training(run, recipe, images, here, state, Data.of(recipe, images, here.device))
+    data = Data.of(recipe, images, here.device, copies_apart=_copies_apart(run))
+    return Training(run, recipe, images, here, state, data)
 
 
 def check_unedited(run: Run) -> None:
@@ -313,6 +320,11 @@ def recorded_images(
     return images
 
 
+def _copies_apart(run: Run) -> bool:
+    """Whether the run was begun when validation was held out image by image, whatever was a copy of what."""
+    return run.provenance["data"].get("copies") != "together"
+
+
 def last_checkpoint(run: Run) -> Checkpoint:
     """The newest whole checkpoint of a run. Raises FromzeroError when it has none."""
     _check_kept(run)
@@ -368,7 +380,7 @@ def load_trained(
     here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
     network, found = load_network(run, images.image_shape, images.num_classes, here, which)
     assert found.path is not None  # it was read from a file
-    data = Data.of(run.recipe, images, here.device)
+    data = Data.of(run.recipe, images, here.device, copies_apart=_copies_apart(run))
     return Trained(run, images, data, network, found.path, found.state.get("epoch", 0), here)
 
 

@@ -74,16 +74,21 @@ class Data:
     normalise: Normalise
 
     @classmethod
-    def of(cls, recipe: Recipe, images: ImageSet, device: str) -> Data:
-        """Split as the recipe says. The splits depend on the images alone, not on the seed."""
+    def of(cls, recipe: Recipe, images: ImageSet, device: str, *, copies_apart: bool = False) -> Data:
+        """Split as the recipe says. The splits depend on the images alone, not on the seed. `copies_apart` is how runs
+        were split that do not say that copies are together. Raises InputError where nothing can be held out."""
         train, test = Subset.of(images.train), Subset.of(images.test)
         validation = test
         if recipe.validation.source == "split" and images.validation is not None:
             validation = Subset.of(images.validation)
         elif recipe.validation.source == "split":
-            # Of images that come in files of their own; CIFAR-10 and the digits have no copies, and a second is long.
-            copies = images.train.first_copies() if images.train.files else None
+            # Only files of one's own are looked through: CIFAR-10 and the digits have no copies.
+            copies = images.train.first_copies() if images.train.files and not copies_apart else None
             kept, held = stratified_split(images.train.labels, recipe.validation.fraction, "validation", copies)
+            if not len(held):
+                raise InputError(
+                    f"{images.source}: each class has copies of one picture only; none is left for validation"
+                )
             train, validation = train.take(kept), train.take(held)
         clean = train
         if recipe.clean_train_images < len(train.labels):

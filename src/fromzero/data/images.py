@@ -34,13 +34,12 @@ class Images:
         return Images(self.pixels[indices], self.labels[indices], files)
 
     def first_copies(self) -> np.ndarray:
-        """int64 (N,): for each image the place of the first one with the same pixels, its own if there is none
-        before it. By a 64-bit hash, which other pixels share by chance in one of 10^10 data sets of this size."""
-        rows = self.pixels.reshape(len(self), -1)
-        words = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 8))).view(np.uint64)
-        weights = np.random.default_rng(0).integers(0, 2**64, words.shape[1], np.uint64)
-        _, first, inverse = np.unique(words @ weights, return_index=True, return_inverse=True)
-        return first[inverse]
+        """int64 (N,): for each image the place of the first one of its class with the same pixels, its own if there is
+        none before it."""
+        first: dict[tuple[int, bytes], int] = {}
+        digests = (hashlib.sha256(image.tobytes()).digest() for image in self.pixels)
+        found = enumerate(zip(self.labels.tolist(), digests, strict=True))
+        return np.array([first.setdefault(image, place) for place, image in found], np.int64)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian, from
@@ -127,7 +126,8 @@ def stratified_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(kept, held out): int64 indices in ascending order, with `round(fraction × count)` of each class held out, at
     least one and never all. Depends on the labels, the fraction and the purpose alone, never on a recipe's seed. With
-    `first_copies`, of `Images`, pictures are counted and not their copies, which go where the first of them goes."""
+    `first_copies`, of `Images`, pictures are counted and not their copies, which go where the first of them goes; of a
+    class whose images are all copies of one, none is held out."""
     if first_copies is not None:
         pictures = np.flatnonzero(first_copies == np.arange(len(labels)))
         goes = np.zeros(len(labels), bool)

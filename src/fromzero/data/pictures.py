@@ -36,7 +36,7 @@ TEST_SHARE = 0.2
 DAMAGED_SHARE = 0.05  # of the pictures; more of them are no accident, but a folder that is not what it seems
 KEPT_AS = "pictures-2"  # raised when the same files would give other arrays
 HIDDEN = (".", "__", "@", "Thumbs.db", "desktop.ini")  # how names begin that systems leave among pictures
-UNREADABLE_NAMED = 50  # the latter so that all can be removed before the next try
+UNREADABLE_NAMED = 50  # so that all can be removed before the next try
 
 
 class _File(NamedTuple):
@@ -46,7 +46,7 @@ class _File(NamedTuple):
 
 
 class Wrong(NamedTuple):
-    """Why a picture cannot be read, and whether its contents are to blame: what else it is may pass."""
+    """Why a picture cannot be read, and whether its contents are to blame: anything else may pass."""
 
     why: str
     damaged: bool
@@ -76,7 +76,7 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     listed = [listed[index] for index in whole]
     labels = np.array([file.label for file in listed], np.int64)
     splits = np.array([file.split for file in listed])
-    notes = said + notes + _contradictions(listed, digests)
+    notes = said + notes + _contradictions(listed, digests, path)
     if "test" not in splits:
         if "validation" in splits:
             splits[splits == "validation"] = "test"
@@ -117,7 +117,7 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     )
 
 
-def _contradictions(listed: Sequence[_File], digests: np.ndarray) -> list[str]:
+def _contradictions(listed: Sequence[_File], digests: np.ndarray, path: Path) -> list[str]:
     """A note on pictures that are in two classes, if there are any: they cannot be right twice."""
     of: dict[int, list[_File]] = {}
     for file, digest in zip(listed, digests.tolist(), strict=True):
@@ -126,7 +126,7 @@ def _contradictions(listed: Sequence[_File], digests: np.ndarray) -> list[str]:
     double = [files for files in one_a_class if len(files) > 1]
     if not double:
         return []
-    named = [" and ".join("/".join(file.path.parts[-2:]) for file in files) for files in double]
+    named = [" and ".join(_names([file.path for file in files], path)) for files in double]
     are = f"{len(double):,} pictures are" if len(double) > 1 else "1 picture is"
     return [f"{are} in two classes, to the byte: {some(named, between='; ')}"]
 
@@ -290,11 +290,19 @@ def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> _Decoded:
     """As `_kept_or_decoded`, from the files."""
     paths = [file.path for file in listed]
     with _pool() as pool:
-        sizes = {size for size in pool.map(_size, paths) if size}
-    width = height = side or USUAL_SIDE
-    if side is None and len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_AS_IT_IS:
-        ((width, height),) = sizes
+        size_of = list(pool.map(_size, paths))
+
+    def scaled_to(sizes: set[tuple[int, int]]) -> tuple[int, int]:
+        if side is None and len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_AS_IT_IS:
+            return next(iter(sizes))
+        return side or USUAL_SIDE, side or USUAL_SIDE
+
+    width, height = scaled_to({size for size in size_of if size})
     pixels, digests, wrong = read_pictures(paths, height, width, f"reading {path}")
+    sizes = {size for index, size in enumerate(size_of) if size and index not in wrong}
+    if scaled_to(sizes) != (width, height) and sizes:  # what is left out says nothing about the rest
+        width, height = scaled_to(sizes)
+        pixels, digests, wrong = read_pictures(paths, height, width, f"reading {path} once more")
     whole, notes = np.delete(np.arange(len(paths)), list(wrong)), []
     if wrong:
         left = {file[:2] for index, file in enumerate(listed) if index not in wrong}  # classes of the splits
@@ -307,7 +315,7 @@ def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> _Decoded:
             too_many = "all pictures of a class, too many to leave out"
         if too_many:
             raise InputError(f"{path}: {unreadable(paths, wrong)}; {too_many}: repair or remove them")
-        notes.append(f"left out: {unreadable(paths, wrong)}")
+        notes.append(f"left out: {unreadable([file.path.relative_to(path) for file in listed], wrong)}")
         pixels, digests = pixels[whole], digests[whole]
     if sizes <= {(width, height)}:
         return pixels, digests, whole, notes
