@@ -34,7 +34,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".
 USUAL_SIDE, LARGEST_AS_IT_IS, LARGEST_SIDE = 32, 64, 512  # pixels
 TEST_SHARE = 0.2
 DAMAGED_SHARE = 0.05  # of the pictures; more of them are no accident, but a folder that is not what it seems
-KEPT_AS = "pictures-2"  # raised when the same files would give other arrays
+KEPT_AS = "pictures-3"  # raised when the same files would give other arrays
 HIDDEN = (".", "__", "@", "Thumbs.db", "desktop.ini")  # how names begin that systems leave among pictures
 UNREADABLE_NAMED = 50  # so that all can be removed before the next try
 
