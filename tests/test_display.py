@@ -97,6 +97,6 @@ def test_few_steps_an_epoch_are_said(batch_size, said, tiny_images, tmp_path):
     notes = [
         line
         for line in display.header(run).splitlines()
-        if "a smaller --batch_size makes more, as the 125 of the recipe few" in line
+        if "of so few images --recipe few may make more, by batches of 125" in line
     ]
     assert [line.split(";")[0].removeprefix("  note: ") for line in notes] == ([said] if said else [])

@@ -90,8 +90,8 @@ def header(run: Training) -> str:
     augmentation, timetable = recipe.augment, run.timetable
     if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
         lines.append(
-            f"  note: {counted(timetable.first_steps, 'step')} an epoch; a smaller --batch_size makes more, as the"
-            f" {FEW_BATCH} of the recipe few"
+            f"  note: {counted(timetable.first_steps, 'step')} an epoch; of so few images --recipe few may make more,"
+            f" by batches of {FEW_BATCH} and more epochs"
         )
     if augmentation.scales:
         size = "×".join(map(str, augment.smallest_size(augmentation, *run.images.image_shape[:2])))
