@@ -3,7 +3,8 @@
     python -m benchmarks.pictures FOLDER [--recipe few] [--rounds 3]
 
 Both train on the same pictures and score the same test pictures; Keras's side trains on the ones that fromzero holds
-out for validation too, and validates on none. Prints every run, then means and the ratios of times.
+out for validation too, and validates on none. Prints every run, then means and the ratios of times. Keras's side needs
+the environment that `make .venv-bench/.setup` makes.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """Keras on a folder of pictures as TensorFlow's own tutorial does it: a worker, run by the Python of the peers'
 environment.
 
-Layers, sizes, augmentation, optimizer and epochs are those of tensorflow.org/tutorials/images/classification (as of
-2024): three convolutions of 16, 32 and 64 filters, each with max pooling, dropout 0.2, a dense layer of 128, Adam, 15
-epochs of batches of 32 at 180×180 pixels, images mirrored, turned and zoomed by a tenth.
+Layers, sizes, augmentation, optimizer and epochs are those of tensorflow.org/tutorials/images/classification, in its
+second half (github.com/tensorflow/docs, site/en/tutorials/images/classification.ipynb): three convolutions of 16, 32
+and 64 filters, each with max pooling, dropout 0.2, a dense layer of 128, Adam, 15 epochs of batches of 32 at 180×180
+pixels, images mirrored, turned and zoomed by a tenth.
 """
 
 import json
@@ -32,7 +33,7 @@ def build(num_classes):
 
 
 def pictures(files, labels):
-    """Batches of the pictures in these files, decoded once, as `image_dataset_from_directory` scales them."""
+    """The pictures in these files with their labels, decoded once, as `image_dataset_from_directory` scales them."""
 
     def read(path, label):
         pixels = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)

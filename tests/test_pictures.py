@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
+from benchmarks.pictures import parts_of
 from fromzero import Run, checkpoint, cli, load_images, load_recipe
 from fromzero.data import pictures
 from fromzero.errors import InputError
@@ -490,3 +491,12 @@ def test_a_run_begun_before_copies_were_kept_together_keeps_its_split(tmp_path, 
     train, held = ({image.numpy().tobytes() for image in part.pixels} for part in (apart.train, apart.validation))
     assert train & held
     assert not torch.equal(apart.validation.pixels, together.validation.pixels)
+
+
+def test_what_the_benchmark_gives_to_keras_are_the_pictures_that_fromzero_has(tmp_path):
+    folder = write(tmp_path / "set", count=10)
+    images = load_images(folder)
+    for name, part in (("train", images.train), ("test", images.test)):
+        paths, labels = parts_of(folder)[name]
+        assert [np.asarray(Image.open(path)).tolist() for path in paths] == part.pixels.tolist()
+        assert [images.class_names[label] for label in labels] == [Path(path).parent.name for path in paths]

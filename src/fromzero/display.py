@@ -86,7 +86,7 @@ def header(run: Training) -> str:
     if (count := len(run.data.validation.labels)) < FEW_FOR_VALIDATION:
         more = "; --validation.fraction holds out more" if len(run.data.train.labels) < len(run.images.train) else ""
         points = f"{98 / math.sqrt(count):.0f} points"  # half of a 95 % interval, at its widest
-        lines.append(f"  note: {counted(count, 'validation image')} tell an accuracy to ± {points} only{more}")
+        lines.append(f"  note: of {counted(count, 'validation image')} an accuracy is known to ± {points} only{more}")
     augmentation, timetable = recipe.augment, run.timetable
     if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
         lines.append(

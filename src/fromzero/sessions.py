@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from fromzero import checkpoint, machine, modules, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
@@ -84,18 +86,7 @@ def new_training(
     if start_from is not None:
         source = start_from if isinstance(start_from, Run) else load_run(start_from, runs_dir)
         found = last_checkpoint(source)
-        weights = model_weights(found)
-        theirs = source.provenance["data"].get("classes", list(images.class_names))
-        ours = list(images.class_names)
-        if theirs != ours:
-            if not partial:
-                pairs = enumerate(itertools.zip_longest(theirs, ours, fillvalue="none"), 1)
-                place, one, other = next((place, *pair) for place, pair in pairs if pair[0] != pair[1])
-                raise InputError(
-                    f"{source.path}: its classes are others: number {place} is {one!r} there and {other!r} here"
-                    "\n--partial takes the weights of all layers but the last"
-                )
-            weights = {name: weight for name, weight in weights.items() if not name.startswith("predictions.")}
+        weights = _weights_for(images, found, source, partial=partial)
         try:
             left = load_weights(state.model, weights, partial=partial)
         except InputError as error:
@@ -143,6 +134,24 @@ def initial_state(recipe: Recipe, image_shape: ImageShape, num_classes: int, dat
         for model in (state.model, *([state.proxy.model] if state.proxy else [])):
             modules.whiten(model, seen)
     return state
+
+
+def _weights_for(images: ImageSet, found: Checkpoint, source: Run, *, partial: bool) -> dict[str, Tensor]:
+    """The weights to start with on these images: if partial and their classes are others than the run's, without the
+    last layer, whose outputs mean those. Raises InputError if not partial."""
+    weights = model_weights(found)
+    ours = list(images.class_names)
+    theirs = source.provenance["data"].get("classes", ours)
+    if theirs == ours:
+        return weights
+    if partial:
+        return {name: weight for name, weight in weights.items() if not name.startswith("predictions.")}
+    pairs = enumerate(itertools.zip_longest(theirs, ours, fillvalue="none"), 1)
+    place, one, other = next((place, *pair) for place, pair in pairs if pair[0] != pair[1])
+    raise InputError(
+        f"{source.path}: its classes are others: number {place} is {one!r} there and {other!r} here"
+        "\n--partial takes the weights of all layers but the last"
+    )
 
 
 def resumed_training(

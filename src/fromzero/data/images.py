@@ -36,15 +36,18 @@ class Images:
     def first_copies(self) -> np.ndarray:
         """int64 (N,): for each image the place of the first one of its class with the same pixels, its own if there is
         none before it."""
-        first: dict[tuple[int, bytes], int] = {}
-        digests = (hashlib.sha256(image.tobytes()).digest() for image in self.pixels)
-        found = enumerate(zip(self.labels.tolist(), digests, strict=True))
-        return np.array([first.setdefault(image, place) for place, image in found], np.int64)
+        first: dict[bytes, int] = {}
+        return np.array([first.setdefault(digest, place) for place, digest in enumerate(self._digests)], np.int64)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian, from
         256 classes on) and the pixels in the order C, H, W. It does not depend on the order of the images or on the
         file format."""
+        return hashlib.sha256(b"".join(sorted(self._digests))).hexdigest()
+
+    @cached_property
+    def _digests(self) -> list[bytes]:
+        """Of each image's record, as `fingerprint` says."""
         label_type = "u1" if self.labels.max() < 256 else "<u2"
         labels = self.labels.astype(label_type)[:, None].view(np.uint8)
         digests = []
@@ -53,7 +56,7 @@ class Images:
             pixels = self.pixels[part].transpose(0, 3, 1, 2).reshape(len(labels[part]), -1)
             records = np.concatenate([labels[part], pixels], axis=1)
             digests += [hashlib.sha256(record.data).digest() for record in records]
-        return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+        return digests
 
 
 @dataclass(frozen=True)
