@@ -191,10 +191,18 @@ CASES = [
         NO_DROPOUT | NO_AUGMENTATION | {"label_smoothing": 0.0, "schedule.name": "constant"},
         bases=("plain",),
     ),
+    Case("no augmentation", "overfitting", NO_AUGMENTATION, bases=("plain", "norm", "residual")),
     Case("two channels", "underfitting", {"channels": 2, "network.dense": [4], "network.whitening": 0}),
     Case("rate × 50", "rate-too-high", times={"optimizer.learning_rate": 50}),
     Case("rate ÷ 100", "rate-too-low", times={"optimizer.learning_rate": 0.01}),
     Case("a tenth of the epochs", "stopped-early", times={"epochs": 0.1}),
+    Case(  # not digits, which are fitted by then, nor norm, whose rate is too high to stay
+        "a third of the epochs at a constant rate",
+        "stopped-early",
+        {"schedule.name": "constant"},
+        times={"epochs": 0.34},
+        bases=("plain", "residual"),
+    ),
     Case(
         "constant high rate",
         ("oscillating", "rate-too-high"),

@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, their output and exit codes."""
 
+import json
 import math
 import os
 import re
@@ -72,6 +73,24 @@ def test_runs_lists_and_evaluate_repeats_the_recorded_figures(trained):
     again = fromzero("evaluate", run.name, cwd=folder)
     assert f"test                         accuracy {run.summary['test/accuracy']:.4f}" in again.stdout
     assert fromzero("evaluate", run.path, "--checkpoint", "best", cwd=folder).returncode == 0
+
+
+def test_runs_says_when_a_run_began_by_the_clock_here(trained, capsys, monkeypatch):
+    folder, _ = trained
+    shutil.copytree(library.list_runs(folder / "runs")[0].path, folder / "dated" / "run")
+    provenance = folder / "dated" / "run" / "provenance.json"
+    provenance.write_text(json.dumps(json.loads(provenance.read_text()) | {"started": "2026-11-28T23:30:00Z"}))
+    monkeypatch.setenv("TZ", "UTC-2")  # POSIX counts westwards: two hours ahead
+    time.tzset()
+    try:
+        assert cli.main(["runs", "--runs-dir", str(folder / "dated")]) == 0
+        assert " 2026-11-29 01:30 " in capsys.readouterr().out
+        provenance.write_text("{")  # its figures still count
+        assert cli.main(["runs", "--runs-dir", str(folder / "dated")]) == 0
+        assert re.search(r"^run +– ", capsys.readouterr().out, re.MULTILINE)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_runs_cuts_nothing_off_on_a_narrow_terminal(trained, capsys, monkeypatch):

@@ -188,15 +188,12 @@ def _runs(arguments: argparse.Namespace) -> None:
         print(f"no runs under {arguments.runs_dir}")
         return
     shown: list[dict[str, str]] = []
-    on_test = False
     for run in runs:
         try:
-            rows, recipe, summary = run.metrics(), run.recipe, run.summary
+            shown.append(run_columns(run))
         except FromzeroError as error:
             print(f"warning: {error}", file=sys.stderr)
-            continue
-        on_test = on_test or (recipe.validation.source == "test" and bool(rows))
-        shown.append(run_columns(run.name, recipe, rows, summary))
+    on_test = any("*" in line["val"] for line in shown)
     console = Console()
     table, width, hidden = runs_table(shown, console.width if sys.stdout.isatty() else None)
     console.width = max(width, console.width)

@@ -7,9 +7,9 @@ import math
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,11 +20,11 @@ from rich.table import Column, Table
 from fromzero import augment, training
 from fromzero.curves import validation_label
 from fromzero.diagnosis import ON_VALIDATION, RULES, Finding
-from fromzero.errors import counted, some
+from fromzero.errors import FromzeroError, counted, some
 from fromzero.findings import STUDY_SEEDS
 from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
-from fromzero.recipe import Recipe, load_recipe, recipe_names
+from fromzero.recipe import load_recipe, recipe_names
 from fromzero.runs import Row, Run
 from fromzero.stats import fewest_pairs
 from fromzero.study.definition import short
@@ -33,7 +33,7 @@ from fromzero.study.pools import Event
 from fromzero.training import Training
 
 REFRESH_SECONDS = 0.25  # of the live display
-NARROW_HIDES = ("running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
+NARROW_HIDES = ("running", "seed", "began", "train", "best", "time", "recipe")  # columns of runs, the first to go first
 FEW_IMAGES = 5000  # the recipe few is as good as strong from 4,000, and took a third of the time (docs/results.md)
 FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
 FEW_STEPS, FEW_BATCH = 8, 125  # an epoch; images a step
@@ -336,12 +336,14 @@ def _watch_live(progress: Iterator[Timed], console: Console) -> None:
             )
 
 
-def run_columns(name: str, recipe: Recipe, rows: Sequence[Row], summary: dict[str, Any] | None) -> dict[str, str]:
-    """A run's line in the table of runs, by column."""
+def run_columns(run: Run) -> dict[str, str]:
+    """A run's line in the table of runs, by column. Raises RunError where its records cannot be read."""
+    rows, recipe, summary = run.metrics(), run.recipe, run.summary
     last = rows[-1] if rows else None
     mark = "*" if recipe.validation.source == "test" else ""
     return {
-        "run": name,
+        "run": run.name,
+        "began": _began(run),
         "recipe": recipe.name,
         "seed": str(recipe.seed),
         "epochs": f"{len(rows)}/{recipe.epochs}" + ("" if summary else " …"),
@@ -352,6 +354,14 @@ def run_columns(name: str, recipe: Recipe, rows: Sequence[Row], summary: dict[st
         "test": f"{summary['test/accuracy']:.4f}" if summary else "–",
         "time": duration(last["time/seconds"]) if last else "–",
     }
+
+
+def _began(run: Run) -> str:
+    """When a run began, as a clock here shows it; of one whose provenance cannot be read the figures still count."""
+    try:
+        return f"{datetime.fromisoformat(run.provenance['started']).astimezone():%Y-%m-%d %H:%M}"
+    except (FromzeroError, ValueError):
+        return "–"
 
 
 def runs_table(lines: Sequence[dict[str, str]], columns: int | None) -> tuple[Table, int, tuple[str, ...]]:
