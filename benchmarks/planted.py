@@ -196,7 +196,7 @@ CASES = [
     Case("rate × 50", "rate-too-high", times={"optimizer.learning_rate": 50}),
     Case("rate ÷ 100", "rate-too-low", times={"optimizer.learning_rate": 0.01}),
     Case("a tenth of the epochs", "stopped-early", times={"epochs": 0.1}),
-    Case(  # not digits, which are fitted by then, nor norm, whose rate is too high to stay
+    Case(  # not of digits, which are fitted by then, nor of norm, whose rate is too high to stay
         "a third of the epochs at a constant rate",
         "stopped-early",
         {"schedule.name": "constant"},

@@ -36,7 +36,6 @@ LATE_EPOCHS, SWING = 5, 1.5  # in standard errors
 LAST_GAIN = 0.03  # of train accuracy, by the last epoch
 LOSS_RISE, LARGE_GAP = 0.05, 0.3  # of the lowest validation loss; accuracy
 UNALTERED_GAP = 0.15  # accuracy, where train images are shown as they are
-STILL_RISING, RISE_ERRORS = 0.03, 4.0  # validation accuracy, over the later half of the epochs; standard errors
 FITS = 0.9  # accuracy on a few images
 WIDE = 0.05  # half of an accuracy's 95 % interval
 
@@ -323,7 +322,7 @@ def _oscillating(e: Evidence) -> Finding | None:
     if len(rows) < LATE_EPOCHS or e.recipe.schedule.name != "constant":
         return None
     accuracies = [row["val/accuracy"] for row in rows]
-    (_, swing), mean = _line(accuracies), _mean(accuracies)
+    swing, mean = _deviation_from_line(accuracies), _mean(accuracies)
     sampling = math.sqrt(mean * (1 - mean) / e.measures.num_validation)
     if swing <= SWING * sampling:
         return None
@@ -346,7 +345,6 @@ def _label_noise(e: Evidence) -> Finding | None:
     if count < FEWEST_SURE or low < WRONG or confidence < SURE or wrong / count < 1 - confidence + OVERSURE:
         return None
     still_learning = e.last["train/accuracy"] - e.rows[-2]["train/accuracy"] > LAST_GAIN if len(e.rows) > 1 else True
-    still_learning = still_learning or _late_rise(e) is not None
     if e.measures.train_accuracy >= BY_HEART or e.gap >= LARGE_GAP or still_learning:
         return None
     return Finding(
@@ -366,7 +364,8 @@ def _overfitting(e: Evidence) -> Finding | None:
     accuracy = e.last["val/accuracy"]
     error = math.sqrt(accuracy * (1 - accuracy) / e.measures.num_validation)
     augment = e.recipe.augment
-    unaltered = not (augment.translate or augment.crop or augment.cutout or augment.cutmix or augment.scales)
+    left = _share_left(augment.translate, augment.cutout, augment.crop, e.measures.image_shape)
+    unaltered = left == 1 and not (augment.cutmix or augment.scales)
     large_gap = UNALTERED_GAP if unaltered else LARGE_GAP
     if not (rises and e.gap > SMALL_GAP) and e.gap < large_gap + 2 * error:
         return None
@@ -401,30 +400,15 @@ def _overfitting(e: Evidence) -> Finding | None:
 
 
 def _stopped_early(e: Evidence) -> Finding | None:
-    """Far from its train images although it could learn them; or at a rate that does not fall, where a curve that still
-    rises says what more epochs would do."""
-    fit, rise = e.measures.fit_accuracy, _late_rise(e)
-    if e.fitted:
+    fit = e.measures.fit_accuracy
+    if e.fitted or e.gap >= SMALL_GAP or fit is None or fit < FITS:
         return None
-    if rise is not None:
-        shown = f"; over the later half of the epochs validation rose by {100 * rise:.1f} points, at a constant rate"
-    elif e.gap < SMALL_GAP and fit is not None and fit >= FITS:
-        shown = f"; it can learn them: {fit:.2f} of a hundred, by steps on nothing else"
-    else:
-        return None
-    changes: dict[str, Any] = {"epochs": 2 * e.recipe.epochs}
-    remedy = "twice the epochs"
-    if e.recipe.schedule.name == "constant":
-        changes["schedule.name"] = "linear"
-        remedy += ", at a rate that falls to zero"
-    if e.last["epoch"] < e.recipe.epochs:
-        changes, remedy = {}, "the epochs that are left: fromzero resume"
     return Finding(
         "stopped-early",
         "training ended before the network had learned its train images",
-        f"{e.accuracies}{shown}",
-        remedy,
-        changes,
+        f"{e.accuracies}; it can learn them: {fit:.2f} of a hundred, by steps on nothing else",
+        "twice the epochs" if e.last["epoch"] >= e.recipe.epochs else "the epochs that are left: fromzero resume",
+        {"epochs": 2 * e.recipe.epochs} if e.last["epoch"] >= e.recipe.epochs else {},
     )
 
 
@@ -490,7 +474,6 @@ EXPLAINS: dict[str, tuple[str, ...]] = {
     "batch-too-small": _UNLEARNED,
     "augmentation-too-strong": _UNLEARNED,
     "label-noise": ("stopped-early", "underfitting"),
-    "overfitting": ("stopped-early",),
 }
 
 
@@ -504,23 +487,10 @@ def _halved(rates: float | tuple[float, ...]) -> Any:
     return [rate / 2 for rate in rates] if isinstance(rates, tuple) else rates / 2
 
 
-def _late_rise(e: Evidence) -> float | None:
-    """By how much validation accuracy rose over the later half of the epochs, along a straight line, where the rate is
-    constant and that is more than chance; else None."""
-    accuracies = [row["val/accuracy"] for row in e.rows[-max(LATE_EPOCHS, len(e.rows) // 2) :]]
-    if len(accuracies) < LATE_EPOCHS or e.recipe.schedule.name != "constant":
-        return None
-    rise, deviation = _line(accuracies)
-    count = len(accuracies)
-    error = deviation * math.sqrt(12 * (count - 1) / (count * (count + 1)))
-    return rise if rise >= max(STILL_RISING, RISE_ERRORS * error) else None
-
-
-def _line(values: Sequence[float]) -> tuple[float, float]:
-    """Of the straight line through values: how far it rises from the first to the last, and their standard deviation
-    about it."""
+def _deviation_from_line(values: Sequence[float]) -> float:
+    """Standard deviation of values about the straight line through them."""
     count = len(values)
     mean, middle = sum(values) / count, (count - 1) / 2
     slope = sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum((i - middle) ** 2 for i in range(count))
     squares = sum((v - mean - slope * (i - middle)) ** 2 for i, v in enumerate(values))
-    return slope * (count - 1), math.sqrt(squares / max(count - 2, 1))
+    return math.sqrt(squares / max(count - 2, 1))

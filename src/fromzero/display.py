@@ -337,7 +337,7 @@ def _watch_live(progress: Iterator[Timed], console: Console) -> None:
 
 
 def run_columns(run: Run) -> dict[str, str]:
-    """A run's line in the table of runs, by column. Raises RunError where its records cannot be read."""
+    """A run's line in the table of runs, by column. Raises FromzeroError where its records cannot be read."""
     rows, recipe, summary = run.metrics(), run.recipe, run.summary
     last = rows[-1] if rows else None
     mark = "*" if recipe.validation.source == "test" else ""
