@@ -286,7 +286,7 @@ def page(found, remedies):
             " notes' networks, smaller) and `norm` (Muon, batch normalisation, GELU, as `quick`) on 5,000 images of"
             " CIFAR-10, `digits` (SGD with momentum), and `residual` (AdamW, residual blocks, ReLU) on 4,000 images of"
             " CIFAR-10. Thresholds were chosen on the first three with seed 0, that of images never altered on seeds 0"
-            " and 1, and rules were changed after looks at seeds 10 to 13; on none of the seeds below (docs/log.md). The"
+            " and 1, and rules were changed after looks at seeds 10 to 13, on none of those below (docs/log.md). The"
             " kinds and the images are those of the seeds before, so nothing is said of what is not here.",
             "",
             f"### plain, norm and digits, seeds {seeds_of(found['rows'], residual=False)}",
