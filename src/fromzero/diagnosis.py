@@ -35,7 +35,7 @@ DROPPED, DROPOUT_LOSS = 0.7, 0.5  # rate; nats
 LATE_EPOCHS, SWING = 5, 1.5  # in standard errors
 LAST_GAIN = 0.03  # of train accuracy, by the last epoch
 LOSS_RISE, LARGE_GAP = 0.05, 0.3  # of the lowest validation loss; accuracy
-UNALTERED_GAP = 0.15  # accuracy, where train images are shown as they are
+UNALTERED_GAP = 0.15  # accuracy, where train images are fitted and shown as they are
 FITS = 0.9  # accuracy on a few images
 WIDE = 0.05  # half of an accuracy's 95 % interval
 
@@ -366,7 +366,7 @@ def _overfitting(e: Evidence) -> Finding | None:
     augment = e.recipe.augment
     left = _share_left(augment.translate, augment.cutout, augment.crop, e.measures.image_shape)
     unaltered = left == 1 and not (augment.cutmix or augment.scales)
-    large_gap = UNALTERED_GAP if unaltered else LARGE_GAP
+    large_gap = UNALTERED_GAP if unaltered and e.fitted else LARGE_GAP
     if not (rises and e.gap > SMALL_GAP) and e.gap < large_gap + 2 * error:
         return None
     shown = e.accuracies
