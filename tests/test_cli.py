@@ -85,9 +85,10 @@ def test_runs_says_when_a_run_began_by_the_clock_here(trained, capsys, monkeypat
     try:
         assert cli.main(["runs", "--runs-dir", str(folder / "dated")]) == 0
         assert " 2026-11-29 01:30 " in capsys.readouterr().out
-        provenance.write_text("{")  # its figures still count
-        assert cli.main(["runs", "--runs-dir", str(folder / "dated")]) == 0
-        assert re.search(r"^run +– ", capsys.readouterr().out, re.MULTILINE)
+        for damaged in ("{", provenance.read_text().replace("2026-11-28T23:", "9999-12-31T23:")):
+            provenance.write_text(damaged)  # its figures still count
+            assert cli.main(["runs", "--runs-dir", str(folder / "dated")]) == 0
+            assert re.search(r"^run +– ", capsys.readouterr().out, re.MULTILINE)
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -106,7 +107,7 @@ def test_runs_cuts_nothing_off_on_a_narrow_terminal(trained, capsys, monkeypatch
         assert f"{run.summary['test/accuracy']:.4f}" in printed
         assert run.name in printed
     assert "running" in piped
-    assert "not shown, as the terminal is narrow: running" in narrow
+    assert "not shown, as the terminal is narrow: began, running" in narrow
 
 
 def test_output_that_is_closed_is_no_error(tmp_path):
