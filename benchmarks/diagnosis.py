@@ -289,8 +289,8 @@ def page(found, remedies):
             " CIFAR-10, `digits` (SGD with momentum), and `residual` (AdamW, residual blocks, ReLU) on 4,000 images of"
             " CIFAR-10. Thresholds were chosen on the first three with seed 0, that of images never altered on seeds 0"
             " and 1, and rules were changed after looks at seeds 10 to 15 (docs/log.md),"
-            f" {'some of them below' if seen else 'none of them in the counts below'}. The kinds and the images are"
-            " always the same, so nothing is said of what is not here.",
+            f" {'some of which are counted below' if seen else 'none of which is counted below'}. The kinds and the"
+            " images are always the same, so nothing is said of what is not here.",
             "",
             f"### plain, norm and digits, seeds {seeds_of(found['rows'], residual=False)}",
             *summary([row for row in found["rows"] if row["base"] != "residual"]),
