@@ -154,10 +154,11 @@ def _remedies(arguments):
 
 
 def remedies_before(found, seeds):
-    """Rows of an earlier run of this on the same seeds, of other trainings."""
+    """Rows of an earlier run of this on the same seeds, of other trainings that are still planted."""
+    planted = {(base, case.name) for case in CASES for base in case.bases}
     before = json.loads(REMEDIES.read_text("utf-8")) if REMEDIES.exists() else {"seeds": seeds, "rows": []}
-    again = {(row["base"], row["case"]) for row in found}
-    return [row for row in before["rows"] if before["seeds"] == seeds and (row["base"], row["case"]) not in again]
+    kept = planted - {(row["base"], row["case"]) for row in found}
+    return [row for row in before["rows"] if before["seeds"] == seeds and (row["base"], row["case"]) in kept]
 
 
 def remedied(base, case, seeds, folder, data_dir):

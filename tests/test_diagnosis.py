@@ -171,10 +171,12 @@ def test_the_gap_that_counts_is_smaller_where_the_images_are_never_altered():
         return diagnose(evidence(changes, {"train_accuracy": train_accuracy} | measured, **by_heart))
 
     assert [finding.name for finding in found()] == ["overfitting"]
-    assert "the same pixels;" not in found()[0].evidence  # nothing follows: the validation loss does not rise
-    assert found()[0].evidence.endswith("the same pixels")
+    assert found()[0].evidence.endswith("the same pixels")  # nothing follows: the validation loss does not rise
+    assert "mirrored, too" in found()[0].remedy
     assert found()[0].changes == {"augment.translate": 4}
-    assert found({"augment.flip": "random"})[0].evidence.endswith("the same pixels, mirrored or not")
+    mirrored = found({"augment.flip": "random"})[0]
+    assert mirrored.evidence.endswith("the same pixels, mirrored or not")
+    assert mirrored.remedy == "train images shifted by up to 4 pixels"
     assert [finding.name for finding in found({"augment.crop": 32, "network.head": "mean"})] == ["overfitting"]
     for altered in ({"augment.translate": 2}, {"augment.cutout": 8}, {"augment.cutmix": 0.5}, {"augment.crop": 28}):
         assert found({"network.head": "mean", **altered}) == []

@@ -381,10 +381,9 @@ def _overfitting(e: Evidence) -> Finding | None:
     changes: dict[str, Any] = {}
     if not augment.translate:
         changes["augment.translate"] = max(1, min(e.measures.image_shape[:2]) // 8)
-        remedy = (
-            f"train images shifted by up to {changes['augment.translate']} pixels; mirrored, too, where a mirrored one"
-            " is still what its label says (augment.flip)"
-        )
+        remedy = f"train images shifted by up to {changes['augment.translate']} pixels"
+        if augment.flip == "none":
+            remedy += "; mirrored, too, where a mirrored one is still what its label says (augment.flip)"
     elif not any(block.dropout for block in network.blocks()) and not network.batch_norm:
         changes["network.block_dropout"] = 0.2
         remedy = "dropout from the first block on"
