@@ -59,7 +59,11 @@ def rows(train=(0.6, 0.7, 0.8, 0.86, 0.88), val=(0.6, 0.68, 0.74, 0.77, 0.78), *
 
 
 def evidence(changes=None, measured=None, **of_rows):
-    return Evidence(RECIPE.override(changes or {}), rows(**of_rows), replace(HEALTHY, **(measured or {})))
+    shown = rows(**of_rows)
+    recalls = (shown[-1]["val/accuracy"],) * 2
+    return Evidence(
+        RECIPE.override(changes or {}), shown, replace(HEALTHY, **({"recalls": recalls} | (measured or {})))
+    )
 
 
 HIGHER = trials(0.4, 0.3, 0.6, 0.69, float("inf"))
@@ -161,7 +165,54 @@ def test_decoupled_decay_is_judged_by_steps_without_it():
 
 def test_a_network_that_is_still_learning_is_no_judge_of_labels():
     fast = {"train": (0.3, 0.4, 0.5, 0.6, 0.7), "val": (0.3, 0.4, 0.45, 0.5, 0.6)}
-    assert diagnose(evidence(measured=PLANTED["label-noise"]["measured"], **fast)) == []
+    noise = PLANTED["label-noise"]["measured"]
+    assert diagnose(evidence(measured=noise, **fast)) == []
+    # At a constant rate one epoch that gains nothing says little, and the last quarter of them more.
+    rising = {"train": (*np.linspace(0.2, 0.68, 19), 0.68), "val": (*np.linspace(0.18, 0.5, 19), 0.5)}
+    assert [finding.name for finding in diagnose(evidence(measured=noise, **rising))] == ["label-noise"]
+    constant = {"schedule.name": "constant"}
+    assert diagnose(evidence(constant, noise, **rising)) == []
+    slower = {"train": (*np.linspace(0.5, 0.68, 19), 0.68), "val": (*np.linspace(0.4, 0.5, 19), 0.5)}
+    assert [finding.name for finding in diagnose(evidence(constant, noise, **slower))] == ["label-noise"]
+
+
+def test_labels_are_judged_wherever_the_gap_is_not_called_overfitting():
+    def found(gap, changes=None, **measured):
+        curves = {"train": (0.5, 0.6, 0.7, 0.72, 0.73), "val": tuple(t - gap for t in (0.5, 0.6, 0.7, 0.72, 0.73))}
+        noise = PLANTED["label-noise"]["measured"] | {"train_accuracy": 0.73} | measured
+        return [finding.name for finding in diagnose(evidence(changes, noise, **curves))]
+
+    assert found(0.31) == ["label-noise"]  # 0.3 and two standard errors of 1,000 images: 0.331
+    assert found(0.34) == ["overfitting"]
+    assert found(0.2, train_accuracy=0.93) == ["overfitting"]  # images that are fitted, and never altered
+    assert found(0.2, {"augment.translate": 2}, train_accuracy=0.93) == ["label-noise"]
+
+
+def test_a_gap_that_another_mix_of_classes_or_one_bad_epoch_makes_is_no_overfitting():
+    mixed = {"train": (0.6, 0.8, 0.9, 0.95, 0.97), "val": (0.5, 0.55, 0.58, 0.6, 0.62)}
+    assert [f.name for f in diagnose(evidence(measured={"train_accuracy": 0.97}, **mixed))] == ["overfitting"]
+    rare = PLANTED["imbalance"]["measured"] | {"train_accuracy": 0.97}  # of the mix of train 0.93 are right
+    assert [f.name for f in diagnose(evidence(measured=rare, **mixed))] == ["imbalance"]
+    unknown = diagnose(evidence(measured={"train_accuracy": 0.97, "recalls": (None, None)}, **mixed))
+    assert [finding.name for finding in unknown] == ["overfitting"]
+
+    bad = {"train": (0.6, 0.8, 0.9, 0.95, 0.97), "val": (0.6, 0.75, 0.84, 0.87, 0.5)}
+    assert diagnose(evidence(measured={"train_accuracy": 0.97}, **bad)) == []
+
+
+def test_dropout_that_was_never_on_is_proposed_from_the_first_epoch():
+    overfitting = {**PLANTED["overfitting"]}
+    shifted = {"augment.translate": 4, "augment.flip": "none"}
+
+    def changes(**network):
+        fields = {f"network.{name}": value for name, value in network.items()}
+        return diagnose(evidence(shifted | fields, **overfitting))[0].changes
+
+    assert changes(block_dropout=0.0, dense_dropout=0.0) == {"network.block_dropout": 0.2}
+    off = changes(block_dropout=0.0, dense_dropout=0.0, dropout_from_epoch=9.0)
+    assert off == {"network.block_dropout": 0.2, "network.dropout_from_epoch": 0}
+    assert changes(block_dropout=0.3, dropout_from_epoch=9.0) == {"network.dropout_from_epoch": 0}
+    assert changes(block_dropout=0.3) == {"augment.flip": "random"}
 
 
 def test_the_gap_that_counts_is_smaller_where_the_images_are_never_altered():
@@ -188,6 +239,14 @@ def test_the_gap_that_counts_is_smaller_where_the_images_are_never_altered():
 def test_what_a_few_noisy_steps_say_of_rates_does_not_count():
     noisy = {"train_accuracy": 0.6, "trials": trials(0.4, 0.3, 0.6, 0.69, 0.7, error=0.15)}
     assert diagnose(evidence(measured=noisy)) == []
+
+
+def test_a_run_that_learned_much_more_than_a_short_training_had_no_rate_too_low():
+    low = PLANTED["rate-too-low"]["measured"]  # 0.3 at a higher rate
+    assert [f.name for f in diagnose(evidence(measured=low, **{"train/loss": (0.6, 0.5, 0.4, 0.3, 0.2)}))] == [
+        "rate-too-low"
+    ]
+    assert diagnose(evidence(measured=low, **{"train/loss": (0.6, 0.5, 0.4, 0.2, 0.1)})) == []
 
 
 def test_a_network_that_is_as_often_wrong_as_it_says_is_no_sign_of_wrong_labels():
@@ -527,6 +586,12 @@ def test_a_run_shorter_than_its_recipe_or_that_has_not_ended_is_told_so(run):
     run.write_recipe(run.recipe.override({"name": "few", "network.batch_norm": True}))
     told = f"few has 60 epochs, where this run has {run.recipe.epochs}: more of them may reach more."
     assert told in diagnosis_text(run, rows(), [], {})
+    constant = {"name": "own", "schedule.name": "constant"}
+    run.write_recipe(run.recipe.override(constant))
+    rising = " ".join(diagnosis_text(run, rows(train=(0.3, 0.4, 0.5, 0.6, 0.66)), [], {}).split())
+    assert "Its train accuracy rose by 6 points in the last quarter of its epochs" in rising
+    assert f"({run.resume_command} --epochs {2 * run.recipe.epochs}) may reach more" in rising
+    assert "last quarter" not in diagnosis_text(run, rows(), [], {})
     (run.path / "summary.json").unlink()
     said = diagnosis_text(run, rows(), [], {})
     assert f"The run has not ended; if it was stopped, fromzero resume {run.path} trains it on." in said

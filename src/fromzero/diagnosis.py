@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fromzero.evidence import SMALL_GAP, Evidence, best_factor
+from fromzero.evidence import SMALL_GAP, Evidence, best_factor, late_gain
 from fromzero.recipe import Recipe
 from fromzero.stats import wilson_interval
 
@@ -23,7 +23,7 @@ COPIED = 0.05  # share; of CIFAR-10's own test images 0.003 are found
 IMBALANCED, RECALL_GAP = 8.0, 0.2  # images of the commonest class over those of the rarest; accuracy
 WRONG, SURE, OVERSURE = 0.06, 0.6, 0.03  # share of wrong ones among the surest; their mean probability; beyond that
 FEWEST_SURE = 25  # images, a tenth of the validation images
-RATE_GAIN = 0.05  # of the entropy of the classes, in loss
+RATE_GAIN, LEARNED = 0.05, 0.5  # of the entropy of the classes, in loss; of the loss of the best trial
 COLLAPSED, HAD_LEARNED = 0.98, 0.8  # of the entropy of the classes, as losses
 DEAD = 0.9  # share of a layer's units
 VANISHED = 1e-3  # norm of the first layer's gradient over that of the last
@@ -33,7 +33,7 @@ SMALL_BATCH, CHANGED = 32, 0.15  # images; share of predictions
 HIDDEN, HARDER = 0.6, 0.15  # share of an image; accuracy
 DROPPED, DROPOUT_LOSS = 0.7, 0.5  # rate; nats
 LATE_EPOCHS, SWING = 5, 1.5  # in standard errors
-LAST_GAIN = 0.03  # of train accuracy, by the last epoch
+LAST_GAIN, LATE_GAIN = 0.03, 0.1  # of train accuracy: by the last epoch, by the last quarter at a constant rate
 LOSS_RISE, LARGE_GAP = 0.05, 0.3  # of the lowest validation loss; accuracy
 UNALTERED_GAP = 0.15  # accuracy, where train images are fitted and shown as they are
 FITS = 0.9  # accuracy on a few images
@@ -139,10 +139,15 @@ def _decay_too_strong(e: Evidence) -> Finding | None:
     )
 
 
+def _rates_of_dropout(recipe: Recipe) -> list[float]:
+    """Of blocks and dense layers, where there is any."""
+    rates = [block.dropout for block in recipe.network.blocks()] + [r for _, r in recipe.network.dense_layers()]
+    return [rate for rate in rates if rate]
+
+
 def _dropout_too_strong(e: Evidence) -> Finding | None:
     m, network = e.measures, e.recipe.network
-    rates = [block.dropout for block in network.blocks()] + [rate for _, rate in network.dense_layers()]
-    strongest = max(rates)
+    strongest = max(_rates_of_dropout(e.recipe), default=0.0)
     costs = m.dropout_loss - m.plain_loss
     if network.dropout_from_epoch >= max(e.last["epoch"], 1):
         return None  # it was off all the time
@@ -191,6 +196,9 @@ def _other_rate(e: Evidence, is_too: str) -> Finding | None:
     best = best_factor(trials)
     gain = trials[1.0].loss - trials[best].loss
     if best == 1 or (best < 1) != (is_too == "high") or gain < max(RATE_GAIN * e.entropy, 3 * trials[best].error):
+        return None
+    # Short trainings favour high rates: a run that came much further in all its steps had no need of one.
+    if is_too == "low" and e.last["train/loss"] < LEARNED * trials[best].loss:
         return None
     # A network that cannot learn a few images at its best rate has another problem.
     if is_too == "low" and e.measures.fit_accuracy is not None and e.measures.fit_accuracy < FITS:
@@ -344,8 +352,7 @@ def _label_noise(e: Evidence) -> Finding | None:
     low, high = wilson_interval(wrong / count, count)
     if count < FEWEST_SURE or low < WRONG or confidence < SURE or wrong / count < 1 - confidence + OVERSURE:
         return None
-    still_learning = e.last["train/accuracy"] - e.rows[-2]["train/accuracy"] > LAST_GAIN if len(e.rows) > 1 else True
-    if e.measures.train_accuracy >= BY_HEART or e.gap >= LARGE_GAP or still_learning:
+    if e.measures.train_accuracy >= BY_HEART or _large_gap(e) or _still_learning(e):
         return None
     return Finding(
         "label-noise",
@@ -356,21 +363,39 @@ def _label_noise(e: Evidence) -> Finding | None:
     )
 
 
-def _overfitting(e: Evidence) -> Finding | None:
-    lowest = min(e.rows, key=lambda row: row["val/loss"])
-    rise = e.last["val/loss"] - lowest["val/loss"]
-    fell = e.last["train/loss"] < lowest["train/loss"]
-    rises = fell and rise > max(2 * e.measures.loss_error, LOSS_RISE * lowest["val/loss"])
-    accuracy = e.last["val/accuracy"]
-    error = math.sqrt(accuracy * (1 - accuracy) / e.measures.num_validation)
+def _still_learning(e: Evidence) -> bool:
+    """Whether the train accuracy rises. By the last epoch; at a constant rate that is noisy, while a rate that falls
+    brings its gain late, and is done then: so there the last quarter of the epochs counts, too."""
+    if len(e.rows) < 2 or e.last["train/accuracy"] - e.rows[-2]["train/accuracy"] > LAST_GAIN:
+        return True
+    return e.recipe.schedule.name == "constant" and late_gain(e.rows) > LATE_GAIN
+
+
+def _unaltered(e: Evidence) -> bool:
+    """Whether every epoch shows the same pixels, mirrored or not."""
     augment = e.recipe.augment
     left = _share_left(augment.translate, augment.cutout, augment.crop, e.measures.image_shape)
-    unaltered = left == 1 and not (augment.cutmix or augment.scales)
-    large_gap = UNALTERED_GAP if unaltered and e.fitted else LARGE_GAP
-    if not (rises and e.gap > SMALL_GAP) and e.gap < large_gap + 2 * error:
+    return left == 1 and not (augment.cutmix or augment.scales)
+
+
+def _large_gap(e: Evidence) -> bool:
+    """Whether the gap is overfitting by itself, beyond its error."""
+    accuracy = e.last["val/accuracy"]
+    error = math.sqrt(accuracy * (1 - accuracy) / e.measures.num_validation)
+    return e.gap >= (UNALTERED_GAP if e.fitted and _unaltered(e) else LARGE_GAP) + 2 * error
+
+
+def _overfitting(e: Evidence) -> Finding | None:
+    lowest = min(e.rows, key=lambda row: row["val/loss"])
+    late = sorted(row["val/loss"] for row in e.rows[-3:])
+    rise = min(e.last["val/loss"], late[len(late) // 2]) - lowest["val/loss"]  # one bad epoch is no rise
+    fell = e.last["train/loss"] < lowest["train/loss"]
+    rises = fell and rise > max(2 * e.measures.loss_error, LOSS_RISE * lowest["val/loss"])
+    if not (rises and e.gap > SMALL_GAP) and not _large_gap(e):
         return None
+    augment = e.recipe.augment
     shown = e.accuracies
-    if unaltered:
+    if _unaltered(e):
         shown += f"; every epoch shows the same pixels{', mirrored or not' if augment.flip != 'none' else ''}"
     if rises:
         shown += (
@@ -384,8 +409,11 @@ def _overfitting(e: Evidence) -> Finding | None:
         remedy = f"train images shifted by up to {changes['augment.translate']} pixels"
         if augment.flip == "none":
             remedy += "; mirrored, too, where a mirrored one is still what its label says (augment.flip)"
+    elif _rates_of_dropout(e.recipe) and network.dropout_from_epoch >= e.last["epoch"]:
+        changes["network.dropout_from_epoch"] = 0
+        remedy = "dropout from the first epoch on"
     elif not any(block.dropout for block in network.blocks()) and not network.batch_norm:
-        changes["network.block_dropout"] = 0.2
+        changes |= {"network.block_dropout": 0.2, "network.dropout_from_epoch": 0}
         remedy = "dropout from the first block on"
     elif augment.flip == "none":
         changes["augment.flip"] = "random"

@@ -21,6 +21,7 @@ from fromzero import augment, training
 from fromzero.curves import validation_label
 from fromzero.diagnosis import ON_VALIDATION, RULES, Finding
 from fromzero.errors import FromzeroError, counted, some
+from fromzero.evidence import late_gain
 from fromzero.findings import STUDY_SEEDS
 from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
@@ -34,6 +35,7 @@ from fromzero.training import Training
 
 REFRESH_SECONDS = 0.25  # of the live display
 NARROW_HIDES = ("began", "running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
+RISING = 0.05  # of train accuracy, in the last quarter of the epochs
 FEW_IMAGES = 5000  # the recipe few is as good as strong from 4,000, and took a third of the time (docs/results.md)
 FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
 FEW_STEPS, FEW_BATCH = 8, 125  # an epoch; images a step
@@ -209,6 +211,12 @@ def _other_recipe(run: Run, rows: Sequence[Row]) -> str:
     usual = load_recipe(recipe.name).epochs if recipe.name in recipe_names() else 0
     if usual > recipe.epochs:
         return f"{recipe.name} has {usual} epochs, where this run has {recipe.epochs}: more of them may reach more."
+    if recipe.schedule.name == "constant" and (gain := late_gain(rows)) > RISING:
+        return (
+            f"Its train accuracy rose by {100 * gain:.0f} points in the last quarter of its epochs: more of them"
+            f" ({run.resume_command} --epochs {2 * recipe.epochs}) may reach more, and so may a rate that falls"
+            " (--schedule.name linear)."
+        )
     if recipe.network.batch_norm:
         return ""
     images = rows[-1]["step"] / max(rows[-1]["epoch"], 1) * recipe.batch_size
