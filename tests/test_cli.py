@@ -72,7 +72,21 @@ def test_runs_lists_and_evaluate_repeats_the_recorded_figures(trained):
     assert f"{run.summary['test/accuracy']:.4f}" in listed
     again = fromzero("evaluate", run.name, cwd=folder)
     assert f"test                         accuracy {run.summary['test/accuracy']:.4f}" in again.stdout
+    assert "the run has not ended" not in again.stdout
     assert fromzero("evaluate", run.path, "--checkpoint", "best", cwd=folder).returncode == 0
+
+
+def test_a_run_stopped_within_an_epoch_is_evaluated_as_that(trained, tmp_path, capsys):
+    recipe = library.list_runs(trained[0] / "runs")[0].recipe
+    stopped = library.new_training(recipe, library.load_images("digits"), runs_dir=tmp_path, name="stopped", threads=1)
+    for progress in stopped:
+        if progress.counters.step == progress.timetable.start_of(1) + 1:
+            break
+    stopped.save()
+    assert cli.main(["evaluate", str(stopped.run.path), "--threads", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "last weights, of epoch 1 and 1 step of the next" in said
+    assert "the run has not ended" in said
 
 
 def test_runs_says_when_a_run_began_by_the_clock_here(trained, capsys, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 import fromzero
 from fromzero import cli, probe
 from fromzero.data.images import Images
-from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, diagnose
+from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, diagnose, why_labels_cannot_be_judged
 from fromzero.display import diagnosis_text
 from fromzero.evidence import Copies, Evidence, LayerMeasures, Measures, Surest, Trial, best_factor
 from fromzero.findings import study_text, write_findings
@@ -427,6 +427,32 @@ def test_the_command_names_the_problem_and_the_study_that_it_writes_runs(run, tm
     monkeypatch.chdir(tmp_path / "elsewhere")  # where the recipe's own name of the folder leads nowhere
     assert cli.main(["study", str(tmp_path / study), "--seeds", "2", "--jobs", "1", "--threads", "1"]) == 0
     assert "remedied against as-it-is, val/accuracy higher" in capsys.readouterr().out
+
+
+def test_a_runs_study_survives_that_the_run_is_extended_and_its_images_are_moved(run, tmp_path, capsys):
+    assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 0
+    study = run.path / f"{run.name}-rate-too-high.toml"
+    before = load_study(study, "screen").arms["as-it-is"].recipe
+    assert cli.main(["resume", str(run.path), "--epochs", "3", "--threads", "1"]) == 0
+    assert load_study(study, "screen").arms["as-it-is"].recipe == before
+    (tmp_path / "tiny").rename(tmp_path / "moved")
+    capsys.readouterr()
+    command = ["study", str(study), "--seeds", "2", "--jobs", "1", "--threads", "1"]
+    assert cli.main(command) == 2
+    assert f"its images are no longer at {tmp_path / 'tiny'}; --data-dir says where" in capsys.readouterr().err
+    assert cli.main(["lessons"]) == 0
+    assert cli.main([*command, "--data-dir", "moved"]) == 0
+
+
+def test_labels_that_could_not_be_judged_are_not_called_right(run):
+    by_heart = diagnose(evidence(measured={"train_accuracy": 0.99, "surest": Surest(20, 100, 0.97)}))
+    assert by_heart == []
+    why = why_labels_cannot_be_judged(evidence(measured={"train_accuracy": 0.99}))
+    said = diagnosis_text(run, rows(), by_heart, {}, no_labels=why)
+    assert "Wrong labels cannot be told here: the network knows its train images by heart" in said
+    assert "label-noise" not in said
+    assert why_labels_cannot_be_judged(evidence()) == ""
+    assert "label-noise" in diagnosis_text(run, rows(), [], {})
 
 
 def test_a_run_that_overflowed_in_its_first_epoch_can_be_looked_at(tiny_images, tmp_path):

@@ -109,7 +109,7 @@ def test_pages_of_other_runs(tiny_images, tmp_path):
     training.close()
     assert cli.main(["report", str(training.run.path), "--threads", "1"]) == 0
     text = (training.run.path / "report.html").read_text("utf-8")
-    assert "after epoch 0 of 1" in text
+    assert "after epoch 0 (of 1" in text
     assert "Accuracy and loss over the epochs" not in text
     assert "its test images are scored at its end" in text
     assert "By class, validation images" in text

@@ -468,7 +468,7 @@ def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_fol
         again = fromzero.Run(execution.folder / "cells" / f"again-seed{seed}")
         assert Path(again.provenance["from"]["run"]).name == f"half-seed{seed}"
         assert not again.checkpoints.exists()
-        with pytest.raises(FromzeroError, match=r"its weights were not kept .*--keep-weights"):
+        with pytest.raises(FromzeroError, match=r"its weights are not there any more .*--keep-weights"):
             last_checkpoint(again)
         assert (execution.folder / "cells" / f"half-seed{seed}" / "checkpoints" / "last.safetensors").exists()
     images = load_images(f"{data_folder}:100")

@@ -81,8 +81,10 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
         return command
 
     train = add("train", "train a network from a recipe; leaves a run folder")
-    train.usage = "%(prog)s DATASET [--recipe NAME|FILE] [--OPTION VALUE ...] [--FIELD VALUE ...]"  # there are dozens
-    train.add_argument("DATASET", nargs="?", help="cifar10, digits, a folder of pictures, or CIFAR's files")
+    train.usage = "%(prog)s [DATASET] [--recipe NAME|FILE] [--OPTION VALUE ...] [--FIELD VALUE ...]"  # there are dozens
+    train.add_argument(
+        "DATASET", nargs="?", help="cifar10 (where none is named), digits, a folder of pictures, or CIFAR's files"
+    )
     train.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"{', '.join(recipe_names())} or a TOML file (strong)")
     train.add_argument("--from", metavar="RUN", help="start from the last weights of that run")
     train.add_argument("--partial", action="store_true", help="with --from: take the weights that fit")

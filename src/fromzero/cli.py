@@ -8,7 +8,6 @@ import gc
 import importlib
 import io
 import json
-import math
 import os
 import sys
 import threading
@@ -214,9 +213,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from fromzero.evaluate import evaluate
         from fromzero.stats import wilson_interval
 
-    run, images, data, network, weights, epochs, here = _trained(arguments)
+    trained = _trained(arguments)
+    run, images, data, weights, here = trained.run, trained.images, trained.data, trained.weights, trained.machine
     recipe = run.recipe
-    print(f"{run.path}: {recipe.name}, {weights.stem} weights, of epoch {epochs}, {here.device}, {here.precision}")
+    said = f"{weights.stem} weights, of {trained.reached}, {here.device}, {here.precision}"
+    print(f"{run.path}: {recipe.name}, {said}")
+    if run.summary is None:
+        print("  the run has not ended: its test accuracy counts at its end, and nothing should be chosen by it before")
     if arguments.tta != "none":
         print(f"  with test-time augmentation ({arguments.tta}): not to be compared with figures without")
     for label, subset in (
@@ -225,7 +228,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         ("test", data.test),
     ):
         try:
-            found = evaluate(network, *subset, data.normalise, here, views=arguments.tta)
+            found = evaluate(trained.network, *subset, data.normalise, here, views=arguments.tta)
         except NonFiniteError as error:
             raise NonFiniteError(f"{weights}: {error}; {_other_weights(arguments)}") from None
         low, high = wilson_interval(found.accuracy, len(subset.labels))
@@ -234,9 +237,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             f" images)  loss {found.loss:.4f}"
         )
     print(f"  {validation_label(recipe, own=images.validation is not None)}")
-    recalls = zip(images.class_names, found.recalls(images.num_classes), strict=True)
-    by_class = (f"{name} {'no image' if math.isnan(recall) else f'{recall:.3f}'}" for name, recall in recalls)
-    print("  test accuracy by class: " + ", ".join(by_class))
+    counts = data.test.labels.bincount(minlength=images.num_classes).tolist()
+    alike = len(set(counts)) == 1
+    by_class = (
+        f"{name} {recall:.3f}{'' if alike else f' of {count:,}'}" if count else f"{name} no image"
+        for name, recall, count in zip(images.class_names, found.recalls(images.num_classes), counts, strict=True)
+    )
+    print(f"  test accuracy by class{f', {counts[0]:,} images each' if alike else ''}: " + ", ".join(by_class))
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -332,7 +339,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         from rich.console import Console
 
         from fromzero import display, probe
-        from fromzero.diagnosis import diagnose
+        from fromzero.diagnosis import diagnose, why_labels_cannot_be_judged
         from fromzero.evidence import Evidence
         from fromzero.findings import write_findings
         from fromzero.runs import load_run
@@ -354,13 +361,16 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         raise NonFiniteError(
             f"{trained.weights}: {error}; a lower --optimizer.learning_rate or a warm-up keeps them small"
         ) from None
-    found = diagnose(Evidence(run.recipe, rows, measures))
+    evidence = Evidence(run.recipe, rows, measures)
+    found = diagnose(evidence)
     studies, failure = {}, None
     try:
         studies = write_findings(run, found, measures, trained.images.source, trained.epochs)
     except FromzeroError as error:
         failure = error
-    display.say(console, display.diagnosis_text(run, rows, found, studies, min(console.width, 110)))
+    no_labels = why_labels_cannot_be_judged(evidence)
+    text = display.diagnosis_text(run, rows, found, studies, min(console.width, 110), no_labels=no_labels)
+    display.say(console, text)
     if failure is not None:
         raise failure
 
@@ -508,8 +518,9 @@ def _lessons(arguments: argparse.Namespace) -> None:
     for study, found in by_lesson(results):
         print(f"{study.name}: {study.claim}")
         for r in found:
-            runs = f"{sum(len(arm.runs) for arm in r.arms.values())} of {r.study.seeds * len(r.arms)} runs"
-            print(f"  {r.title}: {r.verdict} ({runs})")
+            done = sum(len(arm.runs) for arm in r.arms.values())
+            said = f"{r.verdict if done else 'no verdict yet'} ({done} of {r.study.seeds * len(r.arms)} runs)"
+            print(f"  {r.title}: {said}{'' if r.is_complete else f', not finished: {r.command} goes on'}")
         if not found:
             print(f"  not run yet: fromzero study {study.name}")
 

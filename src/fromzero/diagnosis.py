@@ -350,9 +350,9 @@ def _label_noise(e: Evidence) -> Finding | None:
     nothing."""
     wrong, count, confidence = e.measures.surest
     low, high = wilson_interval(wrong / count, count)
-    if count < FEWEST_SURE or low < WRONG or confidence < SURE or wrong / count < 1 - confidence + OVERSURE:
+    if why_labels_cannot_be_judged(e) or confidence < SURE:
         return None
-    if e.measures.train_accuracy >= BY_HEART or _large_gap(e) or _still_learning(e):
+    if low < WRONG or wrong / count < 1 - confidence + OVERSURE:
         return None
     return Finding(
         "label-noise",
@@ -361,6 +361,17 @@ def _label_noise(e: Evidence) -> Finding | None:
         f" have another label: {low:.0%} to {high:.0%} (95 %)",
         "look at the images that it is sure of and wrong about (fromzero report shows them), and mend the labels",
     )
+
+
+def why_labels_cannot_be_judged(e: Evidence) -> str:
+    """Why nothing follows from what the network is sure of and wrong about; empty where something does."""
+    if e.measures.surest.of < FEWEST_SURE:
+        return "there are too few validation images"
+    if e.measures.train_accuracy >= BY_HEART:
+        return "the network knows its train images by heart, and is as sure where a label is wrong"
+    if _large_gap(e):
+        return "the gap between train and validation is too large"
+    return "the network still learns" if _still_learning(e) else ""
 
 
 def _still_learning(e: Evidence) -> bool:

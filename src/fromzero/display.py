@@ -158,9 +158,16 @@ def diagnosis_header(run: Run, rows: Sequence[Row]) -> str:
 
 
 def diagnosis_text(
-    run: Run, rows: Sequence[Row], found: Sequence[Finding], studies: Mapping[str, Path], columns: int = 100
+    run: Run,
+    rows: Sequence[Row],
+    found: Sequence[Finding],
+    studies: Mapping[str, Path],
+    columns: int = 100,
+    *,
+    no_labels: str = "",
 ) -> str:
-    """The findings in words: what is wrong, what shows it, what to do, and how to test that."""
+    """The findings in words: what is wrong, what shows it, what to do, and how to test that. no_labels: why labels
+    could not be judged, where they could not."""
     lines: list[str] = []
     seconds = run.recipe.epochs * rows[-1]["time/seconds"] / max(rows[-1]["epoch"], 1)
 
@@ -194,6 +201,9 @@ def diagnosis_text(
         hidden = [name for name in others if name in ON_VALIDATION]
         others = [name for name in others if name not in hidden]
         say("", f"So few validation images may hide {', '.join(hidden)}.")
+    if no_labels and "label-noise" in others:
+        others.remove("label-noise")
+        say("", f"Wrong labels cannot be told here: {no_labels}. fromzero report shows the images to look at.")
     if origin := run.provenance["from"]:
         began = f"The run began with the weights of {origin['run']}:"
         say("", f"{began} its first steps were not tried again, and a study begins anew.")

@@ -10,7 +10,7 @@ from typing import Any
 
 import tomli_w
 
-from fromzero.data import NAMED, split_name
+from fromzero.data import split_name
 from fromzero.diagnosis import Finding
 from fromzero.errors import FromzeroError
 from fromzero.evidence import Measures
@@ -24,14 +24,16 @@ STUDY_SEEDS = 6  # the fewest pairs that can settle anything
 def study_text(finding: Finding, recipe: Recipe, dataset: str | None = None) -> str:
     """The study, as TOML beside the run's recipe, that tests a finding's remedy: the recipe as it is and remedied, with
     the same seeds, on held-out train images. dataset: where they are, if not where the recipe says."""
-    common: dict[str, Any] = {} if dataset is None else {"dataset": dataset}
+    common: dict[str, Any] = {"epochs": recipe.epochs}  # which an extension changes in the run's recipe
+    if dataset is not None:
+        common["dataset"] = dataset
     if recipe.validation.source != "split":
         common["validation"] = {"source": "split"}
     return tomli_w.dumps(
         {
             "claim": f"With {finding.changed} validation accuracy is higher than without (against {finding.name}).",
             "base": "recipe.toml",
-            **({"recipe": common} if common else {}),
+            "recipe": common,
             "arms": {"as-it-is": {}, "remedied": dict(finding.changes)},
             "scale": {"screen": {"seeds": STUDY_SEEDS}},
         }
@@ -45,8 +47,8 @@ def write_findings(run: Run, found: Sequence[Finding], measures: Measures, sourc
     recipe, data = run.recipe, run.provenance["data"]
     studies: dict[str, Path] = {}
     name, options = split_name(data["name"])
-    # A folder, by its whole path: the recipe names it from wherever the run was begun.
-    dataset = None if name in NAMED else source + options
+    # By the whole path: the recipe names a folder from wherever the run was begun, and CIFAR-10 may lie anywhere.
+    dataset = None if name == "digits" else source + options
     known = asdict(measures) | {"trials": {f"{factor:g}": trial for factor, trial in measures.trials.items()}}
     try:
         for finding in found:

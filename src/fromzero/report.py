@@ -162,6 +162,7 @@ def page(
         recipe=run.recipe,
         provenance=run.provenance,
         epoch=rows[-1]["epoch"],
+        reached=trained.reached,
         weights=trained.weights.stem,
         validation=validation,
         names=names,

@@ -16,7 +16,7 @@ from torch import Tensor
 from fromzero import checkpoint, machine, modules, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError
+from fromzero.errors import FromzeroError, InputError, counted
 from fromzero.evaluate import Normalise
 from fromzero.machine import Machine
 from fromzero.modules import Network
@@ -199,7 +199,13 @@ def _loaded(
     check_unedited(run)
     if epochs is not None and epochs < recipe.epochs:
         raise InputError(f"{run.path}: --epochs {epochs} is less than the run's {recipe.epochs}")
-    if run.summary is not None and epochs in (None, recipe.epochs):
+    if epochs not in (None, recipe.epochs):
+        _check_kept(run)
+    elif run.summary is not None and not run.checkpoints.exists():
+        raise InputError(
+            f"{run.path}: has ended after {recipe.epochs} epochs, and has no checkpoint to be extended from"
+        )
+    elif run.summary is not None:
         raise InputError(
             f"{run.path}: has ended after {recipe.epochs} epochs; to extend it: {run.resume_command}"
             f" --epochs {2 * recipe.epochs}"
@@ -212,9 +218,12 @@ def _loaded(
     )
     differences = here.differences(recorded)
     if differences and not allow_inexact:
+        asked = {"device": device, "threads": threads}
+        by_options = [name for name, value in asked.items() if value not in (None, recorded[name])]
+        what = f"with --{' and --'.join(by_options)} this machine is" if by_options else "this machine is"
         raise FromzeroError(
-            f"{run.path}: this machine is not the one that the run was trained on ({'; '.join(differences)}), so the"
-            " result would not be the same to the bit; --allow-inexact goes on all the same"
+            f"{run.path}: {what} not as the run was trained ({'; '.join(differences)}), so the result would not be the"
+            " same to the bit; --allow-inexact goes on all the same"
         )
     found = checkpoint.load_last(run.checkpoints)
     if found is None:
@@ -347,7 +356,8 @@ def _check_kept(run: Run) -> None:
     """Raise FromzeroError for a run that has ended and has no weights any more, as a study's runs have none."""
     if run.summary is not None and not run.checkpoints.exists():
         raise FromzeroError(
-            f"{run.path}: it has ended and its weights were not kept (a study keeps them with --keep-weights)"
+            f"{run.path}: it has ended, and its weights are not there any more (checkpoints; of a study's runs they are"
+            " only kept with --keep-weights)"
         )
 
 
@@ -371,6 +381,13 @@ class Trained(NamedTuple):
     weights: Path
     epochs: int
     machine: Machine
+    steps_beyond: int
+
+    @property
+    def reached(self) -> str:
+        """The epoch that the weights are of, and how far beyond its end: a stop comes within one."""
+        beyond = f" and {counted(self.steps_beyond, 'step')} of the next" if self.steps_beyond else ""
+        return f"epoch {self.epochs}{beyond}"
 
 
 def load_trained(
@@ -390,7 +407,9 @@ def load_trained(
     network, found = load_network(run, images.image_shape, images.num_classes, here, which)
     assert found.path is not None  # it was read from a file
     data = Data.of(run.recipe, images, here.device, copies_apart=_copies_apart(run))
-    return Trained(run, images, data, network, found.path, found.state.get("epoch", 0), here)
+    epochs = found.state.get("epoch", 0)
+    beyond = found.state.get("step", 0) - Timetable.of(run.recipe, len(data.train.labels)).start_of(epochs)
+    return Trained(run, images, data, network, found.path, epochs, here, max(beyond, 0))
 
 
 class Classifier(NamedTuple):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ import filelock
 import numpy as np
 
 from fromzero.cores import num_threads
-from fromzero.data import ImageSet, load_images
+from fromzero.data import NAMED, ImageSet, load_images, split_name
 from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.files import write_atomically, write_json
 from fromzero.machine import MAX_THREADS, chosen_device
@@ -230,6 +231,11 @@ def prepare_study(
     options = [word for option, value in given.items() if value is not None for word in (option, str(value))]
     options += ["--offline"] * offline + ["--keep-weights"] * keep_weights
     dataset = next(iter(study.arms.values())).recipe.dataset
+    stem, asked = split_name(dataset)
+    if stem not in NAMED and os.path.isabs(stem) and not os.path.exists(stem):
+        if data_dir is None:
+            raise InputError(f"{study.label}: its images are no longer at {stem}; --data-dir says where they are now")
+        dataset, data_dir = f"{data_dir.resolve()}{asked}", None
     images = load_images(dataset, data_dir=data_dir, offline=offline)
     for arm in study.arms.values():
         try:
