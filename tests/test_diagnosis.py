@@ -614,9 +614,13 @@ def test_a_run_shorter_than_its_recipe_or_that_has_not_ended_is_told_so(run):
     assert told in diagnosis_text(run, rows(), [], {})
     constant = {"name": "own", "schedule.name": "constant"}
     run.write_recipe(run.recipe.override(constant))
-    rising = " ".join(diagnosis_text(run, rows(train=(0.3, 0.4, 0.5, 0.6, 0.66)), [], {}).split())
-    assert "Its train accuracy rose by 6 points in the last quarter of its epochs" in rising
+    rising = " ".join(diagnosis_text(run, rows(train=(0.3, 0.4, 0.5, 0.6, 0.72)), [], {}).split())
+    assert "Its train accuracy rose by 12 points in the last quarter of its epochs" in rising
     assert f"({run.resume_command} --epochs {2 * run.recipe.epochs}) may reach more" in rising
+    assert rising.endswith("(--schedule.name linear).")
+    run.write_recipe(run.recipe.override({"network.batch_norm": False}))
+    both = " ".join(diagnosis_text(run, rows(train=(0.3, 0.4, 0.5, 0.6, 0.72)), [], {}).split())
+    assert "(--schedule.name linear). That is not to say that no other recipe reaches more: --recipe few" in both
     assert "last quarter" not in diagnosis_text(run, rows(), [], {})
     (run.path / "summary.json").unlink()
     said = diagnosis_text(run, rows(), [], {})
