@@ -115,7 +115,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     predict.add_argument("PICTURE", nargs="+", type=_path, help="a picture, or a folder of them")
     predict.add_argument("--top", type=_count, default=1, metavar="N", help="how many classes, likeliest first (1)")
     predict.add_argument(
-        "--json", action="store_true", help="a JSON object a line: the picture, and classes with theirs"
+        "--json", action="store_true", help="a JSON object a line: the picture, and the probability of each class"
     )
     _add_weights(predict)
     _add_shared(predict, "runs", "machine")

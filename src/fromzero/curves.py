@@ -26,7 +26,7 @@ def validation_label(recipe: Recipe, own: bool) -> str:
     """What the validation figures of a run are, to be said wherever they appear. own: whether its data set has
     validation images."""
     if recipe.validation.source == "test":
-        return "validation = the test images, as in the notes"
+        return "validation = the test images"
     if own:
         return "validation = the data set's own validation images"
     return f"validation = {100 * recipe.validation.fraction:.4g}% of the train images, held out"

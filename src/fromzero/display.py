@@ -141,8 +141,7 @@ def outcome(run: Training) -> str:
             f"train {summary['train/accuracy']:.4f} (running {summary['train/running_accuracy']:.4f}),"
             f" val {summary['val/accuracy']:.4f} (best {summary['best/val/accuracy']:.4f} at epoch"
             f" {summary['best/epoch']}), test {summary['test/accuracy']:.4f}"
-            f" in {duration(summary['time/seconds'])}"
-            + ("; val is the test images, as in the notes" if is_test else ""),
+            f" in {duration(summary['time/seconds'])}" + ("; val is the test images" if is_test else ""),
             f"curves and metrics: {run.run.path}",
         ]
     )

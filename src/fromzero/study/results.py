@@ -243,7 +243,7 @@ def sentence(found: ContrastResult, comparisons: int) -> str:
     if np.isfinite(x.correlation):  # not where an arm's runs are all equal
         text += f", correlation of pairs {x.correlation:.2f}"
     if np.isfinite(found.smallest):
-        text += f"; {x.n} pairs see {figure(found.smallest, c.metric)} four times of five"
+        text += f"; {x.n} pairs find {figure(found.smallest, c.metric)} or more four times out of five"
     else:
         text += f"; {x.n} pairs can settle nothing: {stats.fewest_pairs(comparisons)} at least"
     if found.verdict == "undecided":
