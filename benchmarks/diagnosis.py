@@ -263,7 +263,8 @@ def summary(rows):
         f"- **Healthy trainings**: {silent} of {len(healthy)} have no finding.",
         f"- **AutoTrainer's rules** on the same trainings raise something in {raised[0]} of {len(faulty)} faulty ones"
         f" and in {raised[1]} of {len(healthy)} healthy ones. They know of five problems.",
-        f"- **Time**: {statistics.median(row['seconds'] for row in rows):.0f} s a diagnosis, the median on one thread.",
+        f"- **Time**: {statistics.median(row['seconds'] for row in rows):.0f} s a diagnosis, the median on one thread,"
+        " other work beside it.",
         "",
         "| planted | trainings | named | first | what else was found | AutoTrainer's rules raise |",
         "| --- | ---: | ---: | ---: | --- | --- |",
@@ -300,10 +301,10 @@ def page(found, remedies):
             f" {'some of which are counted below' if seen else 'none of which is counted below'}. The kinds and the"
             " images are always the same, so nothing is said of what is not here.",
             "",
-            f"### plain, norm and digits, seeds {seeds_of(found['rows'], residual=False)}",
+            f"### plain, norm and digits, {seeds_of(found['rows'], residual=False)}",
             *summary([row for row in found["rows"] if row["base"] != "residual"]),
             "",
-            f"### residual, seeds {seeds_of(found['rows'], residual=True)}",
+            f"### residual, {seeds_of(found['rows'], residual=True)}",
             *summary([row for row in found["rows"] if row["base"] == "residual"]),
             "",
             "Missed, or raised where nothing was planted:",
@@ -342,7 +343,8 @@ def remedied_section(remedies):
 
 
 def seeds_of(rows, residual):
-    return ", ".join(map(str, sorted({row["seed"] for row in rows if (row["base"] == "residual") == residual})))
+    seeds = sorted({row["seed"] for row in rows if (row["base"] == "residual") == residual})
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def counts(found):

@@ -240,7 +240,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     counts = data.test.labels.bincount(minlength=images.num_classes).tolist()
     alike = len(set(counts)) == 1
     by_class = (
-        f"{name} {recall:.3f}{'' if alike else f' of {count:,}'}" if count else f"{name} no image"
+        f"{name} {recall:.3f}{'' if alike else f' (of {count:,})'}" if count else f"{name} no image"
         for name, recall, count in zip(images.class_names, found.recalls(images.num_classes), counts, strict=True)
     )
     print(f"  test accuracy by class{f', {counts[0]:,} images each' if alike else ''}: " + ", ".join(by_class))
@@ -362,13 +362,12 @@ def _diagnose(arguments: argparse.Namespace) -> None:
             f"{trained.weights}: {error}; a lower --optimizer.learning_rate or a warm-up keeps them small"
         ) from None
     evidence = Evidence(run.recipe, rows, measures)
-    found = diagnose(evidence)
+    found, no_labels = diagnose(evidence), why_labels_cannot_be_judged(evidence)
     studies, failure = {}, None
     try:
-        studies = write_findings(run, found, measures, trained.images.source, trained.epochs)
+        studies = write_findings(run, found, measures, trained.images.source, trained.epochs, no_labels=no_labels)
     except FromzeroError as error:
         failure = error
-    no_labels = why_labels_cannot_be_judged(evidence)
     text = display.diagnosis_text(run, rows, found, studies, min(console.width, 110), no_labels=no_labels)
     display.say(console, text)
     if failure is not None:

@@ -398,8 +398,7 @@ def _large_gap(e: Evidence) -> bool:
 
 def _overfitting(e: Evidence) -> Finding | None:
     lowest = min(e.rows, key=lambda row: row["val/loss"])
-    late = sorted(row["val/loss"] for row in e.rows[-3:])
-    rise = min(e.last["val/loss"], late[len(late) // 2]) - lowest["val/loss"]  # one bad epoch is no rise
+    rise = min(e.last["val/loss"], e.late_median(lambda row: row["val/loss"])) - lowest["val/loss"]
     fell = e.last["train/loss"] < lowest["train/loss"]
     rises = fell and rise > max(2 * e.measures.loss_error, LOSS_RISE * lowest["val/loss"])
     if not (rises and e.gap > SMALL_GAP) and not _large_gap(e):

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 
 from fromzero import augment, training
 from fromzero.curves import validation_label
-from fromzero.diagnosis import ON_VALIDATION, RULES, Finding
+from fromzero.diagnosis import LATE_GAIN, ON_VALIDATION, RULES, Finding
 from fromzero.errors import FromzeroError, counted, some
 from fromzero.evidence import late_gain
 from fromzero.findings import STUDY_SEEDS
@@ -35,7 +35,6 @@ from fromzero.training import Training
 
 REFRESH_SECONDS = 0.25  # of the live display
 NARROW_HIDES = ("began", "running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
-RISING = 0.1  # of train accuracy, in the last quarter of the epochs
 FEW_IMAGES = 5000  # the recipe few is as good as strong from 4,000, and took a third of the time (docs/results.md)
 FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
 FEW_STEPS, FEW_BATCH = 8, 125  # an epoch; images a step
@@ -221,7 +220,7 @@ def _other_recipe(run: Run, rows: Sequence[Row]) -> str:
     if usual > recipe.epochs:
         return f"{recipe.name} has {usual} epochs, where this run has {recipe.epochs}: more of them may reach more."
     rising = ""
-    if recipe.schedule.name == "constant" and (gain := late_gain(rows)) > RISING:
+    if recipe.schedule.name == "constant" and (gain := late_gain(rows)) > LATE_GAIN:
         rising = (
             f"Its train accuracy rose by {100 * gain:.0f} points in the last quarter of its epochs: more of them"
             f" ({run.resume_command} --epochs {2 * recipe.epochs}) may reach more, and so may a rate that falls"

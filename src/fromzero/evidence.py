@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -110,8 +111,12 @@ class Evidence:
         known = [(count, recall) for count, recall in zip(counts, recalls, strict=True) if recall is not None]
         in_all = sum(count for count, _ in known)
         as_train = sum(count * recall for count, recall in known) / in_all if in_all else self.last["val/accuracy"]
-        late = sorted(row["train/accuracy"] - row["val/accuracy"] for row in self.rows[-3:])
-        return float(min(self.last["train/accuracy"] - as_train, late[len(late) // 2]))
+        usual = self.late_median(lambda row: row["train/accuracy"] - row["val/accuracy"])
+        return float(min(self.last["train/accuracy"] - as_train, usual))
+
+    def late_median(self, figure: Callable[[Row], float]) -> float:
+        """The median of a figure over the last three epochs; of two, the higher."""
+        return statistics.median_high(map(figure, self.rows[-3:]))
 
     @property
     def accuracies(self) -> str:

@@ -40,14 +40,18 @@ def study_text(finding: Finding, recipe: Recipe, dataset: str | None = None) -> 
     )
 
 
-def write_findings(run: Run, found: Sequence[Finding], measures: Measures, source: str, epoch: int) -> dict[str, Path]:
+def write_findings(
+    run: Run, found: Sequence[Finding], measures: Measures, source: str, epoch: int, *, no_labels: str = ""
+) -> dict[str, Path]:
     """Write diagnosis.json into the run folder, and for each finding that a recipe field can mend the study that tests
-    it: name → its file. source: where the images are now; epoch: after which the run was looked at. Raises
-    FromzeroError where the folder cannot be written."""
+    it: name → its file. source: where the images are now; epoch: after which the run was looked at;
+    no_labels: why labels could not be judged, where they could not. Raises FromzeroError where the folder cannot be
+    written."""
     recipe, data = run.recipe, run.provenance["data"]
     studies: dict[str, Path] = {}
     name, options = split_name(data["name"])
-    # By the whole path: the recipe names a folder from wherever the run was begun, and CIFAR-10 may lie anywhere.
+    # By the whole path: the recipe names a folder from wherever the run was begun, and CIFAR-10 may lie anywhere;
+    # digits come with a library, and lie nowhere.
     dataset = None if name == "digits" else source + options
     known = asdict(measures) | {"trials": {f"{factor:g}": trial for factor, trial in measures.trials.items()}}
     try:
@@ -57,7 +61,7 @@ def write_findings(run: Run, found: Sequence[Finding], measures: Measures, sourc
                 write_atomically(path, study_text(finding, recipe, dataset).encode())
                 studies[finding.name] = path
         findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
-        content = {"epoch": epoch, "findings": findings, "measures": _finite(known)}
+        content = {"epoch": epoch, "findings": findings, "no_labels": no_labels, "measures": _finite(known)}
         write_json(run.path / "diagnosis.json", content)
     except OSError as error:
         raise FromzeroError(

@@ -199,13 +199,8 @@ def _loaded(
     check_unedited(run)
     if epochs is not None and epochs < recipe.epochs:
         raise InputError(f"{run.path}: --epochs {epochs} is less than the run's {recipe.epochs}")
-    if epochs not in (None, recipe.epochs):
-        _check_kept(run)
-    elif run.summary is not None and not run.checkpoints.exists():
-        raise InputError(
-            f"{run.path}: has ended after {recipe.epochs} epochs, and has no checkpoint to be extended from"
-        )
-    elif run.summary is not None:
+    _check_kept(run)
+    if run.summary is not None and epochs in (None, recipe.epochs):
         raise InputError(
             f"{run.path}: has ended after {recipe.epochs} epochs; to extend it: {run.resume_command}"
             f" --epochs {2 * recipe.epochs}"
@@ -219,11 +214,11 @@ def _loaded(
     differences = here.differences(recorded)
     if differences and not allow_inexact:
         asked = {"device": device, "threads": threads}
-        by_options = [name for name, value in asked.items() if value not in (None, recorded[name])]
-        what = f"with --{' and --'.join(by_options)} this machine is" if by_options else "this machine is"
+        options = " and ".join(f"--{name}" for name, value in asked.items() if value not in (None, recorded[name]))
         raise FromzeroError(
-            f"{run.path}: {what} not as the run was trained ({'; '.join(differences)}), so the result would not be the"
-            " same to the bit; --allow-inexact goes on all the same"
+            f"{run.path}: it was trained otherwise than it would go on here ({'; '.join(differences)}), so the result"
+            f" would not be the same to the bit; {f'leave {options} out, or ' if options else ''}"
+            "--allow-inexact goes on all the same"
         )
     found = checkpoint.load_last(run.checkpoints)
     if found is None:
