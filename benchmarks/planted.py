@@ -176,6 +176,7 @@ CASES = [
     Case("healthy, dropout of a half", None, {"network.dense_dropout": 0.5, "network.dense": [256]}),
     Case("healthy, mild weight decay", None, {"optimizer.weight_decay": 5e-4}),
     Case("healthy, twice the channels", None, times={"network.channels": 2}),
+    Case("healthy, a constant rate", None, {"schedule.name": "constant"}, bases=("digits",)),
     Case("healthy, a warm-up", None, {"schedule.warmup_epochs": 4.0, "schedule.name": "cosine"}),
     Case(
         "an eighth of the images, no dropout, no augmentation",
@@ -198,14 +199,15 @@ CASES = [
     Case("a tenth of the epochs", "stopped-early", times={"epochs": 0.1}),
     Case(  # not of digits, which are fitted by then, nor of norm, whose rate is too high to stay
         "a third of the epochs at a constant rate",
-        "stopped-early",
+        ("rate-never-falls", "stopped-early"),
         {"schedule.name": "constant"},
         times={"epochs": 0.34},
         bases=("plain", "residual"),
     ),
+    Case("constant rate", "rate-never-falls", {"schedule.name": "constant"}, bases=("plain", "norm", "residual")),
     Case(
         "constant high rate",
-        ("oscillating", "rate-too-high"),
+        ("rate-never-falls", "rate-too-high"),
         {"schedule.name": "constant"},
         times={"optimizer.learning_rate": 4},
     ),

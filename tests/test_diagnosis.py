@@ -13,10 +13,10 @@ from fromzero import cli, probe
 from fromzero.data.images import Images
 from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, diagnose, why_labels_cannot_be_judged
 from fromzero.display import diagnosis_text
-from fromzero.evidence import Copies, Evidence, LayerMeasures, Measures, Surest, Trial, best_factor
+from fromzero.evidence import Cooldown, Copies, Evidence, LayerMeasures, Measures, Score, Surest, Trial, best_factor
 from fromzero.findings import study_text, write_findings
 from fromzero.recipe import load_recipe
-from fromzero.sessions import load_classifier, load_trained, new_training
+from fromzero.sessions import load_classifier, load_trained, new_training, resume
 from fromzero.study.definition import load_study
 
 RECIPE = load_recipe("train2").override({"validation.source": "split", "schedule.name": "linear"})
@@ -96,10 +96,9 @@ PLANTED = {
         "measured": {"changed_by_batch_norm": 0.4, "train_accuracy": 0.6},
     },
     "augmentation-too-strong": {"changes": {"augment.flip": "random"}, "measured": {"seen_accuracies": (0.9, 0.6)}},
-    "oscillating": {
+    "rate-never-falls": {
         "changes": {"schedule.name": "constant"},
-        "val": (0.7, 0.5, 0.74, 0.55, 0.76),
-        "learning_rate": (1e-3,) * 5,
+        "measured": {"cooldown": Cooldown(100, Score(1.2, 0.56), Score(1.3, 0.55), Score(1.1, 0.58), 0.02, 0.01)},
     },
     "label-noise": {"measured": {"surest": Surest(20, 100, 0.9)}},
     "overfitting": {
@@ -153,6 +152,21 @@ def test_a_network_that_had_learned_and_lost_it_had_too_high_a_rate():
     assert [finding.name for finding in found] == ["rate-too-high"]
     assert "after epoch 2" in found[0].evidence
     assert found[0].changes == {"optimizer.learning_rate": 1.67e-4}
+
+
+def test_a_falling_rate_is_proposed_where_it_helped_beyond_chance():
+    def found(falling, held=(1.2, 0.55), before=(1.2, 0.56), loss_error=0.02, accuracy_error=0.01):
+        scores = (Score(*score) for score in (before, held, falling))
+        cooldown = Cooldown(100, *scores, loss_error, accuracy_error)
+        return bool(diagnose(evidence({"schedule.name": "constant"}, {"cooldown": cooldown})))
+
+    assert found((1.15, 0.56))
+    assert not found((1.17, 0.56))  # within two standard errors
+    assert not found((1.18, 0.56), loss_error=0.001)  # surely less, by less than 2 %
+    assert not found((1.15, 0.56), before=(1.14, 0.56))  # the run had less, and steps at its rate lost it
+    assert found((1.3, 0.59))  # surer, so that mistakes cost more, and more often right
+    assert not found((1.3, 0.59), before=(1.2, 0.58))
+    assert not found((1.2, 0.55), loss_error=0.0, accuracy_error=0.0)
 
 
 def test_decoupled_decay_is_judged_by_steps_without_it():
@@ -379,6 +393,64 @@ def test_trials_tell_a_rate_that_is_too_low_or_too_high(tiny_images, tmp_path):
     assert low.fit_accuracy > 0.9
 
 
+COOLED = {
+    "schedule.name": "constant",
+    "epochs": 2,
+    "augment.translate": 2,
+    "augment.flip": "alternating",
+    "network.block_dropout": 0.2,
+    "validation.fraction": 0.3,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9}, {"schedule.warmup_epochs": 1.0}, {"augment.cutmix": 0.5}])
+def test_steps_at_the_rate_as_it_was_are_those_that_the_run_would_have_made(changes, tiny_images, tmp_path):
+    """So what a falling rate brings is compared with what going on would have brought."""
+    found = trained(tiny_images, tmp_path, COOLED | changes)
+    cooldown = probe.measure(found).cooldown
+    steps = 2 * math.ceil(len(found.data.train.labels) / 20)
+    assert cooldown.steps == steps
+    assert cooldown.before.loss == pytest.approx(found.run.metrics()[-1]["val/loss"])
+    resume(found.run, images=tiny_images, epochs=4, threads=1)
+    assert found.run.metrics()[-1]["step"] == 2 * steps
+    looks = [found.run.metrics()[epoch] for epoch in (-2, -1)]
+    means = [np.mean([row[f"val/{figure}"] for row in looks]) for figure in ("loss", "accuracy")]
+    assert cooldown.held == pytest.approx(Score(*means))
+    assert cooldown.falling != cooldown.held
+
+
+def test_what_a_falling_rate_brings_is_seen_where_the_rate_is_high(tmp_path):
+    changes = {"schedule.name": "constant", "optimizer.learning_rate": 0.02, "epochs": 3, "batch_size": 16}
+    found = trained(fromzero.load_images("digits"), tmp_path, changes | {"validation.fraction": 0.3})
+    cooldown = probe.measure(found).cooldown
+    assert cooldown.falling.loss < min(cooldown.held.loss, cooldown.before.loss)
+    assert cooldown.falling.accuracy > max(cooldown.held.accuracy, cooldown.before.accuracy)
+    assert cooldown.held.loss - cooldown.falling.loss > 2 * cooldown.loss_error > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule.name": "linear"},
+        {"schedule.name": "cosine"},
+        {"schedule.warmup_epochs": 9.0},
+        {"batch_size": 500},
+    ],
+)
+def test_a_falling_rate_is_not_tried_where_there_is_nothing_to_try(changes, tiny_images, tmp_path):
+    assert probe.measure(trained(tiny_images, tmp_path, COOLED | changes)).cooldown is None
+
+
+def test_a_rate_that_overflows_when_it_is_held_tells_nothing_of_one_that_falls(tiny_images, tmp_path, monkeypatch):
+    found = trained(tiny_images, tmp_path, COOLED)
+
+    def overflow(*arguments):
+        raise fromzero.NonFiniteError("the loss is nan")
+
+    monkeypatch.setattr(probe, "train_step", overflow)
+    assert probe.measure(found).cooldown is None
+
+
 @pytest.mark.parametrize("how", ["same", "mirrored", "brighter"])
 def test_copies_are_found(how, tiny_images, tmp_path):
     test = tiny_images.test.pixels.copy()
@@ -587,7 +659,7 @@ def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, t
     second = fromzero.list_runs()[1]
     assert cli.main(["diagnose", str(second.path), "--threads", "1"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "So few validation images may hide imbalance, oscillating" in told
+    assert "So few validation images may hide imbalance, label-noise" in told
     assert "imbalance" not in told.split("not found, or explained by that: ")[1]
     assert f"The run began with the weights of {run.path}: its first steps were not tried again" in told
     assert json.loads((second.path / "diagnosis.json").read_text("utf-8"))["measures"]["trials"] == {}
@@ -617,10 +689,10 @@ def test_a_run_shorter_than_its_recipe_or_that_has_not_ended_is_told_so(run):
     rising = " ".join(diagnosis_text(run, rows(train=(0.3, 0.4, 0.5, 0.6, 0.72)), [], {}).split())
     assert "Its train accuracy rose by 12 points in the last quarter of its epochs" in rising
     assert f"({run.resume_command} --epochs {2 * run.recipe.epochs}) may reach more" in rising
-    assert rising.endswith("(--schedule.name linear).")
+    assert rising.endswith("may reach more.")
     run.write_recipe(run.recipe.override({"network.batch_norm": False}))
     both = " ".join(diagnosis_text(run, rows(train=(0.3, 0.4, 0.5, 0.6, 0.72)), [], {}).split())
-    assert "(--schedule.name linear). That is not to say that no other recipe reaches more: --recipe few" in both
+    assert "may reach more. That is not to say that no other recipe reaches more: --recipe few" in both
     assert "last quarter" not in diagnosis_text(run, rows(), [], {})
     (run.path / "summary.json").unlink()
     said = diagnosis_text(run, rows(), [], {})

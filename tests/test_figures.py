@@ -408,6 +408,14 @@ def test_extending_a_run_whose_rates_were_the_same_says_so(name, warmup, step, s
     assert ("this is not the run that 5 epochs at once would have been" in note) is not same
 
 
+def test_extending_a_run_before_its_cooldown_is_the_run_trained_at_once(small):
+    """Ten epochs of four steps, of which the last two cool down: what the length of the others is for."""
+    before = small.override({"schedule.name": "cooldown", "epochs": 10})
+    for step, same in ((0, True), (33, True), (34, False)):
+        note = extension_note(before, before.override({"epochs": 20}), step, EVEN)
+        assert ("this is the run that 20 epochs at once would have been" in note) is same
+
+
 @pytest.mark.parametrize(("step", "same"), [(3, True), (4, True), (5, True), (6, False)])
 def test_extending_a_run_around_the_end_of_its_warm_up(step, same, small):
     """Warm-up for four steps of a linear schedule: the fifth has the peak rate whatever the end."""

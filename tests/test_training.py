@@ -790,11 +790,14 @@ def test_a_picture_that_cannot_be_drawn_costs_no_run(small, tiny_images, tmp_pat
         ({"schedule.name": "linear"}, [1.0, 0.75, 0.5, 0.25]),
         ({"schedule.name": "cosine"}, [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]),
         ({"schedule.name": "linear", "schedule.warmup_epochs": 1.0}, [0.5, 1.0, 1.0, 0.5]),
+        ({"schedule.name": "cooldown", "epochs": 5}, [*[1.0] * 8, 1.0, 0.5]),
+        ({"schedule.name": "cooldown", "epochs": 6, "schedule.warmup_epochs": 1.0}, [0.5, *[1.0] * 9, 1.0, 0.5]),
     ],
 )
 def test_the_learning_rate_is_a_pure_function_of_the_step(changes, expected, small):
     recipe = small.override({"epochs": 2, "optimizer.learning_rate": 1.0, **changes})
-    assert [optim.learning_rate_at(recipe, step, Timetable(2, 2, 1)) for step in range(4)] == pytest.approx(expected)
+    rates = [optim.learning_rate_at(recipe, step, Timetable(2, 2, 1)) for step in range(2 * recipe.epochs)]
+    assert rates == pytest.approx(expected)
 
 
 def test_the_notes_recipes_say_that_they_validate_on_the_test_images(tiny_images, tmp_path):

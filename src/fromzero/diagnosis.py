@@ -32,7 +32,7 @@ SMALL_MAP = 1 / 8  # of the image's side
 SMALL_BATCH, CHANGED = 32, 0.15  # images; share of predictions
 HIDDEN, HARDER = 0.6, 0.15  # share of an image; accuracy
 DROPPED, DROPOUT_LOSS = 0.7, 0.5  # rate; nats
-LATE_EPOCHS, SWING = 5, 1.5  # in standard errors
+COOLED = 0.02  # of a loss
 LAST_GAIN, LATE_GAIN = 0.03, 0.1  # of train accuracy: by the last epoch, by the last quarter at a constant rate
 LOSS_RISE, LARGE_GAP = 0.05, 0.3  # of the lowest validation loss; accuracy
 UNALTERED_GAP = 0.15  # accuracy, where train images are fitted and shown as they are
@@ -325,25 +325,6 @@ def _share_left(translate: int, cutout: int, crop: int, shape: Sequence[int]) ->
     return left * (1 - hidden)
 
 
-def _oscillating(e: Evidence) -> Finding | None:
-    rows = e.rows[-max(LATE_EPOCHS, len(e.rows) // 2) :]
-    if len(rows) < LATE_EPOCHS or e.recipe.schedule.name != "constant":
-        return None
-    accuracies = [row["val/accuracy"] for row in rows]
-    swing, mean = _deviation_from_line(accuracies), _mean(accuracies)
-    sampling = math.sqrt(mean * (1 - mean) / e.measures.num_validation)
-    if swing <= SWING * sampling:
-        return None
-    return Finding(
-        "oscillating",
-        "late epochs go up and down, and the last one is drawn by lot: the learning rate does not fall",
-        f"validation accuracy of the last {len(rows)} epochs deviates from its trend by {100 * swing:.1f} points; as"
-        f" {e.measures.num_validation:,} images are, one of them is known to {100 * sampling:.1f}",
-        "a rate that falls to zero",
-        {"schedule.name": "linear"},
-    )
-
-
 def _label_noise(e: Evidence) -> Finding | None:
     """Images that the network was never shown, that it is sure of and wrong about, more often than it says itself: a
     clean set has few of them, unless the network has learned its train images one by one, when being sure says
@@ -463,6 +444,26 @@ def _underfitting(e: Evidence) -> Finding | None:
     )
 
 
+def _rate_never_falls(e: Evidence) -> Finding | None:
+    """Steps at a high rate keep a network from settling: what a few at a falling one bring was there to be had."""
+    cooldown = e.measures.cooldown
+    if cooldown is None:
+        return None
+    steps, before, held, falling, loss_error, accuracy_error = cooldown
+    less_loss = held.loss - falling.loss > max(2 * loss_error, COOLED * held.loss) and falling.loss < before.loss
+    if not less_loss and falling.accuracy - max(held.accuracy, before.accuracy) <= 2 * accuracy_error:
+        return None
+    return Finding(
+        "rate-never-falls",
+        "the learning rate never falls, so the last steps still throw the weights about",
+        f"with {steps} more steps over which it falls to zero, validation accuracy {falling.accuracy:.3f}, loss"
+        f" {falling.loss:.2f}; with the same steps at {e.recipe.optimizer.learning_rate:g} {held.accuracy:.3f},"
+        f" {held.loss:.2f}; before them {before.accuracy:.3f}, {before.loss:.2f}",
+        "a rate that falls to zero over the last fifth of the epochs",
+        {"schedule.name": "cooldown"},
+    )
+
+
 def _validation_too_small(e: Evidence) -> Finding | None:
     count, accuracy = e.measures.num_validation, e.last["val/accuracy"]
     low, high = wilson_interval(accuracy, count)
@@ -488,17 +489,17 @@ RULES: dict[str, Callable[[Evidence], Finding | None]] = {
     "pooling-too-early": _pooling_too_early,
     "batch-too-small": _batch_too_small,
     "augmentation-too-strong": _augmentation_too_strong,
-    "oscillating": _oscillating,
     "label-noise": _label_noise,
     "overfitting": _overfitting,
     "stopped-early": _stopped_early,
     "underfitting": _underfitting,
+    "rate-never-falls": _rate_never_falls,
     "validation-too-small": _validation_too_small,
 }
-ON_VALIDATION = ("imbalance", "oscillating", "label-noise", "overfitting", "stopped-early")  # which few images may hide
-
+# Which few validation images may hide.
+ON_VALIDATION = ("imbalance", "label-noise", "overfitting", "stopped-early", "rate-never-falls")
 # What a finding is the likely cause of. Only a network that has learned can say that a label is wrong.
-_UNLEARNED = ("oscillating", "label-noise", "stopped-early", "underfitting")
+_UNLEARNED = ("label-noise", "stopped-early", "underfitting")
 _STUCK = ("vanishing-gradients", "dead-units", *_UNLEARNED)
 EXPLAINS: dict[str, tuple[str, ...]] = {
     "decay-too-strong": ("dropout-too-strong", "rate-too-high", "rate-too-low", *_STUCK),
@@ -522,12 +523,3 @@ def _mean(values: Iterable[float | None]) -> float:
 
 def _halved(rates: float | tuple[float, ...]) -> Any:
     return [rate / 2 for rate in rates] if isinstance(rates, tuple) else rates / 2
-
-
-def _deviation_from_line(values: Sequence[float]) -> float:
-    """Standard deviation of values about the straight line through them."""
-    count = len(values)
-    mean, middle = sum(values) / count, (count - 1) / 2
-    slope = sum((i - middle) * (v - mean) for i, v in enumerate(values)) / sum((i - middle) ** 2 for i in range(count))
-    squares = sum((v - mean - slope * (i - middle)) ** 2 for i, v in enumerate(values))
-    return math.sqrt(squares / max(count - 2, 1))

@@ -223,8 +223,7 @@ def _other_recipe(run: Run, rows: Sequence[Row]) -> str:
     if recipe.schedule.name == "constant" and (gain := late_gain(rows)) > LATE_GAIN:
         rising = (
             f"Its train accuracy rose by {100 * gain:.0f} points in the last quarter of its epochs: more of them"
-            f" ({run.resume_command} --epochs {2 * recipe.epochs}) may reach more, and so may a rate that falls"
-            " (--schedule.name linear). "
+            f" ({run.resume_command} --epochs {2 * recipe.epochs}) may reach more. "
         )
     if recipe.network.batch_norm:
         return rising

@@ -50,6 +50,26 @@ class Trial(NamedTuple):
     error: float
 
 
+class Score(NamedTuple):
+    """Mean loss and accuracy on the validation images."""
+
+    loss: float
+    accuracy: float
+
+
+class Cooldown(NamedTuple):
+    """What so many more steps from the run's last weights came to, the same ones twice: with a rate that falls to zero
+    over them, and held at what it was, a mean of half of them and all. Beside both the weights as they were before; the
+    errors are the standard errors of falling minus held, image by image."""
+
+    steps: int
+    before: Score
+    held: Score
+    falling: Score
+    loss_error: float
+    accuracy_error: float
+
+
 @dataclass(frozen=True)
 class Measures:
     """What `probe` measured of a run. Losses in nats. recalls: accuracy by class on the validation images, None
@@ -58,7 +78,8 @@ class Measures:
     recipe's size are normalised by themselves; seen_accuracies: on the same train images as they are and as augmented;
     map_sides: of the map that each convolution works on, in pixels. Where the run gave a reason to try, else empty and
     None: trials: factor on the learning rate → what the same few steps from the start came to; without_decay: what they
-    came to at the run's rate without its weight decay; fit_accuracy: on a few images, after steps on nothing else."""
+    came to at the run's rate without its weight decay; fit_accuracy: on a few images, after steps on nothing else;
+    cooldown: where the rate is constant, what a falling one would have brought at the end."""
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
@@ -78,6 +99,7 @@ class Measures:
     trials: Mapping[float, Trial] = field(default_factory=dict)
     without_decay: Trial | None = None
     fit_accuracy: float | None = None
+    cooldown: Cooldown | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from fromzero.timetable import Timetable
 # Quintic Newton-Schulz coefficients of Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024).
 NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS = (3.4445, -4.7750, 2.0315), 3
 
+COOLDOWN = 0.2  # share of the steps after the warm-up
+
 
 def make_optimizer(recipe: OptimizerRecipe, model: nn.Module) -> fused.Optimizer:
     """The optimizer of `recipe` over all trained weights of `model`, in its fused form (one pass over each tensor).
@@ -126,7 +128,7 @@ def _newton_schulz_factor(square: Tensor) -> Tensor:
 
 def learning_rate_at(recipe: Recipe, step: int, timetable: Timetable) -> float:
     """The learning rate of step `step` (0-based): linear warm-up, then constant, linear or cosine (Loshchilov and
-    Hutter, 2017) to zero at the end of the last epoch. A pure function."""
+    Hutter, 2017) to zero at the end of the last epoch, or constant with a linear cooldown. A pure function."""
     schedule, peak = recipe.schedule, recipe.optimizer.learning_rate
     warmup = timetable.steps_before(schedule.warmup_epochs)
     if step < warmup:
@@ -140,6 +142,8 @@ def learning_rate_at(recipe: Recipe, step: int, timetable: Timetable) -> float:
             return peak * (1 - done)
         case "cosine":
             return peak * 0.5 * (1 + math.cos(math.pi * done))
+        case "cooldown":
+            return peak if done <= 1 - COOLDOWN else peak * (1 - done) / COOLDOWN
 
 
 def _groups(recipe: OptimizerRecipe, model: nn.Module) -> list[dict[str, Any]]:

@@ -1,14 +1,14 @@
 """Cheap measurements of a run that change nothing: what `diagnosis` needs beside the rows of metrics.
 
-All is measured at the weights that the run has come to, but for `trials`, which begin again at its first ones. The
-network is a copy of its own, loaded from a checkpoint; the run folder is only read.
+All is measured at the weights that the run has come to, but for `trials`, which begin again at its first ones, and
+`cooldown`, which goes on from its last. Networks are copies, loaded from a checkpoint; the run folder is only read.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,10 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromzero import modules, networks
+from fromzero import checkpoint, modules, networks
 from fromzero.errors import NonFiniteError
 from fromzero.evaluate import Outcomes, evaluate, predict
-from fromzero.evidence import FITTED, SMALL_GAP, Copies, LayerMeasures, Measures, Surest, Trial, best_factor
+from fromzero.evidence import (
+    FITTED,
+    SMALL_GAP,
+    Cooldown,
+    Copies,
+    LayerMeasures,
+    Measures,
+    Score,
+    Surest,
+    Trial,
+    best_factor,
+)
 from fromzero.machine import Machine
 from fromzero.modules import Network
 from fromzero.networks import layers
@@ -28,6 +39,7 @@ from fromzero.recipe import AugmentRecipe, Recipe
 from fromzero.rng import permutation
 from fromzero.runs import Row
 from fromzero.sessions import Trained, initial_state
+from fromzero.state import State
 from fromzero.timetable import Timetable
 from fromzero.training import Batch, Data, Subset, batch_at, mixed, train_step
 
@@ -42,15 +54,15 @@ COMPARED_IMAGES = 1000  # of validation and test each that are looked for among 
 SIDE, ALIKE = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
 TWINS = 0.01  # share of pictures with a likeness in another class, beyond which likeness says nothing
 UNCHANGED = {f"augment.{name}": value for name, value in AugmentRecipe().model_dump().items()}  # images as they are
+ALL_IMAGES = {"hardest": 1.0, "skip_easy": 0.0}
 
 
 def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None] = lambda line: None) -> Measures:
-    """What can be told of a run in the time of some hundred steps. trials: whether the first steps are tried at other
-    learning rates where the train images are not fitted; of a run that began with another one's weights they never are.
-    `say` is told what is being done."""
+    """What can be told of a run in the time of some hundred steps. trials: whether steps are made: the first ones at
+    other learning rates where the train images are not fitted, never of a run that began with another one's weights;
+    and some more at a falling rate where the run's is constant. `say` is told what is being done."""
     images, data, network, here = trained.images, trained.data, trained.network, trained.machine
     recipe, shape, classes = trained.run.recipe, images.image_shape, images.num_classes
-    trials = trials and trained.run.provenance["from"] is None
     say("scoring")
     validation = evaluate(network, *data.validation, data.normalise, here)
     train = evaluate(network, *data.clean_train, data.normalise, here)
@@ -60,8 +72,11 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
     say("copies")
     copies = _copies(data, own_test=recipe.validation.source == "split")
     found: dict[float, Trial] = {}
-    fit = without_decay = None
-    if trials and train.accuracy < FITTED:
+    fit = without_decay = cooldown = None
+    if trials and recipe.schedule.name == "constant":
+        say("more steps at a falling learning rate")
+        cooldown = _cooldown(trained, validation)
+    if trials and trained.run.provenance["from"] is None and train.accuracy < FITTED:
         say("short trainings at other learning rates")
         found, without_decay = _trials(recipe, data, shape, classes, here, _seconds_a_step(trained))
         if train.accuracy - validation.accuracy < SMALL_GAP:
@@ -87,6 +102,7 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
         trials=found,
         without_decay=without_decay,
         fit_accuracy=fit,
+        cooldown=cooldown,
     )
 
 
@@ -277,6 +293,62 @@ def _seconds_a_step(trained: Trained) -> float:
     return rows[-1]["time/seconds"] / max(rows[-1]["step"], 1) if rows else 0.1
 
 
+def _affordable_steps(seconds_a_step: float) -> int:
+    """How many steps a short training has, the run's own steps permitting."""
+    affordable = TRIAL_SECONDS / (MOST_TRIALS * max(seconds_a_step, 1e-4))
+    return min(TRIAL_STEPS, int(max(FEWEST_TRIAL_STEPS, affordable)))
+
+
+def _cooldown(trained: Trained, before: Outcomes) -> Cooldown | None:
+    """Whether a constant rate is what keeps a run from a better end: steps from its last weights and optimizer state,
+    over which the rate falls to zero (the cooldown of Zhai et al., "Scaling Vision Transformers", 2022), beside the
+    same steps at its own rate, looked at halfway and at their end. None where the run has made too few steps, or is
+    still in its warm-up."""
+    data, here = trained.data, trained.machine
+    recipe = trained.run.recipe.override(ALL_IMAGES)
+    timetable = Timetable.of(recipe, len(data.train.labels))
+    saved = checkpoint.load(trained.weights)
+    begin = saved.state["step"]
+    peak, steps = recipe.optimizer.learning_rate, min(_affordable_steps(_seconds_a_step(trained)), begin)
+    if steps < LEAST_TRIAL_STEPS or learning_rate_at(recipe, begin, timetable) != peak:
+        return None
+    shape, classes = trained.images.image_shape, trained.images.num_classes
+
+    def after(rate_at: Callable[[int], float], looks: tuple[int, ...]) -> Tensor:
+        """Loss and whether right (2, N), a mean over the looks at the validation images, after so many steps each."""
+        state = State.initial(recipe, shape, classes, here.device)
+        state.load_checkpoint(saved)
+        seen = []
+        batches = _batches(recipe, data, classes, range(begin, begin + steps), timetable, trained.epochs, begin)
+        for step, batch in enumerate(batches):
+            train_step(state, batch, rate_at(step), recipe, timetable.epochs_after(begin + step), here)
+            state.counters.step += 1
+            state.update_average(recipe.ema_decay)
+            if step + 1 in looks:
+                seen.append(_by_image(evaluate(state.scored.eval(), *data.validation, data.normalise, here)))
+        return torch.stack(seen).mean(0)
+
+    try:
+        # Where the rate is high, one look is drawn by lot.
+        held = after(lambda step: peak, (steps // 2, steps))
+        falling = after(lambda step: peak * (1 - step / steps), (steps,))
+    except NonFiniteError:
+        return None
+    scores = {"before": _by_image(before), "held": held, "falling": falling}
+    errors = (falling - held).std(1) / math.sqrt(held.shape[1])
+    return Cooldown(
+        steps=steps,
+        **{name: Score(*by_image.mean(1).tolist()) for name, by_image in scores.items()},
+        loss_error=errors[0].item(),
+        accuracy_error=errors[1].item(),
+    )
+
+
+def _by_image(outcomes: Outcomes) -> Tensor:
+    """Loss and whether it is right, of each image: float64 (2, N)."""
+    return torch.stack([outcomes.losses.double(), (outcomes.predictions == outcomes.labels).double()])
+
+
 def _trials(
     recipe: Recipe, data: Data, shape: networks.ImageShape, num_classes: int, here: Machine, seconds_a_step: float
 ) -> tuple[dict[float, Trial], Trial | None]:
@@ -285,14 +357,13 @@ def _trials(
     order. They go through the run's whole course, of rate, augmentation and dropout, in these steps: a rate that is to
     fall to zero is too high only if it is so after it has fallen. Where the best factor is the lowest or the highest,
     one beyond is tried, too. Nothing where the run has too few steps."""
-    affordable = TRIAL_SECONDS / (MOST_TRIALS * max(seconds_a_step, 1e-4))
     timetable = Timetable.of(recipe, len(data.train.labels))
     in_all = timetable.start_of(recipe.epochs)
-    steps = min(TRIAL_STEPS, int(max(FEWEST_TRIAL_STEPS, affordable)), in_all)
+    steps = min(_affordable_steps(seconds_a_step), in_all)
     if steps < LEAST_TRIAL_STEPS:
         return {}, None
     course = [step * in_all // steps for step in range(steps)]  # the run's step that each stands for
-    simple = recipe.override({"hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0})
+    simple = recipe.override(ALL_IMAGES | {"ema_decay": 0.0})
 
     def last_losses(factor: float, recipe: Recipe = simple) -> list[float]:
         """Of each step; infinite where one overflows."""
@@ -342,7 +413,8 @@ def _fit(
     free = recipe.override(
         UNCHANGED
         | {"network.block_dropout": 0.0, "network.dense_dropout": 0.0, "optimizer.weight_decay": 0.0}
-        | {"label_smoothing": 0.0, "hardest": 1.0, "skip_easy": 0.0, "ema_decay": 0.0}
+        | ALL_IMAGES
+        | {"label_smoothing": 0.0, "ema_decay": 0.0}
     )
     state = initial_state(free, shape, num_classes, data, here)
     few = permutation(len(data.train.labels), recipe.seed, "probe")[:FITTED_IMAGES]
@@ -359,15 +431,25 @@ def _fit(
     return sum(right[-10:]) / 10
 
 
-def _batches(recipe: Recipe, data: Data, num_classes: int, course: list[int], timetable: Timetable) -> Iterator[Batch]:
-    """As many batches as `course` has steps, from the first epoch on, each augmented as the run's step there is."""
-    step = epoch = 0
+def _batches(
+    recipe: Recipe,
+    data: Data,
+    num_classes: int,
+    course: Iterable[int],
+    timetable: Timetable,
+    epoch: int = 0,
+    step: int = 0,
+) -> Iterator[Batch]:
+    """A batch for each step of `course`, in the order and with the augmentation of steps from the start of `epoch` on,
+    of which the first is `step`, but as far on in the run's course as `course` says."""
+    places = iter(course)
     while True:
         order = torch.from_numpy(permutation(len(data.train.labels), recipe.seed, "order", epoch))
         for indices in order.to(data.train.labels.device).split(recipe.batch_size):
-            if step == len(course):
+            at = next(places, None)
+            if at is None:
                 return
-            batch = batch_at(data, indices, recipe, epoch, step, timetable.epochs_after(course[step]))
+            batch = batch_at(data, indices, recipe, epoch, step, timetable.epochs_after(at))
             yield mixed(batch, num_classes, recipe, step)
             step += 1
         epoch += 1

@@ -225,8 +225,10 @@ class OptimizerRecipe(_Part):
 class ScheduleRecipe(_Part):
     """The learning rate over the run, as a fraction of its peak: a linear warm-up, then `name`."""
 
-    name: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="constant, or down to zero at the last step: linear, cosine"
+    name: Literal["constant", "linear", "cosine", "cooldown"] = Field(
+        "constant",
+        description="constant, or down to zero at the last step: linear, cosine, or cooldown, which is constant until"
+        " the last fifth of the epochs and then linear (Zhai et al., 2022; Hägele et al., 2024)",
     )
     warmup_epochs: float = Field(0.0, ge=0, le=100_000, description="epochs of linear warm-up from zero")
 
