@@ -98,7 +98,11 @@ PLANTED = {
     "augmentation-too-strong": {"changes": {"augment.flip": "random"}, "measured": {"seen_accuracies": (0.9, 0.6)}},
     "rate-never-falls": {
         "changes": {"schedule.name": "constant"},
-        "measured": {"cooldown": Cooldown(100, Score(1.2, 0.56), Score(1.3, 0.55), Score(1.1, 0.58), 0.02, 0.01)},
+        "measured": {
+            "cooldown": Cooldown(
+                100, Score(1.2, 0.56), Score(1.3, 0.55), Score(1.3, 0.55), Score(1.1, 0.58), 0.02, 0.01
+            )
+        },
     },
     "label-noise": {"measured": {"surest": Surest(20, 100, 0.9)}},
     "overfitting": {
@@ -155,18 +159,23 @@ def test_a_network_that_had_learned_and_lost_it_had_too_high_a_rate():
 
 
 def test_a_falling_rate_is_proposed_where_it_helped_beyond_chance():
-    def found(falling, held=(1.2, 0.55), before=(1.2, 0.56), loss_error=0.02, accuracy_error=0.01):
-        scores = (Score(*score) for score in (before, held, falling))
+    def found(falling, held=(1.2, 0.55), halfway=(1.2, 0.55), before=(1.2, 0.56), loss_error=0.02, accuracy_error=0.01):
+        scores = (Score(*score) for score in (before, halfway, held, falling))
         cooldown = Cooldown(100, *scores, loss_error, accuracy_error)
         return bool(diagnose(evidence({"schedule.name": "constant"}, {"cooldown": cooldown})))
 
     assert found((1.15, 0.56))
     assert not found((1.17, 0.56))  # within two standard errors
     assert not found((1.18, 0.56), loss_error=0.001)  # surely less, by less than 2 %
-    assert not found((1.15, 0.56), before=(1.14, 0.56))  # the run had less, and steps at its rate lost it
+    assert not found((1.15, 0.56), before=(1.16, 0.56))  # the run had as little, and steps at its rate lost it
+    assert found((1.15, 0.55), halfway=(1.25, 0.54), held=(1.18, 0.55))
+    assert not found((1.15, 0.55), halfway=(1.25, 0.54), held=(1.16, 0.55))  # it learns, at either rate
+    assert not found((1.15, 0.53))  # surer only
     assert found((1.3, 0.59))  # surer, so that mistakes cost more, and more often right
     assert not found((1.3, 0.59), before=(1.2, 0.58))
+    assert not found((1.3, 0.59), halfway=(1.2, 0.54), held=(1.2, 0.58))
     assert not found((1.2, 0.55), loss_error=0.0, accuracy_error=0.0)
+    assert not found((3.0, 0.0), loss_error=math.nan, accuracy_error=math.nan)
 
 
 def test_decoupled_decay_is_judged_by_steps_without_it():
@@ -403,20 +412,29 @@ COOLED = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9}, {"schedule.warmup_epochs": 1.0}, {"augment.cutmix": 0.5}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ema_decay": 0.9},
+        {"schedule.warmup_epochs": 1.0},
+        {"augment.cutmix": 0.5},
+        {"network.batch_norm": True, "batch_size": 40},
+    ],
+)
 def test_steps_at_the_rate_as_it_was_are_those_that_the_run_would_have_made(changes, tiny_images, tmp_path):
     """So what a falling rate brings is compared with what going on would have brought."""
     found = trained(tiny_images, tmp_path, COOLED | changes)
     cooldown = probe.measure(found).cooldown
-    steps = 2 * math.ceil(len(found.data.train.labels) / 20)
+    steps = 2 * math.ceil(len(found.data.train.labels) / found.run.recipe.batch_size)
     assert cooldown.steps == steps
     assert cooldown.before.loss == pytest.approx(found.run.metrics()[-1]["val/loss"])
     resume(found.run, images=tiny_images, epochs=4, threads=1)
     assert found.run.metrics()[-1]["step"] == 2 * steps
-    looks = [found.run.metrics()[epoch] for epoch in (-2, -1)]
-    means = [np.mean([row[f"val/{figure}"] for row in looks]) for figure in ("loss", "accuracy")]
-    assert cooldown.held == pytest.approx(Score(*means))
+    looks = [Score(row["val/loss"], row["val/accuracy"]) for row in found.run.metrics()[-2:]]
+    assert [cooldown.halfway, cooldown.held] == [pytest.approx(look) for look in looks]
     assert cooldown.falling != cooldown.held
+    assert probe.measure(found).cooldown == cooldown  # of the weights that were loaded, though the run has gone on
 
 
 def test_what_a_falling_rate_brings_is_seen_where_the_rate_is_high(tmp_path):
@@ -425,7 +443,24 @@ def test_what_a_falling_rate_brings_is_seen_where_the_rate_is_high(tmp_path):
     cooldown = probe.measure(found).cooldown
     assert cooldown.falling.loss < min(cooldown.held.loss, cooldown.before.loss)
     assert cooldown.falling.accuracy > max(cooldown.held.accuracy, cooldown.before.accuracy)
-    assert cooldown.held.loss - cooldown.falling.loss > 2 * cooldown.loss_error > 0
+    assert (cooldown.halfway.loss + cooldown.held.loss) / 2 - cooldown.falling.loss > 2 * cooldown.loss_error > 0
+
+
+def test_a_falling_rate_is_tried_where_a_run_that_skips_images_stands(tiny_images, tmp_path, monkeypatch):
+    """Its later epochs have fewer steps, so as many steps are more epochs: beyond the warm-up, with dropout on."""
+    changes = {"epochs": 6, "skip_easy": 0.5, "schedule.warmup_epochs": 5.0, "network.dropout_from_epoch": 5.0}
+    found = trained(tiny_images, tmp_path, COOLED | changes)
+    seen = []
+    step = probe.train_step
+    monkeypatch.setattr(probe, "train_step", lambda *given: seen.append(given[4]) or step(*given))
+    assert probe.measure(found).cooldown is not None
+    assert seen[0] == 6.0
+
+
+def test_a_checkpoint_without_a_step_is_measured_all_the_same(tiny_images, tmp_path):
+    found = trained(tiny_images, tmp_path, COOLED)
+    bare = found.checkpoint._replace(state={})
+    assert probe.measure(found._replace(checkpoint=bare)).cooldown is None
 
 
 @pytest.mark.parametrize(
@@ -435,6 +470,7 @@ def test_what_a_falling_rate_brings_is_seen_where_the_rate_is_high(tmp_path):
         {"schedule.name": "cosine"},
         {"schedule.warmup_epochs": 9.0},
         {"batch_size": 500},
+        {"validation.fraction": 0.1},  # 20 images
     ],
 )
 def test_a_falling_rate_is_not_tried_where_there_is_nothing_to_try(changes, tiny_images, tmp_path):

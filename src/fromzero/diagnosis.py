@@ -445,21 +445,28 @@ def _underfitting(e: Evidence) -> Finding | None:
 
 
 def _rate_never_falls(e: Evidence) -> Finding | None:
-    """Steps at a high rate keep a network from settling: what a few at a falling one bring was there to be had."""
+    """Steps at a high rate keep a network from settling: what a few at a falling one bring was there to be had. Beyond
+    the mean of two looks, as one is drawn by lot where the rate is high, and beyond the better one, as the network may
+    still learn; and no loss at the cost of accuracy."""
     cooldown = e.measures.cooldown
     if cooldown is None:
         return None
-    steps, before, held, falling, loss_error, accuracy_error = cooldown
-    less_loss = held.loss - falling.loss > max(2 * loss_error, COOLED * held.loss) and falling.loss < before.loss
-    if not less_loss and falling.accuracy - max(held.accuracy, before.accuracy) <= 2 * accuracy_error:
+    steps, before, halfway, held, falling, loss_error, accuracy_error = cooldown
+    others = (before, halfway, held)
+    mean_loss = (halfway.loss + held.loss) / 2
+    beyond_accuracy = falling.accuracy - max(other.accuracy for other in others)
+    lower = mean_loss - falling.loss > max(2 * loss_error, COOLED * mean_loss)
+    lower = lower and min(other.loss for other in others) - falling.loss > loss_error
+    if not (lower and beyond_accuracy > -2 * accuracy_error) and not beyond_accuracy > 2 * accuracy_error:
         return None
     return Finding(
         "rate-never-falls",
         "the learning rate never falls, so the last steps still throw the weights about",
         f"with {steps} more steps over which it falls to zero, validation accuracy {falling.accuracy:.3f}, loss"
         f" {falling.loss:.2f}; with the same steps at {e.recipe.optimizer.learning_rate:g} {held.accuracy:.3f},"
-        f" {held.loss:.2f}; before them {before.accuracy:.3f}, {before.loss:.2f}",
-        "a rate that falls to zero over the last fifth of the epochs",
+        f" {held.loss:.2f} ({halfway.accuracy:.3f}, {halfway.loss:.2f} after half of them); before them"
+        f" {before.accuracy:.3f}, {before.loss:.2f}",
+        "a rate that falls to zero over the last fifth of the steps",
         {"schedule.name": "cooldown"},
     )
 

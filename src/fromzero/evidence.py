@@ -59,11 +59,12 @@ class Score(NamedTuple):
 
 class Cooldown(NamedTuple):
     """What so many more steps from the run's last weights came to, the same ones twice: with a rate that falls to zero
-    over them, and held at what it was, a mean of half of them and all. Beside both the weights as they were before; the
-    errors are the standard errors of falling minus held, image by image."""
+    over them, and held at what it was, which is looked at halfway, too. Beside them the weights as they were before.
+    The errors are the standard errors, image by image, of falling minus the mean of the two looks at held."""
 
     steps: int
     before: Score
+    halfway: Score
     held: Score
     falling: Score
     loss_error: float

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromzero import checkpoint, modules, networks
+from fromzero import modules, networks
 from fromzero.errors import NonFiniteError
 from fromzero.evaluate import Outcomes, evaluate, predict
 from fromzero.evidence import (
@@ -49,6 +49,7 @@ SUREST_SHARE = 0.1
 TRIAL_FACTORS, MOST_TRIALS = (1.0, 0.1, 10.0, 0.01, 100.0), 8
 TRIAL_STEPS, FEWEST_TRIAL_STEPS, TRIAL_SECONDS = 100, 25, 60.0  # of each; seconds: of all together
 LEAST_TRIAL_STEPS = 8  # of a run with fewer no trial is made: its last quarter would be a step
+LEAST_COMPARED = 25  # validation images that two trainings are compared on
 FITTED_IMAGES, FIT_BATCH, FIT_STEPS = 100, 50, 200  # whether the network can learn that few by heart
 COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
 SIDE, ALIKE = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
@@ -302,40 +303,44 @@ def _affordable_steps(seconds_a_step: float) -> int:
 def _cooldown(trained: Trained, before: Outcomes) -> Cooldown | None:
     """Whether a constant rate is what keeps a run from a better end: steps from its last weights and optimizer state,
     over which the rate falls to zero (the cooldown of Zhai et al., "Scaling Vision Transformers", 2022), beside the
-    same steps at its own rate, looked at halfway and at their end. None where the run has made too few steps, or is
-    still in its warm-up."""
-    data, here = trained.data, trained.machine
-    recipe = trained.run.recipe.override(ALL_IMAGES)
+    same steps at its own rate, as it would have made them itself but that they are of all images. None where it has
+    made too few steps, is still in its warm-up, or has too few validation images to tell; or where steps overflow."""
+    data, here, recipe, begin = (
+        trained.data,
+        trained.machine,
+        trained.run.recipe,
+        trained.checkpoint.state.get("step", 0),
+    )
     timetable = Timetable.of(recipe, len(data.train.labels))
-    saved = checkpoint.load(trained.weights)
-    begin = saved.state["step"]
     peak, steps = recipe.optimizer.learning_rate, min(_affordable_steps(_seconds_a_step(trained)), begin)
-    if steps < LEAST_TRIAL_STEPS or learning_rate_at(recipe, begin, timetable) != peak:
+    too_few = steps < LEAST_TRIAL_STEPS or len(before.labels) < LEAST_COMPARED
+    if too_few or learning_rate_at(recipe, begin, timetable) != peak:
         return None
+    recipe = recipe.override(ALL_IMAGES)
     shape, classes = trained.images.image_shape, trained.images.num_classes
 
-    def after(rate_at: Callable[[int], float], looks: tuple[int, ...]) -> Tensor:
-        """Loss and whether right (2, N), a mean over the looks at the validation images, after so many steps each."""
+    def after(rate_at: Callable[[int], float], looks: tuple[int, ...]) -> list[Tensor]:
+        """What the validation images come to after so many steps each, by image."""
         state = State.initial(recipe, shape, classes, here.device)
-        state.load_checkpoint(saved)
+        state.load_checkpoint(trained.checkpoint)
         seen = []
         batches = _batches(recipe, data, classes, range(begin, begin + steps), timetable, trained.epochs, begin)
         for step, batch in enumerate(batches):
-            train_step(state, batch, rate_at(step), recipe, timetable.epochs_after(begin + step), here)
+            whole = batch._replace(share=len(batch.labels) / min(recipe.batch_size, len(data.train.labels)))
+            train_step(state, whole, rate_at(step), recipe, timetable.epochs_after(begin + step), here)
             state.counters.step += 1
             state.update_average(recipe.ema_decay)
             if step + 1 in looks:
-                seen.append(_by_image(evaluate(state.scored.eval(), *data.validation, data.normalise, here)))
-        return torch.stack(seen).mean(0)
+                seen.append(_by_image(evaluate(state.scored, *data.validation, data.normalise, here)))
+        return seen
 
     try:
-        # Where the rate is high, one look is drawn by lot.
-        held = after(lambda step: peak, (steps // 2, steps))
-        falling = after(lambda step: peak * (1 - step / steps), (steps,))
+        halfway, held = after(lambda step: peak, (steps // 2, steps))
+        (falling,) = after(lambda step: peak * (1 - step / steps), (steps,))
     except NonFiniteError:
         return None
-    scores = {"before": _by_image(before), "held": held, "falling": falling}
-    errors = (falling - held).std(1) / math.sqrt(held.shape[1])
+    scores = {"before": _by_image(before), "halfway": halfway, "held": held, "falling": falling}
+    errors = (falling - (halfway + held) / 2).std(1) / math.sqrt(len(before.labels))
     return Cooldown(
         steps=steps,
         **{name: Score(*by_image.mean(1).tolist()) for name, by_image in scores.items()},

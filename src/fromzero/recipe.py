@@ -227,8 +227,8 @@ class ScheduleRecipe(_Part):
 
     name: Literal["constant", "linear", "cosine", "cooldown"] = Field(
         "constant",
-        description="constant, or down to zero at the last step: linear, cosine, or cooldown, which is constant until"
-        " the last fifth of the epochs and then linear (Zhai et al., 2022; Hägele et al., 2024)",
+        description="constant, or down to zero at the last step: linear, cosine, or cooldown, which is constant but"
+        " for the last fifth of the steps after the warm-up, over which it falls linearly (Hägele et al., 2024)",
     )
     warmup_epochs: float = Field(0.0, ge=0, le=100_000, description="epochs of linear warm-up from zero")
 

@@ -367,16 +367,22 @@ def _naming(found: Checkpoint) -> Iterator[None]:
 
 class Trained(NamedTuple):
     """What a run has come to: its images as they are and as it trained on them, its network in evaluation mode, the
-    file that the weights are from and the epochs that they have behind them, and the machine that computes."""
+    checkpoint that the weights are from and the epochs that they have behind them, and the machine that computes."""
 
     run: Run
     images: ImageSet
     data: Data
     network: Network
-    weights: Path
+    checkpoint: Checkpoint
     epochs: int
     machine: Machine
     steps_beyond: int
+
+    @property
+    def weights(self) -> Path:
+        """The file of the checkpoint."""
+        assert self.checkpoint.path is not None  # it was read from a file
+        return self.checkpoint.path
 
     @property
     def reached(self) -> str:
@@ -400,11 +406,10 @@ def load_trained(
     images = recorded_images(run, images, data_dir=data_dir, offline=offline)
     here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
     network, found = load_network(run, images.image_shape, images.num_classes, here, which)
-    assert found.path is not None  # it was read from a file
     data = Data.of(run.recipe, images, here.device, copies_apart=_copies_apart(run))
     epochs = found.state.get("epoch", 0)
     beyond = found.state.get("step", 0) - Timetable.of(run.recipe, len(data.train.labels)).start_of(epochs)
-    return Trained(run, images, data, network, found.path, epochs, here, max(beyond, 0))
+    return Trained(run, images, data, network, found, epochs, here, max(beyond, 0))
 
 
 class Classifier(NamedTuple):
