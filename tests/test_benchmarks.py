@@ -279,6 +279,22 @@ def test_every_planted_fault_is_a_recipe_that_differs_from_the_healthy_one():
             assert same == (case is planted.CASES[0] or bool(case.images and not case.changes) or bool(case.weights))
 
 
+def test_trainings_at_a_constant_rate_have_seeds_of_their_own():
+    from benchmarks import diagnosis
+
+    def row(case, seed, problem=(), found=()):
+        return {"base": "plain", "case": case, "seed": seed, "problem": problem, "found": found} | {
+            "autotrainer": [],
+            "seconds": 1.0,
+        }
+
+    both = ("rate-never-falls", "rate-too-high")
+    rows = [row("healthy", 31), row("healthy", 30), row("constant high rate", 40, both, both)]
+    assert diagnosis.seeds_of(rows, residual=False) == "seeds 30, 31; at a constant rate 40"
+    assert diagnosis.seeds_of(rows[:1], residual=False) == "seed 31"
+    assert "of 2 findings 2 are the planted fault (1.000)" in "\n".join(diagnosis.summary(rows))
+
+
 def test_what_counts_as_named():
     from benchmarks import diagnosis
 

@@ -503,6 +503,19 @@ def test_extending_a_constant_rate_equals_training_straight_through(small, tiny_
     assert short.recipe.epochs == 5
 
 
+def test_extending_a_run_before_its_cooldown_equals_training_straight_through(small, tiny_images, tmp_path):
+    recipe = small.override({"schedule.name": "cooldown", "epochs": 5})
+    long = fromzero.train(recipe.override({"epochs": 7}), tiny_images, runs_dir=tmp_path / "long")
+    short = new_training(recipe, tiny_images, runs_dir=tmp_path / "short")
+    for progress in short:
+        if progress.row and progress.row["epoch"] == 3:
+            short.save()
+            break
+    rates = [row["learning_rate"] for row in fromzero.resume(short.run, images=tiny_images, epochs=7).metrics()]
+    assert first_difference(long, short.run) is None
+    assert rates[:5] == [recipe.optimizer.learning_rate] * 5 > rates[5:]
+
+
 def test_resuming_elsewhere_is_refused_by_name_unless_allowed(small, tiny_images, tmp_path):
     run = new_training(small, tiny_images, runs_dir=tmp_path, threads=2).run
     with pytest.raises(FromzeroError, match=r"threads: 2 → 1.*leave --threads out, or --allow-inexact"):

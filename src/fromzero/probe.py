@@ -295,7 +295,7 @@ def _seconds_a_step(trained: Trained) -> float:
 
 
 def _affordable_steps(seconds_a_step: float) -> int:
-    """How many steps a short training has, the run's own steps permitting."""
+    """How many steps a short training may have, at so many seconds each."""
     affordable = TRIAL_SECONDS / (MOST_TRIALS * max(seconds_a_step, 1e-4))
     return min(TRIAL_STEPS, int(max(FEWEST_TRIAL_STEPS, affordable)))
 
@@ -305,12 +305,8 @@ def _cooldown(trained: Trained, before: Outcomes) -> Cooldown | None:
     over which the rate falls to zero (the cooldown of Zhai et al., "Scaling Vision Transformers", 2022), beside the
     same steps at its own rate, as it would have made them itself but that they are of all images. None where it has
     made too few steps, is still in its warm-up, or has too few validation images to tell; or where steps overflow."""
-    data, here, recipe, begin = (
-        trained.data,
-        trained.machine,
-        trained.run.recipe,
-        trained.checkpoint.state.get("step", 0),
-    )
+    data, here, recipe = trained.data, trained.machine, trained.run.recipe
+    begin = trained.checkpoint.state.get("step", 0)
     timetable = Timetable.of(recipe, len(data.train.labels))
     peak, steps = recipe.optimizer.learning_rate, min(_affordable_steps(_seconds_a_step(trained)), begin)
     too_few = steps < LEAST_TRIAL_STEPS or len(before.labels) < LEAST_COMPARED
