@@ -293,8 +293,8 @@ def page(found, remedies):
     return "\n".join(
         [
             head + MEASURED,
-            f"From `python -m benchmarks.diagnosis` on {found['date']}, with the `--seeds` below, trainings at a constant"
-            " rate by themselves (`--cases`)."
+            f"From `python -m benchmarks.diagnosis` on {found['date']}, with the `--seeds` below, trainings at a"
+            " constant rate by themselves (`--cases`)."
             " Each training has one fault planted, or none. There are four kinds: `plain` (Adam, ReLU, dropout, as the"
             " notes' networks, smaller) and `norm` (Muon, batch normalisation, GELU, as `quick`) on 5,000 images of"
             " CIFAR-10, `digits` (SGD with momentum), and `residual` (AdamW, residual blocks, ReLU) on 4,000 images of"
