@@ -40,10 +40,10 @@ def trained(base, case, seed, folder, data_dir):
 
     images = images_of(base, case, data_dir)
     path = Path(folder) / name_of(base, case, seed)
-    if not (path / AUTOTRAINER).exists():
+    recipe = recipe_of(base, case, seed)
+    if not (path / AUTOTRAINER).exists() or not is_of(Run(path), recipe, images):
         if path.exists():
             shutil.rmtree(path)
-        recipe = recipe_of(base, case, seed)
         training = new_training(recipe, images, runs_dir=folder, name=path.name, threads=1)
         if case.weights is not None:
             case.weights(training.state.model)
@@ -55,6 +55,16 @@ def trained(base, case, seed, folder, data_dir):
             rules.overflowed = True
         (path / AUTOTRAINER).write_text(json.dumps(rules.found()), "utf-8")
     return Run(path), images
+
+
+def is_of(run, recipe, images):
+    """Whether a run that is there is of the case as it is planted now."""
+    from fromzero.study.definition import differing_fields
+
+    same_recipe = differing_fields(run.recipe, recipe).keys() <= {"dataset"}
+    return (
+        same_recipe and run.recipe.seed == recipe.seed and run.provenance["data"]["fingerprints"] == images.fingerprints
+    )
 
 
 def diagnosed(base, case, seed, folder, data_dir):
@@ -143,7 +153,9 @@ def rows_before(found):
     rules = digest("diagnosis", "evidence", "probe")
     again = {(row["base"], row["case"], row["seed"]) for row in found}
     rows = json.loads(OUTPUT.read_text("utf-8"))["rows"]
-    return [r for r in rows if r.get("rules") == rules and (r["base"], r["case"], r["seed"]) not in again]
+    planted = {case.name for case in CASES}
+    kept = (r for r in rows if r.get("rules") == rules and r["case"] in planted)
+    return [r for r in kept if (r["base"], r["case"], r["seed"]) not in again]
 
 
 def _remedies(arguments):

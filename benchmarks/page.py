@@ -326,7 +326,8 @@ def precision_lines(name, pairs):
     if max(pairs["float32"]) < LEARNED:
         verdict = "nothing to compare: neither has learned, take more images or epochs"
     else:
-        verdict = "within seed noise" if paired.within_noise else f"NOT within seed noise: bfloat16 {FALLS_SHORT}"
+        outcome = "is higher" if paired.mean > 0 else FALLS_SHORT
+        verdict = "within seed noise" if paired.within_noise else f"NOT within seed noise: bfloat16 {outcome}"
     return [
         f"{name}, bfloat16 − float32 in points: {each}; mean {100 * paired.mean:+.2f} ± {100 * paired.half_width:.2f}"
         f" (95 % t interval, n = {len(pairs['seeds'])}); float32's seeds deviate by {100 * paired.seed_deviation:.2f}:"

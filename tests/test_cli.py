@@ -189,7 +189,10 @@ BAD = [
     (["trian"], "unknown command 'trian'; nearest: train"),
     (["train", "--epohcs", "3"], "unknown option --epohcs; nearest: --epochs"),
     (["train", "--optimizer.lr", "3"], "unknown option --optimizer.lr; nearest: --optimizer.learning_rate"),
-    (["train", "digits", "--recipe", "train1", "--validation.fraction", "0.5"], "holds nothing out with --validation"),
+    (
+        ["train", "digits", "--recipe", "train1", "--validation.fraction", "0.5"],
+        "has no effect with --validation.source test",
+    ),
     (["train", "digits", "--recipe", "trian2"], "unknown recipe 'trian2'; nearest: train2"),
     (["train", "digits", "--optimizer.name", "adm"], "'adm' is not one of sgd, adam, adamw, muon; nearest: adam"),
     (["train", "digits", "--epochs", "many"], "epochs: 'many'"),

@@ -11,10 +11,9 @@ import torch
 import fromzero
 from fromzero import cli, probe
 from fromzero.data.images import Images
-from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, diagnose, why_labels_cannot_be_judged
-from fromzero.display import diagnosis_text
+from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, diagnose, untried, why_labels_cannot_be_judged
 from fromzero.evidence import Cooldown, Copies, Evidence, LayerMeasures, Measures, Score, Surest, Trial, best_factor
-from fromzero.findings import study_text, write_findings
+from fromzero.findings import remarks, study_text, write_findings
 from fromzero.recipe import load_recipe
 from fromzero.sessions import load_classifier, load_trained, new_training, resume
 from fromzero.study.definition import load_study
@@ -64,6 +63,11 @@ def evidence(changes=None, measured=None, **of_rows):
     return Evidence(
         RECIPE.override(changes or {}), shown, replace(HEALTHY, **({"recalls": recalls} | (measured or {})))
     )
+
+
+def remarked(run, found=(), **options):
+    """The remarks of a diagnosis of that run, as text."""
+    return " ".join(remarks(run, replace(evidence(**options), recipe=run.recipe), found))
 
 
 HIGHER = trials(0.4, 0.3, 0.6, 0.69, float("inf"))
@@ -556,11 +560,11 @@ def test_labels_that_could_not_be_judged_are_not_called_right(run):
     by_heart = diagnose(evidence(measured={"train_accuracy": 0.99, "surest": Surest(20, 100, 0.97)}))
     assert by_heart == []
     why = why_labels_cannot_be_judged(evidence(measured={"train_accuracy": 0.99}))
-    said = diagnosis_text(run, rows(), by_heart, {}, no_labels=why)
-    assert "Wrong labels cannot be told here: the network knows its train images by heart" in said
+    said = remarked(run, measured={"train_accuracy": 0.99})
+    assert f"Wrong labels cannot be detected in this run: {why}." in said
     assert "label-noise" not in said
     assert why_labels_cannot_be_judged(evidence()) == ""
-    assert "label-noise" in diagnosis_text(run, rows(), [], {})
+    assert "label-noise" in remarked(run)
 
 
 def test_a_run_that_overflowed_in_its_first_epoch_can_be_looked_at(tiny_images, tmp_path):
@@ -606,7 +610,7 @@ def test_a_run_of_which_no_epoch_is_saved_is_judged_by_nothing(run, capsys):
         load_classifier(run, threads=1)
     rows = len(run.metrics())
     assert cli.main(["resume", str(run.path), "--threads", "1"]) == 0
-    assert f"the {rows} epochs since the one before are trained again" in capsys.readouterr().out
+    assert f"{rows} epochs since the last checkpoint come again" in capsys.readouterr().out
 
 
 def test_an_edited_recipe_and_missing_rows_are_refused(run, capsys):
@@ -682,11 +686,11 @@ def test_train_images_unlike_those_that_are_scored():
 def test_what_is_written_is_json(tiny_images, tmp_path):
     found = trained(tiny_images, tmp_path, {"optimizer.learning_rate": 0.5})
     measures = replace(probe.measure(found), without_decay=Trial(float("inf"), 0.0), loss_error=float("nan"))
-    write_findings(found.run, [], measures, tiny_images.source, 1)
+    write_findings(found.run, Evidence(found.run.recipe, found.run.metrics(), measures), [], tiny_images.source, 1)
     text = (found.run.path / "diagnosis.json").read_text("utf-8")
     assert "Infinity" not in text
     assert "NaN" not in text
-    assert json.loads(text)["measures"]["without_decay"] == [None, 0.0]
+    assert json.loads(text)["measures"]["without_decay"] == {"loss": None, "error": 0.0}
 
 
 def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, tmp_path, capsys):
@@ -695,8 +699,8 @@ def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, t
     second = fromzero.list_runs()[1]
     assert cli.main(["diagnose", str(second.path), "--threads", "1"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "So few validation images may hide imbalance, label-noise" in told
-    assert "imbalance" not in told.split("not found, or explained by that: ")[1]
+    assert "With so few validation images these could not be judged: imbalance, label-noise" in told
+    assert "imbalance" not in told.split("Not found, or explained by the above: ")[1]
     assert f"The run began with the weights of {run.path}: its first steps were not tried again" in told
     assert json.loads((second.path / "diagnosis.json").read_text("utf-8"))["measures"]["trials"] == {}
 
@@ -709,28 +713,48 @@ def test_a_training_without_a_fault_is_not_called_the_best(run, changes, hinted)
     assert [finding.name for finding in too_few] == ["validation-too-small"]
     for steps, other in ((10, "few"), (10_000, "strong")):  # an epoch
         for found in ([], too_few):
-            said = diagnosis_text(run, rows(step=[steps * epoch for epoch in range(1, 6)]), found, {})
-            assert (f"reaches more: --recipe {other} has" in said) is hinted
+            said = remarked(run, found, step=[steps * epoch for epoch in range(1, 6)])
+            assert (f"Another recipe may still reach more: --recipe {other} has" in said) is hinted
     found = diagnose(evidence(**PLANTED["imbalance"]))
     assert found
-    assert "--recipe few" not in diagnosis_text(run, rows(), found, {})
+    assert "--recipe few" not in remarked(run, found)
+
+
+def test_what_could_not_be_tried_is_not_called_not_found(run):
+    unlearned = {"train_accuracy": 0.5, "trials": {}}
+    low = {"train": (0.3, 0.35, 0.4, 0.45, 0.5), "val": (0.3, 0.35, 0.4, 0.44, 0.48)}
+    assert untried(evidence()) == []
+    assert untried(evidence(measured=unlearned, **low)) == [
+        "rate-too-high",
+        "rate-too-low",
+        "stopped-early",
+        "underfitting",
+    ]
+    tried = unlearned | {"trials": trials(0.6, 0.6, 0.6, 0.6, 0.6), "fit_accuracy": 1.0}
+    assert untried(evidence(measured=tried, **low)) == []
+    constant = evidence({"schedule.name": "constant"})
+    assert untried(constant) == ["rate-never-falls"]
+    run.write_recipe(run.recipe.override({"schedule.name": "constant"}))
+    said = remarked(run)
+    assert "could not be tried: rate-never-falls." in said
+    assert "rate-never-falls" not in said.partition("Nothing found of")[2]
 
 
 def test_a_run_shorter_than_its_recipe_or_that_has_not_ended_is_told_so(run):
     run.write_recipe(run.recipe.override({"name": "few", "network.batch_norm": True}))
     told = f"few has 60 epochs, where this run has {run.recipe.epochs}: more of them may reach more."
-    assert told in diagnosis_text(run, rows(), [], {})
+    assert told in remarked(run)
     constant = {"name": "own", "schedule.name": "constant"}
     run.write_recipe(run.recipe.override(constant))
-    rising = " ".join(diagnosis_text(run, rows(train=(0.3, 0.4, 0.5, 0.6, 0.72)), [], {}).split())
+    rising = remarked(run, train=(0.3, 0.4, 0.5, 0.6, 0.72))
     assert "Its train accuracy rose by 12 points in the last quarter of its epochs" in rising
     assert f"({run.resume_command} --epochs {2 * run.recipe.epochs}) may reach more" in rising
     assert rising.endswith("may reach more.")
     run.write_recipe(run.recipe.override({"network.batch_norm": False}))
-    both = " ".join(diagnosis_text(run, rows(train=(0.3, 0.4, 0.5, 0.6, 0.72)), [], {}).split())
-    assert "may reach more. That is not to say that no other recipe reaches more: --recipe few" in both
-    assert "last quarter" not in diagnosis_text(run, rows(), [], {})
+    both = remarked(run, train=(0.3, 0.4, 0.5, 0.6, 0.72))
+    assert "may reach more. Another recipe may still reach more: --recipe few" in both
+    assert "last quarter" not in remarked(run)
     (run.path / "summary.json").unlink()
-    said = diagnosis_text(run, rows(), [], {})
+    said = remarked(run)
     assert f"The run has not ended; if it was stopped, fromzero resume {run.path} trains it on." in said
     assert "more of them" not in said

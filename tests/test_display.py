@@ -78,7 +78,7 @@ def test_what_a_recipe_leaves_out_is_said_and_counted(tiny_images, tmp_path):
     run = new_training(load_recipe("train1").override(changes | scaled), tiny_images, runs_dir=tmp_path)
     lines = display.header(run).splitlines()
     assert "  up to epoch 1 on images of 16×16 pixels" in lines
-    assert "  epochs after the first skip the 80 easiest images; running accuracy is that of the rest" in lines
+    assert "  epochs after the first skip the 80 easiest images; running accuracy covers only the rest" in lines
     # 160 images of a quarter of the area, in four steps, then twice 80, in two steps
     assert [display._work(run, step) for step in (0, 2, 4, 5, 8)] == [0, 20, 40, 80, 200]
     run.close()
@@ -97,6 +97,6 @@ def test_few_steps_an_epoch_are_said(batch_size, said, tiny_images, tmp_path):
     notes = [
         line
         for line in display.header(run).splitlines()
-        if "of so few images --recipe few may make more, by batches of 125" in line
+        if "with so few images --recipe few, with batches of 125 and more epochs, may reach a higher accuracy" in line
     ]
     assert [line.split(";")[0].removeprefix("  note: ") for line in notes] == ([said] if said else [])

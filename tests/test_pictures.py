@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 
 from benchmarks.pictures import parts_of
 from fromzero import Run, checkpoint, cli, load_images, load_recipe
-from fromzero.data import pictures
+from fromzero.data import pictures, split_name
 from fromzero.errors import InputError
-from fromzero.sessions import load_trained
+from fromzero.sessions import load_trained, new_training
 from fromzero.training import Data
 
 COLORS = {"blue": (20, 40, 200), "green": (30, 180, 60), "red": (210, 30, 40)}
@@ -500,3 +500,20 @@ def test_what_the_benchmark_gives_to_keras_are_the_pictures_that_fromzero_has(tm
         paths, labels = parts_of(folder)[name]
         assert [np.asarray(Image.open(path)).tolist() for path in paths] == part.pixels.tolist()
         assert [images.class_names[label] for label in labels] == [Path(path).parent.name for path in paths]
+
+
+def test_a_path_may_have_the_signs_of_options(tmp_path):
+    folder = write(tmp_path / "me@64:5" / "photos", count=5)
+    assert split_name(f"{folder}@16:12") == (str(folder), "@16:12")
+    assert split_name(str(folder)) == (str(folder), "")
+    assert split_name(str(folder.parent)) == (str(folder.parent), "")
+    assert load_images(f"{folder}@16").image_shape == (16, 16, 3)
+
+
+def test_the_recipe_in_the_run_folder_names_the_pictures_that_were_handed_in(tmp_path):
+    images = load_images(f"{write(tmp_path / 'photos', count=5)}@16")
+    recipe = load_recipe("train1").override({"epochs": 1, "network.channels": [[2]]})
+    assert recipe.dataset == "cifar10"
+    training = new_training(recipe, images, runs_dir=tmp_path, threads=1)
+    training.close()
+    assert load_images(training.run.recipe.dataset).fingerprints == images.fingerprints

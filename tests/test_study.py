@@ -16,7 +16,7 @@ import pytest
 
 import fromzero
 from fromzero import networks, stats
-from fromzero.data import load_images
+from fromzero.data import cifar, load_images
 from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.recipe import load_recipe, recipe_names
 from fromzero.sessions import last_checkpoint
@@ -412,6 +412,17 @@ def test_a_cell_whose_recipe_has_changed_is_set_aside_and_trained_anew(data_fold
     result = read_result(execution.folder)
     assert result.arms["narrow"].n == "2"
     assert result.arms["narrow"].arm.recipe.network.dense == (3,)
+
+
+def test_a_study_of_cifar10_by_its_path_comes_to_its_end(data_folder, tmp_path, text, monkeypatch):
+    """As every study that `diagnose` leaves beside a run on CIFAR-10."""
+    monkeypatch.setattr(cifar, "CIFAR10_FINGERPRINTS", load_images(data_folder).fingerprints)
+    execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
+    assert execution.images.name == "cifar10:100"
+    for cell in execution.cells:
+        list(train_cell(cell, execution.images, execution.setting))
+    assert {event.text for event in execution} == {"done before"}
+    assert read_result(execution.folder).is_complete
 
 
 def test_damaged_cells_are_named_and_trained_anew(data_folder, tmp_path, text):

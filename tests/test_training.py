@@ -46,7 +46,7 @@ def small():
 def test_a_run_folder_holds_everything(small, tiny_images, tmp_path):
     run = fromzero.train(small, tiny_images, runs_dir=tmp_path)
     assert run.path.name == f"{tiny_images.name}-{run.summary['parameters']}"
-    assert run.recipe == small
+    assert run.recipe == small.override({"dataset": tiny_images.source})
     assert [row["epoch"] for row in run.metrics()] == [1, 2, 3]
     last = run.metrics()[-1]
     assert last["train/accuracy"] == run.summary["train/accuracy"]
@@ -563,7 +563,7 @@ def test_weights_that_do_not_fit_are_refused_with_a_table(small, tiny_images, tm
 def test_weights_of_other_classes_are_taken_without_their_last_layer(small, tiny_images, tmp_path):
     first = fromzero.train(small.override({"epochs": 1}), tiny_images, runs_dir=tmp_path)
     others = dataclasses.replace(tiny_images, class_names=tuple(f"other {n}" for n in range(10)))
-    with pytest.raises(InputError, match="its classes are others: number 1 is 'airplane' there and 'other 0' here"):
+    with pytest.raises(InputError, match="its classes differ: number 1 is 'airplane' there and 'other 0' here"):
         new_training(small, others, runs_dir=tmp_path / "other", start_from=first)
     taken = new_training(small, others, runs_dir=tmp_path / "other", start_from=first, partial=True)
     assert all(name.startswith("predictions.") for name in taken.run.provenance["from"]["left"])

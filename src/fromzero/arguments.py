@@ -92,8 +92,8 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     shown = recipe.fields() if recipe else {}
     fields = train.add_argument_group(
         "recipe fields",
-        f"each overrides one field of the recipe; in brackets, last, what {recipe.name if recipe else 'it'} has; - is"
-        " as good as _",
+        f"each overrides one field of the recipe; in brackets at the end: what {recipe.name if recipe else 'it'} has;"
+        " - and _ are interchangeable",
     )
     for path, (_, description) in field_types().items():
         text = f"{description} ({json.dumps(shown[path])})" if shown else description
@@ -110,12 +110,14 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     _add_weights(evaluate)
     _add_shared(evaluate, "runs", "data", "machine")
 
-    predict = add("predict", "say what is in pictures, by a run's weights")
+    predict = add("predict", "name what pictures show, by a run's weights")
     predict.add_argument("RUN", help="a run's folder or name")
     predict.add_argument("PICTURE", nargs="+", type=_path, help="a picture, or a folder of them")
-    predict.add_argument("--top", type=_count, default=1, metavar="N", help="how many classes, likeliest first (1)")
+    predict.add_argument("--top", type=_count, metavar="N", help="how many classes, likeliest first (1; --json: all)")
     predict.add_argument(
-        "--json", action="store_true", help="a JSON object a line: the picture, and the probability of each class"
+        "--json",
+        action="store_true",
+        help="print a JSON object for each picture: its name and the probability of each class",
     )
     _add_weights(predict)
     _add_shared(predict, "runs", "machine")

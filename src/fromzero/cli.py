@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import os
+import re
 import sys
 import threading
 import warnings
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fromzero.verify import Verdict
 
 DEMO_EPOCHS = 12
+NO_MEMORY = "out of memory|allocate memory|not enough memory"  # in what PyTorch says, by device
 # The notes' own figures: running train accuracy, validation accuracy, epochs.
 NOTES = {
     "train1": ("0.92", "0.76", "30"),
@@ -35,7 +37,7 @@ NOTES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 and 143 stopped by a signal."""
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input, 129, 130 and 143 stopped by a signal."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     warnings.showwarning = lambda message, *rest, **named: print(f"warning: {message}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fromzero: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error), re.IGNORECASE):
             raise
         print("fromzero: not enough memory for this network and batch size; make either smaller", file=sys.stderr)
         return 1
@@ -66,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _importing() -> Iterator[None]:
-    """Leave what is imported inside out of garbage collection. It stays anyway; looking through it time and again
-    while it comes in, and once more at exit, takes a tenth of the start and most of the exit."""
+    """Exclude what is imported inside from garbage collection: it stays until the end anyway, and scanning it takes a
+    tenth of the start and most of the exit."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -88,7 +90,9 @@ def _train(arguments: argparse.Namespace) -> None:
         changes["dataset"] = arguments.DATASET
     recipe = load_recipe(arguments.recipe).override(changes)
     if "validation.fraction" in changes and recipe.validation.source == "test":
-        raise InputError("--validation.fraction holds nothing out with --validation.source test; split would")
+        raise InputError(
+            "--validation.fraction has no effect with --validation.source test; use --validation.source split"
+        )
     with _importing():
         from fromzero.data import load_images, split_name
 
@@ -120,7 +124,8 @@ def _train(arguments: argparse.Namespace) -> None:
         print(f"starting from the weights of {origin['run']} ({origin['recipe']}){at}")
     left = origin.get("left")
     if left:
-        print(f"not taken from {getattr(arguments, 'from')}, drawn anew: {', '.join(left)}")
+        of = len(training.state.model.state_dict())
+        print(f"taken from it: {of - len(left)} of {of} tensors; drawn anew: {', '.join(left)}")
     _watch(training)
 
 
@@ -144,7 +149,7 @@ def _resume(arguments: argparse.Namespace) -> None:
         note = sessions.extension_note(before, training.recipe, step, training.timetable)
         print(f"extended from {before.epochs} to {training.recipe.epochs} epochs: {note}")
     if again := num_rows - training.state.counters.epoch:
-        print(f"ended without a last save: the {counted(again, 'epoch')} since the one before are trained again")
+        print(f"stopped without a last save: {counted(again, 'epoch')} since the last checkpoint come again")
     _watch(training)
 
 
@@ -200,7 +205,7 @@ def _runs(arguments: argparse.Namespace) -> None:
     if hidden:
         print(f"not shown, as the terminal is narrow: {', '.join(hidden)}")
     print(
-        "train: clean, last epoch · running: as Keras prints it, of images trained on · … not ended:"
+        "train: evaluation mode, last epoch · running: during training, as Keras prints it · … not ended:"
         " fromzero resume RUN"
     )
     if on_test:
@@ -219,14 +224,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     said = f"{weights.stem} weights, of {trained.reached}, {here.device}, {here.precision}"
     print(f"{run.path}: {recipe.name}, {said}")
     if run.summary is None:
-        print("  the run has not ended: its test accuracy counts at its end, and nothing should be chosen by it before")
+        print("  the run has not ended; the test images are scored when it does, so that nothing is chosen by them")
     if arguments.tta != "none":
         print(f"  with test-time augmentation ({arguments.tta}): not to be compared with figures without")
-    for label, subset in (
-        ("train (clean, fixed subset)", data.clean_train),
-        ("val", data.validation),
-        ("test", data.test),
-    ):
+    subsets = {"train (clean)": data.clean_train, "val": data.validation, "test": data.test}
+    if run.summary is None:
+        del subsets["test"]
+    for label, subset in subsets.items():
         try:
             found = evaluate(trained.network, *subset, data.normalise, here, views=arguments.tta)
         except NonFiniteError as error:
@@ -237,13 +241,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             f" images)  loss {found.loss:.4f}"
         )
     print(f"  {validation_label(recipe, own=images.validation is not None)}")
-    counts = data.test.labels.bincount(minlength=images.num_classes).tolist()
+    counts = subset.labels.bincount(minlength=images.num_classes).tolist()
     alike = len(set(counts)) == 1
     by_class = (
         f"{name} {recall:.3f}{'' if alike else f' (of {count:,})'}" if count else f"{name} no image"
         for name, recall, count in zip(images.class_names, found.recalls(images.num_classes), counts, strict=True)
     )
-    print(f"  test accuracy by class{f', {counts[0]:,} images each' if alike else ''}: " + ", ".join(by_class))
+    print(f"  {label} accuracy by class{f', {counts[0]:,} images each' if alike else ''}: " + ", ".join(by_class))
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -271,7 +275,7 @@ def _predict(arguments: argparse.Namespace) -> None:
             found = predict(network, on_device, normalise, here, views=arguments.tta)
         except NonFiniteError as error:
             raise NonFiniteError(f"{run.path}: {error}; {_other_weights(arguments)}") from None
-        likeliest = found.topk(min(arguments.top, len(names)))
+        likeliest = found.topk(min(arguments.top or (len(names) if arguments.json else 1), len(names)))
         longest = max(map(len, names))
         for index, values, labels in zip(read, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
             says = [(names[label], probability) for label, probability in zip(labels, values, strict=True)]
@@ -299,8 +303,8 @@ def _export(arguments: argparse.Namespace) -> None:
     shape = ", ".join(map(str, classifier.image_shape))
     print(f"{path}: pixels uint8 (N, {shape}) → probabilities float32 (N, {len(classifier.class_names)})")
     print(
-        f"  {path.stat().st_size / 1e6:.1f} MB; log-probabilities as here to {difference:.1g} nats; in its metadata are"
-        " the classes, and how pictures become pixels"
+        f"  {path.stat().st_size / 1e6:.1f} MB; log-probabilities as here to {difference:.1g} nats; its metadata list"
+        " the classes and how to prepare pictures"
     )
 
 
@@ -339,9 +343,9 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         from rich.console import Console
 
         from fromzero import display, probe
-        from fromzero.diagnosis import diagnose, why_labels_cannot_be_judged
+        from fromzero.diagnosis import diagnose
         from fromzero.evidence import Evidence
-        from fromzero.findings import write_findings
+        from fromzero.findings import remarks, write_findings
         from fromzero.runs import load_run
 
     run = load_run(arguments.RUN, arguments.runs_dir)
@@ -362,13 +366,14 @@ def _diagnose(arguments: argparse.Namespace) -> None:
             f"{trained.weights}: {error}; a lower --optimizer.learning_rate or a warm-up keeps them small"
         ) from None
     evidence = Evidence(run.recipe, rows, measures)
-    found, no_labels = diagnose(evidence), why_labels_cannot_be_judged(evidence)
+    found = diagnose(evidence)
     studies, failure = {}, None
     try:
-        studies = write_findings(run, found, measures, trained.images.source, trained.epochs, no_labels=no_labels)
+        studies = write_findings(run, evidence, found, trained.images.source, trained.epochs)
     except FromzeroError as error:
         failure = error
-    text = display.diagnosis_text(run, rows, found, studies, min(console.width, 110), no_labels=no_labels)
+    columns = min(console.width, 110)
+    text = display.diagnosis_text(run, rows, found, studies, remarks(run, evidence, found), columns)
     display.say(console, text)
     if failure is not None:
         raise failure

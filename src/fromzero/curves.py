@@ -12,7 +12,7 @@ from fromzero.runs import Row
 
 CURVES = {
     "running": ("#c44e52", "--", "train, running (training mode, as Keras prints it)"),
-    "clean": ("#c44e52", "-", "train, clean (evaluation mode, fixed subset)"),
+    "clean": ("#c44e52", "-", "train, clean (evaluation mode)"),
     "val": ("#1f4e9c", "-", "validation"),
 }
 MARKERS = {"running": "x", "clean": "o", "val": "s"}  # of a single epoch, which draws no line
@@ -38,7 +38,7 @@ def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, validation: str
 
 
 def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str) -> bytes:
-    """Accuracy and loss over the epochs as a PNG: the three curves, the best and the last epoch marked."""
+    """Accuracy and loss over the epochs as a PNG: the three curves, the best epoch marked."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

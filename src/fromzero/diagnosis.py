@@ -3,7 +3,7 @@ a remedy, and the recipe fields that a test of the remedy changes.
 
 Pure functions of plain data. A rule looks at the evidence and answers with a finding or with None; RULES has them all,
 causes before what they cause. The thresholds were chosen on trainings with faults planted in them; docs/diagnosis.md
-says which, and counts mostly others.
+lists them, and what the rules made of others.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _copies(e: Evidence) -> Finding | None:
         return None
     return Finding(
         "copies",
-        "images that are scored on are trained on too, so accuracies flatter",
+        "some validation or test images are train images, too, so accuracies are too high",
         f"of {copies.of:,} validation and test images {copies.exact:,} are in train to the byte, and"
         f" {copies.near - copies.exact:,} more look almost like one there",
         "remove copies before splitting, or keep all copies of a picture in one split",
@@ -156,7 +156,7 @@ def _dropout_too_strong(e: Evidence) -> Finding | None:
     halved = {f"network.{name}": _halved(getattr(network, name)) for name in ("block_dropout", "dense_dropout")}
     return Finding(
         "dropout-too-strong",
-        "dropout takes more than the network can spare: it does not even fit its train images",
+        "dropout is so strong that the network does not even fit its train images",
         f"rates up to {strongest:g}; the same train images have a loss of {m.plain_loss:.2f} without dropout and of"
         f" {m.dropout_loss:.2f} with it; train accuracy {m.train_accuracy:.3f}",
         "half the rates",
@@ -179,7 +179,7 @@ def _collapse(e: Evidence) -> Finding | None:
         "rate-too-high",
         "the learning rate is too high: the network had learned and lost it again",
         f"train loss {lowest['train/loss']:.2f} after epoch {lowest['epoch']}, {e.last['train/loss']:.2f} at the end,"
-        f" as of a network that looks at nothing; peak rate {rate:g}",
+        f" as by predicting the class frequencies alone; peak rate {rate:g}",
         f"a peak rate of {rate / 3:.2g}",
         _rates(e.recipe, 1 / 3),
     )
@@ -278,7 +278,7 @@ def _batch_too_small(e: Evidence) -> Finding | None:
         return None
     return Finding(
         "batch-too-small",
-        "batches are too small for batch normalisation: what is trained is not what is scored",
+        "batches are too small for batch normalisation: the network behaves differently when it is scored",
         f"normalised by batches of {size} as in training, {m.changed_by_batch_norm:.0%} of the same train images get"
         " another class than in evaluation",
         "batches of 64",
@@ -319,9 +319,10 @@ def _share_left(translate: int, cutout: int, crop: int, shape: Sequence[int]) ->
     hidden = 1.0
     for size in shape[:2]:
         left *= _mean(max(0, size - abs(by)) / size for by in range(-translate, translate + 1))
-        left *= (crop or size) / size
-        starts = [centre - cutout // 2 for centre in range(size)]
-        hidden *= _mean((min(start + cutout, size) - max(start, 0)) / size for start in starts)
+        seen = crop or size
+        left *= seen / size
+        starts = [centre - cutout // 2 for centre in range(seen)]  # what is cut out is cut out of the crop
+        hidden *= _mean((min(start + cutout, seen) - max(start, 0)) / seen for start in starts)
     return left * (1 - hidden)
 
 
@@ -347,7 +348,7 @@ def _label_noise(e: Evidence) -> Finding | None:
 def why_labels_cannot_be_judged(e: Evidence) -> str:
     """Why nothing follows from what the network is sure of and wrong about; empty where something does."""
     if e.measures.surest.of < FEWEST_SURE:
-        return "there are too few validation images"
+        return f"a tenth of the validation images are {e.measures.surest.of}, and {FEWEST_SURE} are needed"
     if e.measures.train_accuracy >= BY_HEART:
         return "the network knows its train images by heart, and is as sure where a label is wrong"
     if _large_gap(e):
@@ -445,9 +446,9 @@ def _underfitting(e: Evidence) -> Finding | None:
 
 
 def _rate_never_falls(e: Evidence) -> Finding | None:
-    """Steps at a high rate keep a network from settling: what a few at a falling one bring was there to be had. Beyond
-    the mean of two looks, as one is drawn by lot where the rate is high, and beyond the better one, as the network may
-    still learn; and no loss at the cost of accuracy."""
+    """Steps at a high rate keep a network from settling: what a few at a falling one bring was there to be had. They
+    must beat the mean of two scores at the rate held, as a single one is noisy where the rate is high, and the better
+    of the two, as the network may still learn; and lower no loss at the cost of accuracy."""
     cooldown = e.measures.cooldown
     if cooldown is None:
         return None
@@ -482,6 +483,19 @@ def _validation_too_small(e: Evidence) -> Finding | None:
         f"{count:,} images: an accuracy of {accuracy:.3f} may be {low:.3f} to {high:.3f} (95 %)",
         "more validation images (a larger --validation.fraction where they are held out of train), or several seeds",
     )
+
+
+def untried(evidence: Evidence) -> list[str]:
+    """The rules that go by steps which the run gave reason to try and which could not be made: it has too few steps or
+    validation images, began with other weights, was still in its warm-up, or its steps overflow."""
+    m, names = evidence.measures, []
+    if not evidence.fitted and not m.trials:
+        names += ["rate-too-high", "rate-too-low"]
+    if not evidence.fitted and evidence.gap < SMALL_GAP and m.fit_accuracy is None:
+        names += ["stopped-early", "underfitting"]
+    if evidence.recipe.schedule.name == "constant" and m.cooldown is None:
+        names += ["rate-never-falls"]
+    return names
 
 
 RULES: dict[str, Callable[[Evidence], Finding | None]] = {

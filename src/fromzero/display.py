@@ -4,7 +4,6 @@ runs, diagnoses."""
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -19,15 +18,13 @@ from rich.table import Column, Table
 
 from fromzero import augment, training
 from fromzero.curves import validation_label
-from fromzero.diagnosis import LATE_GAIN, ON_VALIDATION, RULES, Finding
+from fromzero.diagnosis import Finding
 from fromzero.errors import FromzeroError, counted, some
-from fromzero.evidence import late_gain
-from fromzero.findings import STUDY_SEEDS
+from fromzero.findings import STUDY_SEEDS, study_command
 from fromzero.kernels import NONE
 from fromzero.networks import num_multiply_adds, num_parameters
-from fromzero.recipe import load_recipe, recipe_names
 from fromzero.runs import Row, Run
-from fromzero.stats import fewest_pairs
+from fromzero.stats import fewest_pairs, wilson_interval
 from fromzero.study.definition import short
 from fromzero.study.execution import Execution
 from fromzero.study.pools import Event
@@ -35,7 +32,6 @@ from fromzero.training import Training
 
 REFRESH_SECONDS = 0.25  # of the live display
 NARROW_HIDES = ("began", "running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
-FEW_IMAGES = 5000  # the recipe few is as good as strong from 4,000, and took a third of the time (docs/results.md)
 FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
 FEW_STEPS, FEW_BATCH = 8, 125  # an epoch; images a step
 NAMED_CLASSES = 10  # at the start of a training
@@ -86,13 +82,14 @@ def header(run: Training) -> str:
         lines.append("  note: the data set's own validation images are not used; --validation.source split uses them")
     if (count := len(run.data.validation.labels)) < FEW_FOR_VALIDATION:
         more = "; --validation.fraction holds out more" if len(run.data.train.labels) < len(run.images.train) else ""
-        points = f"{98 / math.sqrt(count):.0f} points"  # half of a 95 % interval, at its widest
-        lines.append(f"  note: of {counted(count, 'validation image')} an accuracy is known to ± {points} only{more}")
+        low, high = wilson_interval(0.5, count)  # where it is widest
+        points = f"{50 * (high - low):.0f} points"
+        lines.append(f"  note: {counted(count, 'validation image')} give an accuracy to within ± {points} only{more}")
     augmentation, timetable = recipe.augment, run.timetable
     if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
         lines.append(
-            f"  note: {counted(timetable.first_steps, 'step')} an epoch; of so few images --recipe few may make more,"
-            f" by batches of {FEW_BATCH} and more epochs"
+            f"  note: {counted(timetable.first_steps, 'step')} an epoch; with so few images --recipe few, with batches"
+            f" of {FEW_BATCH} and more epochs, may reach a higher accuracy"
         )
     if augmentation.scales:
         size = "×".join(map(str, augment.smallest_size(augmentation, *run.images.image_shape[:2])))
@@ -100,18 +97,18 @@ def header(run: Training) -> str:
     if recipe.skip_easy and recipe.epochs > 1:
         skipped = timetable.images - timetable.later_images
         lines.append(
-            f"  epochs after the first skip the {skipped:,} easiest images; running accuracy is that of the rest"
+            f"  epochs after the first skip the {skipped:,} easiest images; running accuracy covers only the rest"
         )
     if run.state.proxy is not None:
         parameters = num_parameters(recipe.proxy_network(), run.images.image_shape, run.images.num_classes)
         lines.append(
-            f"  steps on the hardest {100 * recipe.hardest:.4g} % of each batch, as a proxy of {parameters:,}"
-            " parameters finds them; running accuracy is that of these"
+            f"  each step trains on the hardest {100 * recipe.hardest:.4g} % of its batch, chosen by a proxy network of"
+            f" {parameters:,} parameters; running accuracy covers only those"
         )
     if augmentation.cutmix:
         lines.append(
-            f"  {100 * augmentation.cutmix:.4g} % of a step's images are mixed with another; running accuracy asks for"
-            " what they show most of"
+            f"  {100 * augmentation.cutmix:.4g} % of a step's images are mixed with another one; running accuracy uses"
+            " the label of the larger part"
         )
     if counters.step:
         lines.append(f"  going on at step {counters.step:,}, {counters.epoch} of {recipe.epochs} epochs done")
@@ -160,12 +157,10 @@ def diagnosis_text(
     rows: Sequence[Row],
     found: Sequence[Finding],
     studies: Mapping[str, Path],
+    remarks: Sequence[str],
     columns: int = 100,
-    *,
-    no_labels: str = "",
 ) -> str:
-    """The findings in words: what is wrong, what shows it, what to do, and how to test that. no_labels: why labels
-    could not be judged, where they could not."""
+    """The findings in words: what is wrong, what shows it, what to do, and how to test that; then the remarks."""
     lines: list[str] = []
     seconds = run.recipe.epochs * rows[-1]["time/seconds"] / max(rows[-1]["epoch"], 1)
 
@@ -188,51 +183,14 @@ def diagnosis_text(
         if finding.name in studies:
             of_a_cost = not {"epochs", "network.channels", "batch_size"} & set(finding.changes)
             took = f", each about as long as this one ({duration(seconds)})" if seconds and of_a_cost else ""
-            command = f"fromzero study {shlex.quote(str(studies[finding.name]))}"
-            say("   test it:  ", command, whole=True)  # to be copied
+            say("   test it:  ", study_command(run, studies[finding.name]), whole=True)  # to be copied
             say(
                 "             ",
                 f"{finding.changed}; {STUDY_SEEDS} pairs of runs{took}",
             )
-    others = [name for name in RULES if name not in {finding.name for finding in found}]
-    if "validation-too-small" not in others:
-        hidden = [name for name in others if name in ON_VALIDATION]
-        others = [name for name in others if name not in hidden]
-        say("", f"So few validation images may hide {', '.join(hidden)}.")
-    if no_labels and "label-noise" in others:
-        others.remove("label-noise")
-        say("", f"Wrong labels cannot be told here: {no_labels}. fromzero report shows the images to look at.")
-    if origin := run.provenance["from"]:
-        began = f"The run began with the weights of {origin['run']}:"
-        say("", f"{began} its first steps were not tried again, and a study begins anew.")
-    say("not found, or explained by that: " if found else "nothing found of: ", ", ".join(others))
-    if run.summary is None:
-        say("", f"The run has not ended; if it was stopped, {run.resume_command} trains it on.")
-    elif {finding.name for finding in found} <= {"validation-too-small"} and (more := _other_recipe(run, rows)):
-        say("", more)
+    for remark in remarks:
+        say("", remark)
     return "\n".join(lines)
-
-
-def _other_recipe(run: Run, rows: Sequence[Row]) -> str:
-    """What may reach more where no fault is found, if anything is known to."""
-    recipe = run.recipe
-    usual = load_recipe(recipe.name).epochs if recipe.name in recipe_names() else 0
-    if usual > recipe.epochs:
-        return f"{recipe.name} has {usual} epochs, where this run has {recipe.epochs}: more of them may reach more."
-    rising = ""
-    if recipe.schedule.name == "constant" and (gain := late_gain(rows)) > LATE_GAIN:
-        rising = (
-            f"Its train accuracy rose by {100 * gain:.0f} points in the last quarter of its epochs: more of them"
-            f" ({run.resume_command} --epochs {2 * recipe.epochs}) may reach more. "
-        )
-    if recipe.network.batch_norm:
-        return rising
-    images = rows[-1]["step"] / max(rows[-1]["epoch"], 1) * recipe.batch_size
-    other = "few" if images < FEW_IMAGES else "strong"
-    return (
-        f"{rising}That is not to say that no other recipe reaches more: --recipe {other} has what was worth most on"
-        " CIFAR-10, a rate that falls, Muon and batch normalisation."
-    )
 
 
 def duration(seconds: float) -> str:
@@ -368,7 +326,7 @@ def run_columns(run: Run) -> dict[str, str]:
         "val": f"{last['val/accuracy']:.4f}{mark}" if last else "–",
         "best": f"{max(row['val/accuracy'] for row in rows):.4f}{mark}" if rows else "–",
         "test": f"{summary['test/accuracy']:.4f}" if summary else "–",
-        "time": duration(last["time/seconds"]) if last else "–",
+        "time": duration((summary or last)["time/seconds"]) if last else "–",
     }
 
 

@@ -58,9 +58,9 @@ class Score(NamedTuple):
 
 
 class Cooldown(NamedTuple):
-    """What so many more steps from the run's last weights came to, the same ones twice: with a rate that falls to zero
-    over them, and held at what it was, which is looked at halfway, too. Beside them the weights as they were before.
-    The errors are the standard errors, image by image, of falling minus the mean of the two looks at held."""
+    """Scores on the validation images after `steps` more steps from the run's last weights, made twice: with the rate
+    held as it was (scored halfway, too), and with a rate that falls to zero. `before`: of the last weights themselves.
+    The errors are standard errors over images, of `falling` minus the mean of `halfway` and `held`."""
 
     steps: int
     before: Score
@@ -117,7 +117,7 @@ class Evidence:
 
     @property
     def entropy(self) -> float:
-        """The loss, in nats, of who says all classes as often as they occur and looks at no image."""
+        """The loss, in nats, of predicting the class frequencies of the train images, whatever an image shows."""
         total = sum(self.measures.train_counts)
         return -sum(n / total * math.log(n / total) for n in self.measures.train_counts if n)
 

@@ -1,8 +1,10 @@
-"""What a diagnosis leaves in the run folder: diagnosis.json, and for each remedy the study that tests it."""
+"""What a diagnosis says beside its findings, and what it leaves in the run folder: diagnosis.json, and for each remedy
+the study that tests it."""
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +13,71 @@ from typing import Any
 import tomli_w
 
 from fromzero.data import split_name
-from fromzero.diagnosis import Finding
+from fromzero.diagnosis import LATE_GAIN, ON_VALIDATION, RULES, Finding, untried, why_labels_cannot_be_judged
 from fromzero.errors import FromzeroError
-from fromzero.evidence import Measures
+from fromzero.evidence import Evidence, late_gain
 from fromzero.files import write_atomically, write_json
-from fromzero.recipe import Recipe
+from fromzero.recipe import Recipe, load_recipe, recipe_names
 from fromzero.runs import Run
 
 STUDY_SEEDS = 6  # the fewest pairs that can settle anything
+FEW_IMAGES = 5000  # the recipe few is as good as strong from 4,000, and took a third of the time (docs/results.md)
+
+
+def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]:
+    """What else whoever reads the findings should know, a sentence or two each: which problems could not be judged and
+    why, which were looked for and not found, and what may reach more where no fault is found."""
+    said: list[str] = []
+    others = [name for name in RULES if name not in {finding.name for finding in found}]
+    if "validation-too-small" not in others:
+        hidden = [name for name in others if name in ON_VALIDATION]
+        others = [name for name in others if name not in hidden]
+        said.append(f"With so few validation images these could not be judged: {', '.join(hidden)}.")
+    if (why := why_labels_cannot_be_judged(evidence)) and "label-noise" in others:
+        others.remove("label-noise")
+        said.append(f"Wrong labels cannot be detected in this run: {why}. fromzero report shows the images to look at.")
+    if skipped := [name for name in untried(evidence) if name in others]:
+        others = [name for name in others if name not in skipped]
+        said.append(f"Not judged, as the steps that would show it could not be tried: {', '.join(skipped)}.")
+    if origin := run.provenance["from"]:
+        began = f"The run began with the weights of {origin['run']}:"
+        said.append(f"{began} its first steps were not tried again, and a study begins anew.")
+    said.append(f"{'Not found, or explained by the above' if found else 'Nothing found of'}: {', '.join(others)}.")
+    if run.summary is None:
+        said.append(f"The run has not ended; if it was stopped, {run.resume_command} trains it on.")
+    elif {finding.name for finding in found} <= {"validation-too-small"} and (more := _other_recipe(run, evidence)):
+        said.append(more)
+    return said
+
+
+def _other_recipe(run: Run, evidence: Evidence) -> str:
+    """What may reach more where no fault is found, if anything is known to."""
+    recipe, rows = run.recipe, evidence.rows
+    usual = load_recipe(recipe.name).epochs if recipe.name in recipe_names() else 0
+    if usual > recipe.epochs:
+        return f"{recipe.name} has {usual} epochs, where this run has {recipe.epochs}: more of them may reach more."
+    rising = ""
+    if recipe.schedule.name == "constant" and (gain := late_gain(rows)) > LATE_GAIN:
+        rising = (
+            f"Its train accuracy rose by {100 * gain:.0f} points in the last quarter of its epochs: more of them"
+            f" ({run.resume_command} --epochs {2 * recipe.epochs}) may reach more. "
+        )
+    if recipe.network.batch_norm:
+        return rising.rstrip()
+    images = rows[-1]["step"] / max(rows[-1]["epoch"], 1) * recipe.batch_size
+    other = "few" if images < FEW_IMAGES else "strong"
+    return (
+        f"{rising}Another recipe may still reach more: --recipe {other} has what helped most on CIFAR-10, a rate that"
+        " falls, Muon and batch normalisation."
+    )
+
+
+def study_command(run: Run, study: Path) -> str:
+    """The command that carries out a study of the run, whose runs go where the run is."""
+    words = ["fromzero", "study", str(study)]
+    if run.path.parent.resolve() != Path("runs").resolve():
+        words += ["--runs-dir", str(run.path.parent)]
+    return shlex.join(words)
 
 
 def study_text(finding: Finding, recipe: Recipe, dataset: str | None = None) -> str:
@@ -40,14 +99,11 @@ def study_text(finding: Finding, recipe: Recipe, dataset: str | None = None) -> 
     )
 
 
-def write_findings(
-    run: Run, found: Sequence[Finding], measures: Measures, source: str, epoch: int, *, no_labels: str = ""
-) -> dict[str, Path]:
+def write_findings(run: Run, evidence: Evidence, found: Sequence[Finding], source: str, epoch: int) -> dict[str, Path]:
     """Write diagnosis.json into the run folder, and for each finding that a recipe field can mend the study that tests
-    it: name → its file. source: where the images are now; epoch: after which the run was looked at;
-    no_labels: why labels could not be judged, where they could not. Raises FromzeroError where the folder cannot be
-    written."""
-    recipe, data = run.recipe, run.provenance["data"]
+    it: name → its file. source: where the images are now; epoch: after which the run was looked at. Raises
+    FromzeroError where the folder cannot be written."""
+    recipe, data, measures = run.recipe, run.provenance["data"], evidence.measures
     studies: dict[str, Path] = {}
     name, options = split_name(data["name"])
     # By the whole path: the recipe names a folder from wherever the run was begun, and CIFAR-10 may lie anywhere;
@@ -61,7 +117,8 @@ def write_findings(
                 write_atomically(path, study_text(finding, recipe, dataset).encode())
                 studies[finding.name] = path
         findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
-        content = {"epoch": epoch, "findings": findings, "no_labels": no_labels, "measures": _finite(known)}
+        content = {"epoch": epoch, "findings": findings, "remarks": remarks(run, evidence, found)}
+        content["measures"] = _finite(known)
         write_json(run.path / "diagnosis.json", content)
     except OSError as error:
         raise FromzeroError(
@@ -73,6 +130,8 @@ def write_findings(
 
 def _finite(value: Any) -> Any:
     """The same with None for what is not finite, which JSON cannot say."""
+    if hasattr(value, "_asdict"):  # a NamedTuple keeps the names of its values
+        value = value._asdict()
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -20,10 +20,10 @@ from fromzero import modules, networks
 from fromzero.errors import NonFiniteError
 from fromzero.evaluate import Outcomes, evaluate, predict
 from fromzero.evidence import (
-    FITTED,
     SMALL_GAP,
     Cooldown,
     Copies,
+    Evidence,
     LayerMeasures,
     Measures,
     Score,
@@ -72,19 +72,7 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
     plain, dropped, changed = _modes(network, data, recipe, here)
     say("copies")
     copies = _copies(data, own_test=recipe.validation.source == "split")
-    found: dict[float, Trial] = {}
-    fit = without_decay = cooldown = None
-    if trials and recipe.schedule.name == "constant":
-        say("more steps at a falling learning rate")
-        cooldown = _cooldown(trained, validation)
-    if trials and trained.run.provenance["from"] is None and train.accuracy < FITTED:
-        say("short trainings at other learning rates")
-        found, without_decay = _trials(recipe, data, shape, classes, here, _seconds_a_step(trained))
-        if train.accuracy - validation.accuracy < SMALL_GAP:
-            say("a few images by heart")
-            factors = {1.0, *(scale * best_factor(found) for scale in (1.0, 0.1) if found)}
-            fit = max(_fit(recipe, data, shape, classes, here, factor) for factor in sorted(factors))
-    return Measures(
+    measures = Measures(
         image_shape=shape,
         class_names=images.class_names,
         train_counts=tuple(torch.bincount(data.train.labels, minlength=classes).tolist()),
@@ -100,11 +88,21 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
         seen_accuracies=_seen_accuracies(network, data, recipe, here),
         layers=_layers(network, data, recipe, classes, here),
         map_sides=tuple(_map_sides(recipe, shape, classes)),
-        trials=found,
-        without_decay=without_decay,
-        fit_accuracy=fit,
-        cooldown=cooldown,
     )
+    evidence = Evidence(recipe, rows_of(trained), measures)
+    found: dict[float, Trial] = {}
+    fit = without_decay = cooldown = None
+    if trials and recipe.schedule.name == "constant":
+        say("more steps at a falling learning rate")
+        cooldown = _cooldown(trained, validation)
+    if trials and trained.run.provenance["from"] is None and not evidence.fitted:
+        say("short trainings at other learning rates")
+        found, without_decay = _trials(recipe, data, shape, classes, here, _seconds_a_step(trained))
+        if evidence.gap < SMALL_GAP:
+            say("a few images by heart")
+            factors = {1.0, *(scale * best_factor(found) for scale in (1.0, 0.1) if found)}
+            fit = max(_fit(recipe, data, shape, classes, here, factor) for factor in sorted(factors))
+    return replace(measures, trials=found, without_decay=without_decay, fit_accuracy=fit, cooldown=cooldown)
 
 
 def rows_of(trained: Trained) -> list[Row]:
@@ -303,7 +301,7 @@ def _affordable_steps(seconds_a_step: float) -> int:
 def _cooldown(trained: Trained, before: Outcomes) -> Cooldown | None:
     """Whether a constant rate is what keeps a run from a better end: steps from its last weights and optimizer state,
     over which the rate falls to zero (the cooldown of Zhai et al., "Scaling Vision Transformers", 2022), beside the
-    same steps at its own rate, as it would have made them itself but that they are of all images. None where it has
+    same steps at its own rate, in the order of its current epoch from that epoch's start. None where it has
     made too few steps, is still in its warm-up, or has too few validation images to tell; or where steps overflow."""
     data, here, recipe = trained.data, trained.machine, trained.run.recipe
     begin = trained.checkpoint.state.get("step", 0)
@@ -355,8 +353,8 @@ def _trials(
 ) -> tuple[dict[float, Trial], Trial | None]:
     """Factor on the learning rate → train loss over the last quarter of so many first steps; and that at the run's rate
     without its weight decay, if it has any. All begin at the run's first weights and see the same images, in the same
-    order. They go through the run's whole course, of rate, augmentation and dropout, in these steps: a rate that is to
-    fall to zero is too high only if it is so after it has fallen. Where the best factor is the lowest or the highest,
+    order. They go through the run's whole course, of rate, augmentation and dropout, in these steps: a high peak may be
+    right once the rate has fallen. Where the best factor is the lowest or the highest,
     one beyond is tried, too. Nothing where the run has too few steps."""
     timetable = Timetable.of(recipe, len(data.train.labels))
     in_all = timetable.start_of(recipe.epochs)

@@ -87,13 +87,14 @@ class NetworkRecipe(_Part):
         0.0, description="dropout rate after each block, for all or one a block"
     )
     pool_after: Literal["last", "first"] = Field(
-        "last", description="which convolution of a block its pooling follows: last or first"
+        "last", description="the convolution of a block that its pooling follows: last or first"
     )
-    activation: Literal["relu", "gelu"] = Field("relu", description="relu or gelu, behind every hidden layer")
+    activation: Literal["relu", "gelu"] = Field("relu", description="relu or gelu, after every hidden layer")
     batch_norm: bool = Field(
-        False, description="batch normalisation behind every convolution, which then has no bias; shift, no scale"
+        False,
+        description="batch normalisation after every convolution (a trained shift, no scale); they then have no bias",
     )
-    residual: bool = Field(False, description="add what a block's first convolution gave to what its others make of it")
+    residual: bool = Field(False, description="add the output of a block's first convolution to that of its last")
     whitening: int = Field(
         0,
         ge=0,
@@ -104,14 +105,14 @@ class NetworkRecipe(_Part):
         0,
         ge=0,
         le=1_000_000,
-        description="how many directions of the patches it keeps, those of the largest variance, each with both signs;"
-        " 0: all",
+        description="principal directions of the patches that it keeps, those of the largest variance; each gives two"
+        " filters, of either sign; 0: all",
     )
     whitening_padding: Padding = Field(
         "valid", description="valid, or same: the whitened map is as large as the image (zeros below and to the right)"
     )
     initial: Literal["glorot", "dirac"] = Field(
-        "glorot", description="first weights: glorot, as in Keras; dirac, filters that hand their input on"
+        "glorot", description="first weights: glorot, as in Keras; dirac, filters that start as the identity"
     )
     head: Literal["flatten", "max", "mean"] = Field(
         "flatten", description="the last map as features: all of it, or each channel's max or mean"
@@ -170,7 +171,8 @@ class AugmentRecipe(_Part):
 
     flip: Literal["none", "random", "alternating"] = Field(
         "none",
-        description="left to right: none, random, or alternating: by chance in the first epoch and then in turn",
+        description="mirroring: none, random, or alternating: a random half of the images in the first epoch, the other"
+        " half in the next, and so on",
     )
     translate: int = Field(
         0, ge=0, le=1000, description="shift by up to so many pixels each way, the border filled by reflection"
@@ -187,8 +189,8 @@ class AugmentRecipe(_Part):
         0.0,
         ge=0,
         le=1,
-        description="share of the images of a step that have a rectangle, of any size, covered by the same part of"
-        " another one; labels are mixed as pixels are, and running accuracy asks for the larger part's",
+        description="share of a step's images in which a rectangle of random size is replaced by that part of another"
+        " image; labels are mixed by area, and running accuracy uses the label of the larger part",
     )
 
     @property
@@ -218,7 +220,7 @@ class OptimizerRecipe(_Part):
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment, for adam and adamw")
     epsilon: float = Field(1e-7, gt=0, description="added to the root of the second moment (1e-7 as in Keras)")
     weight_decay: float = Field(
-        0.0, ge=0, description="L2 in the gradient (sgd, adam, what muon leaves to sgd) or decoupled (adamw)"
+        0.0, ge=0, description="added to the gradient (sgd, adam, what muon leaves to sgd) or decoupled (adamw)"
     )
 
 
@@ -227,8 +229,8 @@ class ScheduleRecipe(_Part):
 
     name: Literal["constant", "linear", "cosine", "cooldown"] = Field(
         "constant",
-        description="constant, or down to zero at the last step: linear, cosine, or cooldown, which is constant but"
-        " for the last fifth of the steps after the warm-up, over which it falls linearly (Hägele et al., 2024)",
+        description="constant; linear or cosine: falls towards zero over the whole run; cooldown: constant, then falls"
+        " linearly towards zero over the last fifth of the steps after the warm-up (Hägele et al., 2024)",
     )
     warmup_epochs: float = Field(0.0, ge=0, le=100_000, description="epochs of linear warm-up from zero")
 
@@ -257,12 +259,12 @@ class Recipe(_Part):
         "unit", description="unit: pixels / 255; standard: then minus channel mean, over standard deviation"
     )
     precision: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="auto is bfloat16 where the processor computes fast in it, else float32"
+        "auto", description="auto: bfloat16 where the processor is fast at it, else float32"
     )
     compile: bool = Field(
         False,
-        description="on a GPU make steps by the network as torch.compile compiles it, once for each size of batch; a"
-        " processor has fromzero's own kernels, and this changes nothing there",
+        description="on a GPU, train with torch.compile (once for each batch size); no effect on a processor, which has"
+        " fromzero's own kernels",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each label spread over all classes (Szegedy et al., 2016)"
@@ -271,25 +273,26 @@ class Recipe(_Part):
         0.0,
         ge=0,
         lt=1,
-        description="score a moving average of the weights, of this decay a step (Polyak and Juditsky, 1992); 0: off",
+        description="score an exponential moving average of the weights, with this decay a step (Polyak and Juditsky,"
+        " 1992); 0: off",
     )
     skip_easy: Rate = Field(
         0.0,
         description="share of the train images that each epoch after the first leaves out: those whose loss was lowest"
-        " when last trained on (after Jiang et al., 2019, arXiv:1910.00762); running accuracy is then that of the rest",
+        " when last trained on (after Jiang et al., 2019, arXiv:1910.00762); running accuracy then covers the rest",
     )
     hardest: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="share of each batch that is trained on: the images whose loss is highest for a proxy, a small"
-        " network that is trained beside (airbench96 of Jordan, 2024; after Coleman et al., 2020, arXiv:1906.11829);"
-        " running accuracy is then that of these; 1: all, and no proxy",
+        description="share of each batch that is trained on: the images with the highest loss for a proxy, a small"
+        " network trained alongside (airbench96 of Jordan, 2024; after Coleman et al., 2020, arXiv:1906.11829);"
+        " running accuracy then covers only these; 1: all, and no proxy",
     )
     proxy_channels: tuple[tuple[Count, ...], ...] = Field(
         (),
         description="channels of the proxy's convolutions, where there is one: [[16, 16], [32]]; empty: an eighth of"
-        " the network's, at least 8; all else of it is as in the network, but that it has no residual connections",
+        " the network's, at least 8; otherwise the proxy is as the network, without residual connections",
     )
     clean_train_images: int = Field(
         5000,
@@ -321,7 +324,7 @@ class Recipe(_Part):
         if self.skip_easy and self.augment.cutmix:
             raise ValueError("skip_easy goes by the loss of each image, which augment.cutmix mixes: give one of them")
         if self.augment.cutmix and round(self.hardest * self.batch_size) < 2:
-            raise ValueError("augment.cutmix mixes the images of a step, which here has one: a larger batch_size")
+            raise ValueError("augment.cutmix needs two images a step at least: raise batch_size or hardest")
         return self
 
     @pydantic.model_validator(mode="after")

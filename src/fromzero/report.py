@@ -17,6 +17,7 @@ from fromzero.curves import curves_png, validation_label
 from fromzero.data import Images
 from fromzero.errors import FromzeroError, counted
 from fromzero.evaluate import predict
+from fromzero.findings import study_command
 from fromzero.probe import rows_of
 from fromzero.runs import Row
 from fromzero.sessions import Trained
@@ -157,6 +158,7 @@ def page(
     template = resources.files("fromzero").joinpath("report.html").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.globals.update(counted=counted, isnan=math.isnan, told=_told, quote=shlex.quote, zip=zip)
+    environment.globals["study_command"] = study_command
     return environment.from_string(template).render(
         run=run,
         recipe=run.recipe,

@@ -106,6 +106,7 @@ class _Finding(pydantic.BaseModel):
 class _Diagnosis(pydantic.BaseModel):
     epoch: int
     findings: list[_Finding]
+    remarks: list[str]
 
 
 def write_named(path: Path, data: bytes) -> None:

@@ -76,8 +76,7 @@ def new_training(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     images = images or load_images(recipe.dataset)
-    if split_name(images.name)[0] in NAMED:  # so that the recipe in the run folder names the images it was given
-        recipe = recipe.override({"dataset": images.name})
+    recipe = recipe.override({"dataset": _dataset_of(recipe, images)})
     check_image_set(recipe, images)
     here = machine.prepare(recipe.precision, device=device, threads=threads)
     data = Data.of(recipe, images, here.device)
@@ -123,6 +122,17 @@ def new_training(
     return training
 
 
+def _dataset_of(recipe: Recipe, images: ImageSet) -> str:
+    """What the recipe in the run folder names, so that it is the images that the run was given: a recipe that names a
+    path was loaded from it; one that names `cifar10` may have been given others, from Python."""
+    if split_name(recipe.dataset)[0] not in NAMED:
+        return recipe.dataset
+    name, options = split_name(images.name)
+    if name in NAMED:
+        return images.name
+    return images.source + options if images.source and Path(images.source).exists() else recipe.dataset
+
+
 def initial_state(recipe: Recipe, image_shape: ImageShape, num_classes: int, data: Data, here: Machine) -> State:
     """The state before the first step, whitening layers set from WHITENING_IMAGES of the train images."""
     state = State.initial(recipe, image_shape, num_classes, here.device)
@@ -137,8 +147,8 @@ def initial_state(recipe: Recipe, image_shape: ImageShape, num_classes: int, dat
 
 
 def _weights_for(images: ImageSet, found: Checkpoint, source: Run, *, partial: bool) -> dict[str, Tensor]:
-    """The weights to start with on these images: if partial and their classes are others than the run's, without the
-    last layer, whose outputs mean those. Raises InputError if not partial."""
+    """The weights to start with on these images: if partial and their classes differ from the run's, without the last
+    layer, whose outputs mean those. Raises InputError if not partial."""
     weights = model_weights(found)
     ours = list(images.class_names)
     theirs = source.provenance["data"].get("classes", ours)
@@ -149,7 +159,7 @@ def _weights_for(images: ImageSet, found: Checkpoint, source: Run, *, partial: b
     pairs = enumerate(itertools.zip_longest(theirs, ours, fillvalue="none"), 1)
     place, one, other = next((place, *pair) for place, pair in pairs if pair[0] != pair[1])
     raise InputError(
-        f"{source.path}: its classes are others: number {place} is {one!r} there and {other!r} here"
+        f"{source.path}: its classes differ: number {place} is {one!r} there and {other!r} here"
         "\n--partial takes the weights of all layers but the last"
     )
 
@@ -216,7 +226,7 @@ def _loaded(
         asked = {"device": device, "threads": threads}
         options = " and ".join(f"--{name}" for name, value in asked.items() if value not in (None, recorded[name]))
         raise FromzeroError(
-            f"{run.path}: it was trained otherwise than it would go on here ({'; '.join(differences)}), so the result"
+            f"{run.path}: what it was trained with differs from this machine ({'; '.join(differences)}), so the result"
             f" would not be the same to the bit; {f'leave {options} out, or ' if options else ''}"
             "--allow-inexact goes on all the same"
         )
@@ -232,6 +242,8 @@ def _loaded(
             f"{run.path}/metrics.jsonl: rows are missing: expected {state.counters.epoch}, found {len(run.metrics())};"
             f" nothing was changed; {run.way_on}"
         )
+    data = Data.of(recipe, images, here.device, copies_apart=_copies_apart(run))
+    # Nothing can fail from here on but writing, so a run that cannot go on is left as it was.
     checkpoint.set_aside_damaged(run.checkpoints, found)
     run.cut_metrics(state.counters.epoch)
     note: dict[str, Any] = {**describe_program(), "machine": asdict(here), "step": state.counters.step}
@@ -242,11 +254,10 @@ def _loaded(
             note["summary"] = run.summary  # what the shorter training ended with, its test accuracy too
         recipe = recipe.override({"epochs": epochs})
     (run.path / "summary.json").unlink(missing_ok=True)
-    data = provenance["data"] | {"source": images.source}  # where they are now
-    run.write_provenance({**provenance, "data": data, "resumed": [*provenance["resumed"], note]})
+    described = provenance["data"] | {"source": images.source}  # where they are now
+    run.write_provenance({**provenance, "data": described, "resumed": [*provenance["resumed"], note]})
     if "epochs" in note:  # last: a recipe with epochs that provenance does not know would count as edited
         run.write_recipe(recipe)
-    data = Data.of(recipe, images, here.device, copies_apart=_copies_apart(run))
     return Training(run, recipe, images, here, state, data)
 
 
@@ -321,8 +332,8 @@ def recorded_images(
         )
     if images.order_digest() != recorded.get("order", images.order_digest()):
         raise FromzeroError(
-            f"{run.path}: the images at {images.source} are those it was trained on, but in another order, which splits"
-            " and order of training depend on: files have other names, or come of another folder than"
+            f"{run.path}: the images at {images.source} are those it was trained on, but in another order, which would"
+            " change the splits and the order of training: files were renamed, or come from another folder than"
             f" {recorded['source']}, which --data-dir can name"
         )
     if list(images.class_names) != recorded.get("classes", list(images.class_names)):

@@ -355,9 +355,9 @@ class Training:
 
 
 class Batch(NamedTuple):
-    """What a step is made of: normalised images (B, C, H, W), labels int64 (B,), how large the batch is as a share of a
-    whole one of its epoch, whose last one may be smaller, and, of mixed images, what they show of each class, float32
-    (B, classes); their labels are of what they show most of."""
+    """What a step is made of: normalised images (B, C, H, W); labels int64 (B,), of mixed images those of the larger
+    part; `share`, its size over that of a full batch, below 1 for an epoch's last one; of mixed images the share of
+    each class in them, float32 (B, classes)."""
 
     images: Tensor
     labels: Tensor

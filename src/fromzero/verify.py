@@ -52,14 +52,14 @@ def verify_resume(
     command = ["train", "digits", "--recipe", recipe, "--epochs", str(epochs), "--validation.source", "split", *options]
     say(f"training {recipe} on the digits for {counted(epochs, 'epoch')}, straight through")
     seconds = _finish(_start([*command, "--runs-dir", str(folder / "straight")]))
-    straight = list_runs(folder / "straight")[0]
+    straight = _only_run(folder / "straight")
     happened: list[str] = []
     process = _start([*command, "--runs-dir", str(folder / "interrupted")])
     try:
         for _ in range(interruptions):
             number = rng.choice([signal.SIGTERM, KILL])
             ran_out = not _interrupt(process, number, rng.uniform(0.0, 0.5) * seconds)
-            run = list_runs(folder / "interrupted")[0]
+            run = _only_run(folder / "interrupted")
             if ran_out or run.summary is not None:  # it was faster than the signal
                 break
             happened.append(f"{signal.Signals(number).name} after {_position(run)}")
@@ -71,8 +71,15 @@ def verify_resume(
         process.kill()
     if not happened:
         raise FromzeroError("no interruption came before the end: give more --epochs")
-    interrupted = list_runs(folder / "interrupted")[0]
+    interrupted = _only_run(folder / "interrupted")
     return Verdict(straight, tuple(happened), first_difference(straight, interrupted))
+
+
+def _only_run(folder: Path) -> Run:
+    runs = list_runs(folder)
+    if not runs:
+        raise FromzeroError(f"{folder}: the training was stopped before it had made its run folder; try again")
+    return runs[0]
 
 
 def first_difference(one: Run, two: Run) -> str | None:

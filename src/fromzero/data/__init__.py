@@ -19,9 +19,12 @@ __all__ = ["NAMED", "ImageSet", "Images", "load_images", "stratified_split"]
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The name of an image set, or its path, and what is asked of it behind that: `("photos", "@64:500")`."""
-    stem = re.split("[@:]", name)[0]
-    return stem, name.removeprefix(stem)
+    """The name of an image set, or its path, and the options at its end: `("photos", "@64:500")`. A path may have an @
+    or : of its own."""
+    if os.path.exists(name):
+        return name, ""
+    parts = re.fullmatch(r"(.+?)((?:@\d{1,4})?(?::\d{1,9})*)", name, re.DOTALL)
+    return (parts[1], parts[2]) if parts else (name, "")
 
 
 def load_images(

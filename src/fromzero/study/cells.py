@@ -143,6 +143,7 @@ def _differences(cell: Cell, images: ImageSet) -> list[str]:
         return [str(error).removeprefix(f"{cell.path}/").partition("; ")[0]]
     reasons = []
     changed = differing_fields(recipe, cell.recipe)
+    changed.pop("dataset", None)  # the same images may lie elsewhere now: their fingerprints decide
     if changed:
         reasons.append(
             f"its recipe has changed ({', '.join(f'{path} is {short(value)}' for path, value in changed.items())})"
@@ -194,9 +195,9 @@ def _record_outcomes(cell: Cell, images: ImageSet) -> None:
     gone or do not give the recorded accuracy: an interval can be done without, a wrong one not."""
     run = Run(cell.path)
     recorded = run.provenance["machine"]
-    here = machine.prepare(recorded["precision"], device=recorded["device"], threads=recorded["threads"])
     right = b""
     with contextlib.suppress(FromzeroError):
+        here = machine.prepare(recorded["precision"], device=recorded["device"], threads=recorded["threads"])
         network, _ = sessions.load_network(run, images.image_shape, images.num_classes, here)
         data = Data.of(cell.recipe, images, here.device)
         outcomes = evaluate(network, *data.validation, data.normalise, here)

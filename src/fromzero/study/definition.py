@@ -162,7 +162,7 @@ def load_study(
         refuse(label, lines, path, message)
 
     if scale not in file.scale:
-        wrong(("scale",), f"no scale {scale!r}{nearest(scale, file.scale)}")
+        raise InputError(f"{label}: has no scale {scale!r}, only {', '.join(file.scale)}{nearest(scale, file.scale)}")
     if base is None:
         beside = Path(source).parent / file.base
         try:

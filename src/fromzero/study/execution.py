@@ -108,8 +108,7 @@ class Execution:
     @property
     def command(self) -> str:
         """What to type to do this again, or to go on with it."""
-        text = command(self.study.label, self.study.scale, self.study.seeds, self.tuned)
-        return f"{text} {shlex.join(self.options)}".rstrip()
+        return command(self.study.label, self.study.scale, self.study.seeds, self.tuned, self.options)
 
     def _run(self, cells: Sequence[Cell]) -> Iterator[Event]:
         waiting = self._open(cells)
@@ -181,10 +180,13 @@ class Execution:
             "scale": self.study.scale,
             "seeds": self.study.seeds,
             "tuned": self.tuned,
+            "options": self.options,
+            "own_validation": self.images.validation is not None,
             "place": self.place,
             "jobs": self.jobs,
             "image_shape": self.images.image_shape,
             "num_classes": self.images.num_classes,
+            "fingerprints": self.images.fingerprints,
             "train_images": len(self.images.train),
             "seconds": round(before + seconds, 1),
         }
@@ -252,9 +254,10 @@ def prepare_study(
     return Execution(study, folder, images, setting, jobs, place, tune, keep_weights, tuple(options))
 
 
-def command(label: str, scale: str, seeds: int, tuned: bool) -> str:
+def command(label: str, scale: str, seeds: int, tuned: bool, options: Sequence[str]) -> str:
     """The command line that carries a study out."""
-    return f"fromzero study {shlex.quote(label)} --scale {scale} --seeds {seeds}{' --tune' if tuned else ''}"
+    words = ["fromzero", "study", label, "--scale", scale, "--seeds", str(seeds), *["--tune"] * tuned, *options]
+    return shlex.join(words)
 
 
 def cell_name(arm: str, seed: int) -> str:

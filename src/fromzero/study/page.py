@@ -29,8 +29,8 @@ HOW_TO_READ = """\
 Each lesson of the notes was seen once, in one run. Here each is a claim that could fail: arms that differ in what the
 claim names and in nothing else, on the same images, with the same seeds.
 
-- **Figures** are of the last epoch, on validation images held out of the train images. Best-epoch figures are chosen
-  among many and flatter; they stand in a column of their own. Test figures stand beside and decide nothing.
+- **Figures** are of the last epoch, on validation images, held out of the train images unless a data set has its own.
+  Best-epoch figures are chosen among many and flatter; they have a column of their own. Test figures decide nothing.
 - **±** is the standard deviation over seeds. A **difference** is the mean over pairs of runs with the same seed, with
   Student's 95 % interval over seeds. *New images* is the interval for other seeds and other images of the same kind.
 - **p** is that of the exact two-sided sign-flip test, adjusted by Holm where a claim has several comparisons. The
@@ -160,7 +160,7 @@ def _section(result: Result) -> str:
     lines = [
         f"### {name_of(result)}: {result.verdict}\n",
         f"`{result.command}` · n = {study.seeds} seeds · {result.train_images:,} train images, "
-        f"{_common(study)} · {minutes} · {'; '.join(result.machines)} · fromzero at {', '.join(result.commits)}\n",
+        f"{_common(result)} · {minutes} · {'; '.join(result.machines)} · fromzero at {', '.join(result.commits)}\n",
     ]
     lines += [_arms_table(result), _contrasts_table(result)]
     if result.tuned:
@@ -177,9 +177,11 @@ def name_of(result: Result) -> str:
     return f"{result.study.name}, {result.title}"
 
 
-def _common(study: Study) -> str:
-    recipe = next(iter(study.arms.values())).recipe
+def _common(result: Result) -> str:
+    recipe = next(iter(result.study.arms.values())).recipe
     held = f"{recipe.validation.fraction:.0%} of them for validation"
+    if result.own_validation:
+        held = "validation images of their own"
     return f"{held}, {recipe.epochs} epochs, batches of {recipe.batch_size}"
 
 
@@ -274,7 +276,7 @@ def _contrasts_table(result: Result) -> str:
             wide = "–" if found.new_images is None else _interval(*found.new_images[1:], c.metric)
             mean = figure(x.difference.mean, c.metric, sign=True)
             low_high = _interval(x.difference.low, x.difference.high, c.metric)
-            correlation = f"{x.correlation:.2f}".replace("-", "−")
+            correlation = f"{x.correlation:.2f}".replace("-", "−") if np.isfinite(x.correlation) else "–"
             cells = [name, what, f"**{mean}** ({low_high})", wide, str(x.n), p, correlation, seen, settle]
             lines.append(_row([*cells, f"**{found.verdict}**"]))
     return "\n".join(lines) + "\n"

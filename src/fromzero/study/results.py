@@ -14,7 +14,7 @@ import pydantic
 from fromzero import stats
 from fromzero.errors import FromzeroError, counted
 from fromzero.networks import num_multiply_adds, num_parameters
-from fromzero.recipe import Recipe, load_recipe
+from fromzero.recipe import load_recipe
 from fromzero.runs import Row, Run, last_machine
 from fromzero.stats import Comparison, Interval, Verdict
 from fromzero.study.cells import read_outcomes
@@ -94,8 +94,11 @@ class _Ran(pydantic.BaseModel):
     scale: str
     seeds: int
     tuned: bool
+    options: tuple[str, ...]
+    own_validation: bool
     image_shape: tuple[int, int, int]
     num_classes: int
+    fingerprints: dict[str, str]
     train_images: int
     seconds: float
 
@@ -107,6 +110,8 @@ class Result:
     study: Study
     folder: Path
     tuned: bool
+    options: tuple[str, ...]
+    own_validation: bool
     arms: dict[str, ArmResult]
     contrasts: tuple[ContrastResult, ...]
     sweep: dict[str, dict[float, list[float | None]]]
@@ -138,7 +143,8 @@ class Result:
 
     @property
     def command(self) -> str:
-        return command(self.study.label, self.study.scale, self.study.seeds, self.tuned)
+        """What goes on with it."""
+        return command(self.study.label, self.study.scale, self.study.seeds, self.tuned, self.options)
 
     @property
     def cell_seconds(self) -> float:
@@ -166,7 +172,8 @@ def by_lesson(results: Sequence[Result]) -> Iterator[tuple[Study, list[Result]]]
     """Each study that comes with fromzero, then the user's own, as last run, with its results."""
     for name in dict.fromkeys([*study_names(), *(r.study.name for r in results)]):
         found = [r for r in results if r.study.name == name]
-        yield found[-1].study if found else load_study(name), found
+        last = max(found, key=lambda r: (r.folder / "study.json").stat().st_mtime, default=None)
+        yield last.study if last else load_study(name), found
 
 
 def read_result(folder: Path) -> Result:
@@ -176,7 +183,9 @@ def read_result(folder: Path) -> Result:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise FromzeroError(f"{folder}/study.json: damaged: {where}: {first['msg'].lower()}") from None
+        raise FromzeroError(
+            f"{folder}/study.json: damaged: {where}: {first['msg'].lower()}; the study's command writes it anew"
+        ) from None
     base = load_recipe(folder / "base.toml")
     study = load_study(folder / "study.toml", ran.scale, seeds=ran.seeds, name=ran.name, base=base, label=ran.label)
     failures = read_json(folder / "failures.json")
@@ -185,15 +194,14 @@ def read_result(folder: Path) -> Result:
         best = best_values(study, folder) if ran.tuned else {}
     except FromzeroError:  # not swept to the end yet
         best = {}
-    arms = {
-        arm.name: _arm_result(arm, study, folder, failures, best.get(arm.name), ran.image_shape, ran.num_classes)
-        for arm in study.arms.values()
-    }
+    arms = {arm.name: _arm_result(arm, study, folder, failures, best.get(arm.name), ran) for arm in study.arms.values()}
     provenances = [run.provenance for arm in arms.values() for run in arm.runs.values()]
     return Result(
         study=study,
         folder=folder,
         tuned=ran.tuned,
+        options=ran.options,
+        own_validation=ran.own_validation,
         arms=arms,
         contrasts=_contrasts(study, arms),
         sweep=swept,
@@ -282,15 +290,14 @@ def _arm_result(
     folder: Path,
     failures: dict[str, Any],
     value: float | None,
-    shape: tuple[int, int, int],
-    num_classes: int,
+    ran: _Ran,
 ) -> ArmResult:
     runs, failed = {}, {}
     for seed in range(study.seeds):
         name = cell_name(arm.name, seed)
         run = Run(folder / "cells" / name)
         try:
-            if (run.path / "recipe.toml").is_file() and run.has_ended() and _is_of(run.recipe, arm, study, value):
+            if (run.path / "recipe.toml").is_file() and run.has_ended() and _is_of(run, arm, study, value, ran):
                 runs[seed] = run
             elif name in failures:
                 failed[name] = failures[name]
@@ -298,8 +305,8 @@ def _arm_result(
             failed[name] = f"{str(error).partition('; ')[0]}; the same command trains it anew"
     return ArmResult(
         arm=arm,
-        parameters=num_parameters(arm.recipe.network, shape, num_classes),
-        multiply_adds=num_multiply_adds(arm.recipe.network, shape, num_classes),
+        parameters=num_parameters(arm.recipe.network, ran.image_shape, ran.num_classes),
+        multiply_adds=num_multiply_adds(arm.recipe.network, ran.image_shape, ran.num_classes),
         seeds=study.seeds,
         runs=runs,
         failures=failed,
@@ -307,12 +314,14 @@ def _arm_result(
     )
 
 
-def _is_of(recipe: Recipe, arm: Arm, study: Study, value: float | None) -> bool:
-    """Whether a finished run is one of this arm as the study now has it, not one of an earlier version."""
-    changes: dict[str, Any] = {"seed": recipe.seed}
+def _is_of(run: Run, arm: Arm, study: Study, value: float | None, ran: _Ran) -> bool:
+    """Whether a finished run is one of this arm as the study now has it, not one of an earlier version or of other
+    images, wherever they lie."""
+    recipe = run.recipe
+    changes: dict[str, Any] = {"seed": recipe.seed, "dataset": recipe.dataset}
     if value is not None and study.tuning is not None:
         changes[study.tuning.field] = value
-    return recipe == arm.recipe.override(changes)
+    return recipe == arm.recipe.override(changes) and run.provenance["data"]["fingerprints"] == ran.fingerprints
 
 
 def _contrasts(study: Study, arms: dict[str, ArmResult]) -> tuple[ContrastResult, ...]:
