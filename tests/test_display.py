@@ -84,7 +84,7 @@ def test_what_a_recipe_leaves_out_is_said_and_counted(tiny_images, tmp_path):
     run.close()
     mixing = load_recipe("train1").override(changes | {"augment.cutmix": 0.25})
     run = new_training(mixing, tiny_images, runs_dir=tmp_path)
-    says = "  25 % of a step's images are mixed with another; running accuracy asks for what they show most of"
+    says = "  25 % of a step's images are mixed with another one; running accuracy uses the label of the larger part"
     assert says in display.header(run).splitlines()
     run.close()
 
