@@ -348,7 +348,7 @@ def _label_noise(e: Evidence) -> Finding | None:
 def why_labels_cannot_be_judged(e: Evidence) -> str:
     """Why nothing follows from what the network is sure of and wrong about; empty where something does."""
     if e.measures.surest.of < FEWEST_SURE:
-        return f"a tenth of the validation images are {e.measures.surest.of}, and {FEWEST_SURE} are needed"
+        return f"a tenth of the validation images is {e.measures.surest.of}, and {FEWEST_SURE} are needed"
     if e.measures.train_accuracy >= BY_HEART:
         return "the network knows its train images by heart, and is as sure where a label is wrong"
     if _large_gap(e):
