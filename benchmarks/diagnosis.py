@@ -93,7 +93,7 @@ def diagnosed(base, case, seed, folder, data_dir):
 def measured(run, images):
     """The measures of a run and the seconds that they took; kept beside it, as other rules may look at them, too."""
     from fromzero import probe
-    from fromzero.sessions import load_trained
+    from fromzero.trained import load_trained
 
     kept = run.path / f"measures-{digest('evidence', 'probe')}.pickle"
     if not kept.exists():

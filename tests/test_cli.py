@@ -381,6 +381,17 @@ def test_a_second_signal_leaves_at_once_and_loses_nothing_that_was_saved(tmp_pat
     assert checkpoint.load_last(folder).state["step"] >= saved
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_cannot_be_written_ends_no_training(tmp_path):
+    command = [sys.executable, "-u", "-m", "fromzero", "train", "digits", *FAST, "--epochs", "2", "--threads", "1"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr == "warning: output: No space left on device; nothing more is printed\n"
+    (run,) = library.list_runs(tmp_path / "runs")
+    assert run.has_ended()
+
+
 def test_a_damaged_run_is_named_and_does_not_hide_the_others(trained, capsys):
     import shutil
 

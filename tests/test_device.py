@@ -13,8 +13,9 @@ import torch.fx.experimental._config
 
 from fromzero import FromzeroError, augment, kernels, machine, modules, networks, new_training
 from fromzero.recipe import load_recipe
+from fromzero.splits import Data
 from fromzero.state import State
-from fromzero.training import Data, Training
+from fromzero.training import Training
 
 
 class Elsewhere(machine.Machine):

@@ -15,8 +15,9 @@ from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, diagnose, untried
 from fromzero.evidence import Cooldown, Copies, Evidence, LayerMeasures, Measures, Score, Surest, Trial, best_factor
 from fromzero.findings import remarks, study_text, write_findings
 from fromzero.recipe import load_recipe
-from fromzero.sessions import load_classifier, load_trained, new_training, resume
+from fromzero.sessions import new_training, resume
 from fromzero.study.definition import load_study
+from fromzero.trained import load_classifier, load_trained
 
 RECIPE = load_recipe("train2").override({"validation.source": "split", "schedule.name": "linear"})
 
@@ -389,7 +390,7 @@ def test_a_run_of_few_steps_has_no_trials(tiny_images, tmp_path):
     assert measures.trials == {}
     assert measures.fit_accuracy is None or measures.fit_accuracy >= 0
     assert not {"rate-too-high", "rate-too-low"} & {
-        finding.name for finding in diagnose(Evidence(found.run.recipe, probe.rows_of(found), measures))
+        finding.name for finding in diagnose(Evidence(found.run.recipe, found.rows(), measures))
     }
 
 
@@ -575,7 +576,7 @@ def test_a_run_that_overflowed_in_its_first_epoch_can_be_looked_at(tiny_images, 
             pass
     assert training.run.metrics() == []
     found = load_trained(training.run, images=tiny_images, threads=1)
-    rows = probe.rows_of(found)
+    rows = found.rows()
     assert rows[0]["epoch"] == 0
     names = [finding.name for finding in diagnose(Evidence(training.recipe, rows, probe.measure(found)))]
     assert names[0] == "rate-too-high"
@@ -720,6 +721,19 @@ def test_a_training_without_a_fault_is_not_called_the_best(run, changes, hinted)
     assert "--recipe few" not in remarked(run, found)
 
 
+def test_a_network_is_not_called_small_where_no_rate_that_was_tried_works():
+    low = {"train": (0.3, 0.35, 0.4, 0.45, 0.5), "val": (0.3, 0.35, 0.4, 0.44, 0.48)}
+    overflowing = {"trials": trials(*[float("inf")] * 5), "train_accuracy": 0.5, "fit_accuracy": 0.0}
+    (found,) = diagnose(evidence(measured=overflowing, **low))
+    assert (found.name, found.changes) == ("rate-too-high", {"optimizer.learning_rate": 1e-3})
+    assert "all overflow" in found.evidence
+    unmoved = evidence(measured=overflowing | {"trials": trials(*[0.6931] * 5)}, **low)
+    assert diagnose(unmoved) == []
+    assert untried(unmoved) == ["rate-too-high", "rate-too-low", "stopped-early", "underfitting"]
+    moved = evidence(measured=overflowing | {"trials": trials(0.69, 0.65, 0.6, 0.65, 0.69)}, **low)
+    assert [found.name for found in diagnose(moved)] == ["underfitting"]
+
+
 def test_what_could_not_be_tried_is_not_called_not_found(run):
     unlearned = {"train_accuracy": 0.5, "trials": {}}
     low = {"train": (0.3, 0.35, 0.4, 0.45, 0.5), "val": (0.3, 0.35, 0.4, 0.44, 0.48)}
@@ -730,13 +744,13 @@ def test_what_could_not_be_tried_is_not_called_not_found(run):
         "stopped-early",
         "underfitting",
     ]
-    tried = unlearned | {"trials": trials(0.6, 0.6, 0.6, 0.6, 0.6), "fit_accuracy": 1.0}
+    tried = unlearned | {"trials": trials(0.65, 0.62, 0.6, 0.62, 0.65), "fit_accuracy": 1.0}
     assert untried(evidence(measured=tried, **low)) == []
     constant = evidence({"schedule.name": "constant"})
     assert untried(constant) == ["rate-never-falls"]
     run.write_recipe(run.recipe.override({"schedule.name": "constant"}))
     said = remarked(run)
-    assert "could not be tried: rate-never-falls." in said
+    assert "came to nothing: rate-never-falls." in said
     assert "rate-never-falls" not in said.partition("Nothing found of")[2]
 
 

@@ -12,7 +12,7 @@ from fromzero import cli
 from fromzero.data.images import Images, ImageSet
 from fromzero.evaluate import predict
 from fromzero.recipe import load_recipe, recipe_names
-from fromzero.sessions import load_classifier
+from fromzero.trained import load_classifier
 
 onnx = pytest.importorskip("onnx")
 

@@ -15,9 +15,10 @@ from fromzero.optim import make_optimizer
 from fromzero.recipe import Recipe
 from fromzero.rng import permutation
 from fromzero.sessions import extension_note, new_training, resumed_training
+from fromzero.splits import Data, Subset
 from fromzero.state import State
+from fromzero.steps import Batch, train_step
 from fromzero.timetable import Timetable
-from fromzero.training import Data
 
 EVEN = Timetable(4, 4, 1)  # four steps an epoch
 
@@ -273,14 +274,14 @@ def test_held_out_images_are_train_images_that_are_not_learned_from(small, tiny_
 
 
 def test_no_step_sees_a_held_out_image(small, tiny_images, tmp_path, monkeypatch):
-    seen, train_step = [], training.train_step
+    seen = []
 
     def watched(state, batch, *others):
-        seen.append(digests(training.Subset(batch.images.contiguous(), batch.labels)))
+        seen.append(digests(Subset(batch.images.contiguous(), batch.labels)))
         return train_step(state, batch, *others)
 
     def normalised(part):
-        return digests(training.Subset(run.data.normalise(part.pixels).contiguous(), part.labels))
+        return digests(Subset(run.data.normalise(part.pixels).contiguous(), part.labels))
 
     monkeypatch.setattr(training, "train_step", watched)
     run = new_training(small, tiny_images, runs_dir=tmp_path, threads=1)
@@ -347,11 +348,11 @@ def test_a_step_draws_its_masks_from_seed_and_step(small, tiny_images):
     recipe = small.override({"optimizer.name": "sgd"})
     state = State.initial(recipe, tiny_images.image_shape, tiny_images.num_classes, "cpu")
     data = Data.of(recipe, tiny_images, "cpu")
-    batch = training.Batch(data.normalise(data.train.pixels[:48]), data.train.labels[:48])
+    batch = Batch(data.normalise(data.train.pixels[:48]), data.train.labels[:48])
 
     def loss(seed, step):
         state.counters.step = step
-        return training.train_step(state, batch, 0.0, recipe.override({"seed": seed}), 0.0, here)[0]
+        return train_step(state, batch, 0.0, recipe.override({"seed": seed}), 0.0, here)[0]
 
     places = [(seed, step) for seed in (0, 1) for step in (0, 1, 2, 7)]
     losses = [loss(*place) for place in places]

@@ -17,18 +17,17 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import modules of the lines above its own, and of its own line where that is said.
 ORDER = [
-    ["errors", "rng", "files", "stats", "cores"],
+    ["errors", "rng", "files", "stats", "cores", "terminal"],
     ["shipped"],
     ["recipe", "kernels", "signals"],
     ["machine", "modules", "fused", "arguments", "timetable"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],
     ["evaluate", "state", "curves", "evidence"],
-    ["training", "diagnosis"],
-    ["sessions", "verify", "findings"],
-    ["probe", "export"],
-    ["report"],
-    ["study"],
-    ["display"],
+    ["splits", "diagnosis"],
+    ["steps", "trained", "findings"],
+    ["training", "probe", "export"],
+    ["sessions", "verify", "report"],
+    ["study", "display"],
     ["cli"],
 ]
 

@@ -15,8 +15,9 @@ from benchmarks.pictures import parts_of
 from fromzero import Run, checkpoint, cli, load_images, load_recipe
 from fromzero.data import pictures, split_name
 from fromzero.errors import InputError
-from fromzero.sessions import load_trained, new_training
-from fromzero.training import Data
+from fromzero.sessions import new_training
+from fromzero.splits import Data
+from fromzero.trained import load_trained
 
 COLORS = {"blue": (20, 40, 200), "green": (30, 180, 60), "red": (210, 30, 40)}
 CHANGES = ["--network.channels", "[[4],[8]]", "--network.pool", "4", "--network.dense", "[16]", "--epochs", "2"]

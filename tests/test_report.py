@@ -15,7 +15,7 @@ from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError
 from fromzero.report import Scored, _mistakes, _told, calibration, page, report
 from fromzero.runs import write_named
-from fromzero.sessions import load_trained
+from fromzero.trained import load_trained
 
 ARGUMENTS = ["--recipe", "train1", "--epochs", "2", "--threads", "1", "--precision", "float32"]
 ARGUMENTS += ["--network.channels", "[[8],[8]]", "--network.pool", "4", "--network.dense", "[16]"]

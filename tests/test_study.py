@@ -19,13 +19,13 @@ from fromzero import networks, stats
 from fromzero.data import cifar, load_images
 from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.recipe import load_recipe, recipe_names
-from fromzero.sessions import last_checkpoint
 from fromzero.study import pools
 from fromzero.study.cells import OUTCOMES, Cell, Setting, is_finished, read_outcomes, train_cell
 from fromzero.study.definition import Contrast, lines_of, load_study, study_names
 from fromzero.study.execution import best_values, prepare_study, sweep
 from fromzero.study.page import write_lessons
 from fromzero.study.results import ContrastResult, answer, list_results, read_result, sentence
+from fromzero.trained import last_checkpoint
 from fromzero.verify import first_difference
 
 LESSONS = [
@@ -412,6 +412,20 @@ def test_a_cell_whose_recipe_has_changed_is_set_aside_and_trained_anew(data_fold
     result = read_result(execution.folder)
     assert result.arms["narrow"].n == "2"
     assert result.arms["narrow"].arm.recipe.network.dense == (3,)
+
+
+def test_an_arm_starts_from_weights_that_fit_only(tmp_path, text):
+    path = written(tmp_path, text.replace("dense = [32]", 'dense = [32]\nafter = "narrow"'))
+    says = "arm 'wide' cannot start from the weights of 'narrow': dense_1.bias differs"
+    with pytest.raises(InputError, match=re.escape(says)):
+        prepare_study(load_study(path), runs_dir=tmp_path)
+
+
+@pytest.mark.parametrize("again", ['arm = "wide"', 'arm = "narrow"\nagainst = "wide"'])
+def test_a_comparison_counts_once(tmp_path, text, again):
+    twice = text + f'[[comparisons]]\narm = "wide"\n[[comparisons]]\n{again}\n'
+    with pytest.raises(InputError, match="are compared twice"):
+        load_study(written(tmp_path, twice))
 
 
 def test_a_study_of_cifar10_by_its_path_comes_to_its_end(data_folder, tmp_path, text, monkeypatch):

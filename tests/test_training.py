@@ -22,10 +22,12 @@ from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.recipe import Recipe, load_recipe
-from fromzero.sessions import initial_state, load_classifier, load_network, load_trained, new_training, resumed_training
+from fromzero.sessions import new_training, resumed_training
+from fromzero.splits import Data
 from fromzero.state import State
+from fromzero.steps import Batch, hardest, initial_state, mixed, train_step
 from fromzero.timetable import Timetable
-from fromzero.training import Data
+from fromzero.trained import load_classifier, load_network, load_trained
 from fromzero.verify import first_difference
 
 SMALL = {
@@ -95,8 +97,8 @@ def test_a_step_is_plain_pytorch(small, tiny_images):
     data = Data.of(recipe, tiny_images, "cpu")
     for start in (0, 48):
         pixels = data.train.pixels[start : start + 48]
-        batch = training.Batch(data.normalise(pixels), data.train.labels[start : start + 48])
-        loss, correct, logged = training.train_step(state, batch, 0.05, recipe, 0.0, here)
+        batch = Batch(data.normalise(pixels), data.train.labels[start : start + 48])
+        loss, correct, logged = train_step(state, batch, 0.05, recipe, 0.0, here)
         x = pixels.permute(0, 3, 1, 2).float() / 255
         logits = head(plain(x).permute(0, 2, 3, 1).flatten(1))
         expected = F.cross_entropy(logits, batch.labels)
@@ -133,7 +135,7 @@ def test_the_easiest_images_are_left_out_after_the_first_epoch(small, tiny_image
     run = new_training(recipe, tiny_images, runs_dir=tmp_path)
     everything = len(run.data.train.labels)
     assert (everything, run.timetable) == (160, (160, 112, 48))
-    seen, losses, trained_on = [[]], torch.zeros(everything), training.train_step
+    seen, losses, trained_on = [[]], torch.zeros(everything), train_step
 
     def watched(state, batch, *others):
         made = trained_on(state, batch, *others)
@@ -171,7 +173,7 @@ def test_steps_are_made_of_the_images_that_are_hardest_for_the_proxy(small, tiny
         }
     )
     run = new_training(recipe, tiny_images, runs_dir=tmp_path, device="cpu", threads=1)
-    state, proxy, trained_on, steps = run.state, run.state.proxy, training.train_step, []
+    state, proxy, trained_on, steps = run.state, run.state.proxy, train_step, []
     assert [w.shape[0] for name, w in proxy.model.named_parameters() if w.dim() == 4] == [4, 6]
     drawn, chosen = [], []
 
@@ -191,9 +193,10 @@ def test_steps_are_made_of_the_images_that_are_hardest_for_the_proxy(small, tiny
         steps.append((trained is proxy, state.counters.step, len(batch.labels)))
         return trained_on(trained, batch, *others)
 
-    choose = training.hardest
+    choose = hardest
     monkeypatch.setattr(training, "hardest", choosing)
     monkeypatch.setattr(training, "train_step", watched)
+    monkeypatch.setattr("fromzero.steps.train_step", watched)  # the proxy's
     for progress in run:
         if progress.row is None and progress.counters.step == 4:
             assert progress.counters.running_images == sum(chosen)
@@ -206,7 +209,7 @@ def test_steps_are_made_of_the_images_that_are_hardest_for_the_proxy(small, tiny
 def test_labels_are_mixed_as_pixels_are(small, tiny_images, tmp_path, monkeypatch):
     recipe = small.override({"augment.cutmix": 0.5, "hardest": 0.5, "label_smoothing": 0.1, "precision": "float32"})
     run = new_training(recipe, tiny_images, runs_dir=tmp_path, device="cpu", threads=1)
-    trained_on, seen = training.train_step, []
+    trained_on, seen = train_step, []
 
     def watched(trained, batch, *others):
         made = trained_on(trained, batch, *others)
@@ -214,6 +217,7 @@ def test_labels_are_mixed_as_pixels_are(small, tiny_images, tmp_path, monkeypatc
         return made
 
     monkeypatch.setattr(training, "train_step", watched)
+    monkeypatch.setattr("fromzero.steps.train_step", watched)  # the proxy's
     for _ in run:
         pass
     assert all(batch.targets is None for is_proxy, batch, _ in seen if is_proxy)
@@ -233,16 +237,16 @@ def test_labels_are_mixed_as_pixels_are(small, tiny_images, tmp_path, monkeypatc
 def test_mixing_shows_two_images_and_says_how_much_of_each(small):
     recipe = small.override({"augment.cutmix": 1.0})
     labels = torch.arange(500) % 4
-    plain = training.Batch(labels.float()[:, None, None, None].expand(500, 1, 20, 20), labels)
-    assert training.mixed(plain, 4, small, 0) is plain
-    batch = training.mixed(plain, 4, recipe, 7)
+    plain = Batch(labels.float()[:, None, None, None].expand(500, 1, 20, 20), labels)
+    assert mixed(plain, 4, small, 0) is plain
+    batch = mixed(plain, 4, recipe, 7)
     shown = torch.stack([(batch.images == label).flatten(1).float().mean(1) for label in range(4)], 1)
     torch.testing.assert_close(batch.targets, shown)
     assert batch.share == plain.share
     assert (batch.labels != labels).any()
     kept = batch.take(torch.tensor([3, 1]))
     assert torch.equal(kept.targets, batch.targets[[3, 1]])
-    other = training.mixed(plain, 4, recipe, 8)
+    other = mixed(plain, 4, recipe, 8)
     assert not torch.equal(other.targets, batch.targets)
 
 
@@ -420,7 +424,7 @@ def test_the_whitening_layer_sees_every_class_where_images_come_class_by_class(m
     here = machine.prepare("float32", device="cpu", threads=1)
     data, seen = Data.of(recipe, images, "cpu"), []
     monkeypatch.setattr("fromzero.modules.whiten", lambda model, pixels: seen.append(pixels))
-    monkeypatch.setattr("fromzero.sessions.WHITENING_IMAGES", 8)
+    monkeypatch.setattr("fromzero.steps.WHITENING_IMAGES", 8)
     initial_state(recipe, images.image_shape, 4, data, here)
     assert len(seen[0]) == 8
     assert len(seen[0].unique()) == 4

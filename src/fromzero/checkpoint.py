@@ -109,7 +109,7 @@ def load(path: Path) -> Checkpoint:
 def load_last(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint of `folder`, or None if none was ever written. Damaged ones are named in a warning
     and passed over. Raises DamagedCheckpointError when there are some and all are damaged."""
-    damaged = []
+    damaged, unreadable = [], False
     for path in [folder / LAST, *_older(folder)]:
         try:
             found = load(path)
@@ -117,6 +117,7 @@ def load_last(folder: Path) -> Checkpoint | None:
             continue
         except OSError as error:
             damaged.append(f"{path}: cannot be read: {error.strerror}")
+            unreadable = True
             continue
         except DamagedCheckpointError as error:
             damaged.append(str(error))
@@ -125,7 +126,8 @@ def load_last(folder: Path) -> Checkpoint | None:
             warnings.warn(f"{message}; using {path.name} instead", stacklevel=2)
         return found
     if damaged:
-        raise DamagedCheckpointError("; ".join(damaged) + f"; no whole checkpoint is left{best_left(folder)}")
+        none = "no checkpoint can be read" if unreadable else "no whole checkpoint is left"
+        raise DamagedCheckpointError("; ".join(damaged) + f"; {none}{best_left(folder)}")
     return None
 
 

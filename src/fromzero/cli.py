@@ -22,7 +22,7 @@ from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted
 from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names, recipe_purpose
 
 if TYPE_CHECKING:
-    from fromzero.sessions import Trained
+    from fromzero.trained import Trained
     from fromzero.training import Training
     from fromzero.verify import Verdict
 
@@ -39,7 +39,7 @@ NOTES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input, 129, 130 and 143 stopped by a signal."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-    warnings.showwarning = lambda message, *rest, **named: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *rest, **named: _warn(message)
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fromzero: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        _print_no_more()
+        from fromzero.terminal import print_no_more
+
+        print_no_more()
         if not isinstance(error, BrokenPipeError):  # whoever read our output has left
             print(f"fromzero: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 1
@@ -64,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fromzero: stopped at once; what was saved before is whole", file=sys.stderr)
         return 130
+
+
+def _warn(message: object) -> None:
+    with contextlib.suppress(OSError):  # standard error may have gone, which ends no training
+        print(f"warning: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -155,19 +162,11 @@ def _resume(arguments: argparse.Namespace) -> None:
 
 def _watch(training: Training) -> None:
     with _importing():
-        from rich.console import Console
-
         from fromzero import display
+        from fromzero.terminal import lasting_console, say
 
-    class Lasting(Console):
-        """Goes on in silence when whoever reads the output has left: no reason to stop a training."""
-
-        def on_broken_pipe(self) -> None:
-            self.quiet = True
-            _print_no_more()
-
-    console = Lasting()
-    display.say(console, display.header(training))
+    console = lasting_console()
+    say(console, display.header(training))
     display.watch(training, console)
 
 
@@ -257,7 +256,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         from fromzero.data.pictures import pictures_at, read_pictures, unreadable
         from fromzero.evaluate import predict
         from fromzero.runs import load_run
-        from fromzero.sessions import load_classifier
+        from fromzero.trained import load_classifier
 
     paths = pictures_at(arguments.PICTURE)
     run = load_run(arguments.RUN, arguments.runs_dir)
@@ -280,9 +279,8 @@ def _predict(arguments: argparse.Namespace) -> None:
         for index, values, labels in zip(read, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
             says = [(names[label], probability) for label, probability in zip(labels, values, strict=True)]
             if arguments.json:
-                print(
-                    json.dumps({"picture": os.fsencode(paths[index]).decode(errors="replace"), "classes": dict(says)})
-                )
+                classes = {_as_text(name): probability for name, probability in says}
+                print(json.dumps({"picture": _as_text(paths[index]), "classes": classes}))
                 continue
             told = "  ".join(f"{name:<{longest}}  {probability:.4f}" for name, probability in says)
             print(f"{told}  {paths[index]}")
@@ -290,11 +288,16 @@ def _predict(arguments: argparse.Namespace) -> None:
         raise InputError(unreadable(paths, wrong))
 
 
+def _as_text(name: str | Path) -> str:
+    """A name whose bytes may be no text, as strict readers of JSON want it."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def _export(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.export import export
         from fromzero.runs import load_run
-        from fromzero.sessions import load_classifier
+        from fromzero.trained import load_classifier
 
     run = load_run(arguments.RUN, arguments.runs_dir)
     classifier = load_classifier(run, arguments.checkpoint, precision="float32", device="cpu")
@@ -317,7 +320,7 @@ def _trained(arguments: argparse.Namespace) -> Trained:
     """The run that is to be looked at."""
     with _importing():
         from fromzero.runs import load_run
-        from fromzero.sessions import load_trained
+        from fromzero.trained import load_trained
 
     return load_trained(
         load_run(arguments.RUN, arguments.runs_dir),
@@ -342,11 +345,12 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     with _importing():
         from rich.console import Console
 
-        from fromzero import display, probe
+        from fromzero import probe
         from fromzero.diagnosis import diagnose
         from fromzero.evidence import Evidence
-        from fromzero.findings import remarks, write_findings
+        from fromzero.findings import diagnosis_header, diagnosis_text, remarks, write_findings
         from fromzero.runs import load_run
+        from fromzero.terminal import can_redraw, say
 
     run = load_run(arguments.RUN, arguments.runs_dir)
     run.check()
@@ -354,13 +358,13 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     _check_saved(trained)
     console = Console()
     try:
-        rows = probe.rows_of(trained)
-        display.say(console, display.diagnosis_header(run, rows))
-        if display.can_redraw(console):
+        rows = trained.rows()
+        say(console, diagnosis_header(run, rows))
+        if can_redraw(console):
             with console.status("") as status:
                 measures = probe.measure(trained, say=lambda doing: status.update(f"  {doing} …"))
         else:
-            measures = probe.measure(trained, say=lambda doing: display.say(console, f"  {doing} …"))
+            measures = probe.measure(trained, say=lambda doing: say(console, f"  {doing} …"))
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{trained.weights}: {error}; a lower --optimizer.learning_rate or a warm-up keeps them small"
@@ -373,8 +377,8 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     except FromzeroError as error:
         failure = error
     columns = min(console.width, 110)
-    text = display.diagnosis_text(run, rows, found, studies, remarks(run, evidence, found), columns)
-    display.say(console, text)
+    text = diagnosis_text(run, rows, found, studies, remarks(run, evidence, found), columns)
+    say(console, text)
     if failure is not None:
         raise failure
 
@@ -394,12 +398,6 @@ def _report(arguments: argparse.Namespace) -> None:
     path = path / "report.html" if path.is_dir() else path
     write_named(path, page.encode(errors="replace"))  # of file names that are no text
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, to be opened in a browser")
-
-
-def _print_no_more() -> None:
-    """Send what is still printed to nowhere, so that it cannot fail again at exit."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -479,11 +477,10 @@ def _study(arguments: argparse.Namespace) -> None:
     from fromzero.study.definition import load_study
 
     study = load_study(arguments.STUDY, arguments.scale, seeds=arguments.seeds)
-    from rich.console import Console
-
-    from fromzero import display
     from fromzero.study import page, results
+    from fromzero.study.display import study_header, watch_study
     from fromzero.study.execution import prepare_study
+    from fromzero.terminal import lasting_console, say
 
     execution = prepare_study(
         study,
@@ -497,13 +494,13 @@ def _study(arguments: argparse.Namespace) -> None:
         data_dir=arguments.data_dir,
         offline=arguments.offline,
     )
-    console = Console()
-    display.say(console, display.study_header(execution))
-    display.watch_study(execution, console)
+    console = lasting_console()
+    say(console, study_header(execution))
+    watch_study(execution, console)
     result = results.read_result(execution.folder)
     page.draw_result(result, execution.folder / "result.png")
-    display.say(console, "\n".join(results.answer(result)))
-    display.say(console, f"runs and picture: {execution.folder}")
+    say(console, "\n".join(results.answer(result)))
+    say(console, f"runs and picture: {execution.folder}")
     if not result.is_complete:
         raise FromzeroError(f"{study.name}: some runs failed; the same command tries them again: {execution.command}")
 

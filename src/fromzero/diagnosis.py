@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fromzero.evidence import SMALL_GAP, Evidence, best_factor, late_gain
-from fromzero.recipe import Recipe
+from fromzero.recipe import OptimizerRecipe, Recipe
 from fromzero.stats import wilson_interval
 
 BY_HEART = 0.97  # clean train accuracy from which a network may have learned labels, right or wrong, one by one
@@ -192,6 +192,17 @@ def _rate_too_low(e: Evidence) -> Finding | None:
 def _other_rate(e: Evidence, is_too: str) -> Finding | None:
     trials = e.measures.trials
     if not trials or e.fitted:
+        return None
+    if is_too == "high" and all(math.isinf(trial.loss) for trial in trials.values()):
+        rate, usual = e.recipe.optimizer.learning_rate, OptimizerRecipe().learning_rate
+        return Finding(
+            "rate-too-high",
+            "the learning rate is too high: steps at it overflow",
+            f"short trainings at peak rates from {rate:g} down to {rate * min(trials):g} all overflow",
+            f"a peak rate of {usual:g}, which is usual",
+            {"optimizer.learning_rate": usual},
+        )
+    if not e.measures.rates_tell:
         return None
     best = best_factor(trials)
     gain = trials[1.0].loss - trials[best].loss
@@ -418,9 +429,14 @@ def _overfitting(e: Evidence) -> Finding | None:
     return Finding("overfitting", "the network learns its train images by heart", shown, remedy, changes)
 
 
+def _no_rate_works(e: Evidence) -> bool:
+    """Whether rates were tried and none came to anything: then nothing says what the network could learn."""
+    return bool(e.measures.trials) and not e.measures.rates_tell
+
+
 def _stopped_early(e: Evidence) -> Finding | None:
     fit = e.measures.fit_accuracy
-    if e.fitted or e.gap >= SMALL_GAP or fit is None or fit < FITS:
+    if e.fitted or e.gap >= SMALL_GAP or fit is None or fit < FITS or _no_rate_works(e):
         return None
     return Finding(
         "stopped-early",
@@ -433,7 +449,7 @@ def _stopped_early(e: Evidence) -> Finding | None:
 
 def _underfitting(e: Evidence) -> Finding | None:
     fit = e.measures.fit_accuracy
-    if e.fitted or e.gap >= SMALL_GAP or fit is None or fit >= FITS:
+    if e.fitted or e.gap >= SMALL_GAP or fit is None or fit >= FITS or _no_rate_works(e):
         return None
     channels = [[2 * count for count in block] for block in e.recipe.network.channels]
     return Finding(
@@ -486,12 +502,13 @@ def _validation_too_small(e: Evidence) -> Finding | None:
 
 
 def untried(evidence: Evidence) -> list[str]:
-    """The rules that go by steps which the run gave reason to try and which could not be made: it has too few steps or
-    validation images, began with other weights, was still in its warm-up, or its steps overflow."""
+    """The rules that go by steps which the run gave reason to try and which could not be made or came to nothing: it
+    has too few steps or validation images, began with other weights, was still in its warm-up, its steps overflow, or
+    no rate that was tried moves its loss."""
     m, names = evidence.measures, []
-    if not evidence.fitted and not m.trials:
+    if not evidence.fitted and not m.rates_tell:
         names += ["rate-too-high", "rate-too-low"]
-    if not evidence.fitted and evidence.gap < SMALL_GAP and m.fit_accuracy is None:
+    if not evidence.fitted and evidence.gap < SMALL_GAP and (m.fit_accuracy is None or _no_rate_works(evidence)):
         names += ["stopped-early", "underfitting"]
     if evidence.recipe.schedule.name == "constant" and m.cooldown is None:
         names += ["rate-never-falls"]

@@ -1,14 +1,12 @@
-"""What a terminal shows: trainings and studies while they run (elsewhere a line an epoch or half minute), the table of
-runs, diagnoses."""
+"""What a terminal shows of trainings while they run (elsewhere a line an epoch or half minute), and the table of
+runs."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from pathlib import Path
-from textwrap import wrap
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,24 +16,18 @@ from rich.table import Column, Table
 
 from fromzero import augment, training
 from fromzero.curves import validation_label
-from fromzero.diagnosis import Finding
 from fromzero.errors import FromzeroError, counted, some
-from fromzero.findings import STUDY_SEEDS, study_command
 from fromzero.kernels import NONE
-from fromzero.networks import num_multiply_adds, num_parameters
+from fromzero.networks import num_parameters
 from fromzero.runs import Row, Run
-from fromzero.stats import fewest_pairs, wilson_interval
-from fromzero.study.definition import short
-from fromzero.study.execution import Execution
-from fromzero.study.pools import Event
+from fromzero.stats import wilson_interval
+from fromzero.terminal import LINE_SECONDS, REFRESH_SECONDS, can_redraw, duration, say
 from fromzero.training import Training
 
-REFRESH_SECONDS = 0.25  # of the live display
 NARROW_HIDES = ("began", "running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
 FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
 FEW_STEPS, FEW_BATCH = 8, 125  # an epoch; images a step
 NAMED_CLASSES = 10  # at the start of a training
-LINE_SECONDS = 30.0  # without a terminal: the longest time without a line while steps are made
 
 
 def watch(run: Training, console: Console) -> None:
@@ -48,16 +40,6 @@ def watch(run: Training, console: Console) -> None:
     say(console, outcome(run))
     for _ in progress:  # what is left, drawing, need not be waited for
         pass
-
-
-def say(console: Console, text: str) -> None:
-    """Print text as it is; in a file or a pipe a line stays a line."""
-    console.print(text, highlight=False, soft_wrap=not can_redraw(console), markup=False)
-
-
-def can_redraw(console: Console) -> bool:
-    """Whether lines can be written over: not in a file, a pipe or a terminal that calls itself dumb."""
-    return console.is_terminal and not console.is_dumb_terminal
 
 
 def header(run: Training) -> str:
@@ -141,66 +123,6 @@ def outcome(run: Training) -> str:
             f"curves and metrics: {run.run.path}",
         ]
     )
-
-
-def diagnosis_header(run: Run, rows: Sequence[Row]) -> str:
-    """What is being looked at."""
-    row = rows[-1]
-    return (
-        f"{run.path}: {run.recipe.name}, after epoch {row['epoch']}: train {row['train/accuracy']:.4f} (running"
-        f" {row['train/running_accuracy']:.4f}), val {row['val/accuracy']:.4f}"
-    )
-
-
-def diagnosis_text(
-    run: Run,
-    rows: Sequence[Row],
-    found: Sequence[Finding],
-    studies: Mapping[str, Path],
-    remarks: Sequence[str],
-    columns: int = 100,
-) -> str:
-    """The findings in words: what is wrong, what shows it, what to do, and how to test that; then the remarks."""
-    lines: list[str] = []
-    seconds = run.recipe.epochs * rows[-1]["time/seconds"] / max(rows[-1]["epoch"], 1)
-
-    def say(label: str, text: str, *, whole: bool = False) -> None:
-        hanging = " " * len(label)
-        folded = wrap(
-            text,
-            columns,
-            initial_indent=label,
-            subsequent_indent=hanging,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        lines.extend([label + text] if whole else folded)
-
-    for number, finding in enumerate(found, 1):
-        say(f"{number}. ", f"{finding.name}: {finding.meaning}")
-        say("   shown by: ", finding.evidence)
-        say("   try:      ", finding.remedy)
-        if finding.name in studies:
-            of_a_cost = not {"epochs", "network.channels", "batch_size"} & set(finding.changes)
-            took = f", each about as long as this one ({duration(seconds)})" if seconds and of_a_cost else ""
-            say("   test it:  ", study_command(run, studies[finding.name]), whole=True)  # to be copied
-            say(
-                "             ",
-                f"{finding.changed}; {STUDY_SEEDS} pairs of runs{took}",
-            )
-    for remark in remarks:
-        say("", remark)
-    return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
-    whole = round(seconds)
-    if whole < 100:
-        return f"{whole} s"
-    if whole < 6000:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 class Timed(training.Progress):
@@ -353,122 +275,3 @@ def runs_table(lines: Sequence[dict[str, str]], columns: int | None) -> tuple[Ta
         if columns is None or width <= columns:
             break
     return table, width, hidden
-
-
-def study_header(execution: Execution) -> str:
-    """What is about to be compared, with how many runs, and what they can settle."""
-    study, setting = execution.study, execution.setting
-    shape, num_classes = execution.images.image_shape, execution.images.num_classes
-    lines = [f"{execution.folder}: {study.claim}"]
-    for arm in study.arms.values():
-        parameters = num_parameters(arm.recipe.network, shape, num_classes)
-        cost = num_multiply_adds(arm.recipe.network, shape, num_classes)
-        changes = ", ".join(f"{path} = {short(value)}" for path, value in arm.changes.items())
-        if not changes:
-            changes = study.base.name
-        elif arm.like != next(iter(study.arms)):
-            changes = f"like {arm.like}, {changes}"
-        after = f"; starts from the weights of {arm.after}" if arm.after else ""
-        lines.append(f"  {arm.name}: {parameters:,} parameters, {cost / 1e6:.1f} M multiply-adds; {changes}{after}")
-    runs = f"{len(study.arms)} arms × {study.seeds} seeds"
-    if execution.trials:
-        runs += f" after {len(execution.trials)} runs of tuning"
-    where = (
-        "on Ray"
-        if execution.place == "ray"
-        else f"{execution.jobs} at a time, {counted(setting.threads or 1, 'thread')} each"
-    )
-    own = execution.images.validation is not None
-    validation = "validation images of their own" if own else "validation held out of them"
-    lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {validation}")
-    lines += [f"  note: {note}" for note in execution.images.notes]
-    for group in dict.fromkeys(c.group for c in study.contrasts):
-        comparisons = sum(c.group == group for c in study.contrasts)
-        fewest = fewest_pairs(comparisons)
-        if study.seeds < fewest:
-            lines.append(
-                f"  note: with {study.seeds} seeds, {counted(comparisons, 'comparison')} ({group}) can only read"
-                f" undecided; from --seeds {fewest} on something can be settled"
-            )
-    return "\n".join(lines)
-
-
-def watch_study(execution: Execution, console: Console) -> None:
-    """Carry a study out, showing how it goes. Raises what carrying it out raises."""
-    progress = _StudyProgress(execution)
-    if not can_redraw(console):
-        for event in execution:
-            if line := progress.take(event):
-                console.print(line, highlight=False, soft_wrap=True, markup=False)
-        return
-    columns = (
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-        BarColumn(),
-        TextColumn("{task.fields[info]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-    )
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bars:
-        task = bars.add_task(execution.study.name, total=1.0, info="")
-        shown = 0.0
-        for event in execution:
-            if line := progress.take(event):
-                bars.console.print(line, highlight=False, soft_wrap=True, markup=False)
-            if line or time.monotonic() - shown >= REFRESH_SECONDS:
-                shown = time.monotonic()
-                bars.update(task, completed=progress.share, info=escape(progress.info), refresh=True)
-
-
-class _StudyProgress:
-    """How far a study is, and how long it will take, from the events of its cells. The rest takes as long as its work
-    at the speed of what was done since this process began."""
-
-    def __init__(self, execution: Execution):
-        cells = [*execution.trials, *execution.cells]
-        self.work = {cell.path: cell.work for cell in cells}
-        self.shares = dict.fromkeys(self.work, 0.0)
-        self.before: dict[Path, float] = {}  # what was done when this process first heard of a cell
-        self.running: dict[Path, str] = {}
-        self.ended = 0
-        self.began = time.monotonic()
-
-    def take(self, event: Event) -> str | None:
-        """Note what happened; the line to print for it, if any."""
-        cell = event.cell
-        if event.kind == "note":
-            return f"note: {event.text}"
-        if event.kind in ("started", "progress"):
-            self.running[cell.path] = cell.name
-            if event.kind == "progress":
-                self.before.setdefault(cell.path, event.share)
-                self.shares[cell.path] = max(event.share, self.shares[cell.path])
-            return None
-        self.running.pop(cell.path, None)
-        self.shares[cell.path] = 1.0
-        self.ended += 1
-        if event.kind == "finished" and event.text:
-            self.before[cell.path] = 1.0
-            return None
-        head = f"[{self.ended}/{len(self.work)}] {cell.name}"
-        if event.kind == "failed":
-            return f"{head}  failed: {event.text}"
-        summary = Run(cell.path).summary or {}
-        return (
-            f"{head}  train {summary['train/accuracy']:.4f}  val {summary['val/accuracy']:.4f}"
-            f"  {duration(summary['time/seconds'])}  {self.time_left}"
-        )
-
-    @property
-    def share(self) -> float:
-        done = sum(self.work[path] * share for path, share in self.shares.items())
-        return done / sum(self.work.values())
-
-    @property
-    def time_left(self) -> str:
-        done_here = sum(self.work[p] * (share - self.before.get(p, 0.0)) for p, share in self.shares.items())
-        left = sum(self.work[path] * (1 - share) for path, share in self.shares.items())
-        if done_here <= 0:
-            return "time left: not known yet"
-        return f"{duration((time.monotonic() - self.began) * left / done_here)} left"
-
-    @property
-    def info(self) -> str:
-        return f"{self.ended}/{len(self.work)} runs, {self.time_left}; {', '.join(self.running.values())}"

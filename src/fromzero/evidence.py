@@ -13,6 +13,7 @@ from fromzero.runs import Row
 
 FITTED = 0.9  # clean train accuracy from which a network counts as having learned what it was shown
 SMALL_GAP = 0.08  # between train and validation accuracy
+UNMOVED = 1e-4  # of a loss, by which trials at other rates do not differ
 
 
 class LayerMeasures(NamedTuple):
@@ -101,6 +102,14 @@ class Measures:
     without_decay: Trial | None = None
     fit_accuracy: float | None = None
     cooldown: Cooldown | None = None
+
+    @property
+    def rates_tell(self) -> bool:
+        """Whether the short trainings at other rates came to anything: not where all overflow, nor where none moves the
+        loss, as no rate among them is then near one that works."""
+        losses = [trial.loss for trial in self.trials.values()]
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        return bool(finite) and max(losses) - min(finite) > UNMOVED * min(finite)
 
 
 @dataclass(frozen=True)

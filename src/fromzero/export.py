@@ -19,7 +19,7 @@ from fromzero.data.pictures import PREPARED
 from fromzero.errors import FromzeroError, InputError
 from fromzero.evaluate import predict
 from fromzero.runs import Run, check_named, write_named
-from fromzero.sessions import Classifier
+from fromzero.trained import Classifier
 
 OPSET, IR_VERSION = 20, 9  # the first with Gelu, and what runtimes of that time read
 CHECKED_IMAGES = 8

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import tomli_w
@@ -18,7 +19,8 @@ from fromzero.errors import FromzeroError
 from fromzero.evidence import Evidence, late_gain
 from fromzero.files import write_atomically, write_json
 from fromzero.recipe import Recipe, load_recipe, recipe_names
-from fromzero.runs import Run
+from fromzero.runs import Row, Run
+from fromzero.terminal import duration
 
 STUDY_SEEDS = 6  # the fewest pairs that can settle anything
 FEW_IMAGES = 5000  # the recipe few is as good as strong from 4,000, and took a third of the time (docs/results.md)
@@ -38,7 +40,9 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         said.append(f"Wrong labels cannot be detected in this run: {why}. fromzero report shows the images to look at.")
     if skipped := [name for name in untried(evidence) if name in others]:
         others = [name for name in others if name not in skipped]
-        said.append(f"Not judged, as the steps that would show it could not be tried: {', '.join(skipped)}.")
+        said.append(
+            f"Not judged, as the steps that would show it could not be made or came to nothing: {', '.join(skipped)}."
+        )
     if origin := run.provenance["from"]:
         began = f"The run began with the weights of {origin['run']}:"
         said.append(f"{began} its first steps were not tried again, and a study begins anew.")
@@ -70,6 +74,56 @@ def _other_recipe(run: Run, evidence: Evidence) -> str:
         f"{rising}Another recipe may still reach more: --recipe {other} has what helped most on CIFAR-10, a rate that"
         " falls, Muon and batch normalisation."
     )
+
+
+def diagnosis_header(run: Run, rows: Sequence[Row]) -> str:
+    """What is being looked at."""
+    row = rows[-1]
+    return (
+        f"{run.path}: {run.recipe.name}, after epoch {row['epoch']}: train {row['train/accuracy']:.4f} (running"
+        f" {row['train/running_accuracy']:.4f}), val {row['val/accuracy']:.4f}"
+    )
+
+
+def diagnosis_text(
+    run: Run,
+    rows: Sequence[Row],
+    found: Sequence[Finding],
+    studies: Mapping[str, Path],
+    remarks: Sequence[str],
+    columns: int = 100,
+) -> str:
+    """The findings in words: what is wrong, what shows it, what to do, and how to test that; then the remarks."""
+    lines: list[str] = []
+    seconds = run.recipe.epochs * rows[-1]["time/seconds"] / max(rows[-1]["epoch"], 1)
+
+    def say(label: str, text: str, *, whole: bool = False) -> None:
+        hanging = " " * len(label)
+        folded = wrap(
+            text,
+            columns,
+            initial_indent=label,
+            subsequent_indent=hanging,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        lines.extend([label + text] if whole else folded)
+
+    for number, finding in enumerate(found, 1):
+        say(f"{number}. ", f"{finding.name}: {finding.meaning}")
+        say("   shown by: ", finding.evidence)
+        say("   try:      ", finding.remedy)
+        if finding.name in studies:
+            of_a_cost = not {"epochs", "network.channels", "batch_size"} & set(finding.changes)
+            took = f", each about as long as this one ({duration(seconds)})" if seconds and of_a_cost else ""
+            say("   test it:  ", study_command(run, studies[finding.name]), whole=True)  # to be copied
+            say(
+                "             ",
+                f"{finding.changed}; {STUDY_SEEDS} pairs of runs{took}",
+            )
+    for remark in remarks:
+        say("", remark)
+    return "\n".join(lines)
 
 
 def study_command(run: Run, study: Path) -> str:
@@ -122,8 +176,8 @@ def write_findings(run: Run, evidence: Evidence, found: Sequence[Finding], sourc
         write_json(run.path / "diagnosis.json", content)
     except OSError as error:
         raise FromzeroError(
-            f"{run.path}: cannot be written: {error.strerror}, so no study was left there; make the folder writable, or"
-            " copy it to one that is"
+            f"{run.path}: cannot be written: {error.strerror}, so diagnosis.json was not; make room, or the folder"
+            " writable, or copy it to one that is"
         ) from None
     return studies
 

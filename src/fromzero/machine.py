@@ -42,7 +42,9 @@ NUMERIC_MODULES = (
     "networks",
     "optim",
     "rng",
+    "splits",
     "state",
+    "steps",
     "timetable",
     "training",
 )

@@ -37,11 +37,11 @@ from fromzero.networks import layers
 from fromzero.optim import learning_rate_at
 from fromzero.recipe import AugmentRecipe, Recipe
 from fromzero.rng import permutation
-from fromzero.runs import Row
-from fromzero.sessions import Trained, initial_state
+from fromzero.splits import Data, Subset
 from fromzero.state import State
+from fromzero.steps import Batch, batch_at, initial_state, mixed, train_step
 from fromzero.timetable import Timetable
-from fromzero.training import Batch, Data, Subset, batch_at, mixed, train_step
+from fromzero.trained import Trained
 
 IMAGES = 1000  # train images that modes, augmentation and units are measured on
 GRADIENT_BATCHES = 4
@@ -89,7 +89,7 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
         layers=_layers(network, data, recipe, classes, here),
         map_sides=tuple(_map_sides(recipe, shape, classes)),
     )
-    evidence = Evidence(recipe, rows_of(trained), measures)
+    evidence = Evidence(recipe, trained.rows(), measures)
     found: dict[float, Trial] = {}
     fit = without_decay = cooldown = None
     if trials and recipe.schedule.name == "constant":
@@ -103,22 +103,6 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
             factors = {1.0, *(scale * best_factor(found) for scale in (1.0, 0.1) if found)}
             fit = max(_fit(recipe, data, shape, classes, here, factor) for factor in sorted(factors))
     return replace(measures, trials=found, without_decay=without_decay, fit_accuracy=fit, cooldown=cooldown)
-
-
-def rows_of(trained: Trained) -> list[Row]:
-    """The rows of metrics up to the weights that are measured: a run may have gone on since its last checkpoint. Of
-    weights that have no epoch behind them, a row of epoch 0 by scoring them. Raises NonFiniteError."""
-    return trained.run.metrics()[: trained.epochs] or [_first_row(trained)]
-
-
-def _first_row(trained: Trained) -> Row:
-    scores: dict[str, float] = {}
-    for split, subset in (("train", trained.data.clean_train), ("val", trained.data.validation)):
-        found = evaluate(trained.network, *subset, trained.data.normalise, trained.machine)
-        scores |= {f"{split}/accuracy": found.accuracy, f"{split}/loss": found.loss}
-    running = {f"train/running_{what}": scores[f"train/{what}"] for what in ("accuracy", "loss")}
-    rate = trained.run.recipe.optimizer.learning_rate
-    return {"epoch": 0, "step": 0, "learning_rate": rate, "time/seconds": 0.0, **scores, **running}
 
 
 def _standard_error(outcomes: Outcomes) -> float:

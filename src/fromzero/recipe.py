@@ -117,7 +117,7 @@ class NetworkRecipe(_Part):
     head: Literal["flatten", "max", "mean"] = Field(
         "flatten", description="the last map as features: all of it, or each channel's max or mean"
     )
-    logit_scale: float = Field(1.0, gt=0, description="factor on the outputs")
+    logit_scale: float = Field(1.0, gt=0, le=1e6, description="factor on the outputs")
     dense: tuple[Count, ...] = Field((64,), description="units of the hidden dense layers: [1024, 1024]")
     dense_dropout: Rate | tuple[Rate, ...] = Field(
         0.0, description="dropout rate after each hidden dense layer, for all or one a layer"
@@ -218,9 +218,11 @@ class OptimizerRecipe(_Part):
     nesterov: bool = Field(False, description="Nesterov's momentum, for sgd")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, for adam and adamw")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment, for adam and adamw")
-    epsilon: float = Field(1e-7, gt=0, description="added to the root of the second moment (1e-7 as in Keras)")
+    epsilon: float = Field(
+        1e-7, ge=1e-30, le=1e6, description="added to the root of the second moment (1e-7 as in Keras)"
+    )
     weight_decay: float = Field(
-        0.0, ge=0, description="added to the gradient (sgd, adam, what muon leaves to sgd) or decoupled (adamw)"
+        0.0, ge=0, le=1e6, description="added to the gradient (sgd, adam, what muon leaves to sgd) or decoupled (adamw)"
     )
 
 

@@ -18,10 +18,9 @@ from fromzero.data import Images
 from fromzero.errors import FromzeroError, counted
 from fromzero.evaluate import predict
 from fromzero.findings import study_command
-from fromzero.probe import rows_of
 from fromzero.runs import Row
-from fromzero.sessions import Trained
 from fromzero.stats import wilson_interval
+from fromzero.trained import Trained
 
 MOST_MISTAKES = 24  # pictures of each split
 MOST_CLASSES = 25  # whose confusions are shown as a matrix
@@ -118,7 +117,7 @@ def report(trained: Trained) -> str:
         diagnosis = run.diagnosis
     except FromzeroError as error:
         warnings.warn(str(error), stacklevel=2)
-    rows = rows_of(trained)
+    rows = trained.rows()
     ended = run.summary is not None
     parts = {"train": data.clean_train, "val": data.validation} | ({"test": data.test} if ended else {})
     scored = {

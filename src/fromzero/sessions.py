@@ -5,30 +5,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from fromzero import checkpoint, machine, modules, networks
+from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError, counted
-from fromzero.evaluate import Normalise
-from fromzero.machine import Machine
-from fromzero.modules import Network
-from fromzero.networks import ImageShape
+from fromzero.errors import FromzeroError, InputError
 from fromzero.optim import learning_rate_at
-from fromzero.recipe import Recipe, default_of, load_recipe
+from fromzero.recipe import Recipe, load_recipe
 from fromzero.runs import Run, create_run, describe_program, last_machine, load_run
+from fromzero.splits import Data, check_image_set
 from fromzero.state import State, load_weights, model_weights
+from fromzero.steps import initial_state
 from fromzero.timetable import Timetable
-from fromzero.training import Data, Training, check_image_set
-
-WHITENING_IMAGES = 5000  # as many images as the whitening layer is computed from
+from fromzero.trained import check_kept, check_unedited, copies_apart_of, last_checkpoint, naming, recorded_images
+from fromzero.training import Training
 
 
 def train(
@@ -133,19 +128,6 @@ def _dataset_of(recipe: Recipe, images: ImageSet) -> str:
     return images.source + options if images.source and Path(images.source).exists() else recipe.dataset
 
 
-def initial_state(recipe: Recipe, image_shape: ImageShape, num_classes: int, data: Data, here: Machine) -> State:
-    """The state before the first step, whitening layers set from WHITENING_IMAGES of the train images."""
-    state = State.initial(recipe, image_shape, num_classes, here.device)
-    if recipe.network.whitening:
-        pixels, labels = data.train
-        if bool((labels[1:] >= labels[:-1]).all()):  # pictures come class by class, and the first would be of a few
-            pixels = pixels[:: -(-len(pixels) // WHITENING_IMAGES)].contiguous()
-        seen = data.normalise(pixels[:WHITENING_IMAGES])
-        for model in (state.model, *([state.proxy.model] if state.proxy else [])):
-            modules.whiten(model, seen)
-    return state
-
-
 def _weights_for(images: ImageSet, found: Checkpoint, source: Run, *, partial: bool) -> dict[str, Tensor]:
     """The weights to start with on these images: if partial and their classes differ from the run's, without the last
     layer, whose outputs mean those. Raises InputError if not partial."""
@@ -209,7 +191,7 @@ def _loaded(
     check_unedited(run)
     if epochs is not None and epochs < recipe.epochs:
         raise InputError(f"{run.path}: --epochs {epochs} is less than the run's {recipe.epochs}")
-    _check_kept(run)
+    check_kept(run)
     if run.summary is not None and epochs in (None, recipe.epochs):
         raise InputError(
             f"{run.path}: has ended after {recipe.epochs} epochs; to extend it: {run.resume_command}"
@@ -235,14 +217,14 @@ def _loaded(
         left = checkpoint.best_left(run.checkpoints)
         raise FromzeroError(f"{run.path}: its checkpoints are gone; nothing was changed{left}")
     state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
-    with _naming(found):
+    with naming(found):
         state.load_checkpoint(found)
     if len(run.metrics()) < state.counters.epoch:
         raise FromzeroError(
             f"{run.path}/metrics.jsonl: rows are missing: expected {state.counters.epoch}, found {len(run.metrics())};"
             f" nothing was changed; {run.way_on}"
         )
-    data = Data.of(recipe, images, here.device, copies_apart=_copies_apart(run))
+    data = Data.of(recipe, images, here.device, copies_apart=copies_apart_of(run))
     # Nothing can fail from here on but writing, so a run that cannot go on is left as it was.
     checkpoint.set_aside_damaged(run.checkpoints, found)
     run.cut_metrics(state.counters.epoch)
@@ -259,26 +241,6 @@ def _loaded(
     if "epochs" in note:  # last: a recipe with epochs that provenance does not know would count as edited
         run.write_recipe(recipe)
     return Training(run, recipe, images, here, state, data)
-
-
-def check_unedited(run: Run) -> None:
-    """Refuse an edited recipe: the checkpoint is that of a training by the old one. Raises FromzeroError.
-
-    The images may have moved (theirs is a fingerprint of its own), and epochs change where a run was extended."""
-    provenance, now = run.provenance, run.recipe.fields()
-    extended = {epochs for note in provenance["resumed"] for epochs in note.get("epochs", ())}
-    recorded = provenance.get("recipe", {})
-    if recorded:  # a field that is newer than the run had no effect on it
-        recorded = {path: default_of(path) for path in now if path not in recorded} | recorded
-    for path, then in recorded.items():  # of a field that is no more nothing can be said
-        fits = (
-            now.get(path, then) == then or path in ("name", "dataset") or (path == "epochs" and now[path] in extended)
-        )
-        if not fits:
-            raise FromzeroError(
-                f"{run.path}/recipe.toml: {path} is {now[path]}, but this run was trained with {then}: put that back;"
-                f" to train on in another way, start a new run from its weights: fromzero train --from {run.path}"
-            )
 
 
 def extension_note(before: Recipe, after: Recipe, step: int, timetable: Timetable) -> str:
@@ -303,170 +265,3 @@ def extension_note(before: Recipe, after: Recipe, step: int, timetable: Timetabl
         f" at this step is {new:g} ({was}{', in warm-up' if warming_up else ''}), "
         + (f"and all before were the same too: this is {at_once}" if same else f"so this is not {at_once}")
     )
-
-
-def recorded_images(
-    run: Run, images: ImageSet | None = None, *, data_dir: str | Path | None = None, offline: bool = False
-) -> ImageSet:
-    """The images a run was trained on: those given, or read from where they were, from `data_dir`, or as found by
-    name. Raises FromzeroError when their fingerprints are not the recorded ones."""
-    recorded = run.provenance["data"]
-    source = Path(recorded["source"])
-    name, options = split_name(recorded["name"])
-    if images is None and name in NAMED:
-        if data_dir is None and source.exists():
-            data_dir = source if source.is_dir() else source.parent
-        images = load_images(recorded["name"], data_dir=data_dir, offline=offline)
-    elif images is None:
-        if data_dir is None and not source.exists():
-            raise InputError(f"{run.path}: its images are no longer at {source}; --data-dir says where they are now")
-        images = load_images(f"{data_dir or source}{options}")
-    found, then = images.fingerprints, recorded["fingerprints"]
-    if changed := [split for split in (found | then) if found.get(split) != then.get(split)]:
-        split = changed[0]
-        now, before = (prints.get(split, "none")[:12] for prints in (found, then))
-        raise FromzeroError(
-            f"{run.path}: the {' and '.join(changed)} images at {images.source} are not those it was trained on"
-            f" ({split} fingerprint {now}…, recorded {before}…); put them back as they were, or start anew from its"
-            f" weights by --from {run.path}"
-        )
-    if images.order_digest() != recorded.get("order", images.order_digest()):
-        raise FromzeroError(
-            f"{run.path}: the images at {images.source} are those it was trained on, but in another order, which would"
-            " change the splits and the order of training: files were renamed, or come from another folder than"
-            f" {recorded['source']}, which --data-dir can name"
-        )
-    if list(images.class_names) != recorded.get("classes", list(images.class_names)):
-        raise FromzeroError(
-            f"{run.path}: the classes at {images.source} are called {', '.join(images.class_names)}, where they were"
-            f" called {', '.join(recorded['classes'])}; give them their names back"
-        )
-    return images
-
-
-def _copies_apart(run: Run) -> bool:
-    """Whether the run was begun when validation was held out image by image, whatever was a copy of what."""
-    return run.provenance["data"].get("copies") != "together"
-
-
-def last_checkpoint(run: Run) -> Checkpoint:
-    """The newest whole checkpoint of a run. Raises FromzeroError when it has none."""
-    _check_kept(run)
-    found = checkpoint.load_last(run.checkpoints)
-    if found is None:
-        raise FromzeroError(f"{run.path}: it has no checkpoint{checkpoint.best_left(run.checkpoints)}")
-    return found
-
-
-def _check_kept(run: Run) -> None:
-    """Raise FromzeroError for a run that has ended and has no weights any more, as a study's runs have none."""
-    if run.summary is not None and not run.checkpoints.exists():
-        raise FromzeroError(
-            f"{run.path}: it has ended, and its weights are not there any more (checkpoints; of a study's runs they are"
-            " only kept with --keep-weights)"
-        )
-
-
-@contextlib.contextmanager
-def _naming(found: Checkpoint) -> Iterator[None]:
-    """Name the file in what is said of weights that do not fit."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{found.path}: {error}") from None
-
-
-class Trained(NamedTuple):
-    """What a run has come to: its images as they are and as it trained on them, its network in evaluation mode, the
-    checkpoint that the weights are from and the epochs that they have behind them, and the machine that computes."""
-
-    run: Run
-    images: ImageSet
-    data: Data
-    network: Network
-    checkpoint: Checkpoint
-    epochs: int
-    machine: Machine
-    steps_beyond: int
-
-    @property
-    def weights(self) -> Path:
-        """The file of the checkpoint."""
-        assert self.checkpoint.path is not None  # it was read from a file
-        return self.checkpoint.path
-
-    @property
-    def reached(self) -> str:
-        """The epoch that the weights are of, and how far beyond its end: a stop comes within one."""
-        beyond = f" and {counted(self.steps_beyond, 'step')} of the next" if self.steps_beyond else ""
-        return f"epoch {self.epochs}{beyond}"
-
-
-def load_trained(
-    run: Run,
-    which: str = "last",
-    *,
-    images: ImageSet | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    data_dir: str | Path | None = None,
-    offline: bool = False,
-) -> Trained:
-    """A run with its `last` or `best` weights, on the images it was trained on and in its precision. Raises
-    FromzeroError when the images or the weights are not there or not its own."""
-    images = recorded_images(run, images, data_dir=data_dir, offline=offline)
-    here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
-    network, found = load_network(run, images.image_shape, images.num_classes, here, which)
-    data = Data.of(run.recipe, images, here.device, copies_apart=_copies_apart(run))
-    epochs = found.state.get("epoch", 0)
-    beyond = found.state.get("step", 0) - Timetable.of(run.recipe, len(data.train.labels)).start_of(epochs)
-    return Trained(run, images, data, network, found, epochs, here, max(beyond, 0))
-
-
-class Classifier(NamedTuple):
-    """What a run has come to, for pictures it has not seen: all that its folder alone can tell."""
-
-    network: Network
-    normalise: Normalise
-    image_shape: ImageShape
-    class_names: tuple[str, ...]
-    machine: Machine
-
-
-def load_classifier(
-    run: Run, which: str = "last", *, precision: str | None = None, device: str = "auto", threads: int | None = None
-) -> Classifier:
-    """A run's network with its `last` or `best` weights and what it needs to look at pictures; the images that it was
-    trained on need not be there. precision: another one than it was trained in. Raises FromzeroError when the weights
-    are not there or not its own."""
-    recorded = run.provenance["data"]
-    known = all(recorded.get(key) for key in ("classes", "image_shape", "normalise"))
-    if not known or {len(values) for values in recorded["normalise"].values()} != {recorded["image_shape"][2]}:
-        raise FromzeroError(
-            f"{run.path}/provenance.json: data: does not say how pictures are to be made ready (classes, image_shape,"
-            " normalise), as of runs begun by an earlier fromzero"
-        )
-    height, width, channels = recorded["image_shape"]
-    here = machine.prepare(precision or run.provenance["machine"]["precision"], device=device, threads=threads)
-    network, found = load_network(run, (height, width, channels), len(recorded["classes"]), here, which)
-    if which == "last" and not found.state.get("step"):
-        warnings.warn(f"{run.path}: these are the weights it began with; none has been saved since", stacklevel=2)
-    normalise = Normalise.from_json(recorded["normalise"], here.device)
-    return Classifier(network, normalise, (height, width, channels), tuple(recorded["classes"]), here)
-
-
-def load_network(
-    run: Run, image_shape: ImageShape, num_classes: int, here: Machine, which: str = "last"
-) -> tuple[Network, Checkpoint]:
-    """A run's network with its `last` or `best` weights, in evaluation mode, and the checkpoint they are from: an older
-    one where the last is damaged. Raises FromzeroError also when its recipe was edited, which they might fit."""
-    check_unedited(run)
-    path = run.checkpoints / checkpoint.BEST
-    if which == "best" and not path.exists():
-        _check_kept(run)
-        raise FromzeroError(f"{run.path}: it has no best checkpoint yet")
-    found = checkpoint.load(path) if which == "best" else last_checkpoint(run)
-    model = networks.build(run.recipe.network, image_shape, num_classes, device=here.device)
-    with _naming(found):
-        load_weights(model, model_weights(found))
-    return model.eval(), found

@@ -7,7 +7,6 @@ an epoch skips is part of the state, so a training that was stopped anywhere and
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,88 +14,30 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromzero import augment, checkpoint, kernels
+from fromzero import checkpoint
 from fromzero.checkpoint import Checkpoint
-from fromzero.data import Images, ImageSet, stratified_split
-from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
-from fromzero.evaluate import Normalise, Outcomes, evaluate
+from fromzero.data import ImageSet
+from fromzero.errors import FromzeroError, NonFiniteError, StoppedError
+from fromzero.evaluate import Outcomes, evaluate
 from fromzero.machine import Machine, peak_memory_bytes
-from fromzero.networks import layers, num_parameters
-from fromzero.optim import learning_rate_at, set_learning_rate
+from fromzero.networks import num_parameters
+from fromzero.optim import learning_rate_at
 from fromzero.recipe import Recipe
 from fromzero.rng import permutation
 from fromzero.runs import Row, Run
 from fromzero.signals import StopSignals
+from fromzero.splits import Data, Subset
 from fromzero.state import Counters, State
+from fromzero.steps import batch_at, hardest, mixed, train_step, try_instead
 from fromzero.timetable import Timetable
 
 # By default a checkpoint is due after as long as was trained before it, from ten seconds to a minute, or later where
 # saving is slow: then it takes this share of the time.
 FIRST_SAVE_SECONDS, SAVE_SECONDS, SAVE_SHARE = 10.0, 60.0, 0.025
-PROXY_EVERY = 4  # as airbench96 does: losses only rank images, and change slowly
-LARGEST_GRADIENT = 1e18  # the square of ten times as much overflows a float
-
-
-class Subset(NamedTuple):
-    """Pixels uint8 (N, H, W, C) and labels int64 (N,) on the device."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def take(self, indices: np.ndarray) -> Subset:
-        """The images at `indices`, in that order (a copy, made by all threads)."""
-        places = torch.from_numpy(indices)
-        return Subset(self.pixels.index_select(0, places), self.labels[places])
-
-    @classmethod
-    def of(cls, images: Images) -> Subset:
-        """The same memory as tensors."""
-        return cls(torch.from_numpy(images.pixels), torch.from_numpy(images.labels))
-
-    def to(self, device: str) -> Subset:
-        return Subset(self.pixels.to(device), self.labels.to(device))
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a training reads: the images it learns from, a fixed part of them for the clean train accuracy, the
-    validation images, and the test images, which are scored once."""
-
-    train: Subset
-    clean_train: Subset
-    validation: Subset
-    test: Subset
-    normalise: Normalise
-
-    @classmethod
-    def of(cls, recipe: Recipe, images: ImageSet, device: str, *, copies_apart: bool = False) -> Data:
-        """Split as the recipe says. The splits depend on the images alone, not on the seed. `copies_apart` is how runs
-        were split that do not say that copies are together. Raises InputError where nothing can be held out."""
-        train, test = Subset.of(images.train), Subset.of(images.test)
-        validation = test
-        if recipe.validation.source == "split" and images.validation is not None:
-            validation = Subset.of(images.validation)
-        elif recipe.validation.source == "split":
-            # Only files of one's own are looked through: CIFAR-10 and the digits have no copies.
-            copies = images.train.first_copies() if images.train.files and not copies_apart else None
-            kept, held = stratified_split(images.train.labels, recipe.validation.fraction, "validation", copies)
-            if not len(held):
-                raise InputError(
-                    f"{images.source}: each class has copies of one picture only; none is left for validation"
-                )
-            train, validation = train.take(kept), train.take(held)
-        clean = train
-        if recipe.clean_train_images < len(train.labels):
-            share = recipe.clean_train_images / len(train.labels)
-            some = stratified_split(train.labels.numpy(), share, "clean train")[1]
-            clean = train.take(some) if len(some) else train  # no class can spare one
-        train, clean, validation, test = (part.to(device) for part in (train, clean, validation, test))
-        return cls(train, clean, validation, test, Normalise.of(recipe, train.pixels))
 
 
 class Progress(NamedTuple):
@@ -225,7 +166,7 @@ class Training:
         except NonFiniteError as error:
             step = self.state.counters.step
             rate = learning_rate_at(self.recipe, step - 1, self.timetable)
-            instead = _try_instead(rate, self.machine)
+            instead = try_instead(rate, self.machine)
             raise NonFiniteError(f"after step {step}, on the {what} images, {error}; {instead}") from None
 
     def _end_epoch(self, row: Row) -> None:
@@ -352,152 +293,3 @@ class Training:
         now = time.monotonic()
         self.state.counters.seconds += now - self._ticked_at
         self._ticked_at = now
-
-
-class Batch(NamedTuple):
-    """What a step is made of: normalised images (B, C, H, W); labels int64 (B,), of mixed images those of the larger
-    part; `share`, its size over that of a full batch, below 1 for an epoch's last one; of mixed images the share of
-    each class in them, float32 (B, classes)."""
-
-    images: Tensor
-    labels: Tensor
-    share: float = 1.0
-    targets: Tensor | None = None
-
-    def take(self, places: Tensor) -> Batch:
-        """The images at `places`, in that order; as a batch it counts as before."""
-        targets = None if self.targets is None else self.targets[places]
-        return Batch(self.images[places], self.labels[places], self.share, targets)
-
-    def loss(self, logits: Tensor, label_smoothing: float) -> Tensor:
-        """The mean cross-entropy (nats) of logits (B, classes)."""
-        targets = self.labels if self.targets is None else self.targets
-        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-
-
-def batch_at(data: Data, indices: Tensor, recipe: Recipe, epoch: int, step: int, progress: float) -> Batch:
-    """The train images at `indices` as a step sees them. progress: epochs done so far, fractions included."""
-    augmentation, seed = recipe.augment, recipe.seed
-    pixels = augment.gather(data.train.pixels, indices, augmentation, seed, epoch, step)
-    if progress < augmentation.scale_epochs:
-        pixels = augment.scaled(pixels, augmentation.scale)
-    images = augment.cut_out(data.normalise(pixels), augmentation, seed, step)
-    return Batch(images, data.train.labels[indices])
-
-
-def mixed(batch: Batch, num_classes: int, recipe: Recipe, step: int) -> Batch:
-    """The batch with its images mixed, where the recipe mixes them. Which are the hardest is asked before: a mixed
-    image is harder than those that it is made of, whatever they are."""
-    if not recipe.augment.cutmix:
-        return batch
-    images, own = augment.cut_mix(batch.images, recipe.augment, recipe.seed, step)
-    others = batch.labels.roll(1)
-    one, other = (F.one_hot(labels, num_classes) for labels in (batch.labels, others))
-    targets = own[:, None] * one + (1 - own)[:, None] * other
-    return batch._replace(images=images, labels=torch.where(own < 0.5, others, batch.labels), targets=targets)
-
-
-class Step(NamedTuple):
-    """What a step saw before it moved the weights: the batch's mean loss (nats), how many of its images were predicted
-    right, and its logits, float32 (B, classes)."""
-
-    loss: float
-    correct: int
-    logits: Tensor
-
-
-def train_step(
-    state: State, batch: Batch, learning_rate: float, recipe: Recipe, progress: float, machine: Machine
-) -> Step:
-    """Move the weights by one step on `batch`.
-
-    progress: epochs done so far, fractions included. Raises NonFiniteError, the weights untouched, when the loss or a
-    gradient is infinite or NaN, or a gradient beyond ± LARGEST_GRADIENT.
-    """
-    model, step = state.model, state.counters.step
-    if not model.training:
-        model.train()
-    model.reseed(recipe.seed, step, dropout=progress >= recipe.network.dropout_from_epoch)
-    model.weigh_batch(batch.share)
-    with machine.autocast():
-        logits = (state.compiled or model)(batch.images)
-    logits = logits.float()
-    loss = batch.loss(logits, recipe.label_smoothing)
-    correct = (logits.argmax(1) == batch.labels).sum()
-    loss.backward()
-    # Read together, and when all is under way: on a GPU whoever reads waits for it, and it for what comes after.
-    mean_loss, num_correct = torch.stack([loss.detach().double(), correct.double()]).tolist()
-    wrong = "" if math.isfinite(mean_loss) else f"the loss is {mean_loss}"
-    if not wrong and not kernels.within(state.optimizer.gradients(), LARGEST_GRADIENT):
-        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-        name = next(name for name, gradient in gradients.items() if not kernels.within([gradient], LARGEST_GRADIENT))
-        wrong = f"the gradient of {name} is not finite or beyond {LARGEST_GRADIENT:g}"
-    if wrong:
-        state.optimizer.zero_grad()
-        instead = _try_instead(learning_rate, machine)
-        raise NonFiniteError(
-            f"step {step + 1}: {wrong}; the weights were not changed, checkpoints are whole: {instead}"
-        )
-    set_learning_rate(state.optimizer, learning_rate)
-    with machine.autocast():
-        state.optimizer.step()
-    state.optimizer.zero_grad()
-    return Step(mean_loss, int(num_correct), logits.detach())
-
-
-def hardest(
-    proxy: State, batch: Batch, learning_rate: float, recipe: Recipe, progress: float, machine: Machine
-) -> Tensor:
-    """Where in `batch` the recipe's share of it is whose loss is highest for the proxy, one image at least: int64 (N,),
-    ascending. The proxy is itself trained on those every PROXY_EVERY steps. Raises what `train_step` raises."""
-    proxy.model.train()
-    proxy.model.reseed(recipe.seed, proxy.counters.step, dropout=False)
-    proxy.model.weigh_batch(batch.share)
-    with torch.no_grad(), machine.autocast():
-        logits = proxy.model(batch.images)
-    losses = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing, reduction="none")
-    count = max(1, round(recipe.hardest * len(batch.labels)))
-    chosen = losses.argsort(descending=True, stable=True)[:count].sort().values
-    if proxy.counters.step % PROXY_EVERY == 0:
-        train_step(proxy, batch.take(chosen), learning_rate, recipe, progress, machine)
-    return chosen
-
-
-def _try_instead(learning_rate: float, machine: Machine) -> str:
-    precise = "" if machine.precision == "float32" else ", or --precision float32"
-    return f"try a lower --optimizer.learning_rate (it was {learning_rate:g}), or a warm-up{precise}"
-
-
-def check_image_set(recipe: Recipe, images: ImageSet) -> None:
-    """Refuse what cannot be trained on. Raises InputError."""
-    own = [("validation", images.validation)] if images.validation is not None else []
-    for split, part in (("train", images.train), ("test", images.test), *own):
-        if len(part) < 2:
-            raise InputError(f"{images.source}: only {len(part)} {split} images")
-        if part.labels.min() < 0 or part.labels.max() >= images.num_classes:
-            raise InputError(f"{images.source}: {split} labels are not all from 0 to {images.num_classes - 1}")
-    height, width = images.image_shape[:2]
-    for change in ("crop", "translate"):
-        if (pixels := getattr(recipe.augment, change)) > min(height, width):
-            raise InputError(f"augment.{change}: {pixels} is more than the {height}×{width} images have")
-    smallest = augment.smallest_size(recipe.augment, height, width)
-    if recipe.augment.cutout > min(smallest):
-        as_what = "" if smallest == (height, width) else ", as they are cropped and scaled,"
-        size = f"{smallest[0]}×{smallest[1]}"
-        raise InputError(f"augment.cutout: {recipe.augment.cutout} is more than the {size} images{as_what} have")
-    proxies = [recipe.proxy_network()] if recipe.hardest < 1 else []
-    try:
-        for network in (recipe.network, *proxies):
-            layers(network, (*smallest, images.image_shape[2]), images.num_classes)
-    except InputError as error:
-        if smallest == (height, width):
-            raise
-        sizes = f"{height}×{width} images are trained on as {smallest[0]}×{smallest[1]}"
-        raise InputError(f"{error}; {sizes}: see augment.scale and augment.crop") from None
-    if recipe.validation.source == "split" and images.validation is None:
-        present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
-        if (counts < 2).any():
-            name = images.class_names[int(present[counts < 2][0])]
-            raise InputError(
-                f"{images.source}: class {name!r} has one train image left, too few to hold some out: add images of it"
-            )

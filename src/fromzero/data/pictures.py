@@ -199,7 +199,8 @@ def _listed(path: Path) -> tuple[tuple[str, ...], list[_File], list[str]]:
         notes.append(f"pictures in a folder within a class are of that class: {some(_names(deeper, path))}")
     if left_out:
         notes.append(f"not read, being no picture in a class folder: {some(_names(left_out, path))}")
-    return class_names, listed, notes
+    # Whatever the locale makes of their bytes: a run may be looked at under another one.
+    return tuple(os.fsencode(name).decode("utf-8", "surrogateescape") for name in class_names), listed, notes
 
 
 def _shown(folder: Path) -> list[Path]:
@@ -213,6 +214,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _holds_runs(folder: Path) -> bool:
+    os.scandir(folder).close()  # raises, where it cannot be read, by its own name
     return (folder / "studies").is_dir() or any(folder.glob("*/provenance.json"))
 
 

@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from fromzero import checkpoint, machine, sessions
+from fromzero import checkpoint, machine, sessions, trained
 from fromzero.data import ImageSet
 from fromzero.errors import FromzeroError
 from fromzero.evaluate import evaluate
 from fromzero.files import write_atomically
 from fromzero.recipe import Recipe
 from fromzero.runs import Run
+from fromzero.splits import Data
 from fromzero.study.definition import differing_fields, short
-from fromzero.training import Data, Training
+from fromzero.training import Training
 
 OUTCOMES = "val-correct.bin"  # one byte for each validation image: 1 when it was right
 LOCK_SECONDS = 60.0  # how long a writer whose study was killed may take to save and go
@@ -198,7 +199,7 @@ def _record_outcomes(cell: Cell, images: ImageSet) -> None:
     right = b""
     with contextlib.suppress(FromzeroError):
         here = machine.prepare(recorded["precision"], device=recorded["device"], threads=recorded["threads"])
-        network, _ = sessions.load_network(run, images.image_shape, images.num_classes, here)
+        network, _ = trained.load_network(run, images.image_shape, images.num_classes, here)
         data = Data.of(cell.recipe, images, here.device)
         outcomes = evaluate(network, *data.validation, data.normalise, here)
         if outcomes.accuracy == (run.summary or {})["val/accuracy"]:

@@ -360,7 +360,7 @@ def _refuse_unfair(arms: Mapping[str, Arm], wrong: Refuse) -> None:
 def _contrasts(file: _File, arms: Mapping[str, Arm], wrong: Refuse) -> tuple[Contrast, ...]:
     first, *others = arms
     given = file.comparisons or tuple(_Comparison(arm=name) for name in others)
-    contrasts = []
+    contrasts: list[Contrast] = []
     for number, row in enumerate(given):
         here = ("comparisons", str(number))
         against = row.against or first
@@ -372,6 +372,9 @@ def _contrasts(file: _File, arms: Mapping[str, Arm], wrong: Refuse) -> tuple[Con
         metric = row.metric or file.metric
         if metric not in METRICS:
             wrong((*here, "metric"), _unknown_metric(metric))
+        same = {(row.arm, against, metric, row.group), (against, row.arm, metric, row.group)}
+        if any((c.arm, c.against, c.metric, c.group) in same for c in contrasts):
+            wrong((*here, "arm"), f"arms {row.arm!r} and {against!r} are compared twice, which makes p larger")
         margin = file.margin if row.margin is None else row.margin
         contrasts.append(Contrast(row.arm, against, metric, row.direction or file.direction, margin, row.group))
     if not any(contrast.group == CLAIM for contrast in contrasts):

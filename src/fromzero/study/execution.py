@@ -29,14 +29,14 @@ from fromzero.data import NAMED, ImageSet, load_images, split_name
 from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.files import write_atomically, write_json
 from fromzero.machine import MAX_THREADS, chosen_device
-from fromzero.networks import num_multiply_adds
+from fromzero.networks import build, num_multiply_adds
 from fromzero.recipe import Recipe
 from fromzero.runs import Run, read_object
+from fromzero.splits import check_image_set
 from fromzero.study.cells import Cell, Setting, is_finished
 from fromzero.study.definition import TUNING_SEEDS_FROM, Study
 from fromzero.study.pools import Event, on_ray, on_this_machine
 from fromzero.timetable import Timetable
-from fromzero.training import check_image_set
 
 Place = Literal["local", "ray"]
 
@@ -245,6 +245,14 @@ def prepare_study(
             num_multiply_adds(arm.recipe.network, images.image_shape, images.num_classes)
         except InputError as error:
             study.refuse(("arms", arm.name), f"arm {arm.name!r}: {error}")
+        if arm.after is not None:
+            own, other = (_shapes(study.arms[name].recipe, images) for name in (arm.name, arm.after))
+            if differing := sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name)):
+                study.refuse(
+                    ("arms", arm.name, "after"),
+                    f"arm {arm.name!r} cannot start from the weights of {arm.after!r}: {differing[0]} differs; give"
+                    " both the same network",
+                )
     on_gpu = chosen_device(device or "auto").type == "cuda"
     cores = num_threads()
     jobs = jobs or (1 if on_gpu else max(1, cores // (threads or 1)))
@@ -252,6 +260,12 @@ def prepare_study(
     setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device or "auto", threads)
     folder = runs_dir.resolve() / "studies" / f"{study.name}-{study.scale}{'-tuned' if tune else ''}"
     return Execution(study, folder, images, setting, jobs, place, tune, keep_weights, tuple(options))
+
+
+def _shapes(recipe: Recipe, images: ImageSet) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of the recipe's network."""
+    network = build(recipe.network, images.image_shape, images.num_classes, device="meta")
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def command(label: str, scale: str, seeds: int, tuned: bool, options: Sequence[str]) -> str:

@@ -1,0 +1,109 @@
+"""The images of a training, split as its recipe says, as tensors on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fromzero import augment
+from fromzero.data import Images, ImageSet, stratified_split
+from fromzero.errors import InputError
+from fromzero.evaluate import Normalise
+from fromzero.networks import layers
+from fromzero.recipe import Recipe
+
+
+class Subset(NamedTuple):
+    """Pixels uint8 (N, H, W, C) and labels int64 (N,) on the device."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def take(self, indices: np.ndarray) -> Subset:
+        """The images at `indices`, in that order (a copy, made by all threads)."""
+        places = torch.from_numpy(indices)
+        return Subset(self.pixels.index_select(0, places), self.labels[places])
+
+    @classmethod
+    def of(cls, images: Images) -> Subset:
+        """The same memory as tensors."""
+        return cls(torch.from_numpy(images.pixels), torch.from_numpy(images.labels))
+
+    def to(self, device: str) -> Subset:
+        return Subset(self.pixels.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a training reads: the images it learns from, a fixed part of them for the clean train accuracy, the
+    validation images, and the test images, which are scored once."""
+
+    train: Subset
+    clean_train: Subset
+    validation: Subset
+    test: Subset
+    normalise: Normalise
+
+    @classmethod
+    def of(cls, recipe: Recipe, images: ImageSet, device: str, *, copies_apart: bool = False) -> Data:
+        """Split as the recipe says. The splits depend on the images alone, not on the seed. `copies_apart` is how runs
+        were split that do not say that copies are together. Raises InputError where nothing can be held out."""
+        train, test = Subset.of(images.train), Subset.of(images.test)
+        validation = test
+        if recipe.validation.source == "split" and images.validation is not None:
+            validation = Subset.of(images.validation)
+        elif recipe.validation.source == "split":
+            # Only files of one's own are looked through: CIFAR-10 and the digits have no copies.
+            copies = images.train.first_copies() if images.train.files and not copies_apart else None
+            kept, held = stratified_split(images.train.labels, recipe.validation.fraction, "validation", copies)
+            if not len(held):
+                raise InputError(
+                    f"{images.source}: each class has copies of one picture only; none is left for validation"
+                )
+            train, validation = train.take(kept), train.take(held)
+        clean = train
+        if recipe.clean_train_images < len(train.labels):
+            share = recipe.clean_train_images / len(train.labels)
+            some = stratified_split(train.labels.numpy(), share, "clean train")[1]
+            clean = train.take(some) if len(some) else train  # no class can spare one
+        train, clean, validation, test = (part.to(device) for part in (train, clean, validation, test))
+        return cls(train, clean, validation, test, Normalise.of(recipe, train.pixels))
+
+
+def check_image_set(recipe: Recipe, images: ImageSet) -> None:
+    """Refuse what cannot be trained on. Raises InputError."""
+    own = [("validation", images.validation)] if images.validation is not None else []
+    for split, part in (("train", images.train), ("test", images.test), *own):
+        if len(part) < 2:
+            raise InputError(f"{images.source}: only {len(part)} {split} images")
+        if part.labels.min() < 0 or part.labels.max() >= images.num_classes:
+            raise InputError(f"{images.source}: {split} labels are not all from 0 to {images.num_classes - 1}")
+    height, width = images.image_shape[:2]
+    for change in ("crop", "translate"):
+        if (pixels := getattr(recipe.augment, change)) > min(height, width):
+            raise InputError(f"augment.{change}: {pixels} is more than the {height}×{width} images have")
+    smallest = augment.smallest_size(recipe.augment, height, width)
+    if recipe.augment.cutout > min(smallest):
+        as_what = "" if smallest == (height, width) else ", as they are cropped and scaled,"
+        size = f"{smallest[0]}×{smallest[1]}"
+        raise InputError(f"augment.cutout: {recipe.augment.cutout} is more than the {size} images{as_what} have")
+    proxies = [recipe.proxy_network()] if recipe.hardest < 1 else []
+    try:
+        for network in (recipe.network, *proxies):
+            layers(network, (*smallest, images.image_shape[2]), images.num_classes)
+    except InputError as error:
+        if smallest == (height, width):
+            raise
+        sizes = f"{height}×{width} images are trained on as {smallest[0]}×{smallest[1]}"
+        raise InputError(f"{error}; {sizes}: see augment.scale and augment.crop") from None
+    if recipe.validation.source == "split" and images.validation is None:
+        present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
+        if (counts < 2).any():
+            name = images.class_names[int(present[counts < 2][0])]
+            raise InputError(
+                f"{images.source}: class {name!r} has one train image left, too few to hold some out: add images of it"
+            )

@@ -1,0 +1,139 @@
+"""What a terminal shows of studies while they run; elsewhere a line for each run that ends."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
+
+from fromzero.errors import counted
+from fromzero.networks import num_multiply_adds, num_parameters
+from fromzero.runs import Run
+from fromzero.stats import fewest_pairs
+from fromzero.study.definition import short
+from fromzero.study.execution import Execution
+from fromzero.study.pools import Event
+from fromzero.terminal import REFRESH_SECONDS, can_redraw, duration
+
+
+def study_header(execution: Execution) -> str:
+    """What is about to be compared, with how many runs, and what they can settle."""
+    study, setting = execution.study, execution.setting
+    shape, num_classes = execution.images.image_shape, execution.images.num_classes
+    lines = [f"{execution.folder}: {study.claim}"]
+    for arm in study.arms.values():
+        parameters = num_parameters(arm.recipe.network, shape, num_classes)
+        cost = num_multiply_adds(arm.recipe.network, shape, num_classes)
+        changes = ", ".join(f"{path} = {short(value)}" for path, value in arm.changes.items())
+        if not changes:
+            changes = study.base.name
+        elif arm.like != next(iter(study.arms)):
+            changes = f"like {arm.like}, {changes}"
+        after = f"; starts from the weights of {arm.after}" if arm.after else ""
+        lines.append(f"  {arm.name}: {parameters:,} parameters, {cost / 1e6:.1f} M multiply-adds; {changes}{after}")
+    runs = f"{len(study.arms)} arms × {study.seeds} seeds"
+    if execution.trials:
+        runs += f" after {len(execution.trials)} runs of tuning"
+    where = (
+        "on Ray"
+        if execution.place == "ray"
+        else f"{execution.jobs} at a time, {counted(setting.threads or 1, 'thread')} each"
+    )
+    own = execution.images.validation is not None
+    validation = "validation images of their own" if own else "validation held out of them"
+    lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {validation}")
+    lines += [f"  note: {note}" for note in execution.images.notes]
+    for group in dict.fromkeys(c.group for c in study.contrasts):
+        comparisons = sum(c.group == group for c in study.contrasts)
+        fewest = fewest_pairs(comparisons)
+        if study.seeds < fewest:
+            lines.append(
+                f"  note: with {study.seeds} seeds, {counted(comparisons, 'comparison')} ({group}) can only read"
+                f" undecided; from --seeds {fewest} on something can be settled"
+            )
+    return "\n".join(lines)
+
+
+def watch_study(execution: Execution, console: Console) -> None:
+    """Carry a study out, showing how it goes. Raises what carrying it out raises."""
+    progress = _StudyProgress(execution)
+    if not can_redraw(console):
+        for event in execution:
+            if line := progress.take(event):
+                console.print(line, highlight=False, soft_wrap=True, markup=False)
+        return
+    columns = (
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(),
+        TextColumn("{task.fields[info]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+    )
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bars:
+        task = bars.add_task(execution.study.name, total=1.0, info="")
+        shown = 0.0
+        for event in execution:
+            if line := progress.take(event):
+                bars.console.print(line, highlight=False, soft_wrap=True, markup=False)
+            if line or time.monotonic() - shown >= REFRESH_SECONDS:
+                shown = time.monotonic()
+                bars.update(task, completed=progress.share, info=escape(progress.info), refresh=True)
+
+
+class _StudyProgress:
+    """How far a study is, and how long it will take, from the events of its cells. The rest takes as long as its work
+    at the speed of what was done since this process began."""
+
+    def __init__(self, execution: Execution):
+        cells = [*execution.trials, *execution.cells]
+        self.work = {cell.path: cell.work for cell in cells}
+        self.shares = dict.fromkeys(self.work, 0.0)
+        self.before: dict[Path, float] = {}  # what was done when this process first heard of a cell
+        self.running: dict[Path, str] = {}
+        self.ended = 0
+        self.began = time.monotonic()
+
+    def take(self, event: Event) -> str | None:
+        """Note what happened; the line to print for it, if any."""
+        cell = event.cell
+        if event.kind == "note":
+            return f"note: {event.text}"
+        if event.kind in ("started", "progress"):
+            self.running[cell.path] = cell.name
+            if event.kind == "progress":
+                self.before.setdefault(cell.path, event.share)
+                self.shares[cell.path] = max(event.share, self.shares[cell.path])
+            return None
+        self.running.pop(cell.path, None)
+        self.shares[cell.path] = 1.0
+        self.ended += 1
+        if event.kind == "finished" and event.text:
+            self.before[cell.path] = 1.0
+            return None
+        head = f"[{self.ended}/{len(self.work)}] {cell.name}"
+        if event.kind == "failed":
+            return f"{head}  failed: {event.text}"
+        summary = Run(cell.path).summary or {}
+        return (
+            f"{head}  train {summary['train/accuracy']:.4f}  val {summary['val/accuracy']:.4f}"
+            f"  {duration(summary['time/seconds'])}  {self.time_left}"
+        )
+
+    @property
+    def share(self) -> float:
+        done = sum(self.work[path] * share for path, share in self.shares.items())
+        return done / sum(self.work.values())
+
+    @property
+    def time_left(self) -> str:
+        done_here = sum(self.work[p] * (share - self.before.get(p, 0.0)) for p, share in self.shares.items())
+        left = sum(self.work[path] * (1 - share) for path, share in self.shares.items())
+        if done_here <= 0:
+            return "time left: not known yet"
+        return f"{duration((time.monotonic() - self.began) * left / done_here)} left"
+
+    @property
+    def info(self) -> str:
+        return f"{self.ended}/{len(self.work)} runs, {self.time_left}; {', '.join(self.running.values())}"

@@ -1,0 +1,75 @@
+"""Lines on a terminal, in a file or in a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, TextIO, cast
+
+from rich.console import Console
+
+REFRESH_SECONDS = 0.25  # of a live display
+LINE_SECONDS = 30.0  # without a terminal: the longest time without a line while work is done
+
+
+def say(console: Console, text: str) -> None:
+    """Print text as it is; in a file or a pipe a line stays a line."""
+    console.print(text, highlight=False, soft_wrap=not can_redraw(console), markup=False)
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether lines can be written over: not in a file, a pipe or a terminal that calls itself dumb."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 6000:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+class _Lasting:
+    """A stream that goes on in silence once it cannot be written to."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._lost = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, do: Callable[[], object]) -> None:
+        if self._lost:
+            return
+        try:
+            do()
+        except OSError as error:
+            self._lost = True
+            print_no_more()
+            if not isinstance(error, BrokenPipeError):  # whoever read our output has left
+                warnings.warn(f"output: {error.strerror}; nothing more is printed", stacklevel=2)
+
+
+def lasting_console() -> Console:
+    """Of standard output, for work that is no less worth when nobody reads of it: a terminal that has gone or a full
+    disk ends what is printed, not a training."""
+    return Console(file=cast(TextIO, _Lasting(sys.stdout)))
+
+
+def print_no_more() -> None:
+    """Send what is still printed to nowhere, so that it cannot fail again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

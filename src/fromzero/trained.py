@@ -1,0 +1,224 @@
+"""Looking at what was trained: the images of a run, its weights, and both together."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fromzero import checkpoint, machine, networks
+from fromzero.checkpoint import Checkpoint
+from fromzero.data import NAMED, ImageSet, load_images, split_name
+from fromzero.errors import FromzeroError, InputError, counted
+from fromzero.evaluate import Normalise, evaluate
+from fromzero.machine import Machine
+from fromzero.modules import Network
+from fromzero.networks import ImageShape
+from fromzero.recipe import default_of
+from fromzero.runs import Row, Run
+from fromzero.splits import Data
+from fromzero.state import load_weights, model_weights
+from fromzero.timetable import Timetable
+
+
+def check_unedited(run: Run) -> None:
+    """Refuse an edited recipe: the checkpoint is that of a training by the old one. Raises FromzeroError.
+
+    The images may have moved (theirs is a fingerprint of its own), and epochs change where a run was extended."""
+    provenance, now = run.provenance, run.recipe.fields()
+    extended = {epochs for note in provenance["resumed"] for epochs in note.get("epochs", ())}
+    recorded = provenance.get("recipe", {})
+    if recorded:  # a field that is newer than the run had no effect on it
+        recorded = {path: default_of(path) for path in now if path not in recorded} | recorded
+    for path, then in recorded.items():  # of a field that is no more nothing can be said
+        fits = (
+            now.get(path, then) == then or path in ("name", "dataset") or (path == "epochs" and now[path] in extended)
+        )
+        if not fits:
+            raise FromzeroError(
+                f"{run.path}/recipe.toml: {path} is {now[path]}, but this run was trained with {then}: put that back;"
+                f" to train on in another way, start a new run from its weights: fromzero train --from {run.path}"
+            )
+
+
+def recorded_images(
+    run: Run, images: ImageSet | None = None, *, data_dir: str | Path | None = None, offline: bool = False
+) -> ImageSet:
+    """The images a run was trained on: those given, or read from where they were, from `data_dir`, or as found by
+    name. Raises FromzeroError when their fingerprints are not the recorded ones."""
+    recorded = run.provenance["data"]
+    source = Path(recorded["source"])
+    name, options = split_name(recorded["name"])
+    if images is None and name in NAMED:
+        if data_dir is None and source.exists():
+            data_dir = source if source.is_dir() else source.parent
+        images = load_images(recorded["name"], data_dir=data_dir, offline=offline)
+    elif images is None:
+        if data_dir is None and not source.exists():
+            raise InputError(f"{run.path}: its images are no longer at {source}; --data-dir says where they are now")
+        images = load_images(f"{data_dir or source}{options}")
+    found, then = images.fingerprints, recorded["fingerprints"]
+    if changed := [split for split in (found | then) if found.get(split) != then.get(split)]:
+        split = changed[0]
+        now, before = (prints.get(split, "none")[:12] for prints in (found, then))
+        raise FromzeroError(
+            f"{run.path}: the {' and '.join(changed)} images at {images.source} are not those it was trained on"
+            f" ({split} fingerprint {now}…, recorded {before}…); put them back as they were, or start anew from its"
+            f" weights by --from {run.path}"
+        )
+    if images.order_digest() != recorded.get("order", images.order_digest()):
+        raise FromzeroError(
+            f"{run.path}: the images at {images.source} are those it was trained on, but in another order, which would"
+            " change the splits and the order of training: files were renamed, or come from another folder than"
+            f" {recorded['source']}, which --data-dir can name"
+        )
+    for now, before in zip(images.class_names, recorded.get("classes", images.class_names), strict=False):
+        if now != before:
+            raise FromzeroError(
+                f"{run.path}: a class at {images.source} is called {now!r} and was {before!r}; give it its name back"
+            )
+    return images
+
+
+def copies_apart_of(run: Run) -> bool:
+    """Whether the run was begun when validation was held out image by image, whatever was a copy of what."""
+    return run.provenance["data"].get("copies") != "together"
+
+
+def last_checkpoint(run: Run) -> Checkpoint:
+    """The newest whole checkpoint of a run. Raises FromzeroError when it has none."""
+    check_kept(run)
+    found = checkpoint.load_last(run.checkpoints)
+    if found is None:
+        raise FromzeroError(f"{run.path}: it has no checkpoint{checkpoint.best_left(run.checkpoints)}")
+    return found
+
+
+def check_kept(run: Run) -> None:
+    """Raise FromzeroError for a run that has ended and has no weights any more, as a study's runs have none."""
+    if run.summary is not None and not run.checkpoints.exists():
+        raise FromzeroError(
+            f"{run.path}: it has ended, and its weights are not there any more (checkpoints; of a study's runs they are"
+            " only kept with --keep-weights)"
+        )
+
+
+@contextlib.contextmanager
+def naming(found: Checkpoint) -> Iterator[None]:
+    """Name the file in what is said of weights that do not fit."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{found.path}: {error}") from None
+
+
+class Trained(NamedTuple):
+    """What a run has come to: its images as they are and as it trained on them, its network in evaluation mode, the
+    checkpoint that the weights are from and the epochs that they have behind them, and the machine that computes."""
+
+    run: Run
+    images: ImageSet
+    data: Data
+    network: Network
+    checkpoint: Checkpoint
+    epochs: int
+    machine: Machine
+    steps_beyond: int
+
+    @property
+    def weights(self) -> Path:
+        """The file of the checkpoint."""
+        assert self.checkpoint.path is not None  # it was read from a file
+        return self.checkpoint.path
+
+    @property
+    def reached(self) -> str:
+        """The epoch that the weights are of, and how far beyond its end: a stop comes within one."""
+        beyond = f" and {counted(self.steps_beyond, 'step')} of the next" if self.steps_beyond else ""
+        return f"epoch {self.epochs}{beyond}"
+
+    def rows(self) -> list[Row]:
+        """The rows of metrics up to these weights: the run may have gone on since. Of weights with no epoch behind
+        them, a row of epoch 0 by scoring them. Raises NonFiniteError."""
+        return self.run.metrics()[: self.epochs] or [self._first_row()]
+
+    def _first_row(self) -> Row:
+        scores: dict[str, float] = {}
+        for split, subset in (("train", self.data.clean_train), ("val", self.data.validation)):
+            found = evaluate(self.network, *subset, self.data.normalise, self.machine)
+            scores |= {f"{split}/accuracy": found.accuracy, f"{split}/loss": found.loss}
+        running = {f"train/running_{what}": scores[f"train/{what}"] for what in ("accuracy", "loss")}
+        rate = self.run.recipe.optimizer.learning_rate
+        return {"epoch": 0, "step": 0, "learning_rate": rate, "time/seconds": 0.0, **scores, **running}
+
+
+def load_trained(
+    run: Run,
+    which: str = "last",
+    *,
+    images: ImageSet | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    data_dir: str | Path | None = None,
+    offline: bool = False,
+) -> Trained:
+    """A run with its `last` or `best` weights, on the images it was trained on and in its precision. Raises
+    FromzeroError when the images or the weights are not there or not its own."""
+    images = recorded_images(run, images, data_dir=data_dir, offline=offline)
+    here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
+    network, found = load_network(run, images.image_shape, images.num_classes, here, which)
+    data = Data.of(run.recipe, images, here.device, copies_apart=copies_apart_of(run))
+    epochs = found.state.get("epoch", 0)
+    beyond = found.state.get("step", 0) - Timetable.of(run.recipe, len(data.train.labels)).start_of(epochs)
+    return Trained(run, images, data, network, found, epochs, here, max(beyond, 0))
+
+
+class Classifier(NamedTuple):
+    """What a run has come to, for pictures it has not seen: all that its folder alone can tell."""
+
+    network: Network
+    normalise: Normalise
+    image_shape: ImageShape
+    class_names: tuple[str, ...]
+    machine: Machine
+
+
+def load_classifier(
+    run: Run, which: str = "last", *, precision: str | None = None, device: str = "auto", threads: int | None = None
+) -> Classifier:
+    """A run's network with its `last` or `best` weights and what it needs to look at pictures; the images that it was
+    trained on need not be there. precision: another one than it was trained in. Raises FromzeroError when the weights
+    are not there or not its own."""
+    recorded = run.provenance["data"]
+    known = all(recorded.get(key) for key in ("classes", "image_shape", "normalise"))
+    if not known or {len(values) for values in recorded["normalise"].values()} != {recorded["image_shape"][2]}:
+        raise FromzeroError(
+            f"{run.path}/provenance.json: data: does not say how pictures are to be made ready (classes, image_shape,"
+            " normalise), as of runs begun by an earlier fromzero"
+        )
+    height, width, channels = recorded["image_shape"]
+    here = machine.prepare(precision or run.provenance["machine"]["precision"], device=device, threads=threads)
+    network, found = load_network(run, (height, width, channels), len(recorded["classes"]), here, which)
+    if which == "last" and not found.state.get("step"):
+        warnings.warn(f"{run.path}: these are the weights it began with; none has been saved since", stacklevel=2)
+    normalise = Normalise.from_json(recorded["normalise"], here.device)
+    return Classifier(network, normalise, (height, width, channels), tuple(recorded["classes"]), here)
+
+
+def load_network(
+    run: Run, image_shape: ImageShape, num_classes: int, here: Machine, which: str = "last"
+) -> tuple[Network, Checkpoint]:
+    """A run's network with its `last` or `best` weights, in evaluation mode, and the checkpoint they are from: an older
+    one where the last is damaged. Raises FromzeroError also when its recipe was edited, which they might fit."""
+    check_unedited(run)
+    path = run.checkpoints / checkpoint.BEST
+    if which == "best" and not path.exists():
+        check_kept(run)
+        raise FromzeroError(f"{run.path}: it has no best checkpoint yet")
+    found = checkpoint.load(path) if which == "best" else last_checkpoint(run)
+    model = networks.build(run.recipe.network, image_shape, num_classes, device=here.device)
+    with naming(found):
+        load_weights(model, model_weights(found))
+    return model.eval(), found
