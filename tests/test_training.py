@@ -23,7 +23,7 @@ from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedEr
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.sessions import new_training, resumed_training
-from fromzero.splits import Data
+from fromzero.splits import Data, check_image_set
 from fromzero.state import State
 from fromzero.steps import Batch, hardest, initial_state, mixed, train_step
 from fromzero.timetable import Timetable
@@ -854,7 +854,7 @@ def test_class_with_one_image_cannot_be_split(small, tiny_images):
         fingerprints=tiny_images.fingerprints,
     )
     with pytest.raises(InputError, match="one train image"):
-        training.check_image_set(small, images)
+        check_image_set(small, images)
 
 
 def test_the_comparison_names_the_first_difference(small, tiny_images, tmp_path):

@@ -37,7 +37,9 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         said.append(f"With so few validation images these could not be judged: {', '.join(hidden)}.")
     if (why := why_labels_cannot_be_judged(evidence)) and "label-noise" in others:
         others.remove("label-noise")
-        said.append(f"Wrong labels cannot be detected in this run: {why}. fromzero report shows the images to look at.")
+        said.append(
+            f"Wrong labels cannot be detected in this run: {why}. The page of fromzero report has images to look at."
+        )
     if skipped := [name for name in untried(evidence) if name in others]:
         others = [name for name in others if name not in skipped]
         said.append(
