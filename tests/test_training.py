@@ -574,6 +574,25 @@ def test_weights_of_other_classes_are_taken_without_their_last_layer(small, tiny
     assert taken.run.provenance["from"]["left"]
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_best_weights_of_a_course_that_is_left_are_set_aside(exact, small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path, threads=1, checkpoint_minutes=1000)
+    with pytest.raises(NonFiniteError):
+        for progress in run:
+            if progress.row is not None:  # the first epoch, which is the best one so far and was not saved
+                run.state.model.get_parameter("predictions.weight").register_hook(lambda gradient: gradient * math.inf)
+    best = run.run.checkpoints / checkpoint.BEST
+    assert checkpoint.load(best).state["epoch"] == 1
+    options = {} if exact else {"threads": 2, "allow_inexact": True}
+    resumed = resumed_training(run.run, tiny_images, **options)
+    assert resumed.state.counters.epoch == 0
+    assert best.exists() == exact
+    assert best.with_suffix(".abandoned").exists() != exact
+    for _ in resumed:
+        pass
+    assert checkpoint.load(best).state["epoch"] == resumed.run.summary["best/epoch"]
+
+
 @pytest.mark.parametrize("poison", ["loss", math.inf, 1e30])
 def test_non_finite_values_stop_before_the_weights_change(poison, small, tiny_images, tmp_path):
     run = new_training(small, tiny_images, runs_dir=tmp_path)

@@ -7,6 +7,7 @@ named and the one before it is used. No code can run: safetensors and JSON only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -148,6 +149,14 @@ def set_aside_damaged(folder: Path, used: Checkpoint) -> None:
             return
         if path.exists():
             os.replace(path, path.with_suffix(".damaged"))
+
+
+def set_aside_newer_best(folder: Path, epoch: int) -> None:
+    """Keep best weights of a later epoch than `epoch` under a name that nothing reads: a run that goes on from there
+    inexactly never comes by them. Exactly it does, and writes the same ones again."""
+    with contextlib.suppress(OSError, KeyError, DamagedCheckpointError):
+        if load(folder / BEST).state["epoch"] > epoch:
+            os.replace(folder / BEST, (folder / BEST).with_suffix(".abandoned"))
 
 
 def _older(folder: Path) -> list[Path]:

@@ -227,6 +227,8 @@ def _loaded(
     data = Data.of(recipe, images, here.device, copies_apart=copies_apart_of(run))
     # Nothing can fail from here on but writing, so a run that cannot go on is left as it was.
     checkpoint.set_aside_damaged(run.checkpoints, found)
+    if differences:
+        checkpoint.set_aside_newer_best(run.checkpoints, state.counters.epoch)
     run.cut_metrics(state.counters.epoch)
     note: dict[str, Any] = {**describe_program(), "machine": asdict(here), "step": state.counters.step}
     note["exact"] = not differences
