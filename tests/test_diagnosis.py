@@ -725,7 +725,8 @@ def test_a_network_is_not_called_small_where_no_rate_that_was_tried_works():
     low = {"train": (0.3, 0.35, 0.4, 0.45, 0.5), "val": (0.3, 0.35, 0.4, 0.44, 0.48)}
     overflowing = {"trials": trials(*[float("inf")] * 5), "train_accuracy": 0.5, "fit_accuracy": 0.0}
     (found,) = diagnose(evidence(measured=overflowing, **low))
-    assert (found.name, found.changes) == ("rate-too-high", {"optimizer.learning_rate": 1e-3})
+    assert found.name == "rate-too-high"
+    assert found.changes["optimizer.learning_rate"] < 1e-4 * RECIPE.optimizer.learning_rate
     assert "all overflow" in found.evidence
     unmoved = evidence(measured=overflowing | {"trials": trials(*[0.6931] * 5)}, **low)
     assert diagnose(unmoved) == []

@@ -279,18 +279,15 @@ def _predict(arguments: argparse.Namespace) -> None:
         for index, values, labels in zip(read, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
             says = [(names[label], probability) for label, probability in zip(labels, values, strict=True)]
             if arguments.json:
-                classes = {_as_text(name): probability for name, probability in says}
-                print(json.dumps({"picture": _as_text(paths[index]), "classes": classes}))
+                classes = {
+                    name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"): value for name, value in says
+                }
+                print(json.dumps({"picture": os.fsencode(paths[index]).decode(errors="replace"), "classes": classes}))
                 continue
             told = "  ".join(f"{name:<{longest}}  {probability:.4f}" for name, probability in says)
             print(f"{told}  {paths[index]}")
     if wrong:
         raise InputError(unreadable(paths, wrong))
-
-
-def _as_text(name: str | Path) -> str:
-    """A name whose bytes may be no text, as strict readers of JSON want it."""
-    return os.fsencode(name).decode(errors="replace")
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fromzero.evidence import SMALL_GAP, Evidence, best_factor, late_gain
-from fromzero.recipe import OptimizerRecipe, Recipe
+from fromzero.recipe import Recipe
 from fromzero.stats import wilson_interval
 
 BY_HEART = 0.97  # clean train accuracy from which a network may have learned labels, right or wrong, one by one
@@ -194,13 +194,13 @@ def _other_rate(e: Evidence, is_too: str) -> Finding | None:
     if not trials or e.fitted:
         return None
     if is_too == "high" and all(math.isinf(trial.loss) for trial in trials.values()):
-        rate, usual = e.recipe.optimizer.learning_rate, OptimizerRecipe().learning_rate
+        rate, lower = e.recipe.optimizer.learning_rate, min(trials) / 1000
         return Finding(
             "rate-too-high",
             "the learning rate is too high: steps at it overflow",
             f"short trainings at peak rates from {rate:g} down to {rate * min(trials):g} all overflow",
-            f"a peak rate of {usual:g}, which is usual",
-            {"optimizer.learning_rate": usual},
+            f"far lower rates, a peak of {rate * lower:g} or less",
+            _rates(e.recipe, lower),
         )
     if not e.measures.rates_tell:
         return None

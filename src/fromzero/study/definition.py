@@ -374,7 +374,10 @@ def _contrasts(file: _File, arms: Mapping[str, Arm], wrong: Refuse) -> tuple[Con
             wrong((*here, "metric"), _unknown_metric(metric))
         same = {(row.arm, against, metric, row.group), (against, row.arm, metric, row.group)}
         if any((c.arm, c.against, c.metric, c.group) in same for c in contrasts):
-            wrong((*here, "arm"), f"arms {row.arm!r} and {against!r} are compared twice, which makes p larger")
+            wrong(
+                (*here, "arm"),
+                f"arms {row.arm!r} and {against!r} are compared twice by {metric}: another group",
+            )
         margin = file.margin if row.margin is None else row.margin
         contrasts.append(Contrast(row.arm, against, metric, row.direction or file.direction, margin, row.group))
     if not any(contrast.group == CLAIM for contrast in contrasts):
