@@ -687,7 +687,7 @@ def test_train_images_unlike_those_that_are_scored():
 def test_what_is_written_is_json(tiny_images, tmp_path):
     found = trained(tiny_images, tmp_path, {"optimizer.learning_rate": 0.5})
     measures = replace(probe.measure(found), without_decay=Trial(float("inf"), 0.0), loss_error=float("nan"))
-    write_findings(found.run, Evidence(found.run.recipe, found.run.metrics(), measures), [], tiny_images.source, 1)
+    write_findings(found.run, [], [], measures, tiny_images.source, 1)
     text = (found.run.path / "diagnosis.json").read_text("utf-8")
     assert "Infinity" not in text
     assert "NaN" not in text

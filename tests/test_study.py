@@ -354,6 +354,9 @@ def test_the_command_that_goes_on_has_the_options_that_were_given(finished, monk
     file, execution, runs_dir = finished
     monkeypatch.setattr("fromzero.study.execution.load_images", lambda *given, **options: execution.images)
     assert execution.command.endswith(f"--runs-dir {runs_dir} --keep-weights")
+    result = read_result(execution.folder)
+    assert result.way_on.startswith(f"{result.command} --runs-dir {runs_dir}")
+    assert result.command == execution.command.partition(" --runs-dir")[0]  # for a page: nothing of this machine
     again = prepare_study(load_study(file), runs_dir=runs_dir, data_dir=Path("a b"), jobs=1, device="cpu", offline=True)
     study = f"fromzero study {file} --scale {again.study.scale} --seeds {again.study.seeds}"
     assert again.command == f"{study} --runs-dir {runs_dir} --data-dir 'a b' --jobs 1 --device cpu --offline"

@@ -574,8 +574,8 @@ def test_weights_of_other_classes_are_taken_without_their_last_layer(small, tiny
     assert taken.run.provenance["from"]["left"]
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_best_weights_of_a_course_that_is_left_are_set_aside(exact, small, tiny_images, tmp_path):
+@pytest.mark.parametrize(("exact", "options"), [(True, {}), (False, {"threads": 2}), (False, {"epochs": 4})])
+def test_best_weights_of_a_course_that_is_left_are_set_aside(exact, options, small, tiny_images, tmp_path):
     run = new_training(small, tiny_images, runs_dir=tmp_path, threads=1, checkpoint_minutes=1000)
     with pytest.raises(NonFiniteError):
         for progress in run:
@@ -583,8 +583,7 @@ def test_best_weights_of_a_course_that_is_left_are_set_aside(exact, small, tiny_
                 run.state.model.get_parameter("predictions.weight").register_hook(lambda gradient: gradient * math.inf)
     best = run.run.checkpoints / checkpoint.BEST
     assert checkpoint.load(best).state["epoch"] == 1
-    options = {} if exact else {"threads": 2, "allow_inexact": True}
-    resumed = resumed_training(run.run, tiny_images, **options)
+    resumed = resumed_training(run.run, tiny_images, **options, allow_inexact=True)
     assert resumed.state.counters.epoch == 0
     assert best.exists() == exact
     assert best.with_suffix(".abandoned").exists() != exact

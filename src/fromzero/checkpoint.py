@@ -151,12 +151,14 @@ def set_aside_damaged(folder: Path, used: Checkpoint) -> None:
             os.replace(path, path.with_suffix(".damaged"))
 
 
-def set_aside_newer_best(folder: Path, epoch: int) -> None:
-    """Keep best weights of a later epoch than `epoch` under a name that nothing reads: a run that goes on from there
-    inexactly never comes by them. Exactly it does, and writes the same ones again."""
+def set_aside_newer_best(folder: Path, epoch: int) -> bool:
+    """Keep best weights of a later epoch than `epoch` under a name that nothing reads; whether there were any. A run
+    that goes on from there by another course never comes by them; by the same one it writes them again."""
     with contextlib.suppress(OSError, KeyError, DamagedCheckpointError):
         if load(folder / BEST).state["epoch"] > epoch:
             os.replace(folder / BEST, (folder / BEST).with_suffix(".abandoned"))
+            return True
+    return False
 
 
 def _older(folder: Path) -> list[Path]:

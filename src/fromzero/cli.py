@@ -368,13 +368,14 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         ) from None
     evidence = Evidence(run.recipe, rows, measures)
     found = diagnose(evidence)
+    said = remarks(run, evidence, found)
     studies, failure = {}, None
     try:
-        studies = write_findings(run, evidence, found, trained.images.source, trained.epochs)
+        studies = write_findings(run, found, said, evidence.measures, trained.images.source, trained.epochs)
     except FromzeroError as error:
         failure = error
     columns = min(console.width, 110)
-    text = diagnosis_text(run, rows, found, studies, remarks(run, evidence, found), columns)
+    text = diagnosis_text(run, rows, found, studies, said, columns)
     say(console, text)
     if failure is not None:
         raise failure
@@ -518,7 +519,7 @@ def _lessons(arguments: argparse.Namespace) -> None:
         for r in found:
             done = sum(len(arm.runs) for arm in r.arms.values())
             said = f"{r.verdict if done else 'no verdict yet'} ({done} of {r.study.seeds * len(r.arms)} runs)"
-            print(f"  {r.title}: {said}{'' if r.is_complete else f', not finished: {r.command} goes on'}")
+            print(f"  {r.title}: {said}{'' if r.is_complete else f', not finished: {r.way_on} goes on'}")
         if not found:
             print(f"  not run yet: fromzero study {study.name}")
 

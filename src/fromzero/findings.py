@@ -16,7 +16,7 @@ import tomli_w
 from fromzero.data import split_name
 from fromzero.diagnosis import LATE_GAIN, ON_VALIDATION, RULES, Finding, untried, why_labels_cannot_be_judged
 from fromzero.errors import FromzeroError
-from fromzero.evidence import Evidence, late_gain
+from fromzero.evidence import Evidence, Measures, late_gain
 from fromzero.files import write_atomically, write_json
 from fromzero.recipe import Recipe, load_recipe, recipe_names
 from fromzero.runs import Row, Run
@@ -155,11 +155,13 @@ def study_text(finding: Finding, recipe: Recipe, dataset: str | None = None) -> 
     )
 
 
-def write_findings(run: Run, evidence: Evidence, found: Sequence[Finding], source: str, epoch: int) -> dict[str, Path]:
+def write_findings(
+    run: Run, found: Sequence[Finding], said: Sequence[str], measures: Measures, source: str, epoch: int
+) -> dict[str, Path]:
     """Write diagnosis.json into the run folder, and for each finding that a recipe field can mend the study that tests
-    it: name → its file. source: where the images are now; epoch: after which the run was looked at. Raises
-    FromzeroError where the folder cannot be written."""
-    recipe, data, measures = run.recipe, run.provenance["data"], evidence.measures
+    it: name → its file. said: the remarks; source: where the images are now; epoch: after which the run was looked at.
+    Raises FromzeroError where the folder cannot be written."""
+    recipe, data = run.recipe, run.provenance["data"]
     studies: dict[str, Path] = {}
     name, options = split_name(data["name"])
     # By the whole path: the recipe names a folder from wherever the run was begun, and CIFAR-10 may lie anywhere;
@@ -173,7 +175,7 @@ def write_findings(run: Run, evidence: Evidence, found: Sequence[Finding], sourc
                 write_atomically(path, study_text(finding, recipe, dataset).encode())
                 studies[finding.name] = path
         findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
-        content = {"epoch": epoch, "findings": findings, "remarks": remarks(run, evidence, found)}
+        content = {"epoch": epoch, "findings": findings, "remarks": list(said)}
         content["measures"] = _finite(known)
         write_json(run.path / "diagnosis.json", content)
     except OSError as error:

@@ -227,8 +227,10 @@ def _loaded(
     data = Data.of(recipe, images, here.device, copies_apart=copies_apart_of(run))
     # Nothing can fail from here on but writing, so a run that cannot go on is left as it was.
     checkpoint.set_aside_damaged(run.checkpoints, found)
-    if differences:
-        checkpoint.set_aside_newer_best(run.checkpoints, state.counters.epoch)
+    other_course = differences or epochs not in (None, recipe.epochs)
+    if other_course and checkpoint.set_aside_newer_best(run.checkpoints, state.counters.epoch):
+        # Those that were best before had been overwritten by them: the best is the best from here on.
+        state.counters.best_epoch, state.counters.best_accuracy = 0, -1.0
     run.cut_metrics(state.counters.epoch)
     note: dict[str, Any] = {**describe_program(), "machine": asdict(here), "step": state.counters.step}
     note["exact"] = not differences

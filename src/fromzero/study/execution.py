@@ -268,7 +268,7 @@ def _shapes(recipe: Recipe, images: ImageSet) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def command(label: str, scale: str, seeds: int, tuned: bool, options: Sequence[str]) -> str:
+def command(label: str, scale: str, seeds: int, tuned: bool, options: Sequence[str] = ()) -> str:
     """The command line that carries a study out."""
     words = ["fromzero", "study", label, "--scale", scale, "--seeds", str(seeds), *["--tune"] * tuned, *options]
     return shlex.join(words)

@@ -143,7 +143,12 @@ class Result:
 
     @property
     def command(self) -> str:
-        """What goes on with it."""
+        """What carries it out anywhere: without options, which are paths and cores of the machine it ran on."""
+        return command(self.study.label, self.study.scale, self.study.seeds, self.tuned)
+
+    @property
+    def way_on(self) -> str:
+        """What goes on with it here."""
         return command(self.study.label, self.study.scale, self.study.seeds, self.tuned, self.options)
 
     @property
