@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from fromzero import FromzeroError, kernels, load_recipe, machine, modules, networks, new_training
 from fromzero.display import header
+from fromzero.kernels import building
 
 ELEMENTS = [torch.float32, torch.bfloat16]
 # Images, rows, columns, channels in and out, padding: tiles cut off on either side, channels that fill no vector.
@@ -336,16 +337,16 @@ def test_without_tiles_vectors_compute_the_same(tmp_path, monkeypatch):
     if machine.prepare("bfloat16", device="cpu").kernels == kernels.NONE:
         pytest.skip("no kernels of bfloat16 on this machine")
     monkeypatch.setenv("FROMZERO_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "_tiles_granted", lambda: False)
-    name, made, _ = kernels._made.__wrapped__(torch.bfloat16)
+    monkeypatch.setattr(building, "_tiles_granted", lambda: False)
+    name, made, _ = building.made.__wrapped__(torch.bfloat16)
     assert name != kernels.NONE
     assert kernels.agrees(made)
 
 
 def test_the_check_reaches_the_gradient_that_is_computed_position_by_position(tmp_path, monkeypatch):
-    if machine.prepare("bfloat16", device="cpu").kernels == kernels.NONE or not kernels._tiles_granted():
+    if machine.prepare("bfloat16", device="cpu").kernels == kernels.NONE or not building._tiles_granted():
         pytest.skip("no tiles on this machine, which has no such gradient then")
-    for source in kernels.SOURCE_FOLDER.glob("*.[ch]"):
+    for source in building.SOURCE_FOLDER.glob("*.[ch]"):
         text = source.read_text("utf-8")
         if source.name == "winograd.c":
             before, staged, after = text.partition("static void sum_staged(")
@@ -353,8 +354,8 @@ def test_the_check_reaches_the_gradient_that_is_computed_position_by_position(tm
             text = before + staged + after.replace("units, wide, depth, sums", "units, wide, depth / 32 * 16, sums", 1)
             assert "depth / 32 * 16" in text
         (tmp_path / source.name).write_text(text, "utf-8")
-    monkeypatch.setattr(kernels, "SOURCE_FOLDER", tmp_path)
-    library = kernels.built("cc", [*kernels.COMPILE, "-march=native", "-DBFLOAT16"], tmp_path)
+    monkeypatch.setattr(building, "SOURCE_FOLDER", tmp_path)
+    library = building.built("cc", [*building.COMPILE, "-march=native", "-DBFLOAT16"], tmp_path)
     assert not kernels.agrees(kernels.Kernels(library, torch.bfloat16))
 
 
@@ -388,7 +389,7 @@ def test_other_instruction_sets_compute_the_same(flags, tmp_path, monkeypatch):
         pytest.skip("no kernels on this machine")
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("needs a processor with AVX2")
-    library = kernels.built("cc", [*kernels.COMPILE, *flags], tmp_path)
+    library = building.built("cc", [*building.COMPILE, *flags], tmp_path)
     assert kernels.agrees(kernels.Kernels(library, torch.float32))
 
 
@@ -405,8 +406,8 @@ def test_without_a_compiler_pytorch_computes_and_it_is_said(tmp_path, monkeypatc
     monkeypatch.setenv("FROMZERO_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("FROMZERO_KERNELS", raising=False)
-    monkeypatch.setattr(kernels, "_made", kernels._made.__wrapped__)
-    monkeypatch.setattr(kernels, "COMPILE_SECONDS", 1.0)
+    monkeypatch.setattr(building, "made", building.made.__wrapped__)
+    monkeypatch.setattr(building, "COMPILE_SECONDS", 1.0)
     fake = tmp_path / "bin" / "cc"
     for then, why in (
         ("", "no C compiler was found"),
@@ -435,7 +436,7 @@ def test_another_compiler_is_tried_and_what_it_made_is_kept(tmp_path, monkeypatc
     monkeypatch.setenv("CC", fake_compiler(tmp_path / "bin", f"echo >> {tmp_path}/asked; exit 1"))
     if shutil.which("gcc") is None:
         pytest.skip("no gcc on this machine")
-    assert agree_twice(lambda: kernels._made.__wrapped__(torch.float32).name)
+    assert agree_twice(lambda: building.made.__wrapped__(torch.float32).name)
     assert (tmp_path / "asked").read_text().count("\n") == 1
 
 
@@ -452,12 +453,12 @@ def test_kernels_of_bfloat16_need_a_processor_that_multiplies_it(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("clang") is None, reason="no clang on this machine")
-@pytest.mark.parametrize("flags", [[], [kernels.NATIVE.get(platform.machine(), "-mcpu=native")]])
+@pytest.mark.parametrize("flags", [[], [building.NATIVE.get(platform.machine(), "-mcpu=native")]])
 def test_clang_compiles_them_as_on_a_mac(flags, tmp_path):
     """Compiled alone: what Apple's linker is told, others are not, and of OpenMP torch may have loaded another kind."""
-    for source, *more in kernels.OBJECTS:
+    for source, *more in building.OBJECTS:
         command = ["clang", "-Werror", "-O3", "-Xclang", "-fopenmp", "-fPIC", "-c", *flags, *more]
-        subprocess.run([*command, str(kernels.SOURCE_FOLDER / source), "-o", str(tmp_path / "object.o")], check=True)
+        subprocess.run([*command, str(building.SOURCE_FOLDER / source), "-o", str(tmp_path / "object.o")], check=True)
 
 
 def test_kernels_that_compute_something_else_are_not_used(tmp_path, monkeypatch):
@@ -465,16 +466,16 @@ def test_kernels_that_compute_something_else_are_not_used(tmp_path, monkeypatch)
         pytest.skip("no kernels on this machine")
     monkeypatch.setenv("FROMZERO_HOME", str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "agrees", lambda made: False)
-        none = kernels._made.__wrapped__(torch.float32)
+        patch.setattr(building, "agrees", lambda made: False)
+        none = building.made.__wrapped__(torch.float32)
         assert (none.name, none.kernels) == (kernels.NONE, None)
         assert none.why.endswith("made computes something else")
     assert list((tmp_path / "kernels").iterdir()) == []
-    name, made, _ = kernels._made.__wrapped__(torch.float32)
+    name, made, _ = building.made.__wrapped__(torch.float32)
     assert name == kernels.find(torch.float32).name
     assert kernels.agrees(made)
     (library,) = (tmp_path / "kernels").iterdir()
-    assert library.name == f"{name}-{kernels._content_digest(library)}.so"
+    assert library.name == f"{name}-{building._content_digest(library)}.so"
 
 
 @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:9000], lambda content: content[::-1]])
@@ -482,15 +483,15 @@ def test_damaged_kernels_are_made_again(damage, tmp_path, monkeypatch):
     if kernels.find(torch.float32).kernels is None:
         pytest.skip("no kernels on this machine")
     monkeypatch.setenv("FROMZERO_HOME", str(tmp_path))
-    kernels._made.__wrapped__(torch.float32)
+    building.made.__wrapped__(torch.float32)
     (library,) = (tmp_path / "kernels").iterdir()
     whole = library.read_bytes()
     library.unlink()  # it is loaded
     library.write_bytes(damage(whole))
-    name, made, _ = kernels._made.__wrapped__(torch.float32)
+    name, made, _ = building.made.__wrapped__(torch.float32)
     assert name == kernels.find(torch.float32).name
     assert kernels.agrees(made)
-    assert any(kernels._content_digest(path) in path.name for path in (tmp_path / "kernels").iterdir())
+    assert any(building._content_digest(path) in path.name for path in (tmp_path / "kernels").iterdir())
 
 
 def test_kernels_that_are_not_there_are_not_replaced_silently():
@@ -571,12 +572,12 @@ def test_a_variance_keeps_its_digits_where_borders_are_unlike_the_rest(made, val
 
 
 def test_their_sources_are_part_of_the_package():
-    root = kernels.SOURCE_FOLDER.parents[2]
+    root = building.SOURCE_FOLDER.parents[2]
     if not (root / "pyproject.toml").exists():
         pytest.skip("installed without its sources")
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fromzero"]
     packed = {path for pattern in patterns for path in (root / "src" / "fromzero").glob(pattern)}
-    assert packed >= {kernels.SOURCE_FOLDER / name for name in kernels.SOURCES}
+    assert packed >= {building.SOURCE_FOLDER / name for name in building.SOURCES}
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -694,6 +695,6 @@ def test_kernels_can_be_turned_off(monkeypatch):
 def test_which_kernels_a_processor_gets(features, precision, expected, monkeypatch):
     monkeypatch.delenv("FROMZERO_KERNELS", raising=False)
     monkeypatch.setattr(machine, "_bfloat16_features", lambda: features)
-    monkeypatch.setattr(kernels, "_made", lambda element: kernels.Made("found", None))
+    monkeypatch.setattr(building, "made", lambda element: kernels.Made("found", None))
     assert machine._kernels("cpu", precision).name == expected
     assert machine._kernels("cuda", precision).name == "none"
