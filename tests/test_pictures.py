@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -17,7 +16,6 @@ from fromzero.data import pictures, split_name
 from fromzero.errors import InputError
 from fromzero.sessions import new_training
 from fromzero.splits import Data
-from fromzero.trained import load_trained
 
 COLORS = {"blue": (20, 40, 200), "green": (30, 180, 60), "red": (210, 30, 40)}
 CHANGES = ["--network.channels", "[[4],[8]]", "--network.pool", "4", "--network.dense", "[16]", "--epochs", "2"]
@@ -474,24 +472,6 @@ def test_copies_of_one_picture_leave_none_for_validation(tmp_path, monkeypatch, 
     assert cli.main(["train", "set", *CHANGES]) == 2
     assert "each class has copies of one picture only; none is left for validation" in capsys.readouterr().err
     assert not Path("runs").exists()
-
-
-def test_a_run_begun_before_copies_were_kept_together_keeps_its_split(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write(Path("set"), count=15)
-    for path in list(Path("set").glob("*/*.png")):
-        shutil.copy(path, path.with_name(f"{path.stem}-copy.png"))
-    assert cli.main(["train", "set", *CHANGES]) == 0
-    run = Run(next(Path("runs").iterdir()))
-    together = load_trained(run).data
-    provenance = json.loads((run.path / "provenance.json").read_text())
-    assert provenance["data"].pop("copies") == "together"
-    assert any("a fifth of each class" in note for note in provenance["data"]["notes"])
-    (run.path / "provenance.json").write_text(json.dumps(provenance))
-    apart = load_trained(Run(run.path)).data
-    train, held = ({image.numpy().tobytes() for image in part.pixels} for part in (apart.train, apart.validation))
-    assert train & held
-    assert not torch.equal(apart.validation.pixels, together.validation.pixels)
 
 
 def test_what_the_benchmark_gives_to_keras_are_the_pictures_that_fromzero_has(tmp_path):

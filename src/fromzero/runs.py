@@ -68,9 +68,10 @@ class _Data(pydantic.BaseModel):
     name: str
     source: str
     fingerprints: _Fingerprints
-    classes: list[str] = []
-    image_shape: list[Annotated[int, pydantic.Field(ge=1, le=10_000)]] = pydantic.Field([], min_length=3, max_length=3)
-    normalise: _Normalise | None = None
+    order: str
+    classes: list[str] = pydantic.Field(min_length=1)
+    image_shape: list[Annotated[int, pydantic.Field(ge=1, le=10_000)]] = pydantic.Field(min_length=3, max_length=3)
+    normalise: _Normalise
 
 
 class _Resumed(pydantic.BaseModel):

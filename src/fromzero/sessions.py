@@ -22,7 +22,7 @@ from fromzero.splits import Data, check_image_set
 from fromzero.state import State, load_weights, model_weights
 from fromzero.steps import initial_state
 from fromzero.timetable import Timetable
-from fromzero.trained import check_kept, check_unedited, copies_apart_of, last_checkpoint, naming, recorded_images
+from fromzero.trained import check_kept, check_unedited, last_checkpoint, naming, recorded_images
 from fromzero.training import Training
 
 
@@ -97,7 +97,6 @@ def new_training(
         "classes": list(images.class_names),
         "image_shape": list(images.image_shape),
         "normalise": data.normalise.to_json(),
-        "copies": "together",
         "notes": list(images.notes),
     }
     run.write_provenance(
@@ -133,7 +132,7 @@ def _weights_for(images: ImageSet, found: Checkpoint, source: Run, *, partial: b
     layer, whose outputs mean those. Raises InputError if not partial."""
     weights = model_weights(found)
     ours = list(images.class_names)
-    theirs = source.provenance["data"].get("classes", ours)
+    theirs = source.provenance["data"]["classes"]
     if theirs == ours:
         return weights
     if partial:
@@ -224,7 +223,7 @@ def _loaded(
             f"{run.path}/metrics.jsonl: rows are missing: expected {state.counters.epoch}, found {len(run.metrics())};"
             f" nothing was changed; {run.way_on}"
         )
-    data = Data.of(recipe, images, here.device, copies_apart=copies_apart_of(run))
+    data = Data.of(recipe, images, here.device)
     # Nothing can fail from here on but writing, so a run that cannot go on is left as it was.
     checkpoint.set_aside_damaged(run.checkpoints, found)
     other_course = differences or epochs not in (None, recipe.epochs)

@@ -49,16 +49,16 @@ class Data:
     normalise: Normalise
 
     @classmethod
-    def of(cls, recipe: Recipe, images: ImageSet, device: str, *, copies_apart: bool = False) -> Data:
-        """Split as the recipe says. The splits depend on the images alone, not on the seed. `copies_apart` is how runs
-        were split that do not say that copies are together. Raises InputError where nothing can be held out."""
+    def of(cls, recipe: Recipe, images: ImageSet, device: str) -> Data:
+        """Split as the recipe says. The splits depend on the images alone, not on the seed. Raises InputError where
+        nothing can be held out."""
         train, test = Subset.of(images.train), Subset.of(images.test)
         validation = test
         if recipe.validation.source == "split" and images.validation is not None:
             validation = Subset.of(images.validation)
         elif recipe.validation.source == "split":
             # Only files of one's own are looked through: CIFAR-10 and the digits have no copies.
-            copies = images.train.first_copies() if images.train.files and not copies_apart else None
+            copies = images.train.first_copies() if images.train.files else None
             kept, held = stratified_split(images.train.labels, recipe.validation.fraction, "validation", copies)
             if not len(held):
                 raise InputError(

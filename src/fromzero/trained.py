@@ -68,23 +68,18 @@ def recorded_images(
             f" ({split} fingerprint {now}…, recorded {before}…); put them back as they were, or start anew from its"
             f" weights by --from {run.path}"
         )
-    if images.order_digest() != recorded.get("order", images.order_digest()):
+    if images.order_digest() != recorded["order"]:
         raise FromzeroError(
             f"{run.path}: the images at {images.source} are those it was trained on, but in another order, which would"
             " change the splits and the order of training: files were renamed, or come from another folder than"
             f" {recorded['source']}, which --data-dir can name"
         )
-    for now, before in zip(images.class_names, recorded.get("classes", images.class_names), strict=False):
+    for now, before in zip(images.class_names, recorded["classes"], strict=False):
         if now != before:
             raise FromzeroError(
                 f"{run.path}: a class at {images.source} is called {now!r} and was {before!r}; give it its name back"
             )
     return images
-
-
-def copies_apart_of(run: Run) -> bool:
-    """Whether the run was begun when validation was held out image by image, whatever was a copy of what."""
-    return run.provenance["data"].get("copies") != "together"
 
 
 def last_checkpoint(run: Run) -> Checkpoint:
@@ -169,7 +164,7 @@ def load_trained(
     images = recorded_images(run, images, data_dir=data_dir, offline=offline)
     here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
     network, found = load_network(run, images.image_shape, images.num_classes, here, which)
-    data = Data.of(run.recipe, images, here.device, copies_apart=copies_apart_of(run))
+    data = Data.of(run.recipe, images, here.device)
     epochs = found.state.get("epoch", 0)
     beyond = found.state.get("step", 0) - Timetable.of(run.recipe, len(data.train.labels)).start_of(epochs)
     return Trained(run, images, data, network, found, epochs, here, max(beyond, 0))
@@ -192,13 +187,11 @@ def load_classifier(
     trained on need not be there. precision: another one than it was trained in. Raises FromzeroError when the weights
     are not there or not its own."""
     recorded = run.provenance["data"]
-    known = all(recorded.get(key) for key in ("classes", "image_shape", "normalise"))
-    if not known or {len(values) for values in recorded["normalise"].values()} != {recorded["image_shape"][2]}:
-        raise FromzeroError(
-            f"{run.path}/provenance.json: data: does not say how pictures are to be made ready (classes, image_shape,"
-            " normalise), as of runs begun by an earlier fromzero"
-        )
     height, width, channels = recorded["image_shape"]
+    if {len(values) for values in recorded["normalise"].values()} != {channels}:
+        raise FromzeroError(
+            f"{run.path}/provenance.json: damaged: data.normalise: expected {channels} values each; {run.way_on}"
+        )
     here = machine.prepare(precision or run.provenance["machine"]["precision"], device=device, threads=threads)
     network, found = load_network(run, (height, width, channels), len(recorded["classes"]), here, which)
     if which == "last" and not found.state.get("step"):
