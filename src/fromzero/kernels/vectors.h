@@ -4,6 +4,9 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 /* OpenMP is the one that torch has loaded; its header is not everywhere where that is. */
 extern int omp_get_thread_num(void);
@@ -53,7 +56,6 @@ static inline vector choose(whole which, vector yes, vector no) {
 
 /* Of `lanes` of a vector alone something is loaded or stored; zero is loaded into the others. */
 #if LANES == 16
-#include <immintrin.h>
 typedef __mmask16 lanes;
 static inline lanes lanes_of(long count) { return count >= LANES ? 0xFFFF : count > 0 ? (1u << count) - 1 : 0; }
 
@@ -124,17 +126,32 @@ static inline void transpose(vector square[LANES]) {
 static inline vector rounded_product(vector a, vector b) { return a * b; } /* but for the compiler's will */
 
 static inline vector square_root(vector v) {
+#ifdef __AVX__
+    return (vector)_mm256_sqrt_ps((__m256)v);
+#else
     for (long lane = 0; lane < LANES; lane++) v[lane] = __builtin_sqrtf(v[lane]);
     return v;
+#endif
 }
 
 static inline whole load_bytes(const uint8_t *from, lanes which) {
+#ifdef __AVX2__
+    if (which == LANES) return (whole)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#endif
     whole v = {0};
     for (long lane = 0; lane < which; lane++) v[lane] = from[lane];
     return v;
 }
 
 static inline void store_bytes(uint8_t *to, whole v, lanes which) {
+#ifdef __AVX__
+    if (which == LANES) {
+        __m128i low = _mm256_castsi256_si128((__m256i)v), high = _mm256_extractf128_si256((__m256i)v, 1);
+        __m128i halves = _mm_packs_epi32(low, high);
+        _mm_storel_epi64((__m128i *)to, _mm_packus_epi16(halves, halves));
+        return;
+    }
+#endif
     for (long lane = 0; lane < which; lane++) to[lane] = v[lane];
 }
 #endif
