@@ -15,7 +15,7 @@ import pytest
 import fromzero as library
 from fromzero import cli
 from fromzero.recipe import recipe_names
-from fromzero.verify import Verdict
+from fromzero.verify import Verification
 
 FAST = [
     "--recipe",
@@ -171,7 +171,7 @@ def test_a_verdict_on_resuming_says_how_often_it_was_tried(trained, capsys):
         (("SIGKILL",), "after 1 interruption of 2: it ended before the next"),
         (("SIGKILL", "SIGTERM"), "after 2 interruptions\n"),
     ):
-        cli._print_verdict(Verdict(run, happened, None), 2)
+        cli._print_verification(Verification(run, happened, None), 2)
         assert said in capsys.readouterr().out
 
 

@@ -24,7 +24,7 @@ from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names,
 if TYPE_CHECKING:
     from fromzero.trained import Trained
     from fromzero.training import Training
-    from fromzero.verify import Verdict
+    from fromzero.verify import Verification
 
 DEMO_EPOCHS = 12
 NO_MEMORY = "out of memory|allocate memory|not enough memory"  # in what PyTorch says, by device
@@ -450,13 +450,13 @@ def _verify_resume(arguments: argparse.Namespace) -> None:
         if found.difference:
             keep = True
             raise FromzeroError(f"resuming is not exact here: {found.difference}; both runs are kept in {folder}")
-        _print_verdict(found, arguments.interruptions)
+        _print_verification(found, arguments.interruptions)
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _print_verdict(found: Verdict, wanted: int) -> None:
+def _print_verification(found: Verification, wanted: int) -> None:
     from fromzero import checkpoint
 
     tensors = checkpoint.load(found.straight.checkpoints / checkpoint.LAST).tensors

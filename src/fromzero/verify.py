@@ -24,7 +24,7 @@ from fromzero.runs import Run, list_runs
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has none
 
 
-class Verdict(NamedTuple):
+class Verification(NamedTuple):
     """The run straight through, the interruptions of the other that took place, and where the two differ first (None:
     nowhere)."""
 
@@ -42,7 +42,7 @@ def verify_resume(
     seed: int = 0,
     threads: int | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> Verdict:
+) -> Verification:
     """Train `recipe` on the digits straight, and once more with interruptions, under `folder`.
 
     seed: of the kinds and moments of the interruptions. Raises FromzeroError when one of the trainings fails.
@@ -72,7 +72,7 @@ def verify_resume(
     if not happened:
         raise FromzeroError("no interruption came before the end: give more --epochs")
     interrupted = _only_run(folder / "interrupted")
-    return Verdict(straight, tuple(happened), first_difference(straight, interrupted))
+    return Verification(straight, tuple(happened), first_difference(straight, interrupted))
 
 
 def _only_run(folder: Path) -> Run:

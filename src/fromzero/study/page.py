@@ -252,7 +252,7 @@ def _contrasts_table(result: Result) -> str:
     for group in groups:
         members = result.group(group)
         for found in members:
-            c, x = found.contrast, found.spread
+            c, x = found.contrast, found.telling
             name = f"{c.arm} − {c.against}" + ("" if group == CLAIM else f" ({group})")
             what = f"{c.metric}{claimed(c)}"
             if x is None:

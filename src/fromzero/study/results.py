@@ -80,7 +80,7 @@ class ContrastResult:
     pairs: dict[int, float]
 
     @property
-    def spread(self) -> Comparison | None:
+    def telling(self) -> Comparison | None:
         """The comparison, where its pairs tell a spread. Where all are equal, as of networks that all say one class, an
         interval of no width would be a claim."""
         return self.comparison if self.comparison and self.comparison.sd >= 1e-12 else None
@@ -242,7 +242,7 @@ def sentence(found: ContrastResult, comparisons: int) -> str:
     head = f"{c.arm} against {c.against}, {c.metric}{claimed(c)}: "
     if x is None:
         return head + f"{found.verdict}; n = {len(found.pairs)} pairs, too few for an interval"
-    if found.spread is None:
+    if found.telling is None:
         mean = figure(x.difference.mean, c.metric, sign=True)
         return head + f"{found.verdict}; its {x.n} pairs all differ by {mean} {unit(c.metric)}, so they tell no spread"
     low, high = figure(x.difference.low, c.metric, sign=True), figure(x.difference.high, c.metric, sign=True)
