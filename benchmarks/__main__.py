@@ -200,7 +200,7 @@ def fastest(rates):
 def about(arguments):
     """Machine, versions, date and command, as the page shows them."""
     from fromzero import machine
-    from fromzero.cores import usable_cores
+    from fromzero.resources import usable_cores
     from fromzero.runs import describe_program
 
     program, here = describe_program(), machine.prepare(device="cpu", threads=arguments.threads)

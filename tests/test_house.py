@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import modules of the lines above its own, and of its own line where that is said.
 ORDER = [
-    ["errors", "rng", "files", "stats", "cores", "terminal"],
-    ["shipped"],
+    ["errors", "rng", "files", "stats", "terminal"],
+    ["shipped", "resources"],
     ["recipe", "kernels", "signals"],
     ["machine", "modules", "fused", "arguments", "timetable"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],
@@ -61,7 +61,7 @@ def test_imports_run_one_way():
 
 def test_a_source_digest_covers_what_a_training_computes_with():
     """All that training.py imports, but for what only reads, writes and reports."""
-    harmless = {"checkpoint", "data", "errors", "recipe", "curves", "runs", "signals"}
+    harmless = {"checkpoint", "data", "errors", "recipe", "curves", "runs", "signals", "resources"}
     listed = {name.partition("/")[0] for name in NUMERIC_MODULES}
     assert set(imports_of(SOURCE / "training.py")) <= listed | harmless
     assert "data/images" in NUMERIC_MODULES  # its splits

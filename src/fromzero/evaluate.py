@@ -16,7 +16,7 @@ from fromzero.errors import NonFiniteError
 from fromzero.machine import Machine
 from fromzero.recipe import Recipe
 
-BATCH = 500
+BATCH, BATCH_PIXELS = 500, 500 * 32 * 32  # images that are looked at at a time: so many, of larger ones so many pixels
 
 # Test-time augmentation: the views of an image whose outputs are averaged, (mirrored, pixels down, pixels right) and
 # weight. multicrop is that of cifar10-airbench (Jordan, 2024).
@@ -104,7 +104,8 @@ def evaluate(
     right and would pass for an accuracy."""
     losses, predictions = [], []
     with _evaluating(model, machine):
-        for part, truth in zip(pixels.split(BATCH), labels.split(BATCH), strict=True):
+        size = _batch_size(pixels)
+        for part, truth in zip(pixels.split(size), labels.split(size), strict=True):
             logits = _logits(model, part, normalise, views)
             losses.append(F.cross_entropy(logits, truth, reduction="none"))
             predictions.append(logits.argmax(1))
@@ -120,7 +121,8 @@ def predict(model: nn.Module, pixels: Tensor, normalise: Normalise, machine: Mac
     them. They are the network's own and not calibrated: label smoothing alone keeps them away from one. Raises
     NonFiniteError where they are no numbers."""
     with _evaluating(model, machine):
-        found = torch.cat([_logits(model, part, normalise, views).softmax(1) for part in pixels.split(BATCH)])
+        parts = pixels.split(_batch_size(pixels))
+        found = torch.cat([_logits(model, part, normalise, views).softmax(1) for part in parts])
     if not found.isfinite().all():
         raise NonFiniteError("the network's outputs are no numbers: its weights are too large to compute with")
     return found
@@ -137,6 +139,10 @@ def _evaluating(model: nn.Module, machine: Machine) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def _batch_size(pixels: Tensor) -> int:
+    return max(1, min(BATCH, BATCH_PIXELS // (pixels.shape[1] * pixels.shape[2])))
 
 
 def _logits(model: nn.Module, pixels: Tensor, normalise: Normalise, views: str) -> Tensor:

@@ -22,8 +22,8 @@ from typing import Any, Literal
 import torch
 
 from fromzero import kernels
-from fromzero.cores import num_threads
 from fromzero.errors import InputError
+from fromzero.resources import num_threads
 
 Precision = Literal["bfloat16", "float32"]
 ELEMENTS: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # to compute in
@@ -97,7 +97,7 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
     """Choose device, precision and threads, set them for this process, and say what was chosen.
 
     precision: "auto", "bfloat16" or "float32"; device: "auto", "cpu", "cuda" or "cuda:N"; threads: CPU threads, by
-    default as `cores.num_threads` says. Raises InputError for a device that is not there.
+    default as `resources.num_threads` says. Raises InputError for a device that is not there.
     """
     kind = chosen_device(device)
     if threads is not None and not 1 <= threads <= MAX_THREADS:
@@ -166,16 +166,6 @@ def _kernels(device: str, precision: Precision) -> kernels.Made:
     if precision == "bfloat16" and "avx512_bf16" not in _bfloat16_features():
         return kernels.Made(kernels.NONE, None, "fromzero's of bfloat16 need AVX512-BF16")
     return kernels.find(ELEMENTS[precision])
-
-
-def peak_memory_bytes() -> int | None:
-    """The most memory this process has held so far, or None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _default_threads() -> int:

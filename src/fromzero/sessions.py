@@ -14,12 +14,14 @@ from torch import Tensor
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError
+from fromzero.errors import FromzeroError, InputError, counted
+from fromzero.machine import Machine
 from fromzero.optim import learning_rate_at
 from fromzero.recipe import Recipe, load_recipe
+from fromzero.resources import check_memory
 from fromzero.runs import Run, create_run, describe_program, last_machine, load_run
 from fromzero.splits import Data, check_image_set
-from fromzero.state import State, load_weights, model_weights
+from fromzero.state import State, least_memory, load_weights, model_weights
 from fromzero.steps import initial_state
 from fromzero.timetable import Timetable
 from fromzero.trained import check_kept, check_unedited, last_checkpoint, naming, recorded_images
@@ -74,6 +76,7 @@ def new_training(
     recipe = recipe.override({"dataset": _dataset_of(recipe, images)})
     check_image_set(recipe, images)
     here = machine.prepare(recipe.precision, device=device, threads=threads)
+    _check_memory(recipe, images, here)
     data = Data.of(recipe, images, here.device)
     state = initial_state(recipe, images.image_shape, images.num_classes, data, here)
     origin = None
@@ -114,6 +117,17 @@ def new_training(
     training.save()
     run.write_recipe(recipe)
     return training
+
+
+def _check_memory(recipe: Recipe, images: ImageSet, here: Machine) -> None:
+    """Refuse a training whose steps cannot fit; of what a GPU has, PyTorch says so itself. Raises InputError."""
+    if here.device != "cpu":
+        return
+    element_bytes, batch = machine.ELEMENTS[here.precision].itemsize, min(recipe.batch_size, len(images.train))
+    needed = least_memory(recipe, images.image_shape, images.num_classes, batch, element_bytes)
+    height, width, _ = images.image_shape
+    steps = f"steps of {counted(batch, 'image')} of {width}×{height} pixels through {recipe.name}"
+    check_memory(needed, steps, "make the batch (--batch-size), the images or the network smaller")
 
 
 def _dataset_of(recipe: Recipe, images: ImageSet) -> str:

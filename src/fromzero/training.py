@@ -23,10 +23,11 @@ from fromzero.checkpoint import Checkpoint
 from fromzero.data import ImageSet
 from fromzero.errors import FromzeroError, NonFiniteError, StoppedError
 from fromzero.evaluate import Outcomes, evaluate
-from fromzero.machine import Machine, peak_memory_bytes
+from fromzero.machine import Machine
 from fromzero.networks import num_parameters
 from fromzero.optim import learning_rate_at
 from fromzero.recipe import Recipe
+from fromzero.resources import peak_memory
 from fromzero.rng import permutation
 from fromzero.runs import Row, Run
 from fromzero.signals import StopSignals
@@ -275,7 +276,7 @@ class Training:
                 "time/images_per_second": round(
                     self.timetable.images_after(counters.step) / max(counters.seconds, 1e-9), 1
                 ),
-                "memory/peak_bytes": peak_memory_bytes(),
+                "memory/peak_bytes": peak_memory(),
             }
         )
 

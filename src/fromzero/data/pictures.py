@@ -24,9 +24,9 @@ from rich.markup import escape
 from rich.progress import track
 
 from fromzero import files
-from fromzero.cores import num_threads
 from fromzero.data.images import Images, ImageSet, own_name
 from fromzero.errors import InputError, some
+from fromzero.resources import check_memory, num_threads
 
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # other decoders are not tried on anybody's file
@@ -300,6 +300,9 @@ def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> _Decoded:
         return side or USUAL_SIDE, side or USUAL_SIDE
 
     width, height = scaled_to({size for size in size_of if size})
+    of = f"{path}: {len(paths):,} pictures of {width}×{height} pixels"
+    # Once as they are read and once as parts, or as parts and as a training has them.
+    check_memory(2 * len(paths) * height * width * 3, of, f"{path}@{USUAL_SIDE} makes them smaller")
     pixels, digests, wrong = read_pictures(paths, height, width, f"reading {path}")
     sizes = {size for index, size in enumerate(size_of) if size and index not in wrong}
     if scaled_to(sizes) != (width, height) and sizes:  # what is left out says nothing about the rest

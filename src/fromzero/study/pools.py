@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fromzero.cores import num_threads, usable_cores, usable_processors
 from fromzero.errors import FromzeroError, InputError, StoppedError
+from fromzero.resources import num_threads, usable_cores, usable_processors
 from fromzero.runs import Run
 from fromzero.signals import StopSignals
 from fromzero.study.cells import Cell, Setting
