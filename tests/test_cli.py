@@ -187,6 +187,7 @@ def test_weights_that_do_not_compute_are_refused_by_evaluate(trained, capsys, mo
 
 BAD = [
     (["trian"], "unknown command 'trian'; nearest: train"),
+    (["qqqq"], "unknown command 'qqqq'; see: fromzero --help"),
     (["train", "--epohcs", "3"], "unknown option --epohcs; nearest: --epochs"),
     (["train", "--optimizer.lr", "3"], "unknown option --optimizer.lr; nearest: --optimizer.learning_rate"),
     (

@@ -421,7 +421,7 @@ def test_predictions_of_the_test_pictures_are_as_right_as_the_summary_says(tmp_p
     assert cli.main(["predict", "set-987", str(one), "--top", "0"]) == 2
     assert "--top: 0 is not a whole number from 1 to 999,999,999" in capsys.readouterr().err
     for wrong, said in (
-        ("nowhere", "nowhere: not there"),
+        ("nowhere", "1 of 1 picture cannot be read (No such file or directory: nowhere)"),
         ("runs/set-987/checkpoints", "checkpoints: no pictures"),
         ("runs/set-987/recipe.toml", "1 of 1 picture cannot be read"),
     ):

@@ -28,7 +28,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
         raise InputError(f"unknown option {argv[0]} before a command; see: fromzero --help")
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
-        raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], commands)}")
+        raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], commands) or '; see: fromzero --help'}")
     arguments, left = parser.parse_known_args(_with_known_spelling(argv, commands))
     if left:
         known = [s for action in commands[argv[0]]._actions for s in action.option_strings if s.startswith("--")]

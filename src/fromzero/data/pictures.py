@@ -132,11 +132,10 @@ def _contradictions(listed: Sequence[_File], digests: np.ndarray, path: Path) ->
 
 
 def pictures_at(paths: Sequence[Path]) -> list[Path]:
-    """The pictures named, and those in and under the folders named. Raises InputError where there is none."""
+    """The pictures named, there or not, and those in and under the folders named. Raises InputError for a folder without
+    any."""
     found = []
     for path in paths:
-        if not path.exists():
-            raise InputError(f"{path}: not there")
         below = [Path(parent, name) for parent, _, names in os.walk(path) for name in names]
         pictures = sorted(p for p in below if _is_picture(p)) if path.is_dir() else [path]
         if not pictures:
