@@ -138,6 +138,11 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(system, tiny_images,
     with pytest.raises(InputError, match=r"steps of 128 images of 32×32 pixels through train1 need at least .* GB"):
         new_training(large, tiny_images, runs_dir=tmp_path / "runs", device="cpu")
     assert not (tmp_path / "runs").exists()
+    wide = recipe.override({"network.channels": [[64] * 20], "network.head": "mean"})
+    with pytest.raises(InputError, match="make the batch"):
+        new_training(wide, tiny_images, runs_dir=tmp_path / "runs", device="cpu")
+    for smaller in ({"augment.crop": 8}, {"augment.scale": 0.25, "augment.scale_epochs": 99}, {"batch_size": 2}):
+        new_training(wide.override(smaller), tiny_images, runs_dir=tmp_path / "fits", device="cpu").close()
 
 
 def test_pictures_that_cannot_fit_are_refused_before_they_are_read(system, tmp_path, monkeypatch):

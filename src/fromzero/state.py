@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fromzero import networks, optim
+from fromzero import augment, networks, optim
 from fromzero.checkpoint import Checkpoint
 from fromzero.errors import FromzeroError, InputError
 from fromzero.fused import Optimizer
@@ -168,9 +168,9 @@ class State:
 def least_memory(recipe: Recipe, image_shape: ImageShape, num_classes: int, batch_size: int, element_bytes: int) -> int:
     """Bytes that steps on so many images take at least beside these: weights, their gradients and what is
     remembered of each; and of each image of a batch what convolutions, dense layers and batch normalisations are given,
-    which is kept until the gradient comes back."""
+    which is kept until the gradient comes back. Of images that are scaled for a time, as small as they are then."""
     height, width, channels = image_shape
-    seen = (recipe.augment.crop or height, recipe.augment.crop or width, channels)
+    seen = (*augment.smallest_size(recipe.augment, height, width), channels)
     given, kept = math.prod(seen), 0
     for layer in networks.layers(recipe.network, seen, num_classes):
         if layer.parameters > layer.fixed:

@@ -132,8 +132,8 @@ def _contradictions(listed: Sequence[_File], digests: np.ndarray, path: Path) ->
 
 
 def pictures_at(paths: Sequence[Path]) -> list[Path]:
-    """The pictures named, there or not, and those in and under the folders named. Raises InputError for a folder without
-    any."""
+    """The pictures named, there or not, and those in and under the folders named. Raises InputError for a folder with
+    none."""
     found = []
     for path in paths:
         below = [Path(parent, name) for parent, _, names in os.walk(path) for name in names]
