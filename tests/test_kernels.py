@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fromzero import FromzeroError, kernels, load_recipe, machine, modules, networks, new_training
+from fromzero import FromzeroError, kernels, load_recipe, machine, modules, networks, new_training, rng
 from fromzero.display import header
 from fromzero.kernels import building
 
@@ -383,14 +383,18 @@ def test_the_check_finds_a_kernel_that_computes_something_else(name, made, monke
     assert not kernels.agrees(made)
 
 
-@pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-march=x86-64"]])
+@pytest.mark.parametrize("flags", [["-mavx2", "-mfma"], ["-mavx"], ["-march=x86-64"]])
 def test_other_instruction_sets_compute_the_same(flags, tmp_path, monkeypatch):
     if kernels.find(torch.float32).kernels is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("no kernels on this machine")
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("needs a processor with AVX2")
-    library = building.built("cc", [*building.COMPILE, *flags], tmp_path)
-    assert kernels.agrees(kernels.Kernels(library, torch.float32))
+    built = kernels.Kernels(building.built("cc", [*building.COMPILE, *flags], tmp_path), torch.float32)
+    assert kernels.agrees(built)
+    drawn = torch.empty(1001, dtype=torch.uint8)
+    built._call.random_bytes(drawn.data_ptr(), len(drawn), *rng.words(5), 3, 1)
+    assert drawn.max() > 200
+    assert torch.equal(drawn, rng.random_bytes(torch.tensor(rng.words(5), dtype=torch.int32), 3, len(drawn)))
 
 
 def fake_compiler(folder, then):

@@ -991,3 +991,20 @@ def test_a_small_last_batch_resumes_to_the_bit_with_a_proxy(small, tiny_images, 
         training.close()
         resumed = fromzero.resume(training.run, images=tiny_images)
         assert first_difference(straight, resumed) is None
+
+
+def test_larger_images_are_evaluated_fewer_at_a_time():
+    seen = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x.flatten(1)[:, :2]
+
+    here = machine.prepare("float32", device="cpu", threads=1)
+    as_bytes = Normalise(torch.zeros(3), torch.ones(3))
+    for side, count, batches in ((8, 501, [500, 1]), (32, 501, [500, 1]), (224, 21, [10, 10, 1])):
+        pixels, labels = torch.zeros((count, side, side, 3), dtype=torch.uint8), torch.zeros(count, dtype=torch.long)
+        seen.clear()
+        evaluate(Watched(), pixels, labels, as_bytes, here)
+        assert seen == batches

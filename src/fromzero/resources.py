@@ -95,12 +95,13 @@ def _control_groups(controller: str) -> Iterator[Path]:
 
 
 def _memory_left_by(group: Path) -> float:
-    """What its limit leaves; files that are kept in memory are counted in, and make way."""
+    """What its limit leaves; what is kept of files and folders is counted as used, and makes way."""
     for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         most, now = _text(group / limit), _text(group / used)
         if most.isdecimal() and now.isdecimal():
             kept = _numbers(group / "memory.stat")
-            return max(int(most) - int(now), 0) + kept.get("file", kept.get("total_cache", 0))
+            files = kept.get("file", kept.get("total_cache", 0)) - kept.get("shmem", kept.get("total_shmem", 0))
+            return max(int(most) - int(now), 0) + max(files, 0) + kept.get("slab_reclaimable", 0)
     return math.inf
 
 

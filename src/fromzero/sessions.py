@@ -76,8 +76,8 @@ def new_training(
     recipe = recipe.override({"dataset": _dataset_of(recipe, images)})
     check_image_set(recipe, images)
     here = machine.prepare(recipe.precision, device=device, threads=threads)
-    _check_memory(recipe, images, here)
     data = Data.of(recipe, images, here.device)
+    _check_memory(recipe, data, images.num_classes, here)
     state = initial_state(recipe, images.image_shape, images.num_classes, data, here)
     origin = None
     if start_from is not None:
@@ -119,13 +119,13 @@ def new_training(
     return training
 
 
-def _check_memory(recipe: Recipe, images: ImageSet, here: Machine) -> None:
+def _check_memory(recipe: Recipe, data: Data, num_classes: int, here: Machine) -> None:
     """Refuse a training whose steps cannot fit; of what a GPU has, PyTorch says so itself. Raises InputError."""
     if here.device != "cpu":
         return
-    element_bytes, batch = machine.ELEMENTS[here.precision].itemsize, min(recipe.batch_size, len(images.train))
-    needed = least_memory(recipe, images.image_shape, images.num_classes, batch, element_bytes)
-    height, width, _ = images.image_shape
+    count, height, width, channels = data.train.pixels.shape
+    element_bytes, batch = machine.ELEMENTS[here.precision].itemsize, min(recipe.batch_size, count)
+    needed = least_memory(recipe, (height, width, channels), num_classes, batch, element_bytes)
     steps = f"steps of {counted(batch, 'image')} of {width}×{height} pixels through {recipe.name}"
     check_memory(needed, steps, "make the batch (--batch-size), the images or the network smaller")
 

@@ -301,7 +301,7 @@ def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> _Decoded:
     width, height = scaled_to({size for size in size_of if size})
     of = f"{path}: {len(paths):,} pictures of {width}×{height} pixels"
     # Once as they are read and once as parts, or as parts and as a training has them.
-    check_memory(2 * len(paths) * height * width * 3, of, f"{path}@{USUAL_SIDE} makes them smaller")
+    check_memory(2 * len(paths) * height * width * 3, of, f"{path}@{max(width // 2, 1)} makes them smaller")
     pixels, digests, wrong = read_pictures(paths, height, width, f"reading {path}")
     sizes = {size for index, size in enumerate(size_of) if size and index not in wrong}
     if scaled_to(sizes) != (width, height) and sizes:  # what is left out says nothing about the rest

@@ -25,15 +25,14 @@ import filelock
 import numpy as np
 
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError, StoppedError, counted
+from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.files import write_atomically, write_json
 from fromzero.machine import MAX_THREADS, chosen_device
 from fromzero.networks import build, num_multiply_adds
 from fromzero.recipe import Recipe
-from fromzero.resources import check_memory, num_threads
+from fromzero.resources import num_threads
 from fromzero.runs import Run, read_object
 from fromzero.splits import check_image_set
-from fromzero.state import least_memory
 from fromzero.study.cells import Cell, Setting, is_finished
 from fromzero.study.definition import TUNING_SEEDS_FROM, Study
 from fromzero.study.pools import Event, on_ray, on_this_machine
@@ -258,12 +257,6 @@ def prepare_study(
     cores = num_threads()
     jobs = jobs or (1 if on_gpu else max(1, cores // (threads or 1)))
     threads = threads or (max(1, cores // jobs) if on_gpu else 1)
-    if not on_gpu and place == "local":
-        for arm in study.arms.values():
-            batch = min(arm.recipe.batch_size, len(images.train))
-            needed = least_memory(arm.recipe, images.image_shape, images.num_classes, batch, 2)
-            at_once = f"{study.label}: {counted(jobs, 'run')} of arm {arm.name!r} at a time"
-            check_memory(jobs * needed, at_once, "--jobs has fewer at a time; or make batch, images or network smaller")
     setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device or "auto", threads)
     folder = runs_dir.resolve() / "studies" / f"{study.name}-{study.scale}{'-tuned' if tune else ''}"
     return Execution(study, folder, images, setting, jobs, place, tune, keep_weights, tuple(options))
