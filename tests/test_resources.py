@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fromzero import InputError, load_images, load_recipe, machine, new_training, resources
+from fromzero import InputError, load_images, load_recipe, machine, new_training, resources, resumed_training
 from fromzero.resources import available_memory, check_memory
 from fromzero.study import pools
 
@@ -128,6 +128,15 @@ def test_no_more_memory_than_a_control_group_leaves(system, own, files, left):
     assert available_memory() == left + 7 * 1024
 
 
+def test_no_more_swap_than_a_control_group_leaves(system):
+    system("memory", "MemAvailable: 8 kB\nSwapFree: 7 kB\n")
+    system("own", "0::/a\n")
+    system("groups/a/memory.swap.current", "1000\n")
+    for most, left in (("max", 7 * 1024), ("3000", 2000), ("0", 0)):
+        system("groups/a/memory.swap.max", most + "\n")
+        assert available_memory() == 8 * 1024 + left
+
+
 def test_memory_of_this_machine_is_known_where_linux_says():
     if not Path("/proc/meminfo").exists():
         pytest.skip("not Linux")
@@ -149,6 +158,18 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(system, tiny_images,
         new_training(wide, tiny_images, runs_dir=tmp_path / "runs", device="cpu")
     for smaller in ({"augment.crop": 8}, {"augment.scale": 0.25, "augment.scale_epochs": 99}, {"batch_size": 2}):
         new_training(wide.override(smaller), tiny_images, runs_dir=tmp_path / "fits", device="cpu").close()
+
+
+def test_a_run_whose_steps_no_longer_fit_is_left_as_it_was(system, tiny_images, tmp_path):
+    system("memory", "MemAvailable: 100000 kB\n")
+    recipe = load_recipe("train1").override({"precision": "float32"})
+    training = new_training(recipe, tiny_images, runs_dir=tmp_path, device="cpu")
+    training.close()
+    before = {path: path.read_bytes() for path in training.run.path.rglob("*") if path.is_file()}
+    system("memory", "MemAvailable: 1000 kB\n")
+    with pytest.raises(InputError, match=r"train1 need at least .* left as it was"):
+        resumed_training(training.run, tiny_images)
+    assert {path: path.read_bytes() for path in training.run.path.rglob("*") if path.is_file()} == before
 
 
 def test_pictures_that_cannot_fit_are_refused_before_they_are_read(system, tmp_path, monkeypatch):

@@ -735,6 +735,7 @@ def test_a_checkpoint_folder_that_was_removed_is_made_anew(small, tiny_images, t
     ("file", "key", "value"),
     [
         ("provenance.json", "recipe", 3),
+        ("provenance.json", "recipe", {}),
         ("provenance.json", "resumed", [3]),
         ("provenance.json", "resumed", [{"machine": {}}]),
         ("provenance.json", "machine", {"device": "cpu", "threads": "two", "precision": "float32"}),
@@ -753,6 +754,17 @@ def test_what_a_run_recorded_is_read_by_type(file, key, value, small, tiny_image
     (run.path / file).write_text(json.dumps(content | {key: value}) + "\n")
     with pytest.raises(FromzeroError, match=rf"{file}: (damaged|line 1 is)"):
         resumed_training(run, tiny_images, epochs=2)
+
+
+@pytest.mark.parametrize("key", ["machine", "data", "started", "commit", "recipe", "from", "resumed"])
+def test_where_a_run_comes_from_is_all_there(key, small, tiny_images, tmp_path):
+    training_ = new_training(small, tiny_images, runs_dir=tmp_path)
+    training_.close()
+    content = training_.run.provenance
+    del content[key]
+    training_.run.write_provenance(content)
+    with pytest.raises(FromzeroError, match=rf"provenance\.json: damaged: {key}: field required"):
+        resumed_training(training_.run, tiny_images)
 
 
 def test_a_run_has_one_writer_from_the_moment_it_is_loaded(small, tiny_images, tmp_path):

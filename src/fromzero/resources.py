@@ -65,8 +65,9 @@ def available_memory() -> float:
     said = _numbers(MEMORY)
     if "MemAvailable:" not in said:
         return math.inf
-    swap = 1024 * said.get("SwapFree:", 0)
-    return min([1024 * said["MemAvailable:"], *map(_memory_left_by, _control_groups("memory"))]) + swap
+    groups = list(_control_groups("memory"))
+    swap = min([1024 * said.get("SwapFree:", 0), *map(_swap_left_by, groups)])
+    return min([1024 * said["MemAvailable:"], *map(_memory_left_by, groups)]) + swap
 
 
 def peak_memory() -> int | None:
@@ -103,6 +104,12 @@ def _memory_left_by(group: Path) -> float:
             files = kept.get("file", kept.get("total_cache", 0)) - kept.get("shmem", kept.get("total_shmem", 0))
             return max(int(most) - int(now), 0) + max(files, 0) + kept.get("slab_reclaimable", 0)
     return math.inf
+
+
+def _swap_left_by(group: Path) -> float:
+    """What its limit leaves, of version 2; version 1 limits memory and swap together, where it limits swap."""
+    most, now = _text(group / "memory.swap.max"), _text(group / "memory.swap.current")
+    return max(int(most) - int(now), 0) if most.isdecimal() and now.isdecimal() else math.inf
 
 
 def _processors_of(group: Path) -> float:

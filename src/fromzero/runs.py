@@ -91,9 +91,9 @@ class _Provenance(pydantic.BaseModel):
     data: _Data
     started: str
     commit: str | None
-    recipe: dict[str, Any] = {}
-    origin: _Origin | None = pydantic.Field(None, alias="from")
-    resumed: list[_Resumed] = []
+    recipe: dict[str, Any] = pydantic.Field(min_length=1)
+    origin: _Origin | None = pydantic.Field(alias="from")
+    resumed: list[_Resumed]
 
 
 class _Finding(pydantic.BaseModel):
@@ -187,7 +187,7 @@ class Run:
             raise FromzeroError(
                 f"{self.path}/provenance.json: damaged: {where}: {first['msg'].lower()}; {self.way_on}"
             ) from None
-        return {"from": None, "resumed": []} | found
+        return found
 
     @property
     def summary(self) -> dict[str, Any] | None:

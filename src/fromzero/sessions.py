@@ -77,7 +77,7 @@ def new_training(
     check_image_set(recipe, images)
     here = machine.prepare(recipe.precision, device=device, threads=threads)
     data = Data.of(recipe, images, here.device)
-    _check_memory(recipe, data, images.num_classes, here)
+    _check_memory(recipe, data, images, here, "make the batch (--batch-size), the images or the network smaller")
     state = initial_state(recipe, images.image_shape, images.num_classes, data, here)
     origin = None
     if start_from is not None:
@@ -119,15 +119,15 @@ def new_training(
     return training
 
 
-def _check_memory(recipe: Recipe, data: Data, num_classes: int, here: Machine) -> None:
+def _check_memory(recipe: Recipe, data: Data, images: ImageSet, here: Machine, instead: str) -> None:
     """Refuse a training whose steps cannot fit; of what a GPU has, PyTorch says so itself. Raises InputError."""
     if here.device != "cpu":
         return
     count, height, width, channels = data.train.pixels.shape
     element_bytes, batch = machine.ELEMENTS[here.precision].itemsize, min(recipe.batch_size, count)
-    needed = least_memory(recipe, (height, width, channels), num_classes, batch, element_bytes)
+    needed = least_memory(recipe, (height, width, channels), images.num_classes, batch, element_bytes)
     steps = f"steps of {counted(batch, 'image')} of {width}×{height} pixels through {recipe.name}"
-    check_memory(needed, steps, "make the batch (--batch-size), the images or the network smaller")
+    check_memory(needed, steps, instead)
 
 
 def _dataset_of(recipe: Recipe, images: ImageSet) -> str:
@@ -229,6 +229,8 @@ def _loaded(
     if found is None:
         left = checkpoint.best_left(run.checkpoints)
         raise FromzeroError(f"{run.path}: its checkpoints are gone; nothing was changed{left}")
+    data = Data.of(recipe, images, here.device)
+    _check_memory(recipe, data, images, here, f"{run.path} is left as it was, to go on where there is as much")
     state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
     with naming(found):
         state.load_checkpoint(found)
@@ -237,7 +239,6 @@ def _loaded(
             f"{run.path}/metrics.jsonl: rows are missing: expected {state.counters.epoch}, found {len(run.metrics())};"
             f" nothing was changed; {run.way_on}"
         )
-    data = Data.of(recipe, images, here.device)
     # Nothing can fail from here on but writing, so a run that cannot go on is left as it was.
     checkpoint.set_aside_damaged(run.checkpoints, found)
     other_course = differences or epochs not in (None, recipe.epochs)

@@ -29,10 +29,8 @@ def check_unedited(run: Run) -> None:
     The images may have moved (theirs is a fingerprint of its own), and epochs change where a run was extended."""
     provenance, now = run.provenance, run.recipe.fields()
     extended = {epochs for note in provenance["resumed"] for epochs in note.get("epochs", ())}
-    recorded = provenance.get("recipe", {})
-    if recorded:  # a field that is newer than the run had no effect on it
-        recorded = {path: default_of(path) for path in now if path not in recorded} | recorded
-    for path, then in recorded.items():  # of a field that is no more nothing can be said
+    newer = {path: default_of(path) for path in now if path not in provenance["recipe"]}  # they had no effect on it
+    for path, then in (newer | provenance["recipe"]).items():  # of a field that is no more nothing can be said
         fits = (
             now.get(path, then) == then or path in ("name", "dataset") or (path == "epochs" and now[path] in extended)
         )
