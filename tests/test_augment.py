@@ -156,9 +156,14 @@ def test_views_are_averaged_with_weights_that_add_up(pixels):
     model = networks.build(network, (9, 8, 3), 5).eval()
     normalise = Normalise(torch.zeros(3), torch.full((3,), 1 / 255))
     labels = torch.arange(20) % 5
-    assert VIEWS.keys() == {"none", "mirror", "multicrop"}
+    plain, mirrored = ((False, 0, 0), 0.25), ((True, 0, 0), 0.25)
+    shifted = {((side, by, by), 0.125) for side in (False, True) for by in (-1, 1)}
+    assert {name: set(views) for name, views in VIEWS.items()} == {
+        "none": {((False, 0, 0), 1.0)},
+        "mirror": {((False, 0, 0), 0.5), ((True, 0, 0), 0.5)},
+        "multicrop": {plain, mirrored, *shifted},
+    }
     for name, views in VIEWS.items():
-        assert sum(weight for _, weight in views) == 1
         logits = sum(weight * model(normalise(augment.view(pixels, *how))) for how, weight in views)
         found = evaluate(model, pixels, labels, normalise, here, views=name)
         torch.testing.assert_close(found.losses, F.cross_entropy(logits, labels, reduction="none"))

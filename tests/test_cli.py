@@ -188,6 +188,9 @@ def test_weights_that_do_not_compute_are_refused_by_evaluate(trained, capsys, mo
 BAD = [
     (["trian"], "unknown command 'trian'; nearest: train"),
     (["qqqq"], "unknown command 'qqqq'; see: fromzero --help"),
+    (["val", "x"], "unknown command 'val'; here it is: fromzero evaluate"),
+    (["train", "x", "--verbose"], "unknown option --verbose; see: fromzero train --help"),
+    (["train", "x", "--imgsz", "3"], "unknown option --imgsz; here it is: @PIXELS behind the folder, as in photos@64"),
     (["train", "--epohcs", "3"], "unknown option --epohcs; nearest: --epochs"),
     (["train", "--optimizer.lr", "3"], "unknown option --optimizer.lr; nearest: --optimizer.learning_rate"),
     (
@@ -241,6 +244,38 @@ BAD = [
     (["summary", "train9"], "unknown recipe 'train9'; nearest: train"),
     (["summary", "train1", "--image-shape", "4", "4", "3"], "leaves no pixel of 4×4 images"),
 ]
+
+
+def test_what_other_tools_call_it_is_called_something_here():
+    from fromzero import arguments
+    from fromzero.recipe import field_types
+
+    options = {f"--{field}" for field in field_types()}
+    options |= {name for name in arguments._parsers(None)[1]["train"]._option_string_actions}
+    for here in arguments.ELSEWHERE.values():
+        assert set(re.findall(r"--[\w.-]+", here)) <= options, here
+    commands = {*arguments._parsers(None)[1], "--help"}
+    assert set(arguments.COMMANDS_ELSEWHERE.values()) <= commands
+    assert not commands & {*arguments.COMMANDS_ELSEWHERE}
+    assert not {option.lstrip("-").replace("_", "-") for option in options} & {*arguments.ELSEWHERE}
+
+
+def test_rates_that_another_optimizer_leaves_behind_are_named(tmp_path, capsys):
+    from fromzero import cli
+    from fromzero.recipe import load_recipe
+
+    def note(*changes):
+        values = dict(zip(changes[::2], changes[1::2], strict=True))
+        base = load_recipe("few")
+        return cli._rates_taken_over(base, base.override(values), values)
+
+    assert not note()
+    assert not note("optimizer.name", "muon")
+    kinds = ["learning_rate 0.24", "head_learning_rate 0.2", "bias_learning_rate 0.2"]
+    left = ", ".join(f"--optimizer.{kind}" for kind in kinds)
+    assert note("optimizer.name", "adamw") == f"{left} as few has for muon; usual for adamw: 0.001"
+    rates = {f"optimizer.{kind}learning_rate": 0.001 for kind in ("", "head_", "bias_")}
+    assert not note("optimizer.name", "adamw", *(part for pair in rates.items() for part in pair))
 
 
 @pytest.mark.parametrize(("arguments", "expected"), BAD, ids=[" ".join(a) for a, _ in BAD])

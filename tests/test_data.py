@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from fromzero.data import Images, cifar, load_images, stratified_split
+from fromzero.data.images import own_name
 from fromzero.errors import InputError
 from tests.conftest import CIFAR10_NAMES
 
@@ -475,6 +476,14 @@ def test_digits_are_the_same_everywhere_and_always():
     assert share == pytest.approx([0.2] * 10, abs=0.005)
     assert digits.train.pixels.max() == 255
     assert np.array_equal(digits.train.pixels[:, ::4, ::4, 0].repeat(4, 1).repeat(4, 2), digits.train.pixels[..., 2])
+
+
+def test_names_of_folders_are_never_those_of_known_sets_and_fit_into_a_files_name():
+    assert own_name("digits", "pictures") == "digits-pictures"
+    assert own_name("my photos (2)", "pictures") == "my-photos-2"
+    assert own_name("??", "pictures") == "pictures"
+    assert own_name("日本" * 100, "pictures") == "日本" * 33
+    assert own_name("x" * 250, "pictures") == "x" * 200
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.9])

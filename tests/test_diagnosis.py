@@ -407,6 +407,24 @@ def test_trials_tell_a_rate_that_is_too_low_or_too_high(tiny_images, tmp_path):
     assert low.fit_accuracy > 0.9
 
 
+def test_what_is_tried_without_decay_is_without_it(tiny_images, tmp_path):
+    changes = {"optimizer.name": "sgd", "optimizer.learning_rate": 0.01, "optimizer.weight_decay": 0.3}
+    recipe = RECIPE.override(SMALL | changes)
+    found = trained(tiny_images, tmp_path, changes)
+    where = (found.data, tiny_images.image_shape, 10, found.machine, 0.001)
+    with_decay, without = probe._trials(recipe, *where)
+    same, none = probe._trials(recipe.override({"optimizer.weight_decay": 0.0}), *where)
+    assert without.loss == same[1.0].loss != with_decay[1.0].loss
+    assert none is None
+
+
+def test_the_surest_are_a_tenth_and_their_labels_are_looked_at():
+    sure = torch.linspace(0.99, 0.51, 40)
+    probabilities = torch.stack([sure, 1 - sure], 1)
+    labels = torch.tensor([1, 0, 0, 1] + [1] * 36)
+    assert probe._surest(probabilities, labels) == Surest(2, 4, pytest.approx(float(sure[:4].mean())))
+
+
 COOLED = {
     "schedule.name": "constant",
     "epochs": 2,
@@ -495,8 +513,8 @@ def test_a_rate_that_overflows_when_it_is_held_tells_nothing_of_one_that_falls(t
 @pytest.mark.parametrize("how", ["same", "mirrored", "brighter"])
 def test_copies_are_found(how, tiny_images, tmp_path):
     test = tiny_images.test.pixels.copy()
-    for place in range(10):
-        image = tiny_images.train.pixels[place]
+    for place, label in enumerate(tiny_images.test.labels[:10]):
+        image = tiny_images.train.pixels[tiny_images.train.labels == label][0]
         # Colours stretched about their mean, as far as there is room.
         brighter = np.clip(image.astype(float) * 1.1 + 3, 0, 255).astype(np.uint8)
         test[place] = {"same": image, "mirrored": image[:, ::-1], "brighter": brighter}[how]
@@ -505,7 +523,7 @@ def test_copies_are_found(how, tiny_images, tmp_path):
     after = probe.measure(trained(planted, tmp_path / "b", {"validation.source": "test"}))
     assert after.copies.of == before.copies.of == 40
     assert after.copies.exact == before.copies.exact + (10 if how == "same" else 0)
-    assert after.copies.near >= before.copies.near
+    assert after.copies.near == before.copies.near + 10
 
 
 # The command.

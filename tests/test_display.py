@@ -27,17 +27,18 @@ def lines(training, **console):
 
 def test_a_dumb_terminal_has_lines_like_a_file(training, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
-    first, *epochs, _, _ = lines(training, force_terminal=True)
+    first, *epochs, _, _, _ = lines(training, force_terminal=True)
     assert first == "  step 1/4 of epoch 1/2 done"
     assert [line[:13] for line in epochs] == ["epoch   1/2  ", "epoch   2/2  "]
 
 
 def test_without_a_terminal_the_first_step_and_every_epoch_have_a_line(training):
-    first, *epochs, result, place = lines(training)
+    first, *epochs, result, place, page = lines(training)
     assert first == "  step 1/4 of epoch 1/2 done"
     assert [line[:13] for line in epochs] == ["epoch   1/2  ", "epoch   2/2  "]
     assert result.startswith("train 0.")
     assert place == f"curves and metrics: {training.run.path}"
+    assert page == f"a page about it:    fromzero report {training.run.path}"
 
 
 def test_without_a_terminal_a_long_epoch_has_lines_between(training, monkeypatch):
@@ -49,9 +50,20 @@ def test_without_a_terminal_a_long_epoch_has_lines_between(training, monkeypatch
 
 
 def test_the_display_on_a_terminal_ends_with_the_result_too(training):
-    *_, result, place = lines(training, force_terminal=True)
+    *_, result, place, _ = lines(training, force_terminal=True)
     assert "test 0." in result
     assert str(training.run.path) in place
+
+
+def test_the_time_left_counts_nothing_that_comes_once(training, monkeypatch):
+    clock = 0.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock)
+    progress = display._timed(training)
+    clock = 100.0  # to load, to compile, to make the first step
+    assert not next(progress).is_known
+    clock = 102.0
+    timed = next(progress)
+    assert (timed.counters.step, timed.images_per_second, timed.seconds_left) == (2, 24, 11)
 
 
 def test_the_result_is_printed_before_the_curves_are_drawn(training, monkeypatch):

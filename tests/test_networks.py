@@ -295,7 +295,7 @@ def test_a_whitening_layer_with_same_padding_keeps_the_size(side):
 def test_a_window_larger_than_the_images_is_refused():
     for padding in ("same", "valid"):
         network = NetworkRecipe(channels=[[6]], whitening=4, whitening_padding=padding)
-        with pytest.raises(InputError, match="the whitening leaves no pixel of 3×9 images"):
+        with pytest.raises(InputError, match=r"the whitening leaves no pixel of 9×3 images; use .*whitening_padding"):
             networks.layers(network, (3, 9, 3), 10)
 
 

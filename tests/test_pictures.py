@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from benchmarks.pictures import parts_of
-from fromzero import Run, checkpoint, cli, load_images, load_recipe
+from fromzero import Run, checkpoint, cli, list_runs, load_images, load_recipe
 from fromzero.data import pictures, split_name
 from fromzero.errors import InputError
 from fromzero.sessions import new_training
@@ -67,6 +67,21 @@ def test_the_fifth_goes_by_contents_and_copies_stay_together(tmp_path):
             shutil.copy(next((folder / color).iterdir()), folder / color / f"copy{n}.png")
     images = load_images(folder)
     assert not [note for note in images.notes if "to the byte" in note]
+
+
+def test_few_pictures_change_sides_when_some_are_taken_away(tmp_path):
+    def parts(images):
+        data = Data.of(load_recipe("few"), images, "cpu")
+        return [{image.numpy().tobytes() for image in part.pixels} for part in (data.train, data.validation, data.test)]
+
+    folder = write(tmp_path / "a", count=60)
+    before = parts(load_images(folder))
+    for color in COLORS:
+        (folder / color / "007.png").unlink()
+    after = parts(load_images(folder))
+    for part in range(3):
+        elsewhere = set.union(*(before[other] for other in range(3) if other != part))
+        assert len(after[part] & elsewhere) <= 2 * len(COLORS)
 
 
 def test_train_val_and_test_are_taken_as_they_are(tmp_path):
@@ -190,7 +205,7 @@ def test_what_is_no_picture_is_named(tmp_path):
             (folder / "blue" / f"{n:03}.png").write_bytes(b"not a picture")
 
     said = damaged(tmp_path, change)
-    assert f"{tmp_path / 'set'}: 4 of 12 pictures cannot be read (nothing that PNG, JPEG," in said
+    assert f"{tmp_path / 'set'}: 4 of 12 pictures cannot be read (no PNG, JPEG, BMP, GIF, WEBP or TIFF: " in said
     assert said.endswith("; more than 5%, too many to leave out: repair or remove them")
     named = [str(tmp_path / "set" / name) for name in ("blue/000.png", "blue/001.png", "blue/002.png", "red/001.png")]
     assert all(name in said for name in named), "so that all can be removed before the next try"
@@ -259,8 +274,9 @@ def test_what_is_left_out_is_said(tmp_path):
         (folder / unseen).write_bytes(b"")
     for unseen in ("@eaDir", "__MACOSX"):
         (folder / unseen).mkdir()
-    (note,) = (note for note in load_images(folder).notes if note.startswith("not read"))
-    assert note == "not read, being no picture in a class folder: loose.png, red/a.heic, red/linked"
+    unread, others = (note for note in load_images(folder).notes if note.startswith("not read"))
+    assert unread == "not read, 1 of .heic: red/a.heic; as JPEG or PNG they would be"
+    assert others == "not read, being no picture in a class folder: loose.png, red/linked"
     (folder / "red" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(InputError, match=r"gone\.png: cannot be read: No such file"):
         load_images(folder)
@@ -321,6 +337,42 @@ def test_a_class_may_be_called_train_and_a_run_may_lie_in_the_folder(tmp_path, m
     assert cli.main(["train", ".", *CHANGES]) == 0
     assert cli.main(["evaluate", "vehicles-987", "--threads", "1"]) == 0
     assert load_images(tmp_path / "vehicles").class_names == ("blue", "green", "train")
+
+
+def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "set", count=10)
+    others = write(tmp_path / "others", count=4, seed=3)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "set", *CHANGES]) == 0
+    (run,) = list_runs()
+    shutil.rmtree(tmp_path / "set")  # which nobody need take along
+    (others / "red").rename(others / "was-red")
+    capsys.readouterr()
+    command = ["evaluate", str(run.path), "others", "--threads", "1"]
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert "others: expected a folder for each class, called as the run's classes are (blue, green, red)" in said
+    shutil.rmtree(others / "was-red")
+    (others / "blue" / "damaged.png").write_bytes(b"")
+    assert cli.main(command) == 2
+    shown = capsys.readouterr()
+    assert "1 of 9 pictures cannot be read (empty: others/blue/damaged.png)" in shown.err
+    first, scores, recalls = shown.out.splitlines()
+    assert first.startswith(f"{run.path}: train1, last weights, on others, cpu, float32")
+    pictures = [str(path) for path in sorted(others.glob("*/0*.png"))]
+    assert len(pictures) == 8
+    assert cli.main(["predict", str(run.path), *pictures, "--threads", "1"]) == 0
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    right = [Path(picture).parent.name == name for name, _, picture in told]
+    assert f"accuracy {sum(right) / 8:.4f} (" in scores
+    blue, green = sum(right[:4]) / 4, sum(right[4:]) / 4
+    assert recalls == f"  these accuracy by class: blue {blue:.3f} (of 4), green {green:.3f} (of 4), red no image"
+    assert cli.main([*command, "--data-dir", "set"]) == 2
+    assert "--data-dir is where a run's own images are, and others are scored" in capsys.readouterr().err
+    refused = {"nowhere": "no folder", "runs": "expected a folder for each class", str(others / "blue"): "no pictures"}
+    for folder, why in refused.items():
+        assert cli.main(["evaluate", str(run.path), folder, "--threads", "1"]) == 2
+        assert f"{folder}: {why}" in capsys.readouterr().err
 
 
 def test_many_copies_do_not_fill_the_test_set(tmp_path):

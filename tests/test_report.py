@@ -189,6 +189,9 @@ def test_a_file_that_is_named_replaces_no_device_no_link_and_nothing_of_a_run(ti
         write_named(tmp_path / "link.html", b"a page")
         assert (tmp_path / "link.html").is_symlink()
         assert (tmp_path / "page.html").read_bytes() == b"a page"
+    (tmp_path / "loop.html").symlink_to("loop.html")
+    write_named(tmp_path / "loop.html", b"a page")
+    assert (tmp_path / "loop.html").read_bytes() == b"a page"
     with pytest.raises(FromzeroError, match=r"none/page\.html: cannot be written: No such file or directory"):
         write_named(tmp_path / "none" / "page.html", b"a page")
 

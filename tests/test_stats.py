@@ -26,6 +26,13 @@ def test_the_sign_flip_test_counts_every_pattern():
     assert stats.sign_flip_p(d) == pytest.approx(found.pvalue)
 
 
+@pytest.mark.parametrize(("k", "n"), [(0, 2), (0, 1000), (1, 1), (37, 64), (9, 10), (10_000, 10_000), (8_765, 10_000)])
+def test_an_accuracys_interval_is_wilsons(k, n):
+    found = stats.wilson_interval(k / n, n)
+    assert found == pytest.approx(tuple(reference.binomtest(k, n).proportion_ci(method="wilson")), abs=1e-6)
+    assert 0 <= found[0] < found[1] <= 1
+
+
 def test_no_difference_at_all_is_no_evidence():
     assert stats.sign_flip_p(np.zeros(8)) == 1
     same = stats.compare([0.5] * 8, [0.5] * 8)

@@ -475,15 +475,20 @@ def test_damaged_cells_are_named_and_trained_anew(data_folder, tmp_path, text):
         assert 0 <= json.loads((execution.folder / "study.json").read_text())["seconds"] < recorded["seconds"]
 
 
-def test_a_file_where_a_cells_folder_belongs_is_set_aside(data_folder, tmp_path, text):
+def test_what_is_no_run_where_a_cells_folder_belongs_is_set_aside(data_folder, tmp_path, text):
     execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
     cells = execution.folder / "cells"
     cells.mkdir(parents=True)
     (cells / "wide-seed0").write_text("a note")
     events = list(execution)
     assert [e.text for e in events if e.kind == "failed"] == []
-    assert "wide-seed0: a file was where its folder belongs" in next(e.text for e in events if e.kind == "note")
+    assert "wide-seed0: what was there is no run" in next(e.text for e in events if e.kind == "note")
     assert (execution.folder / "set-aside" / "wide-seed0-1").read_text() == "a note"
+    (cells / "wide-seed0" / "recipe.toml").unlink()
+    (cells / "wide-seed0" / "notes.txt").write_text("somebody's own")
+    list(prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1))
+    assert (execution.folder / "set-aside" / "wide-seed0-2" / "notes.txt").read_text() == "somebody's own"
+    assert (cells / "wide-seed0" / "recipe.toml").exists()
 
 
 def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_folder, tmp_path, text):

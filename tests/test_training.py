@@ -1,6 +1,7 @@
 """The loop: what it computes, what it records, and that stopping anywhere changes nothing."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -28,7 +29,9 @@ from fromzero.state import State
 from fromzero.steps import Batch, hardest, initial_state, mixed, train_step
 from fromzero.timetable import Timetable
 from fromzero.trained import load_classifier, load_network, load_trained
+from fromzero.training import Training
 from fromzero.verify import first_difference
+from tests import faults
 
 SMALL = {
     "name": "small",
@@ -765,6 +768,84 @@ def test_where_a_run_comes_from_is_all_there(key, small, tiny_images, tmp_path):
     training_.run.write_provenance(content)
     with pytest.raises(FromzeroError, match=rf"provenance\.json: damaged: {key}: field required"):
         resumed_training(training_.run, tiny_images)
+
+
+def test_arrays_of_other_types_and_shapes_are_refused(small, tiny_images, tmp_path):
+    """Of kernels that read memory as bytes, floats would be garbage, without a word."""
+    train = tiny_images.train
+    for wrong, said in (
+        (Images(train.pixels.astype(np.float32), train.labels), "expected uint8 .*found float32"),
+        (Images(train.pixels, train.labels.astype(np.int32)), "int64 .*labels int32"),
+        (Images(train.pixels, train.labels[:-1]), "expected uint8"),
+    ):
+        with pytest.raises(InputError, match=said):
+            new_training(small, dataclasses.replace(tiny_images, train=wrong), runs_dir=tmp_path)
+    other = Images(tiny_images.test.pixels[:, :16], tiny_images.test.labels)
+    with pytest.raises(InputError, match=r"test images are \(16, 32, 3\) and train images \(32, 32, 3\)"):
+        new_training(small, dataclasses.replace(tiny_images, test=other), runs_dir=tmp_path)
+    one = dataclasses.replace(tiny_images, class_names=("all",), train=Images(train.pixels, 0 * train.labels))
+    with pytest.raises(InputError, match="expected two classes at least, found 1"):
+        new_training(small, one, runs_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_could_not_begin_leaves_no_folder(small, tiny_images, tmp_path):
+    calls = faults.count_calls(lambda: new_training(small, tiny_images, runs_dir=tmp_path / "whole").close())
+    assert calls > 10
+    for n in range(calls):
+        error = faults.fail_nth_call(
+            lambda: new_training(small, tiny_images, runs_dir=tmp_path / "runs"), n, errno.ENOSPC
+        )
+        left = [path.name for path in (tmp_path / "runs").iterdir()]
+        assert len(left) == (error is None)
+        shutil.rmtree(tmp_path / "runs")
+
+
+def test_a_finished_run_whose_extension_could_not_begin_is_still_finished(small, tiny_images, tmp_path):
+    ended = fromzero.train(small, tiny_images, runs_dir=tmp_path)
+    shutil.copytree(ended.path, tmp_path / "kept")
+    calls = faults.count_calls(lambda: resumed_training(ended, tiny_images, epochs=6).close())
+    for n in range(calls):
+        shutil.rmtree(ended.path)
+        shutil.copytree(tmp_path / "kept", ended.path)
+        faults.fail_nth_call(lambda: resumed_training(ended, tiny_images, epochs=6).close(), n, errno.ENOSPC)
+        assert ended.recipe.epochs == 6 or ended.has_ended(), n
+        training_ = resumed_training(ended, tiny_images, epochs=6)
+        assert training_.state.counters.epoch == 3
+        training_.close()
+    assert calls > 5
+
+
+@pytest.mark.parametrize("at", ["scoring", "drawing"])
+def test_a_signal_after_the_last_epoch_stops_too(at, small, tiny_images, tmp_path, monkeypatch):
+    recipe = small.override({"validation.source": "split"})
+    straight = fromzero.train(recipe, tiny_images, runs_dir=tmp_path / "straight")
+    training_ = new_training(recipe, tiny_images, runs_dir=tmp_path / "broken")
+    if at == "drawing":
+        monkeypatch.setattr(Training, "_draw", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    else:
+        scored = Training._evaluated
+        stop = lambda self, what, *more: what == "test" and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        monkeypatch.setattr(Training, "_evaluated", lambda self, *given: stop(self, *given) or scored(self, *given))
+    with pytest.raises(StoppedError, match="has ended" if at == "drawing" else "fromzero resume"):
+        for _ in training_:
+            pass
+    monkeypatch.undo()
+    if at == "scoring":
+        for _ in resumed_training(training_.run, tiny_images):
+            pass
+    assert training_.run.summary["test/loss"] == straight.summary["test/loss"]
+
+
+def test_of_epochs_that_get_as_many_right_the_one_of_the_lowest_loss_is_best(small, tiny_images, tmp_path):
+    training_ = new_training(small, tiny_images, runs_dir=tmp_path)
+    rows = ((0.5, 1.0), (0.5, 0.9), (0.5, 1.1), (0.4, 0.1), (0.5, 0.9))
+    for epoch, (accuracy, loss) in enumerate(rows, 1):
+        row = {"epoch": epoch, "step": epoch, "learning_rate": 0.1, "time/seconds": 1.0}
+        row |= {f"{split}/{what}": 0.5 for split in ("train", "train/running") for what in ("accuracy", "loss")}
+        training_._end_epoch(row | {"val/accuracy": accuracy, "val/loss": loss})
+    training_.close()
+    assert training_.state.counters.best_epoch == 2
 
 
 def test_a_run_has_one_writer_from_the_moment_it_is_loaded(small, tiny_images, tmp_path):

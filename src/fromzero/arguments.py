@@ -13,6 +13,25 @@ from fromzero.errors import InputError, nearest
 from fromzero.recipe import Recipe, field_types, load_recipe, recipe_names
 
 DEFAULT_RECIPE = "strong"
+# What Keras, PyTorch and Ultralytics call it, where none of our words is near, or one that means another thing.
+ELSEWHERE = {
+    "amp": "--precision bfloat16",
+    "dropout": "--network.block_dropout and --network.dense_dropout",
+    "gpu": "--device cuda",
+    "imgsz": "@PIXELS behind the folder, as in photos@64",
+    "lr0": "--optimizer.learning_rate",
+    "model": "--recipe",
+    "output": "--runs-dir",
+    "patience": "--epochs; the best epoch's weights are kept beside the last",
+    "pretrained": "--from RUN",
+    "project": "--runs-dir",
+    "resume": "fromzero resume RUN",
+    "validation-split": "--validation.fraction",
+    "wd": "--optimizer.weight_decay",
+    "weights": "--from RUN",
+    "workers": "--threads",
+}
+COMMANDS_ELSEWHERE = {"fit": "train", "help": "--help", "list": "runs", "test": "evaluate", "val": "evaluate"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,6 +47,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
         raise InputError(f"unknown option {argv[0]} before a command; see: fromzero --help")
     if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        if argv[0] in COMMANDS_ELSEWHERE:
+            raise InputError(f"unknown command {argv[0]!r}; here it is: fromzero {COMMANDS_ELSEWHERE[argv[0]]}")
         raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], commands) or '; see: fromzero --help'}")
     arguments, left = parser.parse_known_args(_with_known_spelling(argv, commands))
     if left:
@@ -36,8 +57,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if word in known:
             raise InputError(f"{word} stands behind --, which ends the options; see: fromzero {argv[0]} --help")
         if word.startswith("-"):
+            if argv[0] == "train" and (here := ELSEWHERE.get(word.lstrip("-").replace("_", "-"))):
+                raise InputError(f"unknown option {word}; here it is: {here}")
             hint = nearest(word.lstrip("-"), [name.lstrip("-") for name in known])
-            raise InputError(f"unknown option {word}{hint.replace('nearest: ', 'nearest: --')}")
+            hint = hint.replace("nearest: ", "nearest: --") or f"; see: fromzero {argv[0]} --help"
+            raise InputError(f"unknown option {word}{hint}")
         raise InputError(f"unexpected argument {left[0]!r}; see: fromzero {argv[0]} --help")
     if not hasattr(arguments, "command"):
         parser.print_help()
@@ -105,8 +129,11 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     resume.add_argument("--allow-inexact", action="store_true", help="go on although the machine differs")
     _add_shared(resume, "runs", "data", "machine", "saving")
 
-    evaluate = add("evaluate", "score a run's weights again")
+    evaluate = add("evaluate", "score a run's weights again, on its own images or on others")
     evaluate.add_argument("RUN", help="a run's folder or name")
+    evaluate.add_argument(
+        "FOLDER", nargs="?", type=_path, help="pictures to score it on, a folder for each of its classes"
+    )
     _add_weights(evaluate)
     _add_shared(evaluate, "runs", "data", "machine")
 

@@ -13,20 +13,26 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import DEFAULT_RECIPE, parse
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted
-from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names, recipe_purpose
+from fromzero.recipe import Recipe, field_types, load_recipe, parse_value, recipe_names, recipe_purpose
 
 if TYPE_CHECKING:
-    from fromzero.trained import Trained
+    import torch
+
+    from fromzero.data.pictures import Wrong
+    from fromzero.evaluate import Outcomes
+    from fromzero.runs import Run
+    from fromzero.trained import Classifier, Trained
     from fromzero.training import Training
     from fromzero.verify import Verification
 
 DEMO_EPOCHS = 12
+USUAL_RATES = {"sgd": 0.01, "adam": 0.001, "adamw": 0.001, "muon": 0.1}  # as in Keras; about as recipes here
 NO_MEMORY = "out of memory|allocate memory|not enough memory"  # in what PyTorch says, by device
 # The notes' own figures: running train accuracy, validation accuracy, epochs.
 NOTES = {
@@ -95,7 +101,8 @@ def _train(arguments: argparse.Namespace) -> None:
         if changes.get("dataset", arguments.DATASET) != arguments.DATASET:
             raise InputError(f"two data sets, {arguments.DATASET} and --dataset {changes['dataset']}: give one")
         changes["dataset"] = arguments.DATASET
-    recipe = load_recipe(arguments.recipe).override(changes)
+    base = load_recipe(arguments.recipe)
+    recipe = base.override(changes)
     if "validation.fraction" in changes and recipe.validation.source == "test":
         raise InputError(
             "--validation.fraction has no effect with --validation.source test; use --validation.source split"
@@ -133,7 +140,20 @@ def _train(arguments: argparse.Namespace) -> None:
     if left:
         of = len(training.state.model.state_dict())
         print(f"taken from it: {of - len(left)} of {of} tensors; drawn anew: {', '.join(left)}")
+    if note := _rates_taken_over(base, recipe, changes):
+        print(f"note: {note}")
     _watch(training)
+
+
+def _rates_taken_over(base: Recipe, recipe: Recipe, changes: Mapping[str, Any]) -> str:
+    """In words, the rates of another optimizer that one changed on the command line is left with; empty if none."""
+    before, now = base.optimizer, recipe.optimizer
+    names = ("learning_rate", "head_learning_rate", "bias_learning_rate")
+    rates = {name: getattr(now, name) for name in names if f"optimizer.{name}" not in changes and getattr(now, name)}
+    if now.name == before.name or not rates:
+        return ""
+    left = ", ".join(f"--optimizer.{name} {rate:g}" for name, rate in rates.items())
+    return f"{left} as {base.name} has for {before.name}; usual for {now.name}: {USUAL_RATES[now.name]}"
 
 
 def _resume(arguments: argparse.Namespace) -> None:
@@ -215,8 +235,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.curves import validation_label
         from fromzero.evaluate import evaluate
-        from fromzero.stats import wilson_interval
 
+    if arguments.FOLDER is not None:
+        return _evaluate_on(arguments)
     trained = _trained(arguments)
     run, images, data, weights, here = trained.run, trained.images, trained.data, trained.weights, trained.machine
     recipe = run.recipe
@@ -229,49 +250,110 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     subsets = {"train (clean)": data.clean_train, "val": data.validation, "test": data.test}
     if run.summary is None:
         del subsets["test"]
+    found = {}
     for label, subset in subsets.items():
         try:
-            found = evaluate(trained.network, *subset, data.normalise, here, views=arguments.tta)
+            found[label] = evaluate(trained.network, *subset, data.normalise, here, views=arguments.tta)
         except NonFiniteError as error:
             raise NonFiniteError(f"{weights}: {error}; {_other_weights(arguments)}") from None
-        low, high = wilson_interval(found.accuracy, len(subset.labels))
-        print(
-            f"  {label:<28} accuracy {found.accuracy:.4f} ({low:.4f}–{high:.4f}, 95 % for {len(subset.labels):,}"
-            f" images)  loss {found.loss:.4f}"
-        )
+        _print_scores(label, found[label])
     print(f"  {validation_label(recipe, own=images.validation is not None)}")
-    counts = subset.labels.bincount(minlength=images.num_classes).tolist()
-    alike = len(set(counts)) == 1
-    by_class = (
-        f"{name} {recall:.3f}{'' if alike else f' (of {count:,})'}" if count else f"{name} no image"
-        for name, recall, count in zip(images.class_names, found.recalls(images.num_classes), counts, strict=True)
-    )
-    print(f"  {label} accuracy by class{f', {counts[0]:,} images each' if alike else ''}: " + ", ".join(by_class))
+    label = "val" if run.summary is None else "test"
+    _print_recalls(label, found[label], images.class_names)
 
 
-def _predict(arguments: argparse.Namespace) -> None:
+def _evaluate_on(arguments: argparse.Namespace) -> None:
+    """On pictures of its classes that are not those of the run."""
     with _importing():
         import torch
 
-        from fromzero.data.pictures import pictures_at, read_pictures, unreadable
-        from fromzero.evaluate import predict
+        from fromzero.data.pictures import labelled_pictures, unreadable
+        from fromzero.evaluate import evaluate
+
+    if arguments.data_dir is not None:
+        raise InputError(f"--data-dir is where a run's own images are, and others are scored: {arguments.FOLDER}")
+    run, classifier = _classifier(arguments)
+    network, normalise, _, names, here = classifier
+    paths, truth = labelled_pictures(arguments.FOLDER, names)
+    pixels, read, wrong = _read_for(classifier, run, paths)
+    if not read:
+        raise InputError(unreadable(paths, wrong))
+    labels = torch.from_numpy(truth[read]).to(here.device)
+    said = f"{arguments.checkpoint} weights, on {arguments.FOLDER}, {here.device}, {here.precision}"
+    print(f"{run.path}: {run.recipe.name}, {said}")
+    if arguments.tta != "none":
+        print(f"  with test-time augmentation ({arguments.tta}): not to be compared with figures without")
+    try:
+        found = evaluate(network, pixels, labels, normalise, here, views=arguments.tta)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{run.path}: {error}; {_other_weights(arguments)}") from None
+    _print_scores("these", found)
+    _print_recalls("these", found, names)
+    if wrong:
+        raise InputError(unreadable(paths, wrong))
+
+
+def _classifier(arguments: argparse.Namespace) -> tuple[Run, Classifier]:
+    """The run whose weights are to look at other pictures, and those."""
+    with _importing():
         from fromzero.runs import load_run
         from fromzero.trained import load_classifier
 
-    paths = pictures_at(arguments.PICTURE)
     run = load_run(arguments.RUN, arguments.runs_dir)
     options = {"device": arguments.device or "auto", "threads": arguments.threads}
-    network, normalise, (height, width, channels), names, here = load_classifier(run, arguments.checkpoint, **options)
+    return run, load_classifier(run, arguments.checkpoint, **options)
+
+
+def _read_for(
+    classifier: Classifier, run: Run, paths: Sequence[Path]
+) -> tuple[torch.Tensor, list[int], dict[int, Wrong]]:
+    """Pictures as the run's images were prepared: pixels uint8 (N, H, W, 3) on its device, their places among the
+    paths, and what is wrong with those at other places."""
+    import torch
+
+    from fromzero.data.pictures import read_pictures
+
+    height, width, channels = classifier.image_shape
     if channels != 3:
         raise InputError(
             f"{run.path}: its images have {counted(channels, 'channel')}; pictures are read as red, green, blue"
         )
     pixels, _, wrong = read_pictures(paths, height, width, "reading")
     read = [index for index in range(len(paths)) if index not in wrong]
+    return torch.from_numpy(pixels[read]).to(classifier.machine.device), read, wrong
+
+
+def _print_scores(label: str, found: Outcomes) -> None:
+    from fromzero.stats import wilson_interval
+
+    count = len(found.labels)
+    low, high = wilson_interval(found.accuracy, count)
+    interval = f"{low:.4f}–{high:.4f}, 95 % for {counted(count, 'image')}"
+    print(f"  {label:<28} accuracy {found.accuracy:.4f} ({interval})  loss {found.loss:.4f}")
+
+
+def _print_recalls(label: str, found: Outcomes, class_names: Sequence[str]) -> None:
+    counts = found.labels.bincount(minlength=len(class_names)).tolist()
+    each = f", {counted(counts[0], 'image')} each" if len(set(counts)) == 1 else ""
+    by_class = (
+        f"{name} {recall:.3f}{'' if each else f' (of {count:,})'}" if count else f"{name} no image"
+        for name, recall, count in zip(class_names, found.recalls(len(class_names)), counts, strict=True)
+    )
+    print(f"  {label} accuracy by class{each}: " + ", ".join(by_class))
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    with _importing():
+        from fromzero.data.pictures import pictures_at, unreadable
+        from fromzero.evaluate import predict
+
+    paths = pictures_at(arguments.PICTURE)
+    run, classifier = _classifier(arguments)
+    names = classifier.class_names
+    pixels, read, wrong = _read_for(classifier, run, paths)
     if read:
-        on_device = torch.from_numpy(pixels[read]).to(here.device)
         try:
-            found = predict(network, on_device, normalise, here, views=arguments.tta)
+            found = predict(classifier.network, pixels, classifier.normalise, classifier.machine, views=arguments.tta)
         except NonFiniteError as error:
             raise NonFiniteError(f"{run.path}: {error}; {_other_weights(arguments)}") from None
         likeliest = found.topk(min(arguments.top or (len(names) if arguments.json else 1), len(names)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def validation_label(recipe: Recipe, own: bool) -> str:
     return f"validation = {100 * recipe.validation.fraction:.4g}% of the train images, held out"
 
 
+def _highest_shown(losses: Sequence[float]) -> float | None:
+    """Where to cut off losses of which a few are so high that nothing would be seen of the others; None: nowhere."""
+    usual = 1.5 * sorted(losses)[9 * len(losses) // 10]
+    return usual if max(losses) > 2 * usual else None
+
+
 def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, validation: str, path: Path) -> None:
     """Write what `curves_png` draws."""
     write_atomically(path, curves_png(rows, recipe, title, validation))
@@ -44,6 +51,7 @@ def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str)
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     epochs = [row["epoch"] for row in rows]
+    most = _highest_shown([row[key] for row in rows for key in KEYS["loss"].values()])
     for axes, quantity in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
         for curve, (color, style, label) in CURVES.items():
             values = [row[KEYS[quantity][curve]] for row in rows]
@@ -59,7 +67,10 @@ def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     accuracy, loss = figure.axes
-    best = max(rows, key=lambda row: row["val/accuracy"])
+    if most is not None:
+        loss.set_ylim(0, most)
+        loss.set_title("the highest losses are cut off", fontsize=10)
+    best = max(rows, key=lambda row: (row["val/accuracy"], -row["val/loss"]))
     accuracy.plot(best["epoch"], best["val/accuracy"], "o", color=CURVES["val"][0], mfc="white", ms=6)
     accuracy.set_title(
         f"validation: last {rows[-1]['val/accuracy']:.4f}, best {best['val/accuracy']:.4f} (epoch {best['epoch']})",
@@ -73,5 +84,7 @@ def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str)
         parse_math=False,  # a name may have dollar signs in it
     )
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in another script; boxes stand for it
+        figure.savefig(buffer, dpi=110, metadata={"Software": None})
     return buffer.getvalue()

@@ -4,6 +4,7 @@ runs."""
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -74,7 +75,7 @@ def header(run: Training) -> str:
             f" of {FEW_BATCH} and more epochs, may reach a higher accuracy"
         )
     if augmentation.scales:
-        size = "×".join(map(str, augment.smallest_size(augmentation, *run.images.image_shape[:2])))
+        size = "×".join(map(str, reversed(augment.smallest_size(augmentation, *run.images.image_shape[:2]))))
         lines.append(f"  up to epoch {augmentation.scale_epochs:g} on images of {size} pixels")
     if recipe.skip_easy and recipe.epochs > 1:
         skipped = timetable.images - timetable.later_images
@@ -121,6 +122,7 @@ def outcome(run: Training) -> str:
             f" {summary['best/epoch']}), test {summary['test/accuracy']:.4f}"
             f" in {duration(summary['time/seconds'])}" + ("; val is the test images" if is_test else ""),
             f"curves and metrics: {run.run.path}",
+            f"a page about it:    fromzero report {shlex.quote(str(run.run.path))}",
         ]
     )
 
@@ -141,11 +143,12 @@ class Timed(training.Progress):
 
 
 def _timed(run: Training) -> Iterator[Timed]:
-    first_step, started = run.state.counters.step, time.monotonic()
+    first: tuple[int, float] | None = None  # not before it: what comes once would be counted for every step
     for progress in run:
         timed = Timed(*progress)
-        seconds = time.monotonic() - started
-        step, timetable = progress.counters.step, progress.timetable
+        step, timetable, now = progress.counters.step, progress.timetable, time.monotonic()
+        first_step, began = first = first or (step, now)
+        seconds = now - began
         if step > first_step:
             timed.images_per_second = (timetable.images_after(step) - timetable.images_after(first_step)) / seconds
             before, done, in_all = (_work(run, to) for to in (first_step, step, timetable.start_of(progress.epochs)))

@@ -38,9 +38,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     leaf = name.rpartition(".")[2]
     initials = [k for k in names if leaf and leaf == "".join(w[0] for w in k.rpartition(".")[2].split("_") if w)]
-    found = initials[:1] or get_close_matches(name, names, n=1, cutoff=0.5)
-    found = found or get_close_matches(leaf, [k.rpartition(".")[2] for k in names], n=1, cutoff=0.6)
-    if found:
+    of_leaf = {k.rpartition(".")[2]: k for k in reversed(names)}
+    close = get_close_matches(name, names, n=1) or [of_leaf[k] for k in get_close_matches(leaf, of_leaf, n=1)]
+    if found := initials or close:
         return f"; nearest: {found[0]}"
     return f"; known: {', '.join(names)}" if 0 < len(names) <= 12 else ""
 

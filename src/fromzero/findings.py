@@ -116,12 +116,15 @@ def diagnosis_text(
         say("   shown by: ", finding.evidence)
         say("   try:      ", finding.remedy)
         if finding.name in studies:
-            of_a_cost = not {"epochs", "network.channels", "batch_size"} & set(finding.changes)
-            took = f", each about as long as this one ({duration(seconds)})" if seconds and of_a_cost else ""
+            of_a_cost = not {"network.channels", "batch_size"} & set(finding.changes)
+            took = f", each about as long as this one ({duration(seconds)})"
+            if "epochs" in finding.changes:
+                longer = duration(seconds * finding.changes["epochs"] / run.recipe.epochs)
+                took = f", one about as long as this one ({duration(seconds)}), the other {longer}"
             say("   test it:  ", study_command(run, studies[finding.name]), whole=True)  # to be copied
             say(
                 "             ",
-                f"{finding.changed}; {STUDY_SEEDS} pairs of runs{took}",
+                f"{finding.changed}; {STUDY_SEEDS} pairs of runs{took if seconds and of_a_cost else ''}",
             )
     for remark in remarks:
         say("", remark)

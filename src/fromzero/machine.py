@@ -41,6 +41,7 @@ NUMERIC_MODULES = (
     "modules",
     "networks",
     "optim",
+    "recipe",
     "rng",
     "splits",
     "state",

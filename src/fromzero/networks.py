@@ -244,10 +244,11 @@ def differing_layers(model: nn.Module, weights: Mapping[str, Tensor]) -> list[tu
 
 def _check_size(height: int, width: int, image_shape: ImageShape, where: str) -> None:
     if height < 1 or width < 1:
-        raise InputError(
-            f"network: {where} leaves no pixel of {image_shape[0]}×{image_shape[1]} images;"
-            " use same padding, less pooling or fewer blocks"
-        )
+        size = f"{image_shape[1]}×{image_shape[0]}"
+        use = "same padding, less pooling or fewer blocks"
+        if where == "the whitening":
+            use = "same padding there (whitening_padding) or a smaller window"
+        raise InputError(f"network: {where} leaves no pixel of {size} images; use {use}")
 
 
 def _activated_by_pooling(rows: Iterable[Layer], activation: str) -> list[Layer]:

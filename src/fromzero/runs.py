@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def write_named(path: Path, data: bytes) -> None:
     be written, InputError where `check_named` does."""
     check_named(path)
     try:
-        write_atomically(path.resolve(), data)
+        write_atomically(Path(os.path.realpath(path)), data)
     except OSError as error:
         raise FromzeroError(f"{path}: cannot be written: {error.strerror}") from None
 
@@ -123,7 +124,7 @@ def write_named(path: Path, data: bytes) -> None:
 def check_named(path: Path) -> None:
     """Refuse to put a file that the user named in the place of a folder, of a device, or of a run's own records and
     weights. Raises InputError."""
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # unlike `resolve`, of a link to itself too
     if target.exists() and not target.is_file():
         raise InputError(f"{path} is {'a folder' if target.is_dir() else 'no file to write to'}; name a file")
     folder = target.parent.parent if target.parent.name == "checkpoints" else target.parent
@@ -148,6 +149,11 @@ class Run:
     def resume_command(self) -> str:
         """What to type to go on with this run."""
         return f"fromzero resume {shlex.quote(str(self.path))}"
+
+    @property
+    def start_command(self) -> str:
+        """What to type to start a new run from this one's weights."""
+        return f"fromzero train --from {shlex.quote(str(self.path))}"
 
     @property
     def way_on(self) -> str:
@@ -356,9 +362,13 @@ def create_run(runs_dir: Path, name: str) -> Run:
                 break
             except FileExistsError:
                 number += 1
-        (path / "checkpoints").mkdir()
-        write_atomically(path / "metrics.jsonl", b"")  # so that the rows have a durable name from the start
-        sync_folder(runs_dir)
+        try:
+            (path / "checkpoints").mkdir()
+            write_atomically(path / "metrics.jsonl", b"")  # so that the rows have a durable name from the start
+            sync_folder(runs_dir)
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
     except OSError as error:
         raise InputError(f"runs folder {runs_dir}: cannot be written: {error.strerror}") from None
     return Run(path)

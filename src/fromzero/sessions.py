@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,6 @@ def new_training(
         origin = {"run": str(source.path), "recipe": source.recipe.name, "step": found.state.get("step"), "left": left}
     state.start_average()
     total = networks.num_parameters(recipe.network, images.image_shape, images.num_classes)
-    run = create_run(Path(runs_dir), name or f"{re.sub('[@:]', '-', images.name)}-{total}")
     described = {
         "name": images.name,
         "source": images.source,
@@ -102,20 +102,25 @@ def new_training(
         "normalise": data.normalise.to_json(),
         "notes": list(images.notes),
     }
-    run.write_provenance(
-        {
-            **describe_program(),
-            "machine": asdict(here),
-            "data": described,
-            "recipe": recipe.fields(),
-            "from": origin,
-            "resumed": [],
-        }
-    )
-    training = Training(run, recipe, images, here, state, data, checkpoint_minutes, keep)
-    training.take_lock()
-    training.save()
-    run.write_recipe(recipe)
+    run = create_run(Path(runs_dir), name or f"{re.sub('[@:]', '-', images.name)}-{total}")
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, run.path, ignore_errors=True)
+        run.write_provenance(
+            {
+                **describe_program(),
+                "machine": asdict(here),
+                "data": described,
+                "recipe": recipe.fields(),
+                "from": origin,
+                "resumed": [],
+            }
+        )
+        training = Training(run, recipe, images, here, state, data, checkpoint_minutes, keep)
+        undo.callback(training.close)
+        training.take_lock()
+        training.save()
+        run.write_recipe(recipe)
+        undo.pop_all()
     return training
 
 
@@ -253,11 +258,11 @@ def _loaded(
         if run.summary is not None:
             note["summary"] = run.summary  # what the shorter training ended with, its test accuracy too
         recipe = recipe.override({"epochs": epochs})
-    (run.path / "summary.json").unlink(missing_ok=True)
     described = provenance["data"] | {"source": images.source}  # where they are now
     run.write_provenance({**provenance, "data": described, "resumed": [*provenance["resumed"], note]})
     if "epochs" in note:  # last: a recipe with epochs that provenance does not know would count as edited
         run.write_recipe(recipe)
+        (run.path / "summary.json").unlink(missing_ok=True)
     return Training(run, recipe, images, here, state, data)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fromzero import augment
 from fromzero.data import Images, ImageSet, stratified_split
-from fromzero.errors import InputError
+from fromzero.errors import InputError, counted
 from fromzero.evaluate import Normalise
 from fromzero.networks import layers
 from fromzero.recipe import Recipe
@@ -57,9 +57,10 @@ class Data:
         if recipe.validation.source == "split" and images.validation is not None:
             validation = Subset.of(images.validation)
         elif recipe.validation.source == "split":
-            # Only files of one's own are looked through: CIFAR-10 and the digits have no copies.
-            copies = images.train.first_copies() if images.train.files else None
-            kept, held = stratified_split(images.train.labels, recipe.validation.fraction, "validation", copies)
+            # Of a folder that pictures are added to or taken from, few others move: a training that starts from the
+            # weights of an earlier one has hardly seen what it is validated on.
+            by = images.train.content_keys() if images.train.files else "validation"
+            kept, held = stratified_split(images.train.labels, recipe.validation.fraction, by)
             if not len(held):
                 raise InputError(
                     f"{images.source}: each class has copies of one picture only; none is left for validation"
@@ -74,22 +75,37 @@ class Data:
         return cls(train, clean, validation, test, Normalise.of(recipe, train.pixels))
 
 
+def _check_arrays(part: Images, split: str, images: ImageSet) -> None:
+    """Refuse arrays of other types and shapes than `Images` says: kernels read memory as these."""
+    pixels, labels = part.pixels, part.labels
+    found = f"{pixels.dtype} {pixels.shape} with labels {labels.dtype} {labels.shape}"
+    if (pixels.dtype, labels.dtype, pixels.ndim, labels.shape) != (np.uint8, np.int64, 4, pixels.shape[:1]):
+        raise InputError(f"{images.source}: {split} images: expected uint8 (N, H, W, C) with int64 (N,), found {found}")
+    if pixels.shape[1:] != images.image_shape:
+        raise InputError(
+            f"{images.source}: {split} images are {pixels.shape[1:]} and train images {images.image_shape}"
+        )
+
+
 def check_image_set(recipe: Recipe, images: ImageSet) -> None:
     """Refuse what cannot be trained on. Raises InputError."""
     own = [("validation", images.validation)] if images.validation is not None else []
+    if images.num_classes < 2:
+        raise InputError(f"{images.source}: expected two classes at least, found {images.num_classes}")
     for split, part in (("train", images.train), ("test", images.test), *own):
         if len(part) < 2:
-            raise InputError(f"{images.source}: only {len(part)} {split} images")
+            raise InputError(f"{images.source}: only {counted(len(part), f'{split} image')}")
+        _check_arrays(part, split, images)
         if part.labels.min() < 0 or part.labels.max() >= images.num_classes:
             raise InputError(f"{images.source}: {split} labels are not all from 0 to {images.num_classes - 1}")
     height, width = images.image_shape[:2]
     for change in ("crop", "translate"):
         if (pixels := getattr(recipe.augment, change)) > min(height, width):
-            raise InputError(f"augment.{change}: {pixels} is more than the {height}×{width} images have")
+            raise InputError(f"augment.{change}: {pixels} is more than the {width}×{height} images have")
     smallest = augment.smallest_size(recipe.augment, height, width)
     if recipe.augment.cutout > min(smallest):
         as_what = "" if smallest == (height, width) else ", as they are cropped and scaled,"
-        size = f"{smallest[0]}×{smallest[1]}"
+        size = f"{smallest[1]}×{smallest[0]}"
         raise InputError(f"augment.cutout: {recipe.augment.cutout} is more than the {size} images{as_what} have")
     proxies = [recipe.proxy_network()] if recipe.hardest < 1 else []
     try:
@@ -98,7 +114,7 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
     except InputError as error:
         if smallest == (height, width):
             raise
-        sizes = f"{height}×{width} images are trained on as {smallest[0]}×{smallest[1]}"
+        sizes = f"{width}×{height} images are trained on as {smallest[1]}×{smallest[0]}"
         raise InputError(f"{error}; {sizes}: see augment.scale and augment.crop") from None
     if recipe.validation.source == "split" and images.validation is None:
         present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)

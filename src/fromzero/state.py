@@ -38,6 +38,7 @@ class Counters:
     running_images: int = 0
     best_epoch: int = 0
     best_accuracy: float = -1.0
+    best_loss: float = 0.0
     seconds: float = 0.0
     saving_seconds: float = 0.0
 

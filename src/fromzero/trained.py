@@ -37,7 +37,7 @@ def check_unedited(run: Run) -> None:
         if not fits:
             raise FromzeroError(
                 f"{run.path}/recipe.toml: {path} is {now[path]}, but this run was trained with {then}: put that back;"
-                f" to train on in another way, start a new run from its weights: fromzero train --from {run.path}"
+                f" to train on in another way, start a new run from its weights: {run.start_command}"
             )
 
 
@@ -64,7 +64,7 @@ def recorded_images(
         raise FromzeroError(
             f"{run.path}: the {' and '.join(changed)} images at {images.source} are not those it was trained on"
             f" ({split} fingerprint {now}…, recorded {before}…); put them back as they were, or start anew from its"
-            f" weights by --from {run.path}"
+            f" weights: {run.start_command}"
         )
     if images.order_digest() != recorded["order"]:
         raise FromzeroError(

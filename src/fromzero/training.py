@@ -92,6 +92,10 @@ class Training:
         with self.lock, StopSignals() as stop, self._saving_what_an_overflow_leaves(), self._naming_the_compiler():
             self.machine.set_up()
             self._began_at = self._saved_at = self._ticked_at = time.monotonic()
+
+            def between() -> None:
+                self._save_if_due(stop.signal)
+
             while counters.epoch < recipe.epochs:
                 order = self._order()
                 while counters.step < self.timetable.start_of(counters.epoch + 1):
@@ -99,15 +103,17 @@ class Training:
                     self._step(order[start : start + recipe.batch_size])
                     self._tick()
                     yield Progress(counters, recipe.epochs, self.timetable)
-                    self._save_if_due(stop.signal)
-                row = self._measure(lambda: self._save_if_due(stop.signal))
+                    between()
+                row = self._measure(between)
                 self._end_epoch(row)
                 yield Progress(counters, recipe.epochs, self.timetable, row)
-                self._save_if_due(stop.signal)
+                between()
             self.save()
-            self._finish()
+            self._finish(between)
             yield Progress(counters, recipe.epochs, self.timetable, self.run.metrics()[-1], ended=True)
             self._draw()
+            if stop.signal is not None:  # whoever trains one run after another is to stop here
+                raise StoppedError(f"stopped; {self.run.path} has ended", stop.signal)
 
     def _order(self) -> Tensor:
         """The images of the epoch under way, int64 (N,), in the order in which it sees them."""
@@ -177,8 +183,10 @@ class Training:
         counters.running_loss, counters.running_correct, counters.running_images = 0.0, 0, 0
         if self.state.losses is not None:
             self.state.skip_easiest(self.timetable.images - self.timetable.later_images)
-        if row["val/accuracy"] > counters.best_accuracy:
-            counters.best_accuracy, counters.best_epoch = row["val/accuracy"], counters.epoch
+        accuracy, loss = row["val/accuracy"], row["val/loss"]
+        # Of few validation images many epochs get as many right; the loss tells them apart.
+        if (accuracy, -loss) > (counters.best_accuracy, -counters.best_loss):
+            counters.best_epoch, counters.best_accuracy, counters.best_loss = counters.epoch, accuracy, loss
             self.state.best_weights = {k: t.clone() for k, t in self.state.scored.state_dict().items()}
 
     def _save_if_due(self, stopped_by: int | None) -> None:
@@ -249,13 +257,13 @@ class Training:
             checkpoint.save_best(self.run.checkpoints, Checkpoint(tensors, best))
             self.state.best_weights = None
 
-    def _finish(self) -> None:
+    def _finish(self, between: Callable[[], None]) -> None:
         """Score the test images, once, and write the summary, which says that the run has ended."""
         counters, last = self.state.counters, self.run.metrics()[-1]
         if self.recipe.validation.source == "test":  # they have just been scored
             accuracy, loss = last["val/accuracy"], last["val/loss"]
         else:
-            test = self._evaluated("test", self.data.test)
+            test = self._evaluated("test", self.data.test, between)
             accuracy, loss = test.accuracy, test.loss
         self._tick()
         self.run.write_summary(

@@ -231,9 +231,10 @@ def _layout(files: Mapping[str, Callable[[], bytes]], where: Path) -> tuple[_For
             return layout, {member: files[member]() for member in members}
         except OSError as error:
             raise InputError(f"{where}: cannot be read: {error}") from None
+    unpack = "; an archive of pictures is to be unpacked, and its folder named" if where.is_file() else ""
     raise InputError(
         f"{where}: not a CIFAR folder or archive: expected data_batch_1.bin … and test_batch.bin, or the python"
-        f" batches data_batch_1 … and test_batch; found {', '.join(sorted(files)[:6]) or 'no file'}"
+        f" batches data_batch_1 … and test_batch; found {', '.join(sorted(files)[:6]) or 'no file'}{unpack}"
     )
 
 

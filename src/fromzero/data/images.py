@@ -13,6 +13,7 @@ from fromzero.errors import InputError
 from fromzero.rng import permutation
 
 NAMED = ("cifar10", "digits")  # data sets that are known by name
+NAME_BYTES = 200  # of a file's or folder's name; systems allow 255, and there is something to come behind it
 RECORDS_AT_ONCE = 250  # of the fingerprint: small enough to stay in the processor's cache
 
 
@@ -33,11 +34,10 @@ class Images:
         files = tuple(self.files[index] for index in indices) if self.files else ()
         return Images(self.pixels[indices], self.labels[indices], files)
 
-    def first_copies(self) -> np.ndarray:
-        """int64 (N,): for each image the place of the first one of its class with the same pixels, its own if there is
-        none before it."""
-        first: dict[bytes, int] = {}
-        return np.array([first.setdefault(digest, place) for place, digest in enumerate(self._digests)], np.int64)
+    def content_keys(self) -> np.ndarray:
+        """uint64 (N,), of each image the beginning of its record's digest: the same for copies within a class, and
+        like random numbers else."""
+        return np.frombuffer(b"".join(digest[:8] for digest in self._digests), ">u8").astype(np.uint64)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian, from
@@ -120,27 +120,21 @@ class ImageSet:
 
 def own_name(stem: str, otherwise: str) -> str:
     """What an image set is called after its file or folder, unlike those that are known by name."""
-    name = re.sub(r"[^\w-]+", "-", stem).strip("-_") or otherwise
+    name = re.sub(r"[^\w-]+", "-", stem).encode()[:NAME_BYTES].decode(errors="ignore").strip("-_") or otherwise
     return f"{name}-{otherwise}" if name in NAMED else name
 
 
-def stratified_split(
-    labels: np.ndarray, fraction: float, purpose: str, first_copies: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(labels: np.ndarray, fraction: float, by: str | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(kept, held out): int64 indices in ascending order, with `round(fraction × count)` of each class held out, at
-    least one and never all. Depends on the labels, the fraction and the purpose alone, never on a recipe's seed. With
-    `first_copies`, of `Images`, pictures are counted and not their copies, which go where the first of them goes; of a
-    class whose images are all copies of one, none is held out."""
-    if first_copies is not None:
-        pictures = np.flatnonzero(first_copies == np.arange(len(labels)))
-        goes = np.zeros(len(labels), bool)
-        goes[pictures[stratified_split(labels[pictures], fraction, purpose)[1]]] = True
-        return np.flatnonzero(~goes[first_copies]), np.flatnonzero(goes[first_copies])
-    order = permutation(len(labels), 0, purpose)
-    held = []
+    least one and never all. Never depends on a recipe's seed.
+
+    by: a purpose, from which a fixed order is drawn; or a key for each image (N,), of which the lowest are held out.
+    Images of one key are counted once and stay together; of a class that has one key only, none is held out."""
+    keys = np.argsort(permutation(len(labels), 0, by)) if isinstance(by, str) else by
+    held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
-        members = order[labels[order] == label]
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held.append(members[:count])
-    held_out = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+        members = labels == label
+        different = np.unique(keys[members])
+        count = min(max(round(fraction * len(different)), 1), len(different) - 1)
+        held_out |= members & np.isin(keys, different[:count])
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -31,6 +31,7 @@ from fromzero.resources import check_memory, num_threads
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # other decoders are not tried on anybody's file
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 USUAL_SIDE, LARGEST_AS_IT_IS, LARGEST_SIDE = 32, 64, 512  # pixels
 TEST_SHARE = 0.2
 DAMAGED_SHARE = 0.05  # of the pictures; more of them are no accident, but a folder that is not what it seems
@@ -131,6 +132,26 @@ def _contradictions(listed: Sequence[_File], digests: np.ndarray, path: Path) ->
     return [f"{are} in two classes, to the byte: {some(named, between='; ')}"]
 
 
+def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path], np.ndarray]:
+    """The pictures under a folder with a folder for each of these classes, or for some of them, and their labels int64
+    (N,). Raises InputError where it has other folders, or no pictures."""
+    expected = f"expected a folder for each class, called as the run's classes are ({some(class_names)})"
+    if not path.is_dir():
+        raise InputError(f"{path}: no folder; {expected}")
+    listed = []
+    try:
+        for folder in _folders(path):
+            if (name := _class_name(folder)) not in class_names:
+                raise InputError(f"{path}: {expected}; found {folder.name}")
+            listed += [(picture, class_names.index(name)) for picture in _under(folder)[0]]
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+    if not listed:
+        raise InputError(f"{path}: no pictures in it; {expected}")
+    paths, labels = zip(*listed, strict=True)
+    return list(paths), np.array(labels, np.int64)
+
+
 def pictures_at(paths: Sequence[Path]) -> list[Path]:
     """The pictures named, there or not, and those in and under the folders named. Raises InputError for a folder with
     none."""
@@ -196,10 +217,18 @@ def _listed(path: Path) -> tuple[tuple[str, ...], list[_File], list[str]]:
     notes = []
     if deeper:
         notes.append(f"pictures in a folder within a class are of that class: {some(_names(deeper, path))}")
-    if left_out:
-        notes.append(f"not read, being no picture in a class folder: {some(_names(left_out, path))}")
-    # Whatever the locale makes of their bytes: a run may be looked at under another one.
-    return tuple(os.fsencode(name).decode("utf-8", "surrogateescape") for name in class_names), listed, notes
+    if unread := [entry for entry in left_out if entry.suffix.lower() in UNREAD]:
+        kinds = " and ".join(sorted({entry.suffix.lower() for entry in unread}))
+        named = some(_names(unread, path))
+        notes.append(f"not read, {len(unread):,} of {kinds}: {named}; as JPEG or PNG they would be")
+    if others := [entry for entry in left_out if entry not in unread]:
+        notes.append(f"not read, being no picture in a class folder: {some(_names(others, path))}")
+    return tuple(_class_name(folder) for folder in _folders(found["train"])), listed, notes
+
+
+def _class_name(folder: Path) -> str:
+    """Whatever the locale makes of its bytes: a run may be looked at under another one."""
+    return os.fsencode(folder.name).decode("utf-8", "surrogateescape")
 
 
 def _shown(folder: Path) -> list[Path]:
@@ -423,7 +452,7 @@ def _decode(path: Path, width: int, height: int) -> _Outcome:
     except Image.DecompressionBombError:
         return Wrong("too many pixels to be safely decoded", damaged=True)
     except UnidentifiedImageError:
-        return Wrong(f"nothing that {', '.join(FORMATS)} begin with" if content else "empty", damaged=True)
+        return Wrong(f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}" if content else "empty", damaged=True)
     except Exception as error:  # whatever decoders raise at damaged files
         return Wrong(" ".join(str(error).split())[:120] or type(error).__name__, damaged=True)
 

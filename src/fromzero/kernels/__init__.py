@@ -117,5 +117,5 @@ def normalise_pixels(pixels: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def _of_bytes(pixels: Tensor) -> Kernels | None:
     """The kernels that read these bytes, if any: in whatever type they compute, that of bytes is the same."""
-    readable = pixels.device.type == "cpu" and pixels.is_contiguous()
+    readable = pixels.device.type == "cpu" and pixels.is_contiguous() and pixels.dtype == torch.uint8
     return next(iter(_loaded.values()), None) if readable else None

@@ -116,10 +116,8 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
                     raise
                 why = str(error).removeprefix(f"{cell.path}: ").partition(", so the result")[0]
                 note(f"{cell.name}: {why}: begun again, what there was is {_set_aside(cell).name}")
-    elif cell.path.is_dir():  # killed before it was a run
-        shutil.rmtree(cell.path)
-    elif cell.path.exists():
-        note(f"{cell.name}: a file was where its folder belongs: it is {_set_aside(cell).name} now")
+    elif cell.path.exists():  # a file, or a folder that lost its recipe or was killed before it had one
+        note(f"{cell.name}: what was there is no run: it is {_set_aside(cell).name} now")
     if cell.after is not None and not ((cell.after / "recipe.toml").is_file() and Run(cell.after).summary):
         raise FromzeroError(f"{cell.after.name}, from whose weights it starts, has not ended")
     return sessions.new_training(

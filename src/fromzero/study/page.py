@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from fromzero.study.definition import (
     short,
 )
 from fromzero.study.results import ArmResult, ContrastResult, Result, Spread, by_lesson, claimed, figure, unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLORS = ("#1f4e9c", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd")
 MOST_CURVES = len(COLORS)  # arms beyond which curves would only hide each other
@@ -99,14 +103,13 @@ def draw_result(result: Result, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _draw_differences(axes: object, contrasts: Sequence[ContrastResult]) -> None:
-    from matplotlib.axes import Axes
-
-    assert isinstance(axes, Axes)
+def _draw_differences(axes: Axes, contrasts: Sequence[ContrastResult]) -> None:
     heights = range(len(contrasts), 0, -1)
+    farthest = 0.0
     for height, found in zip(heights, contrasts, strict=True):
         scale = 100 if METRICS[found.contrast.metric] else 1
         pairs = [scale * d for d in found.pairs.values()]
+        farthest = max([farthest, *map(abs, pairs)])
         color = COLORS[0] if found.contrast.group == CLAIM else "#777777"
         axes.plot(pairs, [height] * len(pairs), "|", color=color, ms=9, alpha=0.6)
         if found.comparison is not None:
@@ -114,6 +117,9 @@ def _draw_differences(axes: object, contrasts: Sequence[ContrastResult]) -> None
             axes.plot([low, high], [height, height], color=color, lw=2)
             axes.plot(mean, height, "o", color=color, ms=5)
     axes.axvline(0, color="#333333", lw=0.8)
+    if farthest:  # the interval of two pairs is so wide that nothing would be seen of them
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -4 * farthest), min(high, 4 * farthest))
     labels = [f"{c.contrast.arm} − {c.contrast.against}" for c in contrasts]
     axes.set_title("pairs of a seed (ticks), their mean, its 95 % interval", fontsize=8)
     axes.set_yticks(list(heights), labels, fontsize=8)
@@ -126,7 +132,7 @@ def _overview(lessons: Sequence[tuple[Study, list[Result]]]) -> str:
     lines = ["| lesson | claim | verdicts |", "|---|---|---|"]
     for study, found in lessons:
         said = "; ".join(f"{r.title}: {_said(r)}" for r in found) or "not run yet"
-        lines.append(f"| [{study.name}](#{study.name}) | {study.claim} | {said} |")
+        lines.append(_row([f"[{study.name}](#{study.name})", study.claim, said]))
     return "\n".join(lines) + "\n"
 
 
@@ -317,4 +323,4 @@ def _interval(low: float, high: float, metric: str) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
