@@ -128,7 +128,7 @@ def test_cifar10_is_the_published_one(cifar10_dir):
 
 def test_the_fingerprints_that_the_order_stands_for_are_those_of_the_images(cifar10_dir, monkeypatch):
     images = load_images("cifar10", data_dir=cifar10_dir)
-    assert images.order_digest() == cifar.CIFAR10_ORDER
+    assert images.order_digest == cifar.CIFAR10_ORDER
     assert images.fingerprints == {"train": images.train.fingerprint(), "test": images.test.fingerprint()}
     monkeypatch.setattr(cifar, "CIFAR10_FINGERPRINTS", {"train": "0" * 64, "test": "0" * 64})
     monkeypatch.setattr(cifar, "CIFAR10_ORDER", "0" * 64)  # nothing is known: the images themselves are looked at
@@ -145,7 +145,7 @@ def test_cifar10_in_another_order_or_with_another_pixel_is_looked_at_image_by_im
     first.symlink_to(target[1]), second.symlink_to(target[0])
     found = load_images("cifar10", data_dir=tmp_path)
     assert found.fingerprints == cifar.CIFAR10_FINGERPRINTS
-    assert found.order_digest() != cifar.CIFAR10_ORDER
+    assert found.order_digest != cifar.CIFAR10_ORDER
     content = bytearray(target[0].read_bytes())
     content[12345] ^= 1
     second.unlink()

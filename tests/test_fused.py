@@ -44,7 +44,7 @@ def test_the_bits_are_those_of_torchs_optimizers(kind, decay, grouped):
         options = {"momentum": kind[0], "nesterov": kind[1], "weight_decay": decay}
         first = {"weight_decay": 0.3}
         ours, theirs = (lambda w: fused.SGD(w, 1e-3, **options)), torch.optim.SGD
-    split = (lambda weights: groups(weights, first)) if grouped else list
+    split = (lambda weights: groups(weights, first)) if grouped else (lambda weights: [{"params": list(weights)}])
     weights, state = stepped(lambda w: ours(split(w)))
     expected_weights, expected_state = stepped(lambda w: theirs(split(w), lr=1e-3, fused=True, **options))
     assert all(torch.equal(a, b) for a, b in zip(weights, expected_weights, strict=True))
@@ -71,11 +71,12 @@ def test_a_gradient_of_either_type_moves_a_weight_as_torch_does(kind, rule, shap
     options = {"lr": 0.01, "weight_decay": 0.1}
     if isinstance(rule, str):
         options |= {"betas": (0.4, 0.9) if rule == "quick Adam" else (0.9, 0.999), "eps": 1e-7}
-        ours = fused.Adam(weights[:1], **options, decoupled=rule == "AdamW")
+        ours = fused.Adam([{"params": weights[:1]}], **options, decoupled=rule == "AdamW")
         theirs = (torch.optim.AdamW if rule == "AdamW" else torch.optim.Adam)(weights[1:], fused=True, **options)
     else:
         options |= {"momentum": rule[0], "nesterov": rule[1]}
-        ours, theirs = fused.SGD(weights[:1], **options), torch.optim.SGD(weights[1:], fused=True, **options)
+        ours = fused.SGD([{"params": weights[:1]}], **options)
+        theirs = torch.optim.SGD(weights[1:], fused=True, **options)
     for _ in range(3):
         gradient = torch.randn(shape).to(kind)
         if len(shape) == 4:

@@ -174,18 +174,18 @@ def test_decoded_pictures_are_kept_until_a_file_changes(tmp_path, monkeypatch):
     decoded = []
     decode = pictures._decode
     monkeypatch.setattr(pictures, "_decode", lambda *given: decoded.append(given[0]) or decode(*given))
-    assert load_images(folder).order_digest() == first.order_digest()
+    assert load_images(folder).order_digest == first.order_digest
     assert not decoded
     os.utime(folder / "red" / "000.png", (1, 1))
-    assert load_images(folder).order_digest() == first.order_digest()
+    assert load_images(folder).order_digest == first.order_digest
     assert len(decoded) == 15
     (kept,) = (tmp_path / "home" / "pictures").iterdir()
     kept.write_bytes(kept.read_bytes()[:2000])
-    assert load_images(folder).order_digest() == first.order_digest()
+    assert load_images(folder).order_digest == first.order_digest
     assert len(decoded) == 30
     shutil.rmtree(tmp_path / "home")
     (tmp_path / "home").write_text("no folder can be made here")
-    assert load_images(folder).order_digest() == first.order_digest()
+    assert load_images(folder).order_digest == first.order_digest
 
 
 def damaged(tmp_path, change):

@@ -27,7 +27,8 @@ class LayerMeasures(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """How many of so many validation and test images are train images too, to the byte, and nearly."""
+    """How many of `of` validation and test images are train images too: `exact` to the byte, `near` those included that
+    look alike."""
 
     exact: int
     near: int
@@ -35,8 +36,8 @@ class Copies(NamedTuple):
 
 
 class Surest(NamedTuple):
-    """Of the validation images that the network is surest of, so many, those that have another label than it says, and
-    the mean probability that it gave."""
+    """The `of` validation images whose likeliest class has the highest probabilities: `wrong` of them are labelled
+    otherwise; `confidence` is the mean of those probabilities."""
 
     wrong: int
     of: int

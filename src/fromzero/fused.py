@@ -13,25 +13,19 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from fromzero import kernels
-
-Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
 
 class Optimizer(ABC):
     """Moves weights along their gradients. `param_groups` are dicts of `params` and the settings for them, which may
     be changed between steps; `state` holds the tensors that go with each weight. Both as in `torch.optim`."""
 
-    def __init__(self, weights: Groups, defaults: dict[str, Any]):
-        """weights: parameters, or groups of them whose settings differ from `defaults`."""
-        given = list(weights)
-        groups = [group if isinstance(group, dict) else {"params": [group]} for group in given]
-        if not any(isinstance(group, dict) for group in given):
-            groups = [{"params": given}]
+    def __init__(self, groups: Iterable[dict[str, Any]], defaults: dict[str, Any]):
+        """groups: dicts of `params` and the settings in which they differ from `defaults`."""
         self.param_groups: list[dict[str, Any]] = [defaults | group for group in groups]
         self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         for group in self.param_groups:
@@ -67,13 +61,13 @@ class SGD(Optimizer):
 
     def __init__(
         self,
-        weights: Groups,
+        groups: Iterable[dict[str, Any]],
         lr: float,
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
     ):
-        super().__init__(weights, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
 
     def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         for weight in weights if group["momentum"] else ():
@@ -85,7 +79,7 @@ class SGD(Optimizer):
         left: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for three in zip(*_in_memory_order(weights, gradients, buffers), strict=True):
             if kernel is not None and kernel.moves(*three):
-                kernel.descend(*three, **settings)
+                kernel.sgd_step(*three, **settings)
             else:
                 left.append(three)
         if left:
@@ -99,7 +93,7 @@ class Adam(Optimizer):
 
     def __init__(
         self,
-        weights: Groups,
+        groups: Iterable[dict[str, Any]],
         lr: float,
         betas: tuple[float, float],
         eps: float,
@@ -107,7 +101,7 @@ class Adam(Optimizer):
         decoupled: bool = False,
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
-        super().__init__(weights, defaults)
+        super().__init__(groups, defaults)
 
     def _move(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         for weight in weights:
@@ -134,7 +128,7 @@ class Adam(Optimizer):
             weight, gradient, means, squares = four
             if kernel is not None and kernel.moves(*four):
                 step += 1
-                kernel.adapt(weight, gradient, means, squares, int(step), **settings)
+                kernel.adam_step(weight, gradient, means, squares, int(step), **settings)
             else:
                 left.append((*four, step))
         if left:

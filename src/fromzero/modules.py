@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from fromzero import kernels
 from fromzero.rng import derive, random_bytes, words
 
-FOLLOWING = 0.4  # how far batch normalisation's statistics go to those of a whole batch
+BATCH_NORM_MOMENTUM = 0.4  # how far batch normalisation's statistics go to those of a whole batch
 TINY_MAP_PIXELS = 4  # input pixels up to which a convolution is computed as a dense layer
 SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
 KERNEL_PIXELS, KERNEL_OUTPUTS = 5, 16  # output pixels and channels from which compiled kernels are used; and on 2×2
@@ -59,7 +59,7 @@ class Network(nn.Sequential):
         """Say how large the next batch is, as a share of a whole one. An epoch's last batch may be a few images, and
         what is evaluated after it would be normalised by them: statistics follow a batch by its share."""
         for norm in self.batch_norms:
-            norm.momentum = FOLLOWING if share == 1 else 1 - (1 - FOLLOWING) ** share
+            norm.momentum = BATCH_NORM_MOMENTUM if share == 1 else 1 - (1 - BATCH_NORM_MOMENTUM) ** share
 
     def reseed(self, seed: int, step: int, dropout: bool = True) -> None:
         """Make the dropout masks of the next forward pass those of (seed, step), or turn dropout off."""
@@ -71,15 +71,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"": lambda x: x, "relu": F
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation with a trained shift and no scale, which the next filters have already; its statistics
-    follow fast (FOLLOWING of each batch), as suits short trainings (Jordan, 2024, arXiv:2404.00498). Behind it comes
-    its `activation`, one of ACTIVATIONS, and before that what `other` images it is given are added."""
+    follow fast (BATCH_NORM_MOMENTUM of each batch), as suits short trainings (Jordan, 2024, arXiv:2404.00498). Behind
+    it comes its `activation`, one of ACTIVATIONS, and before that what `other` images it is given are added."""
 
     running_mean: Tensor
     running_var: Tensor
     momentum: float
 
     def __init__(self, channels: int, activation: str = ""):
-        super().__init__(channels, eps=1e-5, momentum=FOLLOWING)
+        super().__init__(channels, eps=1e-5, momentum=BATCH_NORM_MOMENTUM)
         self.register_parameter("weight", None)
         self.register_buffer("num_batches_tracked", None)  # counted for the sake of momentum=None only
         self.activation = activation

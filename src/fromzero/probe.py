@@ -52,7 +52,7 @@ LEAST_TRIAL_STEPS = 8  # of a run with fewer no trial is made: its last quarter 
 LEAST_COMPARED = 25  # validation images that two trainings are compared on
 FITTED_IMAGES, FIT_BATCH, FIT_STEPS = 100, 50, 200  # whether the network can learn that few by heart
 COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
-SIDE, ALIKE = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
+SIDE, MIN_CORRELATION = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
 TWINS = 0.01  # share of pictures with a likeness in another class, beyond which likeness says nothing
 UNCHANGED = {f"augment.{name}": value for name, value in AugmentRecipe().model_dump().items()}  # images as they are
 ALL_IMAGES = {"hardest": 1.0, "skip_easy": 0.0}
@@ -250,8 +250,8 @@ def _copies(data: Data, *, own_test: bool) -> Copies:
         same = torch.maximum(same, alike.masked_fill(~is_same, -1.0).amax(1))
         other = torch.maximum(other, alike.masked_fill(is_same, -1.0).amax(1))
     exact = np.array([image in known for image in sought])
-    near = exact | (same > ALIKE).numpy()
-    if float((other > ALIKE).float().mean()) > TWINS:
+    near = exact | (same > MIN_CORRELATION).numpy()
+    if float((other > MIN_CORRELATION).float().mean()) > TWINS:
         near = exact
     return Copies(int(exact.sum()), int(near.sum()), len(labels))
 
@@ -423,8 +423,8 @@ def _batches(
     epoch: int = 0,
     step: int = 0,
 ) -> Iterator[Batch]:
-    """A batch for each step of `course`, in the order and with the augmentation of steps from the start of `epoch` on,
-    of which the first is `step`, but as far on in the run's course as `course` says."""
+    """A batch for each entry of `course`. Order and augmentation are those of training from the start of `epoch` on,
+    the first batch being step `step`; schedules (scaling, dropout) are as at the step that `course` names."""
     places = iter(course)
     while True:
         order = torch.from_numpy(permutation(len(data.train.labels), recipe.seed, "order", epoch))

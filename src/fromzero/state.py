@@ -22,7 +22,7 @@ from fromzero.modules import Network
 from fromzero.networks import ImageShape
 from fromzero.recipe import Recipe
 
-BESIDE = 1.2  # what steps take over what is known to be kept: 1.3 to 4.1 where it was measured (docs/log.md)
+MEMORY_OVERHEAD = 1.2  # what steps take over what is known to be kept: 1.3 to 4.1 where it was measured (docs/log.md)
 
 
 @dataclass
@@ -179,7 +179,7 @@ def least_memory(recipe: Recipe, image_shape: ImageShape, num_classes: int, batc
         given = math.prod(layer.shape)
     slots = {"sgd": recipe.optimizer.momentum > 0, "muon": 1}.get(recipe.optimizer.name, 2) + (recipe.ema_decay > 0)
     weights = networks.num_parameters(recipe.network, seen, num_classes)
-    return int(BESIDE * (4 * weights * (2 + slots) + batch_size * recipe.hardest * kept * element_bytes))
+    return int(MEMORY_OVERHEAD * (4 * weights * (2 + slots) + batch_size * recipe.hardest * kept * element_bytes))
 
 
 def model_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def compare(arm: ArrayLike, against: ArrayLike, direction: Direction = "higher",
         p=float(sign_flip_p(towards_claim)),
         exact=len(a) <= EXACT_PAIRS,
         favourable=distance > 0,
-        effect=abs(distance) / sd if sd > 0 else math.inf * abs(distance) if distance else 0.0,
+        effect=abs(distance) / sd if sd > 0 else math.inf if distance else 0.0,
     )
 
 

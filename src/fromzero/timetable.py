@@ -18,7 +18,8 @@ class Timetable(NamedTuple):
 
     @classmethod
     def of(cls, recipe: Recipe, num_images: int) -> Timetable:
-        """That of a recipe on so many train images: later epochs leave some out where it says `skip_easy`."""
+        """The timetable of `recipe` on `num_images` train images; epochs after the first leave out the share
+        `skip_easy` of them."""
         return cls(num_images, num_images - int(recipe.skip_easy * num_images), recipe.batch_size)
 
     @property

@@ -66,7 +66,7 @@ def recorded_images(
             f" ({split} fingerprint {now}…, recorded {before}…); put them back as they were, or start anew from its"
             f" weights: {run.start_command}"
         )
-    if images.order_digest() != recorded["order"]:
+    if images.order_digest != recorded["order"]:
         raise FromzeroError(
             f"{run.path}: the images at {images.source} are those it was trained on, but in another order, which would"
             " change the splits and the order of training: files were renamed, or come from another folder than"
@@ -108,8 +108,9 @@ def naming(found: Checkpoint) -> Iterator[None]:
 
 
 class Trained(NamedTuple):
-    """What a run has come to: its images as they are and as it trained on them, its network in evaluation mode, the
-    checkpoint that the weights are from and the epochs that they have behind them, and the machine that computes."""
+    """A run with its weights loaded: its image set, and that as split for training (`data`); the network in evaluation
+    mode; the checkpoint that the weights are from, of epoch `epochs` and `steps_beyond` steps; and the machine that
+    computes."""
 
     run: Run
     images: ImageSet

@@ -113,7 +113,7 @@ def load_cifar(path: Path, name: str | None = None) -> ImageSet:
     test, train = _images([batches.pop(layout.test)]), _images(list(batches.values()))
     source = str(inside.resolve())
     supposed = ImageSet(name or "cifar10", train, test, class_names, source, dict(CIFAR10_FINGERPRINTS))
-    if supposed.order_digest() == CIFAR10_ORDER:
+    if supposed.order_digest == CIFAR10_ORDER:
         return supposed
     fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
     own = own_name(path.name.split(".")[0], "images")

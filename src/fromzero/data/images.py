@@ -73,12 +73,9 @@ class ImageSet:
     validation: Images | None = None
     notes: tuple[str, ...] = ()
 
+    @cached_property
     def order_digest(self) -> str:
         """SHA-256 (hex) over all images and labels in their order: splits and the order of training depend on it."""
-        return self._order_digest
-
-    @cached_property
-    def _order_digest(self) -> str:
         digest = hashlib.sha256()
         for part in (self.train, self.test, *([self.validation] if self.validation else [])):
             digest.update(np.ascontiguousarray(part.pixels).data)

@@ -159,7 +159,7 @@ def _optimizers(kernels: Kernels, draws: _Draws) -> Pairs:
     gradient, weights, momenta = draws.elements(5, 33), draws.floats(5, 33), draws.floats(5, 33)
     along = gradient.float() + 0.1 * weights
     moved = 0.9 * momenta + along, weights - 0.5 * (0.9 * (0.9 * momenta + along) + along)
-    kernels.descend(weights, gradient, momenta, 0.5, 0.9, 0.1, nesterov=True)
+    kernels.sgd_step(weights, gradient, momenta, 0.5, 0.9, 0.1, nesterov=True)
     yield from zip((momenta, weights), moved, strict=True)
     weights, means, squares = draws.floats(5, 33), draws.floats(5, 33), draws.floats(5, 33) + 0.5
     for (beta1, beta2), decoupled in (((0.9, 0.99), False), ((0.4, 0.9), True)):
@@ -168,7 +168,7 @@ def _optimizers(kernels: Kernels, draws: _Draws) -> Pairs:
         new_squares = beta2 * squares + (1 - beta2) * along**2
         root = (new_squares / (1 - beta2**3)).sqrt() + 0.1
         there = weights * (1 - 0.5 * 0.1 * decoupled) - 0.5 * new_means / (1 - beta1**3) / root
-        kernels.adapt(weights, gradient, means, squares, 3, 0.5, beta1, beta2, 0.1, 0.1, decoupled)
+        kernels.adam_step(weights, gradient, means, squares, 3, 0.5, beta1, beta2, 0.1, 0.1, decoupled)
         yield from zip((means, squares, weights), (new_means, new_squares, there), strict=True)
     bank = draws.floats(19, 297)
     matrix = bank / bank.norm()

@@ -5,20 +5,20 @@
 
 /* 2x2 max pooling of a window whose rows and pixels lie so many vectors apart, at least zero with `relu`. `where` is the first of
    its pixels that has its maximum, 0 to 3, or 4 where `relu` has made a zero of it. A NaN stays. */
-static inline vector pool(const vector *window, long row_apart, long pixel_apart, vector shift, long relu, whole *where) {
+static inline vector pool(const vector *window, long row_apart, long pixel_apart, vector shift, long relu, ints *where) {
     vector most = *window;
-    *where = (whole){0};
+    *where = (ints){0};
     for (int pixel = 1; pixel < 4; pixel++) {
         vector other = window[pixel / 2 * row_apart + pixel % 2 * pixel_apart];
-        whole more = (whole)(other > most) | (whole)(other != other);
-        most = choose(more, other, most);
+        ints more = (ints)(other > most) | (ints)(other != other);
+        most = blend(more, other, most);
         *where = (more & pixel) | (~more & *where);
     }
     most += shift;
     if (relu) {
-        whole kept = (whole)(most > 0);
+        ints kept = (ints)(most > 0);
         *where = (kept & *where) | (~kept & 4);
-        most = choose((whole)(most < 0), (vector){0}, most);
+        most = blend((ints)(most < 0), (vector){0}, most);
     }
     return most;
 }

@@ -91,20 +91,20 @@ void convolve_directly(const element *x, const float *filters, const float *bias
                     if (bias) memcpy(&shift, bias + lane, 4 * min(o - lane, LANES));
                     for (long pixel = 0; !y_picked && pixel < rows * p.width; pixel++) {
                         vector value = found[pixel * COLUMNS] + shift;
-                        if (relu) value = choose((whole)(value < 0), (vector){0}, value);
+                        if (relu) value = blend((ints)(value < 0), (vector){0}, value);
                         long to = ((image * p.height + first) * p.width + pixel) * o + lane;
                         store(y + to, value, which);
-                        ask_to_write(y + to, FURTHER);
+                        prefetch_ahead_to_write(y + to, FURTHER);
                     }
                     for (long i = 0; y_picked && i < rows / 2; i++)
                         for (long j = 0; j < p.width / 2; j++) {
                             long to = ((image * (p.height / 2) + first / 2 + i) * (p.width / 2) + j) * o + lane;
-                            whole where;
+                            ints where;
                             vector most = pool(found + (2 * i * p.width + 2 * j) * COLUMNS, p.width * COLUMNS, COLUMNS, shift,
                                                relu, &where);
                             store(y + to, most, which);
                             store_bytes(y_picked + to, where, which);
-                            ask_to_write(y + to, FURTHER), ask_to_write(y_picked + to, FURTHER);
+                            prefetch_ahead_to_write(y + to, FURTHER), prefetch_ahead_to_write(y_picked + to, FURTHER);
                         }
                 }
             }
@@ -129,12 +129,12 @@ static void load_gradient(const element *dy, const element *y, const uint8_t *pi
                 for (long each = 0; each < PAIR; each++) {
                     long at = (row + (picked ? (j + each) / 2 : j + each)) * o + out;
                     lanes which = j + each < width ? in_row : lanes_of(0);
-                    whole gradient = (whole)load(dy + at, which);
-                    ask(dy + at, FURTHER);
-                    if (picked) ask(picked + at, FURTHER);
-                    if (y) ask(y + at, FURTHER);
+                    ints gradient = (ints)load(dy + at, which);
+                    prefetch_ahead(dy + at, FURTHER);
+                    if (picked) prefetch_ahead(picked + at, FURTHER);
+                    if (y) prefetch_ahead(y + at, FURTHER);
                     if (picked) gradient &= load_bytes(picked + at, which) == (int32_t)(i % 2 * 2 + (j + each) % 2);
-                    if (y) gradient &= (whole)(load(y + at, which) > 0);
+                    if (y) gradient &= (ints)(load(y + at, which) > 0);
                     sum += values[each] = (vector)gradient;
                 }
                 store_units(units + (i * p->padded + j) / PAIR * p->o_lanes + out, values[0], values[PAIR - 1]);

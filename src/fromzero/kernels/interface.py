@@ -59,8 +59,8 @@ class Kernels:
             ("moments", 4, 3, None),
             ("normalise", 6, 4, None),
             ("normalise_gradient", 10, 4, None),
-            ("descend", 5, 3, None),
-            ("adapt", 6, 2, None),
+            ("sgd_step", 5, 3, None),
+            ("adam_step", 6, 2, None),
             ("gather", 5, 7, None),
             ("byte_sums", 3, 4, None),
             ("normalise_pixels", 4, 3, None),
@@ -267,8 +267,8 @@ class Kernels:
         return not self._call.count_beyond(*map(_pointer, tensors), x.numel(), torch.get_num_threads())
 
     def moves(self, weights: Tensor, gradient: Tensor, *kept: Tensor | None) -> bool:
-        """Whether `descend` and `adapt` take them. Not where elements are float32: then torch's optimizers have nothing
-        to convert."""
+        """Whether `sgd_step` and `adam_step` take them. Not where elements are float32: then torch's optimizers have
+        nothing to convert."""
         floats = [tensor for tensor in (weights, *kept) if tensor is not None]
         return (
             self.element == torch.bfloat16
@@ -277,7 +277,7 @@ class Kernels:
             and all(tensor.is_contiguous() for tensor in (*floats, gradient))
         )
 
-    def descend(
+    def sgd_step(
         self,
         weights: Tensor,
         gradient: Tensor,
@@ -290,9 +290,9 @@ class Kernels:
         """Move weights, and their momenta where there is momentum, all float32, by a step of SGD along a gradient,
         float32 or elements: as `torch.optim.SGD(fused=True)` does along one in float32, to the bit."""
         tensors = (weights, *_by_type(gradient), momenta, _numbers(lr, momentum, weight_decay))
-        self._call.descend(*map(_pointer, tensors), weights.numel(), nesterov, torch.get_num_threads())
+        self._call.sgd_step(*map(_pointer, tensors), weights.numel(), nesterov, torch.get_num_threads())
 
-    def adapt(
+    def adam_step(
         self,
         weights: Tensor,
         gradient: Tensor,
@@ -306,14 +306,14 @@ class Kernels:
         weight_decay: float,
         decoupled_weight_decay: bool,
     ) -> None:
-        """Move weights, and the running means of their gradients and of these's squares, all float32, by step `step`
-        (from 1) of Adam along a gradient, float32 or elements: as `torch.optim.Adam(fused=True)`, or `AdamW` where
-        decay is decoupled, does along one in float32, to the bit."""
+        """Move weights, and the running means of their gradients and of the squares of those, all float32, by step
+        `step` (from 1) of Adam along a gradient, float32 or elements: as `torch.optim.Adam(fused=True)`, or `AdamW`
+        where decay is decoupled, does along one in float32, to the bit."""
         decays = (0, 1 - lr * weight_decay) if decoupled_weight_decay else (weight_decay, 1)
         corrected_rate, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
         settings = _numbers(corrected_rate, 1 - beta1, 1 - beta2, beta2, root, eps, *decays)
         tensors = (weights, *_by_type(gradient), means, squares, settings)
-        self._call.adapt(*map(_pointer, tensors), weights.numel(), torch.get_num_threads())
+        self._call.adam_step(*map(_pointer, tensors), weights.numel(), torch.get_num_threads())
 
     def orthogonalise(self, x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
         """float32 (M, N), M <= N: x, float32 too, over its norm, and then so many times multiplied by a + b s + c s²,

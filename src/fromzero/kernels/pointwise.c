@@ -6,7 +6,7 @@
 #define AT_ONCE 64 /* rows whose channels stay in a core's cache */
 
 /* The greater one; a NaN stays. */
-static inline vector greater(vector a, vector b) { return choose((whole)(b > a) | (whole)(b != b), b, a); }
+static inline vector greater(vector a, vector b) { return blend((ints)(b > a) | (ints)(b != b), b, a); }
 
 /* y (N, H/2, W/2, C): the maximum of each 2x2 window of x, rounded down to whole windows; at least zero with `relu`. */
 void max_pool(const element *x, element *y, long n, long h, long w, long c, long relu, long threads) {
@@ -21,7 +21,7 @@ void max_pool(const element *x, element *y, long n, long h, long w, long c, long
                 const element *window = from + channel;
                 vector most = greater(greater(load(window, which), load(window + c, which)),
                                       greater(load(window + w * c, which), load(window + w * c + c, which)));
-                if (relu) most = choose((whole)(most < 0), (vector){0}, most);
+                if (relu) most = blend((ints)(most < 0), (vector){0}, most);
                 store(to + channel, most, which);
             }
         }
@@ -41,12 +41,12 @@ void max_pool_gradient(const element *x, const element *y, const element *dy, el
                 lanes which = lanes_of(c - channel);
                 long pooled = (row * width + column) * c + channel;
                 vector most = load(y + pooled, which), left = load(dy + pooled, which);
-                if (relu) left = choose((whole)(most > 0), left, zero);
+                if (relu) left = blend((ints)(most > 0), left, zero);
                 for (int pixel = 0; pixel < 4; pixel++) {
                     long at = (corner + pixel / 2 * w + 2 * column + pixel % 2) * c + channel;
-                    whole here = (whole)(load(x + at, which) == most);
-                    store(dx + at, choose(here, left, zero), which);
-                    left = choose(here, zero, left);
+                    ints here = (ints)(load(x + at, which) == most);
+                    store(dx + at, blend(here, left, zero), which);
+                    left = blend(here, zero, left);
                 }
             }
         /* What no window covers: an odd column, an odd row. */
@@ -72,8 +72,8 @@ void channel_sums(const element *x, const uint8_t *picked, float *sums, float *p
                 vector sum = load_floats(parts + part * c + channel, which);
                 for (long row = block; row < min(block + AT_ONCE, end); row++) {
                     vector value = load(x + row * c + channel, which);
-                    ask(x + row * c + channel, AT_ONCE * c);
-                    if (picked) value = (vector)((whole)value & (load_bytes(picked + row * c + channel, which) < 4));
+                    prefetch_ahead(x + row * c + channel, AT_ONCE * c);
+                    if (picked) value = (vector)((ints)value & (load_bytes(picked + row * c + channel, which) < 4));
                     sum += value;
                 }
                 store_floats(parts + part * c + channel, sum, which);
@@ -115,8 +115,8 @@ static inline void draw(const uint32_t *key, long stream, long start, long first
     threefry(key, &words[0], &words[1]);
 }
 
-static inline whole byte_of(const bits words[2], long byte) {
-    return (whole)(words[byte / 4] >> (uint32_t)(byte % 4 * 8) & 255);
+static inline ints byte_of(const bits words[2], long byte) {
+    return (ints)(words[byte / 4] >> (uint32_t)(byte % 4 * 8) & 255);
 }
 
 void random_bytes(uint8_t *bytes, long count, long low_key, long high_key, long stream, long threads) {
@@ -144,8 +144,8 @@ void drop(const element *x, element *y, long count, long threshold, long low_key
             for (long byte = 0; byte < 8; byte++) {
                 long i = start + byte * WORDS + first;
                 lanes which = lanes_of(count - i);
-                whole kept = byte_of(words, byte) >= (int32_t)threshold;
-                store(y + i, choose(kept, load(x + i, which) * kept_scale(threshold), (vector){0}), which);
+                ints kept = byte_of(words, byte) >= (int32_t)threshold;
+                store(y + i, blend(kept, load(x + i, which) * kept_scale(threshold), (vector){0}), which);
             }
         }
 }
@@ -155,7 +155,7 @@ static inline vector sum_from(const element *x, vector origin, lanes which, long
     vector sum = {0};
     for (long row = begin; row < end; row++) {
         vector away = load(x + row * c, which) - origin;
-        if (!squares) ask(x + row * c, AT_ONCE * c);
+        if (!squares) prefetch_ahead(x + row * c, AT_ONCE * c);
         sum += squares ? away * away : away;
     }
     return sum;
@@ -202,20 +202,20 @@ void moments(const element *x, float *mean, float *variance, float *parts, long 
 
 /* e^x for x <= 0, to about a float's precision: 2^n e^r, where r lies within half of ln 2 of zero. */
 static inline vector exponential(vector x) {
-    x = choose((whole)(x < -87), (vector){0} - 87, x);
+    x = blend((ints)(x < -87), (vector){0} - 87, x);
     vector shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: n stands in its low bits */
     vector n = shifted - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vector power = 1 + r * (1 + r * (0.5f + r * (1.66666667e-1f + r * (4.16666667e-2f + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
-    return (vector)((whole)power + ((whole)shifted << 23));
+    return (vector)((ints)power + ((ints)shifted << 23));
 }
 
 /* The standard normal distribution at z, and its density: Abramowitz and Stegun (1964), 7.1.26, error below 1e-7. */
 static inline vector normal(vector z, vector *density) {
-    vector far = (vector)((whole)z & 0x7FFFFFFF), bell = exponential(-0.5f * z * z);
+    vector far = (vector)((ints)z & 0x7FFFFFFF), bell = exponential(-0.5f * z * z);
     vector t = 1 / (1 + 0.231641888f * far);
     vector tail = 0.5f * bell * t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
     *density = 0.398942280f * bell;
-    return choose((whole)(z > 0), 1 - tail, tail);
+    return blend((ints)(z > 0), 1 - tail, tail);
 }
 
 enum { LINEAR, RELU, GELU };
@@ -257,7 +257,7 @@ static inline curve tabulated(vector function(vector)) {
 }
 
 static inline vector looked_up(const curve *table, vector z) {
-    vector far = (vector)((whole)z & 0x7FFFFFFF);
+    vector far = (vector)((ints)z & 0x7FFFFFFF);
     /* In this order: of a NaN and a number the second is taken, so a NaN stays. */
     __m512 place = _mm512_min_ps(_mm512_set1_ps(PIECES - 1e-5f), (__m512)far * (PIECES / LAST));
     __m512i piece = _mm512_cvttps_epi32(place);
@@ -268,11 +268,11 @@ static inline vector looked_up(const curve *table, vector z) {
 }
 
 static inline vector gelu(vector z, const curve *beside_relu) {
-    return choose((whole)(z < 0), (vector){0}, z) - looked_up(beside_relu, z);
+    return blend((ints)(z < 0), (vector){0}, z) - looked_up(beside_relu, z);
 }
 
 static inline vector gelu_slope(vector z, const curve *above_half) {
-    return 0.5f + (vector)((whole)looked_up(above_half, z) ^ ((whole)z & INT32_MIN));
+    return 0.5f + (vector)((ints)looked_up(above_half, z) ^ ((ints)z & INT32_MIN));
 }
 #else
 typedef int curve; /* none */
@@ -292,13 +292,13 @@ static inline vector gelu_slope(vector z, const curve *none) {
 /* `table`: for GELU that of gelu_beside_relu. */
 static inline vector activated(vector z, long activation, const curve *table) {
     if (activation == GELU) return gelu(z, table);
-    return activation == RELU ? choose((whole)(z < 0), (vector){0}, z) : z;
+    return activation == RELU ? blend((ints)(z < 0), (vector){0}, z) : z;
 }
 
 /* `table`: for GELU that of gelu_slope_above_half. */
 static inline vector slope(vector z, long activation, const curve *table) {
     if (activation == GELU) return gelu_slope(z, table);
-    return activation == RELU ? choose((whole)(z > 0), (vector){0} + 1, (vector){0}) : (vector){0} + 1;
+    return activation == RELU ? blend((ints)(z > 0), (vector){0} + 1, (vector){0}) : (vector){0} + 1;
 }
 
 /* y (rows, C) = activation((x - mean) * scale + shift + other), the middle three (C); `other` (rows, C) is NULL where nothing is
@@ -311,11 +311,11 @@ static inline __attribute__((always_inline)) void normalise_as(const int activat
     for (long row = 0; row < rows; row++)
         for (long channel = 0; channel < c; channel += LANES) {
             lanes which = lanes_of(c - channel);
-            ask(x + row * c + channel, FURTHER), ask_to_write(y + row * c + channel, FURTHER);
+            prefetch_ahead(x + row * c + channel, FURTHER), prefetch_ahead_to_write(y + row * c + channel, FURTHER);
             vector centred = load(x + row * c + channel, which) - load_floats(mean + channel, which);
             vector z = centred * load_floats(scale + channel, which) + load_floats(shift + channel, which);
             if (other) {
-                ask(other + row * c + channel, FURTHER);
+                prefetch_ahead(other + row * c + channel, FURTHER);
                 z += load(other + row * c + channel, which);
             }
             store(y + row * c + channel, activated(z, activation, &table), which);
@@ -354,14 +354,14 @@ static inline __attribute__((always_inline)) void normalise_gradient_as(
                     vector normal = (load(x + row * c + channel, which) - middle) * by;
                     vector z = normal + up;
                     if (other) {
-                        ask(other + row * c + channel, AT_ONCE * c);
+                        prefetch_ahead(other + row * c + channel, AT_ONCE * c);
                         z += load(other + row * c + channel, which);
                     }
                     vector gradient = load(dy + row * c + channel, which) * slope(z, activation, &table);
                     sum += gradient, product += gradient * normal;
                     store(before + row * c + channel, gradient, which);
-                    ask(x + row * c + channel, AT_ONCE * c), ask(dy + row * c + channel, AT_ONCE * c);
-                    ask_to_write(before + row * c + channel, AT_ONCE * c);
+                    prefetch_ahead(x + row * c + channel, AT_ONCE * c), prefetch_ahead(dy + row * c + channel, AT_ONCE * c);
+                    prefetch_ahead_to_write(before + row * c + channel, AT_ONCE * c);
                 }
                 store_floats(sums + channel, sum, which), store_floats(products + channel, product, which);
             }
@@ -378,8 +378,8 @@ static inline __attribute__((always_inline)) void normalise_gradient_as(
             vector sum = load_floats(parts + channel, which), product = load_floats(parts + c + channel, which);
             vector gradient = load(before + row * c + channel, which) - (sum + normal * product) * (1.0f / rows);
             store(dx + row * c + channel, gradient * by, which);
-            ask(x + row * c + channel, FURTHER), ask_to_write(dx + row * c + channel, FURTHER);
-            if (other) ask(before + row * c + channel, FURTHER);
+            prefetch_ahead(x + row * c + channel, FURTHER), prefetch_ahead_to_write(dx + row * c + channel, FURTHER);
+            if (other) prefetch_ahead(before + row * c + channel, FURTHER);
         }
 }
 
@@ -431,7 +431,7 @@ void convolve_pixels(const float *x, const float *filters, element *y, float *ow
         else convolve_row(ROWS, from, filters, z, width, w, c, o, side);
         for (long i = 0; i < width * o; i += LANES) {
             lanes which = lanes_of(width * o - i);
-            ask_to_write(to + i, FURTHER);
+            prefetch_ahead_to_write(to + i, FURTHER);
             store(to + i, activated(load_floats(z + i, which), activation, &table), which);
         }
     }
@@ -468,7 +468,7 @@ void byte_sums(const uint8_t *x, int64_t *sums, int64_t *parts, long rows, long 
                 for (long row = block; row < min(block + AT_ONCE, end); row++) {
                     vector pixel = __builtin_convertvector(load_bytes(x + row * each + i, which), vector);
                     sum += pixel, square += pixel * pixel;
-                    ask(x + row * each + i, AT_ONCE * each);
+                    prefetch_ahead(x + row * each + i, AT_ONCE * each);
                 }
                 for (long lane = 0; lane < min(LANES, each - i); lane++) {
                     to[channel] += (int64_t)sum[lane], to[c + channel] += (int64_t)square[lane];
@@ -487,13 +487,13 @@ long count_beyond(const float *floats, const element *elements, const float *lim
     long found = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : found) if (count > 4 * FEW)
     for (long start = 0; start < count; start += FEW) {
-        whole here = {0};
+        ints here = {0};
         for (long i = start; i < min(start + FEW, count); i += LANES) {
             lanes which = lanes_of(count - i);
             vector value = floats ? load_floats(floats + i, which) : load(elements + i, which);
-            here -= ~((whole)(value <= most) & (whole)(value >= -most));
-            if (floats) ask(floats + i, FURTHER);
-            else ask(elements + i, FURTHER);
+            here -= ~((ints)(value <= most) & (ints)(value >= -most));
+            if (floats) prefetch_ahead(floats + i, FURTHER);
+            else prefetch_ahead(elements + i, FURTHER);
         }
         for (long lane = 0; lane < LANES; lane++) found += here[lane];
     }
@@ -503,7 +503,7 @@ long count_beyond(const float *floats, const element *elements, const float *lim
 /* Stochastic gradient descent with momentum (Sutskever et al., 2013): weights and momenta in float, from a gradient in floats, or in
    elements where there are no floats. settings: the rate, the momentum and the weight decay; `momenta` is NULL where there is no
    momentum. With AVX512 the operations, and so the bits, are those of torch's fused SGD of floats. */
-void descend(float *weights, const float *floats, const element *elements, float *momenta, const float *settings, long count,
+void sgd_step(float *weights, const float *floats, const element *elements, float *momenta, const float *settings, long count,
              long nesterov, long threads) {
     const float down = -settings[0], momentum = settings[1], decay = settings[2];
 #pragma omp parallel for schedule(static) num_threads(threads) if (count > FEW)
@@ -511,13 +511,13 @@ void descend(float *weights, const float *floats, const element *elements, float
         lanes which = lanes_of(count - i);
         vector weight = load_floats(weights + i, which);
         vector step = floats ? load_floats(floats + i, which) : load(elements + i, which);
-        ask_to_write(weights + i, FURTHER);
-        if (floats) ask(floats + i, FURTHER);
-        else ask(elements + i, FURTHER);
+        prefetch_ahead_to_write(weights + i, FURTHER);
+        if (floats) prefetch_ahead(floats + i, FURTHER);
+        else prefetch_ahead(elements + i, FURTHER);
         if (decay != 0) step += weight * decay;
         if (momenta) {
             vector before = load_floats(momenta + i, which);
-            ask_to_write(momenta + i, FURTHER);
+            prefetch_ahead_to_write(momenta + i, FURTHER);
             vector kept = rounded_product(before, (vector){0} + momentum) + step, fused = before * momentum + step;
             /* Torch takes what fills no vector by eights and the rest singly, and rounds the latter once. */
             for (long lane = (count - i) / 8 * 8; lane < min(LANES, count - i); lane++) kept[lane] = fused[lane];
@@ -528,11 +528,11 @@ void descend(float *weights, const float *floats, const element *elements, float
     }
 }
 
-/* Adam (Kingma and Ba, 2015): weights and their gradients' running means and squares, all in floats, from a gradient as `descend` takes
+/* Adam (Kingma and Ba, 2015): weights and their gradients' running means and squares, all in floats, from a gradient as `sgd_step` takes
    it. settings: the rate over the means' correction, how much of the means and of the squares is new and of the latter stays, the
    root of their correction, what is added to their root, the decay in the gradient, what of the weights stays. With AVX512 the
    operations, and so the bits, are those of torch's fused Adam of floats. */
-void adapt(float *weights, const float *floats, const element *elements, float *means, float *squares, const float *settings,
+void adam_step(float *weights, const float *floats, const element *elements, float *means, float *squares, const float *settings,
            long count, long threads) {
     const float down = -settings[0], new = settings[1], new_square = settings[2], stays = settings[3], root = settings[4];
     const float added = settings[5], decay = settings[6], kept = settings[7];
@@ -542,17 +542,17 @@ void adapt(float *weights, const float *floats, const element *elements, float *
         vector weight = load_floats(weights + i, which), mean = load_floats(means + i, which);
         vector square = load_floats(squares + i, which);
         vector gradient = floats ? load_floats(floats + i, which) : load(elements + i, which);
-        ask_to_write(weights + i, FURTHER);
-        ask_to_write(means + i, FURTHER);
-        ask_to_write(squares + i, FURTHER);
-        if (floats) ask(floats + i, FURTHER);
-        else ask(elements + i, FURTHER);
+        prefetch_ahead_to_write(weights + i, FURTHER);
+        prefetch_ahead_to_write(means + i, FURTHER);
+        prefetch_ahead_to_write(squares + i, FURTHER);
+        if (floats) prefetch_ahead(floats + i, FURTHER);
+        else prefetch_ahead(elements + i, FURTHER);
         if (decay != 0) gradient += weight * decay;
         if (kept != 1) weight *= kept;
         mean = new < 0.5f ? mean + new * (gradient - mean) : gradient + (new - 1) * (gradient - mean);
         vector part = gradient * new_square, fused = square * stays + rounded_product(part, gradient);
         square = rounded_product(square, (vector){0} + stays) + part * gradient;
-        for (long lane = (count - i) / 8 * 8; lane < min(LANES, count - i); lane++) square[lane] = fused[lane]; /* as in descend */
+        for (long lane = (count - i) / 8 * 8; lane < min(LANES, count - i); lane++) square[lane] = fused[lane]; /* as in sgd_step */
         store_floats(means + i, mean, which);
         store_floats(squares + i, square, which);
         store_floats(weights + i, weight + mean * down / (square_root(square) / root + added), which);

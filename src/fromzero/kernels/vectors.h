@@ -34,8 +34,8 @@ typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 
 /* Ask for what a walk through memory comes to, so many elements from here: processors do not always foresee it. Memory that is not
    there is not touched. */
-#define ask(at, further) __builtin_prefetch((at) + (further), 0, 2)
-#define ask_to_write(at, further) __builtin_prefetch((at) + (further), 1, 2)
+#define prefetch_ahead(at, further) __builtin_prefetch((at) + (further), 0, 2)
+#define prefetch_ahead_to_write(at, further) __builtin_prefetch((at) + (further), 1, 2)
 #define FURTHER 1024
 
 static inline long min(long a, long b) { return a < b ? a : b; }
@@ -48,10 +48,10 @@ static inline float kept_scale(long threshold) { return 256.0f / (256 - threshol
 
 static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
-typedef int32_t whole __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
-static inline vector choose(whole which, vector yes, vector no) {
-    return (vector)((which & (whole)yes) | (~which & (whole)no));
+static inline vector blend(ints which, vector yes, vector no) {
+    return (vector)((which & (ints)yes) | (~which & (ints)no));
 }
 
 /* Of `lanes` of a vector alone something is loaded or stored; zero is loaded into the others. */
@@ -69,11 +69,11 @@ static inline vector rounded_product(vector a, vector b) {
 
 static inline vector square_root(vector v) { return (vector)_mm512_sqrt_ps((__m512)v); }
 
-static inline whole load_bytes(const uint8_t *from, lanes which) {
-    return (whole)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(which, from));
+static inline ints load_bytes(const uint8_t *from, lanes which) {
+    return (ints)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(which, from));
 }
 
-static inline void store_bytes(uint8_t *to, whole v, lanes which) {
+static inline void store_bytes(uint8_t *to, ints v, lanes which) {
     _mm512_mask_cvtepi32_storeu_epi8(to, which, (__m512i)v);
 }
 static inline void transpose(vector square[LANES]) {
@@ -134,16 +134,16 @@ static inline vector square_root(vector v) {
 #endif
 }
 
-static inline whole load_bytes(const uint8_t *from, lanes which) {
+static inline ints load_bytes(const uint8_t *from, lanes which) {
 #ifdef __AVX2__
-    if (which == LANES) return (whole)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+    if (which == LANES) return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
 #endif
-    whole v = {0};
+    ints v = {0};
     for (long lane = 0; lane < which; lane++) v[lane] = from[lane];
     return v;
 }
 
-static inline void store_bytes(uint8_t *to, whole v, lanes which) {
+static inline void store_bytes(uint8_t *to, ints v, lanes which) {
 #ifdef __AVX__
     if (which == LANES) {
         __m128i low = _mm256_castsi256_si128((__m256i)v), high = _mm256_extractf128_si256((__m256i)v, 1);

@@ -199,7 +199,7 @@ static inline __attribute__((always_inline)) void load_unpooled_tile(const eleme
         for (int across = 0; 2 * across < side + second; across++) {
             lanes here = down >= at.top && down < at.bottom && across >= at.left && across < at.right ? which : lanes_of(0);
             long offset = at.offset + down * at.row_apart + across * at.pixel_apart;
-            whole gradient = (whole)load(dy + offset, here), pick = load_bytes(picked + offset, here);
+            ints gradient = (ints)load(dy + offset, here), pick = load_bytes(picked + offset, here);
             for (int pixel = 0; pixel < 4; pixel++) {
                 int i = 2 * down + pixel / 2 - second, j = 2 * across + pixel % 2 - second;
                 if (i >= 0 && i < side && j >= 0 && j < side) d[side * i + j] = (vector)((pick == pixel) & gradient);
@@ -324,11 +324,11 @@ void NAME(convolve)(const element *x, const uint8_t *x_picked, const float *u, c
                         for (long i = 0; i < at.bottom; i++)
                             for (long j = 0; j < at.right; j++) {
                                 long to = at.offset + i * at.row_apart + j * o + lane;
-                                whole where;
+                                ints where;
                                 vector most = pool(pixels + 2 * MADE * i + 2 * j, MADE, 1, shift, relu, &where);
                                 if (draws) {
-                                    whole kept = load_bytes(draws + to, which) >= (int32_t)threshold;
-                                    most = choose(kept, most * kept_scale(threshold), (vector){0});
+                                    ints kept = load_bytes(draws + to, which) >= (int32_t)threshold;
+                                    most = blend(kept, most * kept_scale(threshold), (vector){0});
                                     where = (kept & where) | (~kept & 4);
                                 }
                                 store(y + to, most, which);
