@@ -115,9 +115,9 @@ def new_training(
                 "resumed": [],
             }
         )
-        training = Training(run, recipe, images, here, state, data, checkpoint_minutes, keep)
-        undo.callback(training.close)
-        training.take_lock()
+        lock = undo.enter_context(contextlib.ExitStack())
+        lock.enter_context(run.lock())
+        training = Training(run, recipe, images, here, state, data, checkpoint_minutes, keep, lock)
         training.save()
         run.write_recipe(recipe)
         undo.pop_all()
@@ -187,83 +187,83 @@ def resumed_training(
     run = run if isinstance(run, Run) else load_run(run, runs_dir)
     with contextlib.ExitStack() as lock:
         lock.enter_context(run.lock())
-        training = _loaded(run, images, epochs, allow_inexact, device, threads, data_dir, offline)
-        training.checkpoint_minutes, training.keep = checkpoint_minutes, keep
-        training.lock = lock.pop_all()
-    return training
+        recipe, recorded = run.recipe, last_machine(run.provenance)
+        _check_goes_on(run, epochs)
+        images = recorded_images(run, images, data_dir=data_dir, offline=offline)
+        here = machine.prepare(
+            recorded["precision"] if recipe.precision == "auto" else recipe.precision,
+            device=device or recorded["device"],
+            threads=recorded["threads"] if threads is None else threads,
+        )
+        differences = here.differences(recorded)
+        if differences and not allow_inexact:
+            asked = {"device": device, "threads": threads}
+            options = [f"--{name}" for name, value in asked.items() if value not in (None, recorded[name])]
+            leave = f"leave {' and '.join(options)} out, or " if options else ""
+            raise FromzeroError(
+                f"{run.path}: what it was trained with differs from this machine ({'; '.join(differences)}), so the"
+                f" result would not be the same to the bit; {leave}--allow-inexact goes on all the same"
+            )
+        data = Data.of(recipe, images, here.device)
+        _check_memory(recipe, data, images, here, f"{run.path} is left as it was, to go on where there is as much")
+        state, found = _last_state(run, images, here)
+        # Nothing can fail from here on but writing, so a run that cannot go on is left as it was.
+        checkpoint.set_aside_damaged(run.checkpoints, found)
+        recipe = _cut_back(run, state, images, here, epochs or recipe.epochs, exact=not differences)
+        return Training(run, recipe, images, here, state, data, checkpoint_minutes, keep, lock.pop_all())
 
 
-def _loaded(
-    run: Run,
-    images: ImageSet | None,
-    epochs: int | None,
-    allow_inexact: bool,
-    device: str | None,
-    threads: int | None,
-    data_dir: str | Path | None,
-    offline: bool,
-) -> Training:
-    """The training of a run whose lock is held, at its last checkpoint; the run folder is cut back to it."""
-    recipe, provenance = run.recipe, run.provenance
-    recorded = last_machine(provenance)
+def _check_goes_on(run: Run, epochs: int | None) -> None:
+    """Refuse to go on with an edited run, or with one that has ended, but for more epochs. Raises FromzeroError."""
     check_unedited(run)
-    if epochs is not None and epochs < recipe.epochs:
-        raise InputError(f"{run.path}: --epochs {epochs} is less than the run's {recipe.epochs}")
+    before = run.recipe.epochs
+    if epochs is not None and epochs < before:
+        raise InputError(f"{run.path}: --epochs {epochs} is less than the run's {before}")
     check_kept(run)
-    if run.summary is not None and epochs in (None, recipe.epochs):
+    if run.summary is not None and epochs in (None, before):
         raise InputError(
-            f"{run.path}: has ended after {recipe.epochs} epochs; to extend it: {run.resume_command}"
-            f" --epochs {2 * recipe.epochs}"
+            f"{run.path}: has ended after {before} epochs; to extend it: {run.resume_command} --epochs {2 * before}"
         )
-    images = recorded_images(run, images, data_dir=data_dir, offline=offline)
-    here = machine.prepare(
-        recorded["precision"] if recipe.precision == "auto" else recipe.precision,
-        device=device or recorded["device"],
-        threads=recorded["threads"] if threads is None else threads,
-    )
-    differences = here.differences(recorded)
-    if differences and not allow_inexact:
-        asked = {"device": device, "threads": threads}
-        options = " and ".join(f"--{name}" for name, value in asked.items() if value not in (None, recorded[name]))
-        raise FromzeroError(
-            f"{run.path}: what it was trained with differs from this machine ({'; '.join(differences)}), so the result"
-            f" would not be the same to the bit; {f'leave {options} out, or ' if options else ''}"
-            "--allow-inexact goes on all the same"
-        )
+
+
+def _last_state(run: Run, images: ImageSet, here: Machine) -> tuple[State, Checkpoint]:
+    """The state in a run's last checkpoint, and that. Raises FromzeroError where it or rows up to it are gone."""
     found = checkpoint.load_last(run.checkpoints)
     if found is None:
         left = checkpoint.best_left(run.checkpoints)
         raise FromzeroError(f"{run.path}: its checkpoints are gone; nothing was changed{left}")
-    data = Data.of(recipe, images, here.device)
-    _check_memory(recipe, data, images, here, f"{run.path} is left as it was, to go on where there is as much")
-    state = State.initial(recipe, images.image_shape, images.num_classes, here.device)
+    state = State.initial(run.recipe, images.image_shape, images.num_classes, here.device)
     with naming(found):
         state.load_checkpoint(found)
-    if len(run.metrics()) < state.counters.epoch:
+    expected, rows = state.counters.epoch, len(run.metrics())
+    if rows < expected:
         raise FromzeroError(
-            f"{run.path}/metrics.jsonl: rows are missing: expected {state.counters.epoch}, found {len(run.metrics())};"
-            f" nothing was changed; {run.way_on}"
+            f"{run.path}/metrics.jsonl: rows are missing: expected {expected}, found {rows}; nothing was changed;"
+            f" {run.way_on}"
         )
-    # Nothing can fail from here on but writing, so a run that cannot go on is left as it was.
-    checkpoint.set_aside_damaged(run.checkpoints, found)
-    other_course = differences or epochs not in (None, recipe.epochs)
-    if other_course and checkpoint.set_aside_newer_best(run.checkpoints, state.counters.epoch):
+    return state, found
+
+
+def _cut_back(run: Run, state: State, images: ImageSet, here: Machine, epochs: int, *, exact: bool) -> Recipe:
+    """Make the run's folder that of a run which stands at `state` and is to have so many epochs; the recipe of that."""
+    recipe, provenance, summary = run.recipe, run.provenance, run.summary
+    extended = epochs != recipe.epochs
+    if (extended or not exact) and checkpoint.set_aside_newer_best(run.checkpoints, state.counters.epoch):
         # Those that were best before had been overwritten by them: the best is the best from here on.
         state.counters.best_epoch, state.counters.best_accuracy = 0, -1.0
     run.cut_metrics(state.counters.epoch)
-    note: dict[str, Any] = {**describe_program(), "machine": asdict(here), "step": state.counters.step}
-    note["exact"] = not differences
-    if epochs is not None and epochs != recipe.epochs:
+    note: dict[str, Any] = {**describe_program(), "machine": asdict(here), "step": state.counters.step, "exact": exact}
+    if extended:
         note["epochs"] = [recipe.epochs, epochs]
-        if run.summary is not None:
-            note["summary"] = run.summary  # what the shorter training ended with, its test accuracy too
-        recipe = recipe.override({"epochs": epochs})
+        if summary is not None:
+            note["summary"] = summary  # what the shorter training ended with, its test accuracy too
     described = provenance["data"] | {"source": images.source}  # where they are now
     run.write_provenance({**provenance, "data": described, "resumed": [*provenance["resumed"], note]})
-    if "epochs" in note:  # last: a recipe with epochs that provenance does not know would count as edited
+    if extended:  # last: a recipe with epochs that provenance does not know would count as edited
+        recipe = recipe.override({"epochs": epochs})
         run.write_recipe(recipe)
         (run.path / "summary.json").unlink(missing_ok=True)
-    return Training(run, recipe, images, here, state, data)
+    return recipe
 
 
 def extension_note(before: Recipe, after: Recipe, step: int, timetable: Timetable) -> str:

@@ -68,11 +68,7 @@ class Training:
     data: Data
     checkpoint_minutes: float | None = None
     keep: int = 2
-    lock: ExitStack = field(default_factory=ExitStack)
-
-    def take_lock(self) -> None:
-        """Become the run's one writer until the training ends or is closed."""
-        self.lock.enter_context(self.run.lock())
+    lock: ExitStack = field(default_factory=ExitStack)  # held by the run's one writer, until it ends or is closed
 
     def close(self) -> None:
         """Let go of the run without training on."""
