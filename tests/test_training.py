@@ -837,6 +837,15 @@ def test_a_signal_after_the_last_epoch_stops_too(at, small, tiny_images, tmp_pat
     assert training_.run.summary["test/loss"] == straight.summary["test/loss"]
 
 
+def test_a_run_has_a_name_from_inside_its_folder(small, tiny_images, tmp_path, monkeypatch):
+    training_ = new_training(small, tiny_images, runs_dir=tmp_path)
+    training_.close()
+    monkeypatch.chdir(training_.run.checkpoints)
+    assert fromzero.load_run("..").name == training_.run.name
+    monkeypatch.chdir("..")
+    assert fromzero.load_run(".").name == training_.run.name
+
+
 def test_of_epochs_that_get_as_many_right_the_one_of_the_lowest_loss_is_best(small, tiny_images, tmp_path):
     training_ = new_training(small, tiny_images, runs_dir=tmp_path)
     rows = ((0.5, 1.0), (0.5, 0.9), (0.5, 1.1), (0.4, 0.1), (0.5, 0.9))

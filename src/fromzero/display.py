@@ -106,7 +106,7 @@ def epoch_line(now: Timed, *, narrow: bool = False) -> str:
         f" (running {row['train/running_accuracy']:.4f})  val {row['val/accuracy']:.4f}"
     )
     if narrow:
-        return f"{accuracies}  {duration(now.seconds_left)} left"
+        return accuracies + (f"  {duration(now.seconds_left)} left" if now.is_known else "")
     losses = f"loss {row['train/loss']:.3f} ({row['train/running_loss']:.3f}), val {row['val/loss']:.3f}"
     return f"{accuracies}  {losses}{now.speed}"
 
@@ -132,7 +132,7 @@ class Timed(training.Progress):
 
     images_per_second: float = 0.0
     seconds_left: float = 0.0
-    is_known: bool = False  # from the first step on; before it, a run gone on with may have ended an epoch
+    is_known: bool = False  # from the second step on
 
     @property
     def speed(self) -> str:
@@ -222,7 +222,7 @@ def _watch_live(progress: Iterator[Timed], console: Console) -> None:
             if time.monotonic() - shown < REFRESH_SECONDS:
                 continue
             shown = time.monotonic()
-            three = f"running {_running(now):.3f}"
+            three = f"running {_running(now):.3f}" if counters.running_images else "running –"
             if last:
                 three += f" train {last['train/accuracy']:.3f} val {last['val/accuracy']:.3f}"
             bars.update(
@@ -230,7 +230,7 @@ def _watch_live(progress: Iterator[Timed], console: Console) -> None:
                 description=f"epoch {_epoch(now)}",
                 total=now.timetable.steps_in(counters.epoch),
                 completed=counters.step - now.timetable.start_of(counters.epoch),
-                info=f"{_step(now)} {three} {now.images_per_second:,.0f} images/s {duration(now.seconds_left)} left",
+                info=f"{_step(now)} {three}{now.speed}",
                 refresh=True,
             )
 

@@ -379,7 +379,7 @@ def load_run(run: str | Path, runs_dir: str | Path = "runs") -> Run:
     places = (Path(run), Path(runs_dir) / run)
     for path in places:
         if (path / "recipe.toml").is_file():
-            return Run(path)
+            return Run(path if path.name not in ("", "..") else path.resolve())  # which are no names
     for path in places:
         if (path / "provenance.json").exists():
             raise InputError(
