@@ -10,7 +10,6 @@ import torch
 import fromzero
 from fromzero import cli
 from fromzero.data.images import Images, ImageSet
-from fromzero.evaluate import predict
 from fromzero.recipe import load_recipe, recipe_names
 from fromzero.trained import load_classifier
 
@@ -36,7 +35,7 @@ def test_every_recipes_network_computes_the_same(name, tiny_images, tmp_path, ca
     model = onnx.load(path)
     classifier = load_classifier(run, precision="float32", device="cpu")
     pixels = tiny_images.test.pixels[:10]
-    ours = predict(classifier.network, torch.from_numpy(pixels), classifier.normalise, classifier.machine).numpy()
+    ours = classifier.predict(torch.from_numpy(pixels)).numpy()
     (theirs,) = onnx.reference.ReferenceEvaluator(model).run(None, {"pixels": pixels})
     np.testing.assert_allclose(theirs, ours, atol=2e-5)
     properties = {entry.key: entry.value for entry in model.metadata_props}
@@ -50,7 +49,7 @@ def test_a_runtime_computes_the_same(tiny_images, tmp_path):
     assert cli.main(["export", str(run.path), str(tmp_path / "model.onnx"), "--checkpoint", "best"]) == 0
     classifier = load_classifier(run, "best", precision="float32", device="cpu")
     pixels = tiny_images.test.pixels
-    ours = predict(classifier.network, torch.from_numpy(pixels), classifier.normalise, classifier.machine).numpy()
+    ours = classifier.predict(torch.from_numpy(pixels)).numpy()
     (theirs,) = runtime.InferenceSession(tmp_path / "model.onnx").run(None, {"pixels": pixels})
     np.testing.assert_allclose(theirs, ours, atol=2e-5)
 

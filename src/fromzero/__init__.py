@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fromzero.recipe import Recipe, load_recipe
     from fromzero.runs import Run, list_runs, load_run
     from fromzero.sessions import new_training, resume, resumed_training, train
+    from fromzero.trained import load_classifier, load_trained
 
 # Before torch is loaded: threads that wait for the others spin a short while, then sleep. The default spins so long
 # that on a machine with other work a step can take twenty times as long; on an idle one this costs nothing.
@@ -35,9 +36,11 @@ _HOMES = {
     "Recipe": "recipe",
     "Run": "runs",
     "list_runs": "runs",
+    "load_classifier": "trained",
     "load_images": "data",
     "load_recipe": "recipe",
     "load_run": "runs",
+    "load_trained": "trained",
     "new_training": "sessions",
     "resume": "sessions",
     "resumed_training": "sessions",
@@ -53,9 +56,11 @@ __all__ = [
     "Run",
     "StoppedError",
     "list_runs",
+    "load_classifier",
     "load_images",
     "load_recipe",
     "load_run",
+    "load_trained",
     "new_training",
     "resume",
     "resumed_training",

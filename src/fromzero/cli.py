@@ -22,11 +22,7 @@ from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted
 from fromzero.recipe import Recipe, field_types, load_recipe, parse_value, recipe_names, recipe_purpose
 
 if TYPE_CHECKING:
-    import torch
-
-    from fromzero.data.pictures import Wrong
     from fromzero.evaluate import Outcomes
-    from fromzero.runs import Run
     from fromzero.trained import Classifier, Trained
     from fromzero.training import Training
     from fromzero.verify import Verification
@@ -272,10 +268,9 @@ def _evaluate_on(arguments: argparse.Namespace) -> None:
 
     if arguments.data_dir is not None:
         raise InputError(f"--data-dir is where a run's own images are, and others are scored: {arguments.FOLDER}")
-    run, classifier = _classifier(arguments)
-    network, normalise, _, names, here = classifier
+    run, network, normalise, _, names, here = classifier = _classifier(arguments)
     paths, truth = labelled_pictures(arguments.FOLDER, names)
-    pixels, read, wrong = _read_for(classifier, run, paths)
+    pixels, read, wrong = classifier.read(paths)
     if not read:
         raise InputError(unreadable(paths, wrong))
     labels = torch.from_numpy(truth[read]).to(here.device)
@@ -293,34 +288,13 @@ def _evaluate_on(arguments: argparse.Namespace) -> None:
         raise InputError(unreadable(paths, wrong))
 
 
-def _classifier(arguments: argparse.Namespace) -> tuple[Run, Classifier]:
-    """The run whose weights are to look at other pictures, and those."""
+def _classifier(arguments: argparse.Namespace) -> Classifier:
+    """The weights that are to look at other pictures."""
     with _importing():
-        from fromzero.runs import load_run
         from fromzero.trained import load_classifier
 
-    run = load_run(arguments.RUN, arguments.runs_dir)
-    options = {"device": arguments.device or "auto", "threads": arguments.threads}
-    return run, load_classifier(run, arguments.checkpoint, **options)
-
-
-def _read_for(
-    classifier: Classifier, run: Run, paths: Sequence[Path]
-) -> tuple[torch.Tensor, list[int], dict[int, Wrong]]:
-    """Pictures as the run's images were prepared: pixels uint8 (N, H, W, 3) on its device, their places among the
-    paths, and what is wrong with those at other places."""
-    import torch
-
-    from fromzero.data.pictures import read_pictures
-
-    height, width, channels = classifier.image_shape
-    if channels != 3:
-        raise InputError(
-            f"{run.path}: its images have {counted(channels, 'channel')}; pictures are read as red, green, blue"
-        )
-    pixels, _, wrong = read_pictures(paths, height, width, "reading")
-    read = [index for index in range(len(paths)) if index not in wrong]
-    return torch.from_numpy(pixels[read]).to(classifier.machine.device), read, wrong
+    options = {"device": arguments.device or "auto", "threads": arguments.threads, "runs_dir": arguments.runs_dir}
+    return load_classifier(arguments.RUN, arguments.checkpoint, **options)
 
 
 def _print_scores(label: str, found: Outcomes) -> None:
@@ -345,17 +319,16 @@ def _print_recalls(label: str, found: Outcomes, class_names: Sequence[str]) -> N
 def _predict(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.data.pictures import pictures_at, unreadable
-        from fromzero.evaluate import predict
 
     paths = pictures_at(arguments.PICTURE)
-    run, classifier = _classifier(arguments)
+    classifier = _classifier(arguments)
     names = classifier.class_names
-    pixels, read, wrong = _read_for(classifier, run, paths)
+    pixels, read, wrong = classifier.read(paths)
     if read:
         try:
-            found = predict(classifier.network, pixels, classifier.normalise, classifier.machine, views=arguments.tta)
+            found = classifier.predict(pixels, arguments.tta)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{run.path}: {error}; {_other_weights(arguments)}") from None
+            raise NonFiniteError(f"{classifier.run.path}: {error}; {_other_weights(arguments)}") from None
         likeliest = found.topk(min(arguments.top or (len(names) if arguments.json else 1), len(names)))
         longest = max(map(len, names))
         for index, values, labels in zip(read, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
@@ -375,13 +348,12 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.export import export
-        from fromzero.runs import load_run
         from fromzero.trained import load_classifier
 
-    run = load_run(arguments.RUN, arguments.runs_dir)
-    classifier = load_classifier(run, arguments.checkpoint, precision="float32", device="cpu")
-    path = arguments.FILE or run.path / f"{run.name}.onnx"
-    difference = export(run, classifier, path)
+    options = {"runs_dir": arguments.runs_dir, "precision": "float32", "device": "cpu"}
+    classifier = load_classifier(arguments.RUN, arguments.checkpoint, **options)
+    path = arguments.FILE or classifier.run.path / f"{classifier.run.name}.onnx"
+    difference = export(classifier, path)
     shape = ", ".join(map(str, classifier.image_shape))
     print(f"{path}: pixels uint8 (N, {shape}) → probabilities float32 (N, {len(classifier.class_names)})")
     print(

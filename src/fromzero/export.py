@@ -17,8 +17,7 @@ import torch
 from fromzero import networks
 from fromzero.data.pictures import PREPARED
 from fromzero.errors import FromzeroError, InputError
-from fromzero.evaluate import predict
-from fromzero.runs import Run, check_named, write_named
+from fromzero.runs import check_named, write_named
 from fromzero.trained import Classifier
 
 OPSET, IR_VERSION = 20, 9  # the first with Gelu, and what runtimes of that time read
@@ -26,8 +25,8 @@ CHECKED_IMAGES = 8
 TOLERANCE, SMALLEST = 1e-2, 1e-20  # of the logarithm of a probability, nats; the smallest that is looked at
 
 
-def export(run: Run, classifier: Classifier, path: Path) -> float:
-    """Write the network of `run` to `path` as ONNX, from pixels uint8 (N, H, W, C) to probabilities float32
+def export(classifier: Classifier, path: Path) -> float:
+    """Write a run's network to `path` as ONNX, from pixels uint8 (N, H, W, C) to probabilities float32
     (N, classes); its metadata hold the names of the classes and how pictures become pixels.
 
     Returns the largest difference in nats between the logarithms of its probabilities and of `classifier`'s on random
@@ -39,25 +38,27 @@ def export(run: Run, classifier: Classifier, path: Path) -> float:
     except ImportError:
         raise InputError("export needs the package onnx: pip install onnx") from None
     check_named(path)
-    model = _model(run, classifier)
+    model = _model(classifier)
     pixels = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, *classifier.image_shape), dtype=np.uint8)
     (theirs,) = ReferenceEvaluator(model).run(None, {"pixels": pixels})
-    ours = predict(classifier.network, torch.from_numpy(pixels), classifier.normalise, classifier.machine).numpy()
+    ours = classifier.predict(torch.from_numpy(pixels)).numpy()
     difference = float(np.abs(np.log(np.maximum(theirs, SMALLEST)) - np.log(np.maximum(ours, SMALLEST))).max())
     if not difference <= TOLERANCE:
         raise FromzeroError(
-            f"{run.path}: its log-probabilities as ONNX would be off by {difference:.2g}; nothing was written"
+            f"{classifier.run.path}: its log-probabilities as ONNX would be off by {difference:.2g}; nothing was"
+            " written"
         )
     write_named(path, model.SerializeToString())
     return difference
 
 
-def _model(run: Run, classifier: Classifier) -> Any:
+def _model(classifier: Classifier) -> Any:
     """The ONNX model."""
     import onnx
     from onnx import TensorProto, helper
 
-    recipe, shape = run.recipe, classifier.image_shape
+    run, shape = classifier.run, classifier.image_shape
+    recipe = run.recipe
     graph = _Graph({name: tensor.float().cpu().numpy() for name, tensor in classifier.network.state_dict().items()})
     x = graph.add("Cast", "pixels", to=TensorProto.FLOAT)
     x = graph.add("Sub", x, graph.constant("shift", classifier.normalise.shift.cpu().numpy()))

@@ -374,8 +374,11 @@ def create_run(runs_dir: Path, name: str) -> Run:
     return Run(path)
 
 
-def load_run(run: str | Path, runs_dir: str | Path = "runs") -> Run:
-    """The run at a path, or the one of that name under `runs_dir`. Raises InputError when there is none."""
+def load_run(run: Run | str | Path, runs_dir: str | Path = "runs") -> Run:
+    """The run at a path, or the one of that name under `runs_dir`; a run is itself. Raises InputError when there is
+    none."""
+    if isinstance(run, Run):
+        return run
     places = (Path(run), Path(runs_dir) / run)
     for path in places:
         if (path / "recipe.toml").is_file():

@@ -82,7 +82,7 @@ def new_training(
     state = initial_state(recipe, images.image_shape, images.num_classes, data, here)
     origin = None
     if start_from is not None:
-        source = start_from if isinstance(start_from, Run) else load_run(start_from, runs_dir)
+        source = load_run(start_from, runs_dir)
         found = last_checkpoint(source)
         weights = _weights_for(images, found, source, partial=partial)
         try:
@@ -184,7 +184,7 @@ def resumed_training(
     when the run has ended, when its recipe was edited, when the images differ from the recorded ones, or when the
     machine differs and `allow_inexact` is not set.
     """
-    run = run if isinstance(run, Run) else load_run(run, runs_dir)
+    run = load_run(run, runs_dir)
     with contextlib.ExitStack() as lock:
         lock.enter_context(run.lock())
         recipe, recorded = run.recipe, last_machine(run.provenance)

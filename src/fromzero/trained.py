@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
 
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
 from fromzero.errors import FromzeroError, InputError, counted
-from fromzero.evaluate import Normalise, evaluate
+from fromzero.evaluate import Normalise, evaluate, predict
 from fromzero.machine import Machine
 from fromzero.modules import Network
 from fromzero.networks import ImageShape
 from fromzero.recipe import default_of
-from fromzero.runs import Row, Run
+from fromzero.runs import Row, Run, load_run
 from fromzero.splits import Data
 from fromzero.state import load_weights, model_weights
 from fromzero.timetable import Timetable
+
+if TYPE_CHECKING:
+    from fromzero.data.pictures import Wrong
 
 
 def check_unedited(run: Run) -> None:
@@ -149,9 +155,10 @@ class Trained(NamedTuple):
 
 
 def load_trained(
-    run: Run,
+    run: Run | str | Path,
     which: str = "last",
     *,
+    runs_dir: str | Path = "runs",
     images: ImageSet | None = None,
     device: str = "auto",
     threads: int | None = None,
@@ -160,6 +167,7 @@ def load_trained(
 ) -> Trained:
     """A run with its `last` or `best` weights, on the images it was trained on and in its precision. Raises
     FromzeroError when the images or the weights are not there or not its own."""
+    run = load_run(run, runs_dir)
     images = recorded_images(run, images, data_dir=data_dir, offline=offline)
     here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
     network, found = load_network(run, images.image_shape, images.num_classes, here, which)
@@ -172,19 +180,46 @@ def load_trained(
 class Classifier(NamedTuple):
     """What a run has come to, for pictures it has not seen: all that its folder alone can tell."""
 
+    run: Run
     network: Network
     normalise: Normalise
     image_shape: ImageShape
     class_names: tuple[str, ...]
     machine: Machine
 
+    def read(self, paths: Sequence[str | Path]) -> tuple[Tensor, list[int], dict[int, Wrong]]:
+        """Pictures prepared as the run's were: pixels uint8 (N, H, W, 3) on its device, the places among `paths` that
+        these are of, and what is wrong with the files at other places. Raises InputError where its images have other
+        channels."""
+        from fromzero.data.pictures import read_pictures  # with Pillow, which few need
+
+        height, width, channels = self.image_shape
+        if channels != 3:
+            has = counted(channels, "channel")
+            raise InputError(f"{self.run.path}: its images have {has}; pictures are read as red, green, blue")
+        pixels, _, wrong = read_pictures([Path(path) for path in paths], height, width, "reading")
+        read = [index for index in range(len(paths)) if index not in wrong]
+        return torch.from_numpy(pixels[read]).to(self.machine.device), read, wrong
+
+    def predict(self, pixels: Tensor, views: str = "none") -> Tensor:
+        """Probabilities float32 (N, classes) of pixels uint8 (N, H, W, C), as `evaluate.predict` has them. Raises
+        NonFiniteError."""
+        return predict(self.network, pixels, self.normalise, self.machine, views)
+
 
 def load_classifier(
-    run: Run, which: str = "last", *, precision: str | None = None, device: str = "auto", threads: int | None = None
+    run: Run | str | Path,
+    which: str = "last",
+    *,
+    runs_dir: str | Path = "runs",
+    precision: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
 ) -> Classifier:
     """A run's network with its `last` or `best` weights and what it needs to look at pictures; the images that it was
     trained on need not be there. precision: another one than it was trained in. Raises FromzeroError when the weights
     are not there or not its own."""
+    run = load_run(run, runs_dir)
     recorded = run.provenance["data"]
     height, width, channels = recorded["image_shape"]
     if {len(values) for values in recorded["normalise"].values()} != {channels}:
@@ -196,7 +231,7 @@ def load_classifier(
     if which == "last" and not found.state.get("step"):
         warnings.warn(f"{run.path}: these are the weights it began with; none has been saved since", stacklevel=2)
     normalise = Normalise.from_json(recorded["normalise"], here.device)
-    return Classifier(network, normalise, (height, width, channels), tuple(recorded["classes"]), here)
+    return Classifier(run, network, normalise, (height, width, channels), tuple(recorded["classes"]), here)
 
 
 def load_network(
