@@ -55,6 +55,12 @@ def test_the_display_on_a_terminal_ends_with_the_result_too(training):
     assert str(training.run.path) in place
 
 
+def test_few_validation_images_are_said_to_be(training):
+    says = "  note: 20 validation images give an accuracy to within ± 20 points at worst"
+    assert f"{says}; --validation.fraction holds out more" in display.header(training).splitlines()
+    training.close()
+
+
 def test_the_time_left_counts_nothing_that_comes_once(training, monkeypatch):
     clock = 0.0
     monkeypatch.setattr(display.time, "monotonic", lambda: clock)

@@ -67,7 +67,9 @@ def header(run: Training) -> str:
         more = "; --validation.fraction holds out more" if len(run.data.train.labels) < len(run.images.train) else ""
         low, high = wilson_interval(0.5, count)  # where it is widest
         points = f"{50 * (high - low):.0f} points"
-        lines.append(f"  note: {counted(count, 'validation image')} give an accuracy to within ± {points} only{more}")
+        lines.append(
+            f"  note: {counted(count, 'validation image')} give an accuracy to within ± {points} at worst{more}"
+        )
     augmentation, timetable = recipe.augment, run.timetable
     if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
         lines.append(
