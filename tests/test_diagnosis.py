@@ -11,9 +11,9 @@ import torch
 import fromzero
 from fromzero import cli, probe
 from fromzero.data.images import Images
-from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, diagnose, untried, why_labels_cannot_be_judged
+from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, Finding, diagnose, untried, why_labels_cannot_be_judged
 from fromzero.evidence import Cooldown, Copies, Evidence, LayerMeasures, Measures, Score, Surest, Trial, best_factor
-from fromzero.findings import remarks, study_text, write_findings
+from fromzero.findings import diagnosis_text, remarks, study_text, write_findings
 from fromzero.recipe import load_recipe
 from fromzero.sessions import new_training, resume
 from fromzero.study.definition import load_study
@@ -558,6 +558,18 @@ def test_the_command_names_the_problem_and_the_study_that_it_writes_runs(run, tm
     monkeypatch.chdir(tmp_path / "elsewhere")  # where the recipe's own name of the folder leads nowhere
     assert cli.main(["study", str(tmp_path / study), "--seeds", "2", "--jobs", "1", "--threads", "1"]) == 0
     assert "remedied against as-it-is, val/accuracy higher" in capsys.readouterr().out
+
+
+def test_how_long_a_study_takes_is_said_by_its_epochs(run):
+    rows = [row | {"time/seconds": 30.0 * row["epoch"]} for row in run.metrics()]
+    for changes, took in (
+        ({"epochs": 6}, "6 pairs of runs, one about as long as this one (60 s), the other 3 min 00 s"),
+        ({"optimizer.learning_rate": 0.1}, "6 pairs of runs, each about as long as this one (60 s)"),
+        ({"batch_size": 5}, "6 pairs of runs"),
+    ):
+        found = [Finding("a", "b", "c", "d", changes)]
+        told = diagnosis_text(run, rows, found, {"a": run.path / "a.toml"}, [], columns=200)
+        assert told.splitlines()[-1].endswith(took)
 
 
 def test_a_runs_study_survives_that_the_run_is_extended_and_its_images_are_moved(run, tmp_path, capsys):

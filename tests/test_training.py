@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fromzero
-from fromzero import checkpoint, machine, optim, training
+from fromzero import checkpoint, curves, machine, optim, training
 from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
 from fromzero.evaluate import Normalise, evaluate
@@ -835,6 +835,13 @@ def test_a_signal_after_the_last_epoch_stops_too(at, small, tiny_images, tmp_pat
         for _ in resumed_training(training_.run, tiny_images):
             pass
     assert training_.run.summary["test/loss"] == straight.summary["test/loss"]
+
+
+def test_curves_cut_off_the_few_losses_beside_which_nothing_would_be_seen():
+    usual = [1.0 - step / 100 for step in range(57)]
+    assert curves._highest_shown([2.3, *usual, 2.2]) is None
+    most = curves._highest_shown([70_000.0, 12.0, *usual])
+    assert max(usual) < most < 2
 
 
 def test_a_run_has_a_name_from_inside_its_folder(small, tiny_images, tmp_path, monkeypatch):
