@@ -274,6 +274,10 @@ def test_rates_that_another_optimizer_leaves_behind_are_named(tmp_path, capsys):
     kinds = ["learning_rate 0.24", "head_learning_rate 0.2", "bias_learning_rate 0.2"]
     left = ", ".join(f"--optimizer.{kind}" for kind in kinds)
     assert note("optimizer.name", "adamw") == f"{left} as few has for muon; usual for adamw: 0.001"
+    small = ["--network.channels", "[[4]]", "--network.dense", "[]", "--network.head", "mean", "--threads", "1"]
+    small += ["--runs-dir", str(tmp_path), "--network.whitening", "0", "--epochs", "1", "--augment.scale", "1"]
+    assert cli.main(["train", "digits", "--recipe", "quick", *small, "--optimizer.name", "adam"]) == 0
+    assert "note: --optimizer.learning_rate 0.24, " in capsys.readouterr().out
     rates = {f"optimizer.{kind}learning_rate": 0.001 for kind in ("", "head_", "bias_")}
     assert not note("optimizer.name", "adamw", *(part for pair in rates.items() for part in pair))
 

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file
 
 from benchmarks.pictures import parts_of
 from fromzero import Run, checkpoint, cli, list_runs, load_images, load_recipe
-from fromzero.data import pictures, split_name
-from fromzero.errors import InputError
-from fromzero.sessions import new_training
+from fromzero.data import pictures, split_name, stratified_split
+from fromzero.errors import FromzeroError, InputError
+from fromzero.sessions import new_training, resumed_training
 from fromzero.splits import Data
+from fromzero.trained import load_trained
 
 COLORS = {"blue": (20, 40, 200), "green": (30, 180, 60), "red": (210, 30, 40)}
 CHANGES = ["--network.channels", "[[4],[8]]", "--network.pool", "4", "--network.dense", "[16]", "--epochs", "2"]
@@ -82,6 +83,34 @@ def test_few_pictures_change_sides_when_some_are_taken_away(tmp_path):
     for part in range(3):
         elsewhere = set.union(*(before[other] for other in range(3) if other != part))
         assert len(after[part] & elsewhere) <= 2 * len(COLORS)
+
+
+def test_the_size_of_pictures_moves_none_to_another_side(tmp_path):
+    def held(images):
+        indices = stratified_split(images.train.labels, 0.2, images.train.content_keys())[1]
+        return {images.train.files[index] for index in indices}
+
+    folder = write(tmp_path / "a", count=30, size=(24, 24))
+    before = held(load_images(folder))
+    assert len(before) == 3 * 5
+    assert held(load_images(f"{folder}@48")) == before
+    painted("red", 999, size=(30, 20)).save(folder / "red" / "other.png")
+    assert load_images(folder).image_shape == (32, 32, 3)
+    assert len(held(load_images(folder)) - before) <= 2
+
+
+def test_a_run_validated_on_another_split_is_refused(tmp_path):
+    images = load_images(write(tmp_path / "a", count=10))
+    training = new_training(load_recipe("few").override({"epochs": 1}), images, runs_dir=tmp_path)
+    training.close()
+    load_trained(training.run, images=images)
+    provenance = training.run.provenance
+    for held_out in ("0" * 64, None):
+        provenance["data"]["held_out"] = held_out
+        training.run.write_provenance(provenance)
+        for load in (load_trained, resumed_training):
+            with pytest.raises(FromzeroError, match="an earlier fromzero held out other pictures"):
+                load(training.run, images=images)
 
 
 def test_train_val_and_test_are_taken_as_they_are(tmp_path):
@@ -354,10 +383,14 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     assert "others: expected a folder for each class, called as the run's classes are (blue, green, red)" in said
     shutil.rmtree(others / "was-red")
     (others / "blue" / "damaged.png").write_bytes(b"")
+    (others / "blue" / "a.heic").write_bytes(b"")
+    (others / "loose.png").write_bytes(b"")
     assert cli.main(command) == 2
     shown = capsys.readouterr()
     assert "1 of 9 pictures cannot be read (empty: others/blue/damaged.png)" in shown.err
-    first, scores, recalls = shown.out.splitlines()
+    first, unread, others_, scores, recalls = shown.out.splitlines()
+    assert unread == "  note: not read, 1 of .heic: blue/a.heic; as JPEG or PNG they would be"
+    assert others_ == "  note: not read, being no picture in a class folder: loose.png"
     assert first.startswith(f"{run.path}: train1, last weights, on others, cpu, float32")
     pictures = [str(path) for path in sorted(others.glob("*/0*.png"))]
     assert len(pictures) == 8

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,10 @@ import pytest
 import fromzero
 from fromzero import networks, stats
 from fromzero.data import cifar, load_images
-from fromzero.errors import FromzeroError, InputError, StoppedError
+from fromzero.errors import FromzeroError, InputError, StoppedError, TooLargeError
 from fromzero.recipe import load_recipe, recipe_names
 from fromzero.study import pools
-from fromzero.study.cells import OUTCOMES, Cell, Setting, is_finished, read_outcomes, train_cell
+from fromzero.study.cells import OUTCOMES, Cell, Setting, _begun, is_finished, read_outcomes, train_cell
 from fromzero.study.definition import Contrast, lines_of, load_study, study_names
 from fromzero.study.execution import best_values, prepare_study, sweep
 from fromzero.study.page import write_lessons
@@ -489,6 +490,30 @@ def test_what_is_no_run_where_a_cells_folder_belongs_is_set_aside(data_folder, t
     list(prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1))
     assert (execution.folder / "set-aside" / "wide-seed0-2" / "notes.txt").read_text() == "somebody's own"
     assert (cells / "wide-seed0" / "recipe.toml").exists()
+
+
+def test_a_cell_that_no_longer_fits_into_memory_is_kept_and_goes_on_later(data_folder, tmp_path, text, monkeypatch):
+    execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
+    cell = next(iter(execution.cells))
+    training = _begun(cell, execution.images, execution.setting, pytest.fail)
+    steps = iter(training)
+    for _ in range(3):
+        next(steps)
+    training.save()
+    steps.close()
+    training.close()
+    with monkeypatch.context() as patch:
+        patch.setattr("fromzero.resources.available_memory", lambda: 1e3)
+        with pytest.raises(TooLargeError, match="left as it was"):
+            _begun(cell, execution.images, execution.setting, pytest.fail)
+    again = _begun(cell, execution.images, execution.setting, pytest.fail)
+    assert again.state.counters.step == 3
+    again.close()
+    shutil.rmtree(cell.path)
+    (cell.path / "checkpoints").mkdir(parents=True)  # killed before it was a run: nothing to keep
+    (cell.path / "metrics.jsonl").touch()
+    _begun(cell, execution.images, execution.setting, pytest.fail).close()
+    assert not (execution.folder / "set-aside").exists()
 
 
 def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_folder, tmp_path, text):

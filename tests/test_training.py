@@ -842,6 +842,9 @@ def test_curves_cut_off_the_few_losses_beside_which_nothing_would_be_seen():
     assert curves._highest_shown([2.3, *usual, 2.2]) is None
     most = curves._highest_shown([70_000.0, 12.0, *usual])
     assert max(usual) < most < 2
+    falling = [2 * math.exp(-epoch / 8) for epoch in range(100)]
+    assert curves._highest_shown(falling) is None
+    assert curves._highest_shown([5.0] + 50 * [0.0]) is None
 
 
 def test_a_run_has_a_name_from_inside_its_folder(small, tiny_images, tmp_path, monkeypatch):

@@ -269,7 +269,7 @@ def _evaluate_on(arguments: argparse.Namespace) -> None:
     if arguments.data_dir is not None:
         raise InputError(f"--data-dir is where a run's own images are, and others are scored: {arguments.FOLDER}")
     run, network, normalise, _, names, here = classifier = _classifier(arguments)
-    paths, truth = labelled_pictures(arguments.FOLDER, names)
+    paths, truth, notes = labelled_pictures(arguments.FOLDER, names)
     pixels, read, wrong = classifier.read(paths)
     if not read:
         raise InputError(unreadable(paths, wrong))
@@ -282,6 +282,8 @@ def _evaluate_on(arguments: argparse.Namespace) -> None:
         found = evaluate(network, pixels, labels, normalise, here, views=arguments.tta)
     except NonFiniteError as error:
         raise NonFiniteError(f"{run.path}: {error}; {_other_weights(arguments)}") from None
+    for note in notes:
+        print(f"  note: {note}")
     _print_scores("these", found)
     _print_recalls("these", found, names)
     if wrong:

@@ -36,7 +36,7 @@ def validation_label(recipe: Recipe, own: bool) -> str:
 def _highest_shown(losses: Sequence[float]) -> float | None:
     """Where to cut off losses of which a few are so high that nothing would be seen of the others; None: nowhere."""
     usual = 1.5 * sorted(losses)[9 * len(losses) // 10]
-    return usual if max(losses) > 2 * usual else None
+    return usual if max(losses) > 10 * usual > 0 else None
 
 
 def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, validation: str, path: Path) -> None:

@@ -20,6 +20,10 @@ class InputError(FromzeroError):
     exit_code = 2
 
 
+class TooLargeError(InputError):
+    """What would not fit into the memory that is free; nothing was changed."""
+
+
 class NonFiniteError(FromzeroError):
     """A loss or gradient became infinite or NaN. In a step the weights are left as they were."""
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fromzero.errors import InputError
+from fromzero.errors import TooLargeError
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
@@ -52,11 +52,11 @@ def granted_processors() -> float:
 
 def check_memory(needed: int, by: str, instead: str) -> None:
     """Refuse what cannot fit, since Linux ends a process that takes too much without a word. by: who need at least so
-    many more bytes; instead: what can be done. Raises InputError."""
+    many more bytes; instead: what can be done. Raises TooLargeError."""
     free = available_memory()
     if needed > free:
         gigabytes = f"at least {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
-        raise InputError(f"{by} need {gigabytes}; {instead}")
+        raise TooLargeError(f"{by} need {gigabytes}; {instead}")
 
 
 def available_memory() -> float:

@@ -73,6 +73,7 @@ class _Data(pydantic.BaseModel):
     classes: list[str] = pydantic.Field(min_length=1)
     image_shape: list[Annotated[int, pydantic.Field(ge=1, le=10_000)]] = pydantic.Field(min_length=3, max_length=3)
     normalise: _Normalise
+    held_out: str | None = None
 
 
 class _Resumed(pydantic.BaseModel):
@@ -152,15 +153,15 @@ class Run:
 
     @property
     def start_command(self) -> str:
-        """What to type to start a new run from this one's weights."""
-        return f"fromzero train --from {shlex.quote(str(self.path))}"
+        """What to type to start a new run from this one's weights, by its recipe and on its images."""
+        run, recipe = (shlex.quote(str(path)) for path in (self.path, self.path / "recipe.toml"))
+        return f"fromzero train --recipe {recipe} --from {run}"
 
     @property
     def way_on(self) -> str:
         """What can still be done with a run whose records are damaged, in words."""
         if any(self.checkpoints.glob("*.safetensors")):
-            run, recipe = (shlex.quote(str(path)) for path in (self.path, self.path / "recipe.toml"))
-            return f"its weights can start a new run: fromzero train --recipe {recipe} --from {run}"
+            return f"its weights can start a new run: {self.start_command}"
         return "no weights are left there either"
 
     @property

@@ -25,7 +25,7 @@ from fromzero.splits import Data, check_image_set
 from fromzero.state import State, least_memory, load_weights, model_weights
 from fromzero.steps import initial_state
 from fromzero.timetable import Timetable
-from fromzero.trained import check_kept, check_unedited, last_checkpoint, naming, recorded_images
+from fromzero.trained import check_kept, check_unedited, last_checkpoint, naming, recorded_data, recorded_images
 from fromzero.training import Training
 
 
@@ -100,6 +100,7 @@ def new_training(
         "classes": list(images.class_names),
         "image_shape": list(images.image_shape),
         "normalise": data.normalise.to_json(),
+        "held_out": data.held_out,
         "notes": list(images.notes),
     }
     run = create_run(Path(runs_dir), name or f"{re.sub('[@:]', '-', images.name)}-{total}")
@@ -204,7 +205,7 @@ def resumed_training(
                 f"{run.path}: what it was trained with differs from this machine ({'; '.join(differences)}), so the"
                 f" result would not be the same to the bit; {leave}--allow-inexact goes on all the same"
             )
-        data = Data.of(recipe, images, here.device)
+        data = recorded_data(run, images, here)
         _check_memory(recipe, data, images, here, f"{run.path} is left as it was, to go on where there is as much")
         state, found = _last_state(run, images, here)
         # Nothing can fail from here on but writing, so a run that cannot go on is left as it was.

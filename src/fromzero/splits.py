@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class Subset(NamedTuple):
     @classmethod
     def of(cls, images: Images) -> Subset:
         """The same memory as tensors."""
-        return cls(torch.from_numpy(images.pixels), torch.from_numpy(images.labels))
+        return cls(*(torch.from_numpy(np.ascontiguousarray(part)) for part in (images.pixels, images.labels)))
 
     def to(self, device: str) -> Subset:
         return Subset(self.pixels.to(device), self.labels.to(device))
@@ -47,19 +48,29 @@ class Data:
     validation: Subset
     test: Subset
     normalise: Normalise
+    by_contents: bool = False  # whether validation was held out by the contents of files
+
+    @property
+    def held_out(self) -> str:
+        """SHA-256 (hex) over the validation images and their labels."""
+        digest = hashlib.sha256()
+        for part in self.validation:
+            digest.update(part.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     @classmethod
     def of(cls, recipe: Recipe, images: ImageSet, device: str) -> Data:
         """Split as the recipe says. The splits depend on the images alone, not on the seed. Raises InputError where
         nothing can be held out."""
         train, test = Subset.of(images.train), Subset.of(images.test)
-        validation = test
+        validation, by_contents = test, False
         if recipe.validation.source == "split" and images.validation is not None:
             validation = Subset.of(images.validation)
         elif recipe.validation.source == "split":
             # Of a folder that pictures are added to or taken from, few others move: a training that starts from the
             # weights of an earlier one has hardly seen what it is validated on.
-            by = images.train.content_keys() if images.train.files else "validation"
+            by_contents = images.train.digests is not None
+            by = images.train.content_keys() if by_contents else "validation"
             kept, held = stratified_split(images.train.labels, recipe.validation.fraction, by)
             if not len(held):
                 raise InputError(
@@ -72,7 +83,7 @@ class Data:
             some = stratified_split(train.labels.numpy(), share, "clean train")[1]
             clean = train.take(some) if len(some) else train  # no class can spare one
         train, clean, validation, test = (part.to(device) for part in (train, clean, validation, test))
-        return cls(train, clean, validation, test, Normalise.of(recipe, train.pixels))
+        return cls(train, clean, validation, test, Normalise.of(recipe, train.pixels), by_contents)
 
 
 def _check_arrays(part: Images, split: str, images: ImageSet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -84,6 +85,22 @@ def recorded_images(
                 f"{run.path}: a class at {images.source} is called {now!r} and was {before!r}; give it its name back"
             )
     return images
+
+
+def recorded_data(run: Run, images: ImageSet, here: Machine) -> Data:
+    """The images of a run, split as when it was begun. Raises FromzeroError where an earlier fromzero split them in
+    another way: what it trained on would pass for validation."""
+    data = Data.of(run.recipe, images, here.device)
+    recorded = run.provenance["data"].get("held_out")
+    if recorded is None and not data.by_contents:  # of before that was recorded; these splits have not changed
+        return data
+    if recorded != data.held_out:
+        recipe = shlex.quote(str(run.path / "recipe.toml"))
+        raise FromzeroError(
+            f"{run.path}: an earlier fromzero held out other pictures for validation, so that this one would validate"
+            f" on some that it was trained on; start anew: fromzero train --recipe {recipe}"
+        )
+    return data
 
 
 def last_checkpoint(run: Run) -> Checkpoint:
@@ -171,7 +188,7 @@ def load_trained(
     images = recorded_images(run, images, data_dir=data_dir, offline=offline)
     here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
     network, found = load_network(run, images.image_shape, images.num_classes, here, which)
-    data = Data.of(run.recipe, images, here.device)
+    data = recorded_data(run, images, here)
     epochs = found.state.get("epoch", 0)
     beyond = found.state.get("step", 0) - Timetable.of(run.recipe, len(data.train.labels)).start_of(epochs)
     return Trained(run, images, data, network, found, epochs, here, max(beyond, 0))

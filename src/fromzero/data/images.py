@@ -19,12 +19,13 @@ RECORDS_AT_ONCE = 250  # of the fingerprint: small enough to stay in the process
 
 @dataclass(frozen=True)
 class Images:
-    """Pixels uint8 (N, H, W, C), labels int64 (N,), and the file that each came from, where each has one of its
-    own, under the image set's `source`."""
+    """Pixels uint8 (N, H, W, C), labels int64 (N,), and, where each has a file of its own, that under the
+    image set's `source`, and eight bytes of the SHA-256 of each file, uint64 (N,)."""
 
     pixels: np.ndarray
     labels: np.ndarray
     files: tuple[str, ...] = ()
+    digests: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -32,12 +33,16 @@ class Images:
     def take(self, indices: np.ndarray) -> Images:
         """The images at `indices`, in that order (a copy)."""
         files = tuple(self.files[index] for index in indices) if self.files else ()
-        return Images(self.pixels[indices], self.labels[indices], files)
+        digests = None if self.digests is None else self.digests[indices]
+        return Images(self.pixels[indices], self.labels[indices], files, digests)
 
     def content_keys(self) -> np.ndarray:
-        """uint64 (N,), of each image the beginning of its record's digest: the same for copies within a class, and
-        like random numbers else."""
-        return np.frombuffer(b"".join(digest[:8] for digest in self._digests), ">u8").astype(np.uint64)
+        """uint64 (N,), of each image its file's digest; of those of a class that have the same pixels that of the
+        first. They are like random numbers, and do not depend on the size that pictures are scaled to."""
+        assert self.digests is not None
+        first: dict[bytes, int] = {}
+        keys = zip(self._digests, self.digests.tolist(), strict=True)
+        return np.array([first.setdefault(record, digest) for record, digest in keys], np.uint64)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian, from

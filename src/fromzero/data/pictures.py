@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import os
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,9 +101,8 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
 
     def part(split: str) -> Images:
         chosen = np.flatnonzero(splits == split)
-        return Images(
-            pixels[chosen], labels[chosen], tuple(str(listed[index].path.relative_to(path)) for index in chosen)
-        )
+        names = tuple(str(listed[index].path.relative_to(path)) for index in chosen)
+        return Images(pixels[chosen], labels[chosen], names, digests[chosen])
 
     parts = {split: part(split) for split in SPLITS if split in splits}
     stem = own_name(path.resolve().name, "pictures")
@@ -132,24 +132,29 @@ def _contradictions(listed: Sequence[_File], digests: np.ndarray, path: Path) ->
     return [f"{are} in two classes, to the byte: {some(named, between='; ')}"]
 
 
-def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path], np.ndarray]:
-    """The pictures under a folder with a folder for each of these classes, or for some of them, and their labels int64
-    (N,). Raises InputError where it has other folders, or no pictures."""
+def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path], np.ndarray, list[str]]:
+    """The pictures under a folder with a folder for each of these classes, or for some of them; their labels int64
+    (N,); and notes on what is not read. Raises InputError where it has other folders, or no pictures."""
     expected = f"expected a folder for each class, called as the run's classes are ({some(class_names)})"
     if not path.is_dir():
         raise InputError(f"{path}: no folder; {expected}")
+    # Systems write the same letters in different ways.
+    known = {unicodedata.normalize("NFC", name): label for label, name in enumerate(class_names)}
     listed = []
     try:
+        left_out = [entry for entry in _shown(path) if not entry.is_dir()]
         for folder in _folders(path):
-            if (name := _class_name(folder)) not in class_names:
+            if (name := unicodedata.normalize("NFC", _class_name(folder))) not in known:
                 raise InputError(f"{path}: {expected}; found {folder.name}")
-            listed += [(picture, class_names.index(name)) for picture in _under(folder)[0]]
+            pictures, others, _ = _under(folder)
+            listed += [(picture, known[name]) for picture in pictures]
+            left_out += others
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     if not listed:
         raise InputError(f"{path}: no pictures in it; {expected}")
     paths, labels = zip(*listed, strict=True)
-    return list(paths), np.array(labels, np.int64)
+    return list(paths), np.array(labels, np.int64), _not_read(left_out, path)
 
 
 def pictures_at(paths: Sequence[Path]) -> list[Path]:
@@ -217,13 +222,20 @@ def _listed(path: Path) -> tuple[tuple[str, ...], list[_File], list[str]]:
     notes = []
     if deeper:
         notes.append(f"pictures in a folder within a class are of that class: {some(_names(deeper, path))}")
+    notes += _not_read(left_out, path)
+    return tuple(_class_name(folder) for folder in _folders(found["train"])), listed, notes
+
+
+def _not_read(left_out: Sequence[Path], path: Path) -> list[str]:
+    """Notes on files under a folder of pictures that are none of its pictures."""
+    notes = []
     if unread := [entry for entry in left_out if entry.suffix.lower() in UNREAD]:
         kinds = " and ".join(sorted({entry.suffix.lower() for entry in unread}))
         named = some(_names(unread, path))
         notes.append(f"not read, {len(unread):,} of {kinds}: {named}; as JPEG or PNG they would be")
     if others := [entry for entry in left_out if entry not in unread]:
         notes.append(f"not read, being no picture in a class folder: {some(_names(others, path))}")
-    return tuple(_class_name(folder) for folder in _folders(found["train"])), listed, notes
+    return notes
 
 
 def _class_name(folder: Path) -> str:

@@ -19,11 +19,11 @@ import numpy as np
 
 from fromzero import checkpoint, machine, sessions, trained
 from fromzero.data import ImageSet
-from fromzero.errors import FromzeroError
+from fromzero.errors import FromzeroError, TooLargeError
 from fromzero.evaluate import evaluate
 from fromzero.files import write_atomically
 from fromzero.recipe import Recipe
-from fromzero.runs import Run
+from fromzero.runs import OWN_FILES, Run
 from fromzero.splits import Data
 from fromzero.study.definition import differing_fields, short
 from fromzero.training import Training
@@ -111,12 +111,16 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
         else:
             try:
                 return sessions.resumed_training(Run(cell.path), images, keep=1)
+            except TooLargeError:
+                raise
             except FromzeroError as error:
                 if Run(cell.path).has_ended():  # by a writer that was waited for
                     raise
                 why = str(error).removeprefix(f"{cell.path}: ").partition(", so the result")[0]
                 note(f"{cell.name}: {why}: begun again, what there was is {_set_aside(cell).name}")
-    elif cell.path.exists():  # a file, or a folder that lost its recipe or was killed before it had one
+    elif _never_began(cell.path):
+        shutil.rmtree(cell.path)
+    elif cell.path.exists():
         note(f"{cell.name}: what was there is no run: it is {_set_aside(cell).name} now")
     if cell.after is not None and not ((cell.after / "recipe.toml").is_file() and Run(cell.after).summary):
         raise FromzeroError(f"{cell.after.name}, from whose weights it starts, has not ended")
@@ -130,6 +134,15 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
         threads=setting.threads,
         keep=1,
     )
+
+
+def _never_began(path: Path) -> bool:
+    """Whether a folder is what a training leaves that was killed before it was a run: no row, and nothing of others."""
+    own = {*OWN_FILES, "checkpoints"}
+    if not path.is_dir() or any(entry.name not in own for entry in path.iterdir()):
+        return False
+    rows = path / "metrics.jsonl"
+    return not rows.exists() or not rows.stat().st_size
 
 
 def _differences(cell: Cell, images: ImageSet) -> list[str]:
