@@ -1,5 +1,6 @@
 """Compiled kernels: the same functions as PyTorch's, whatever the shapes, the threads and the instruction set."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -36,7 +37,10 @@ def made(request):
     """The kernels for an element type, in use."""
     here = machine.prepare("bfloat16" if request.param == torch.bfloat16 else "float32", device="cpu", threads=2)
     if here.kernels == kernels.NONE:
-        assert " failed" not in here.why_no_kernels, here.why_no_kernels  # a compiler that is there compiles them
+        # A compiler that is there compiles them, in bfloat16 where the processor has that.
+        expected = request.param == torch.float32 or "avx512_bf16" in here.instructions
+        expected = expected and os.name == "posix" and any(map(shutil.which, ("cc", "gcc", "clang")))
+        assert not expected or os.environ.get("FROMZERO_KERNELS") == "off", here.why_no_kernels
         pytest.skip(f"no kernels for {request.param} on this machine")
     return kernels._loaded[request.param]
 
