@@ -191,6 +191,7 @@ BAD = [
     (["val", "x"], "unknown command 'val'; here it is: fromzero evaluate"),
     (["train", "x", "--verbose"], "unknown option --verbose; see: fromzero train --help"),
     (["train", "x", "--imgsz", "3"], "unknown option --imgsz; here it is: @PIXELS behind the folder, as in photos@64"),
+    (["resume", "x", "--gpu"], "unknown option --gpu; here it is: --device cuda"),
     (["train", "--epohcs", "3"], "unknown option --epohcs; nearest: --epochs"),
     (["train", "--optimizer.lr", "3"], "unknown option --optimizer.lr; nearest: --optimizer.learning_rate"),
     (

@@ -374,6 +374,8 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "set", *CHANGES]) == 0
     (run,) = list_runs()
+    assert cli.main(["evaluate", str(run.path), "set", "--threads", "1"]) == 0
+    assert "note: the run was trained on pictures in it: this says little of new ones" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "set")  # which nobody need take along
     (others / "red").rename(others / "was-red")
     capsys.readouterr()

@@ -18,14 +18,19 @@ ELSEWHERE = {
     "amp": "--precision bfloat16",
     "dropout": "--network.block_dropout and --network.dense_dropout",
     "gpu": "--device cuda",
+    "gpus": "--device cuda",
+    "image-size": "@PIXELS behind the folder, as in photos@64",
+    "img-size": "@PIXELS behind the folder, as in photos@64",
     "imgsz": "@PIXELS behind the folder, as in photos@64",
     "lr0": "--optimizer.learning_rate",
     "model": "--recipe",
+    "num-workers": "--threads",
     "output": "--runs-dir",
     "patience": "--epochs; the best epoch's weights are kept beside the last",
     "pretrained": "--from RUN",
     "project": "--runs-dir",
     "resume": "fromzero resume RUN",
+    "val-split": "--validation.fraction",
     "validation-split": "--validation.fraction",
     "wd": "--optimizer.weight_decay",
     "weights": "--from RUN",
@@ -57,7 +62,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if word in known:
             raise InputError(f"{word} stands behind --, which ends the options; see: fromzero {argv[0]} --help")
         if word.startswith("-"):
-            if argv[0] == "train" and (here := ELSEWHERE.get(word.lstrip("-").replace("_", "-"))):
+            here = ELSEWHERE.get(word.lstrip("-").replace("_", "-"))
+            if here and (argv[0] == "train" or here.split()[0] in known):
                 raise InputError(f"unknown option {word}; here it is: {here}")
             hint = nearest(word.lstrip("-"), [name.lstrip("-") for name in known])
             hint = hint.replace("nearest: ", "nearest: --") or f"; see: fromzero {argv[0]} --help"
@@ -114,14 +120,18 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     train.add_argument("--partial", action="store_true", help="with --from: take the weights that fit")
     _add_shared(train, "runs", "data", "machine", "saving")
     shown = recipe.fields() if recipe else {}
-    fields = train.add_argument_group(
-        "recipe fields",
+    about = (
         f"each overrides one field of the recipe; in brackets at the end: what {recipe.name if recipe else 'it'} has;"
-        " - and _ are interchangeable",
+        " - and _ are interchangeable"
     )
+    sections = {"": train.add_argument_group("recipe fields", about)}
     for path, (_, description) in field_types().items():
         text = f"{description} ({json.dumps(shown[path])})" if shown else description
-        fields.add_argument(f"--{path}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+        section = path.rpartition(".")[0]
+        if section not in sections:
+            sections[section] = train.add_argument_group(f"recipe, {section}")
+        text = text.replace("%", "%%")
+        sections[section].add_argument(f"--{path}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
 
     resume = add("resume", "go on with a stopped run, to the bit; or extend one with --epochs")
     resume.add_argument("RUN", help="a run's folder or name")

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import threading
 import warnings
@@ -263,13 +264,17 @@ def _evaluate_on(arguments: argparse.Namespace) -> None:
     with _importing():
         import torch
 
-        from fromzero.data.pictures import labelled_pictures, unreadable
+        from fromzero.data.pictures import SPLITS, labelled_pictures, unreadable
         from fromzero.evaluate import evaluate
 
     if arguments.data_dir is not None:
         raise InputError(f"--data-dir is where a run's own images are, and others are scored: {arguments.FOLDER}")
     run, network, normalise, _, names, here = classifier = _classifier(arguments)
     paths, truth, notes = labelled_pictures(arguments.FOLDER, names)
+    source = Path(run.provenance["data"]["source"])
+    if arguments.FOLDER.resolve() in (source, *(source / name for name in SPLITS["train"])):
+        apart = f"fromzero evaluate {shlex.quote(str(run.path))}"
+        notes.append(f"the run was trained on pictures in it: this says little of new ones; its own test: {apart}")
     pixels, read, wrong = classifier.read(paths)
     if not read:
         raise InputError(unreadable(paths, wrong))
