@@ -80,9 +80,9 @@ def test_a_run_stopped_within_an_epoch_is_evaluated_as_that(trained, tmp_path, c
     recipe = library.list_runs(trained[0] / "runs")[0].recipe
     stopped = library.new_training(recipe, library.load_images("digits"), runs_dir=tmp_path, name="stopped", threads=1)
     for progress in stopped:
-        if progress.counters.step == progress.timetable.start_of(1) + 1:
+        if progress.counters.step == stopped.timetable.start_of(1) + 1:
+            stopped.save()
             break
-    stopped.save()
     assert cli.main(["evaluate", str(stopped.run.path), "--threads", "1"]) == 0
     said = capsys.readouterr().out
     assert "last weights, of epoch 1 and 1 step of the next" in said
@@ -134,7 +134,6 @@ def test_output_that_is_closed_is_no_error(tmp_path):
 def test_runs_explains_a_mark_only_where_there_is_one(tmp_path, tiny_images, capsys):
     recipe = library.load_recipe("train1").override({"epochs": 1, "batch_size": 500})
     training = library.new_training(recipe, tiny_images, runs_dir=tmp_path, device="cpu", threads=1)
-    training.close()
     for epochs, marked in ((0, False), (1, True)):
         for _ in training if epochs else ():
             pass

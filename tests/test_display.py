@@ -66,10 +66,10 @@ def test_the_time_left_counts_nothing_that_comes_once(training, monkeypatch):
     monkeypatch.setattr(display.time, "monotonic", lambda: clock)
     progress = display._timed(training)
     clock = 100.0  # to load, to compile, to make the first step
-    assert not next(progress).is_known
+    assert next(progress).speed is None
     clock = 102.0
-    timed = next(progress)
-    assert (timed.counters.step, timed.images_per_second, timed.seconds_left) == (2, 24, 11)
+    now = next(progress)
+    assert (now.progress.counters.step, now.speed) == (2, (24, 11))
 
 
 def test_the_result_is_printed_before_the_curves_are_drawn(training, monkeypatch):

@@ -590,6 +590,10 @@ def test_best_weights_of_a_course_that_is_left_are_set_aside(exact, options, sma
     assert resumed.state.counters.epoch == 0
     assert best.exists() == exact
     assert best.with_suffix(".abandoned").exists() != exact
+    resumed.close()
+    # Killed before it has saved, it comes again to a checkpoint that names weights which are not there any more.
+    resumed = resumed_training(run.run, tiny_images, allow_inexact=True)
+    assert resumed.state.counters.best_epoch == 0
     for _ in resumed:
         pass
     assert checkpoint.load(best).state["epoch"] == resumed.run.summary["best/epoch"]
@@ -669,13 +673,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(small, tiny_images, tmp_
     iterator.close()
     assert (run.run.checkpoints / "last.safetensors").read_bytes() == whole
     assert resumed_training(run.run, tiny_images).state.counters.step == 3
+    other = new_training(small, tiny_images, runs_dir=tmp_path)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:  # in which the system names no file
         run.run.write_recipe(run.recipe)
     assert caught.value.filename == str(run.run.path / "recipe.toml")
-    shutil.rmtree(run.run.checkpoints)
+    shutil.rmtree(other.run.checkpoints)
     with pytest.raises(FromzeroError, match=r"No space left on device; no checkpoint had been saved before; mend that"):
-        run.save()
+        other.save()
 
 
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(small, tiny_images, tmp_path):
@@ -695,6 +700,36 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(small, ti
     for _ in resumed:
         pass
     assert first_difference(straight, resumed.run) is None
+
+
+def test_a_training_that_was_left_writes_to_its_run_no_more(small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path)
+    stands = []
+    for progress in run:
+        stands.append(progress)
+        if progress.counters.step == 3:
+            run.save()
+            break
+    assert [progress.counters.step for progress in stands] == [1, 2, 3]
+    for again in (lambda: next(iter(run)), run.save):
+        with pytest.raises(FromzeroError, match=r"has ended or was left.*resumed_training"):
+            again()
+    ended = fromzero.resume(run.run, images=tiny_images)
+    assert first_difference(fromzero.train(small, tiny_images, runs_dir=tmp_path), ended) is None
+    twice = new_training(small, tiny_images, runs_dir=tmp_path)
+    steps = iter(twice)
+    next(steps)
+    with pytest.raises(FromzeroError, match="has ended or was left"):
+        next(iter(twice))
+    assert next(steps).counters.step == 2
+
+
+def test_what_is_computed_between_steps_changes_no_bit(small, tiny_images, tmp_path):
+    straight = fromzero.train(small, tiny_images, runs_dir=tmp_path, threads=1)
+    run = new_training(small, tiny_images, runs_dir=tmp_path, threads=1)
+    for _ in run:
+        machine.prepare("float32" if run.machine.precision == "bfloat16" else "bfloat16", threads=2)
+    assert first_difference(straight, run.run) is None
 
 
 def test_two_writers_are_refused_with_the_first_ones_process(small, tiny_images, tmp_path):
@@ -1098,9 +1133,8 @@ def test_a_small_last_batch_resumes_to_the_bit_with_a_proxy(small, tiny_images, 
         training = new_training(recipe, tiny_images, runs_dir=tmp_path / f"stopped{stop_at}")
         for progress in training:
             if progress.row is None and progress.counters.step == stop_at:
+                training.save()
                 break
-        training.save()
-        training.close()
         resumed = fromzero.resume(training.run, images=tiny_images)
         assert first_difference(straight, resumed) is None
 

@@ -8,14 +8,16 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
-from fromzero import augment, training
+from fromzero import augment
 from fromzero.curves import validation_label
 from fromzero.errors import FromzeroError, counted, some
 from fromzero.kernels import NONE
@@ -23,7 +25,7 @@ from fromzero.networks import num_parameters
 from fromzero.runs import Row, Run
 from fromzero.stats import wilson_interval
 from fromzero.terminal import LINE_SECONDS, REFRESH_SECONDS, can_redraw, duration, say
-from fromzero.training import Training
+from fromzero.training import Progress, Training
 
 NARROW_HIDES = ("began", "running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
 FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
@@ -33,13 +35,13 @@ NAMED_CLASSES = 10  # at the start of a training
 
 def watch(run: Training, console: Console) -> None:
     """Train to the end, showing how it goes and what came of it. Raises what the training raises."""
-    progress = _timed(run)
+    stands = _timed(run)
     if can_redraw(console):
-        _watch_live(progress, console)
+        _watch_live(stands, console)
     else:
-        _watch_lines(progress, console)
+        _watch_lines(stands, console)
     say(console, outcome(run))
-    for _ in progress:  # what is left, drawing, need not be waited for
+    for _ in stands:  # what is left, drawing, need not be waited for
         pass
 
 
@@ -102,15 +104,15 @@ def header(run: Training) -> str:
 
 def epoch_line(now: Timed, *, narrow: bool = False) -> str:
     """One epoch in one line: the three accuracies, their losses, speed, time left. `narrow` fits 80 columns."""
-    row = now.row or {}
+    row = now.progress.row or {}
     accuracies = (
-        f"epoch {row['epoch']:>3}/{now.epochs}  train {row['train/accuracy']:.4f}"
+        f"epoch {row['epoch']:>3}/{now.run.recipe.epochs}  train {row['train/accuracy']:.4f}"
         f" (running {row['train/running_accuracy']:.4f})  val {row['val/accuracy']:.4f}"
     )
     if narrow:
-        return accuracies + (f"  {duration(now.seconds_left)} left" if now.is_known else "")
+        return accuracies + (f"  {duration(now.speed.seconds_left)} left" if now.speed else "")
     losses = f"loss {row['train/loss']:.3f} ({row['train/running_loss']:.3f}), val {row['val/loss']:.3f}"
-    return f"{accuracies}  {losses}{now.speed}"
+    return f"{accuracies}  {losses}{_behind(now.speed)}"
 
 
 def outcome(run: Training) -> str:
@@ -129,34 +131,58 @@ def outcome(run: Training) -> str:
     )
 
 
-class Timed(training.Progress):
-    """A Progress with the speed and the time left, as measured since the display began."""
+class Speed(NamedTuple):
+    """How fast a training has gone since the display began."""
 
-    images_per_second: float = 0.0
-    seconds_left: float = 0.0
-    is_known: bool = False  # from the second step on
+    images_per_second: float
+    seconds_left: float
+
+    def __str__(self) -> str:
+        return f"{self.images_per_second:,.0f} images/s  {duration(self.seconds_left)} left"
+
+
+class Timed(NamedTuple):
+    """A Progress of `run`, with its speed from the second step on: what comes once, before the first, would be counted
+    for every step."""
+
+    run: Training
+    progress: Progress
+    speed: Speed | None
 
     @property
-    def speed(self) -> str:
-        """Both in words."""
-        if not self.is_known:
-            return ""
-        return f"  {self.images_per_second:,.0f} images/s  {duration(self.seconds_left)} left"
+    def position(self) -> str:
+        """Which step of its epoch it is at, and which epoch that is: `step 7/391 of epoch 2/30`."""
+        return f"step {self.step} of epoch {self.epoch}"
+
+    @property
+    def step(self) -> str:
+        counters, timetable = self.progress.counters, self.run.timetable
+        return f"{counters.step - timetable.start_of(counters.epoch)}/{timetable.steps_in(counters.epoch)}"
+
+    @property
+    def epoch(self) -> str:
+        epochs = self.run.recipe.epochs
+        return f"{min(self.progress.counters.epoch + 1, epochs)}/{epochs}"
+
+    @property
+    def running(self) -> float:
+        """Running train accuracy of the epoch so far."""
+        return self.progress.counters.running_correct / max(self.progress.counters.running_images, 1)
 
 
 def _timed(run: Training) -> Iterator[Timed]:
-    first: tuple[int, float] | None = None  # not before it: what comes once would be counted for every step
+    timetable, end = run.timetable, run.timetable.start_of(run.recipe.epochs)
+    first: tuple[int, float] | None = None
     for progress in run:
-        timed = Timed(*progress)
-        step, timetable, now = progress.counters.step, progress.timetable, time.monotonic()
+        step, now = progress.counters.step, time.monotonic()
         first_step, began = first = first or (step, now)
-        seconds = now - began
+        speed = None
         if step > first_step:
-            timed.images_per_second = (timetable.images_after(step) - timetable.images_after(first_step)) / seconds
-            before, done, in_all = (_work(run, to) for to in (first_step, step, timetable.start_of(progress.epochs)))
-            timed.seconds_left = seconds * (in_all - done) / (done - before)
-        timed.is_known = step > first_step
-        yield timed
+            images = timetable.images_after(step) - timetable.images_after(first_step)
+            before, done, in_all = (_work(run, to) for to in (first_step, step, end))
+            seconds = now - began
+            speed = Speed(images / seconds, seconds * (in_all - done) / (done - before))
+        yield Timed(run, progress, speed)
 
 
 def _work(run: Training, step: int) -> float:
@@ -166,73 +192,63 @@ def _work(run: Training, step: int) -> float:
     return timetable.images_after(step) - (1 - augmentation.scale**2) * small
 
 
-def _watch_lines(progress: Iterator[Timed], console: Console) -> None:
+def _watch_lines(stands: Iterator[Timed], console: Console) -> None:
     """A line an epoch, one for the first step, and one where nothing has been said for LINE_SECONDS."""
     said: float | None = None
-    for now in progress:
-        if now.ended:
+    for now in stands:
+        if now.progress.ended:
             return
-        if now.row:
+        if now.progress.row:
             line = epoch_line(now)
         elif said is None:
-            line = f"  step {_step(now)} of epoch {_epoch(now)} done"
+            line = f"  {now.position} done"
         elif time.monotonic() - said >= LINE_SECONDS:
-            line = f"  step {_step(now)} of epoch {_epoch(now)}  running {_running(now):.4f}{now.speed}"
+            line = f"  {now.position}  running {now.running:.4f}{_behind(now.speed)}"
         else:
             continue
         said = time.monotonic()
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _step(now: Timed) -> str:
-    """Which step of its epoch the training is at: `7/391`."""
-    epoch, timetable = now.counters.epoch, now.timetable
-    return f"{now.counters.step - timetable.start_of(epoch)}/{timetable.steps_in(epoch)}"
+def _behind(speed: Speed | None) -> str:
+    """The speed as the end of a line."""
+    return "" if speed is None else f"  {speed}"
 
 
-def _epoch(now: Timed) -> str:
-    """Which epoch is being trained: `2/30`."""
-    return f"{min(now.counters.epoch + 1, now.epochs)}/{now.epochs}"
-
-
-def _running(now: Timed) -> float:
-    """Running train accuracy of the epoch so far."""
-    return now.counters.running_correct / max(now.counters.running_images, 1)
-
-
-def _watch_live(progress: Iterator[Timed], console: Console) -> None:
+def _watch_live(stands: Iterator[Timed], console: Console) -> None:
     columns = (
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         *([BarColumn(bar_width=None)] if console.width > 100 else []),
         TextColumn("{task.fields[info]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bars:
+    with Bars(*columns, console=console, transient=True, auto_refresh=False) as bars:
         task = bars.add_task("starting", total=None, info="")
         last: Row | None = None
         shown = 0.0
-        for now in progress:
-            if now.ended:
+        for now in stands:
+            counters, row, ended = now.progress
+            if ended:
                 return
-            if now.row:
-                last = now.row
+            if row:
+                last = row
                 line = epoch_line(now, narrow=console.width < 115)
                 bars.console.print(line, highlight=False, soft_wrap=True)
-            counters = now.counters
-            if counters.epoch == now.epochs:
+            if counters.epoch == now.run.recipe.epochs:
                 bars.update(task, description="scoring the test images", total=1, completed=1, info="", refresh=True)
                 continue
             if time.monotonic() - shown < REFRESH_SECONDS:
                 continue
             shown = time.monotonic()
-            three = f"running {_running(now):.3f}" if counters.running_images else "running –"
+            three = f"running {now.running:.3f}" if counters.running_images else "running –"
             if last:
                 three += f" train {last['train/accuracy']:.3f} val {last['val/accuracy']:.3f}"
+            timetable = now.run.timetable
             bars.update(
                 task,
-                description=f"epoch {_epoch(now)}",
-                total=now.timetable.steps_in(counters.epoch),
-                completed=counters.step - now.timetable.start_of(counters.epoch),
-                info=f"{_step(now)} {three}{now.speed}",
+                description=f"epoch {now.epoch}",
+                total=timetable.steps_in(counters.epoch),
+                completed=counters.step - timetable.start_of(counters.epoch),
+                info=f"{now.step} {three}{_behind(now.speed)}",
                 refresh=True,
             )
 

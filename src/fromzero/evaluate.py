@@ -132,6 +132,7 @@ def predict(model: nn.Module, pixels: Tensor, normalise: Normalise, machine: Mac
 def _evaluating(model: nn.Module, machine: Machine) -> Iterator[None]:
     """In evaluation mode, without gradients, as the machine computes; the mode is left as it was found."""
     was_training = model.training
+    machine.set_up()
     model.eval()
     try:
         # Not inference_mode, in which autocast converts all weights anew for every batch.

@@ -249,9 +249,10 @@ def _cut_back(run: Run, state: State, images: ImageSet, here: Machine, epochs: i
     """Make the run's folder that of a run which stands at `state` and is to have so many epochs; the recipe of that."""
     recipe, provenance, summary = run.recipe, run.provenance, run.summary
     extended = epochs != recipe.epochs
-    if (extended or not exact) and checkpoint.set_aside_newer_best(run.checkpoints, state.counters.epoch):
-        # Those that were best before had been overwritten by them: the best is the best from here on.
-        state.counters.best_epoch, state.counters.best_accuracy = 0, -1.0
+    if extended or not exact:
+        checkpoint.set_aside_newer_best(run.checkpoints, state.counters.epoch)
+    if not (run.checkpoints / checkpoint.BEST).exists():  # it had overwritten those before it, or has been removed
+        state.counters.best_epoch, state.counters.best_accuracy = 0, -1.0  # the best is the best from here on
     run.cut_metrics(state.counters.epoch)
     note: dict[str, Any] = {**describe_program(), "machine": asdict(here), "step": state.counters.step, "exact": exact}
     if extended:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -46,8 +46,6 @@ class Progress(NamedTuple):
     comes again, `ended`, when the summary is written and only the curves are still to be drawn."""
 
     counters: Counters
-    epochs: int
-    timetable: Timetable
     row: Row | None = None
     ended: bool = False
 
@@ -57,7 +55,8 @@ class Training:
     """A run that is being trained. Iterate over it to train: it yields a Progress after every step and every epoch,
     writes the run folder as it goes, and ends with summary.json and curves.png there.
 
-    Raises StoppedError when stopped by Ctrl-C or SIGTERM (saved first), NonFiniteError when a value overflows.
+    Raises StoppedError when stopped by Ctrl-C or SIGTERM (saved first), NonFiniteError when a value overflows. Who
+    leaves the loop lets go of the run, for others to write to it: it is gone on with by `resumed_training`.
     """
 
     run: Run
@@ -72,6 +71,7 @@ class Training:
 
     def close(self) -> None:
         """Let go of the run without training on."""
+        self._is_held = False
         self.lock.close()
 
     def __post_init__(self) -> None:
@@ -82,11 +82,13 @@ class Training:
             self.state.compile_network()
         self._began_at = self._saved_at = self._ticked_at = time.monotonic()
         self._save_seconds = 0.0  # of the last save here; what saves took before a resume says little of this disk
+        self._is_held, self._is_iterated = True, False
 
     def __iter__(self) -> Iterator[Progress]:
+        self._check_held(again=self._is_iterated)
+        self._is_iterated = True
         recipe, counters = self.recipe, self.state.counters
-        with self.lock, StopSignals() as stop, self._saving_what_an_overflow_leaves(), self._naming_the_compiler():
-            self.machine.set_up()
+        with closing(self), StopSignals() as stop, self._making_the_best_of_failures():
             self._began_at = self._saved_at = self._ticked_at = time.monotonic()
 
             def between() -> None:
@@ -98,18 +100,25 @@ class Training:
                     start = (counters.step - self.timetable.start_of(counters.epoch)) * recipe.batch_size
                     self._step(order[start : start + recipe.batch_size])
                     self._tick()
-                    yield Progress(counters, recipe.epochs, self.timetable)
+                    yield Progress(replace(counters))
                     between()
                 row = self._measure(between)
                 self._end_epoch(row)
-                yield Progress(counters, recipe.epochs, self.timetable, row)
+                yield Progress(replace(counters), row)
                 between()
             self.save()
             self._finish(between)
-            yield Progress(counters, recipe.epochs, self.timetable, self.run.metrics()[-1], ended=True)
+            yield Progress(replace(counters), self.run.metrics()[-1], ended=True)
             self._draw()
             if stop.signal is not None:  # whoever trains one run after another is to stop here
                 raise StoppedError(f"stopped; {self.run.path} has ended", stop.signal)
+
+    def _check_held(self, *, again: bool = False) -> None:
+        if again or not self._is_held:
+            raise FromzeroError(
+                f"{self.run.path}: this training has ended or was left, and another may write to its run now; go on"
+                " with a new one: fromzero.resumed_training(run)"
+            )
 
     def _order(self) -> Tensor:
         """The images of the epoch under way, int64 (N,), in the order in which it sees them."""
@@ -120,6 +129,7 @@ class Training:
 
     def _step(self, indices: Tensor) -> None:
         """One optimizer step on the images at `indices`."""
+        self.machine.set_up()  # whoever iterates may have computed in another way meanwhile
         counters = self.state.counters
         rate = learning_rate_at(self.recipe, counters.step, self.timetable)
         progress = self.timetable.epochs_after(counters.step)
@@ -204,8 +214,9 @@ class Training:
             self.save()
 
     @contextmanager
-    def _saving_what_an_overflow_leaves(self) -> Iterator[None]:
-        """When a value overflows, what the run has reached stays: its best weights and its curves."""
+    def _making_the_best_of_failures(self) -> Iterator[None]:
+        """When a value overflows, what the run has reached stays: its best weights and its curves. Where torch.compile
+        fails, say so and what to do; a traceback of its own names neither."""
         try:
             yield
         except NonFiniteError:
@@ -213,12 +224,6 @@ class Training:
                 self._save_best()
             self._draw()
             raise
-
-    @contextmanager
-    def _naming_the_compiler(self) -> Iterator[None]:
-        """Where torch.compile fails, say so and what to do; a traceback of its own names neither."""
-        try:
-            yield
         except Exception as error:
             if self.state.compiled is None or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
@@ -229,7 +234,10 @@ class Training:
             ) from None
 
     def save(self) -> None:
-        """Write the state to the run's checkpoints; the best weights go first, so that `last` never outruns them."""
+        """Write the state to the run's checkpoints; the best weights go first, so that `last` never outruns them.
+
+        Raises FromzeroError where that fails, or where the run is not held any more."""
+        self._check_held()
         started = time.monotonic()
         try:
             if self.run.path.is_dir():
