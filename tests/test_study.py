@@ -418,6 +418,35 @@ def test_a_cell_whose_recipe_has_changed_is_set_aside_and_trained_anew(data_fold
     assert result.arms["narrow"].arm.recipe.network.dense == (3,)
 
 
+def test_runs_that_the_study_would_train_anew_are_not_counted(tmp_path, text):
+    arms = "[arms.half]\n\n[arms.again]\noptimizer.learning_rate = 0.02\n"
+    text = text[: text.index("[arms.narrow]")] + arms + text[text.index("[scale.screen]") :]
+    execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
+    list(execution)
+    assert read_result(execution.folder).is_complete
+    changed = text.replace("[arms.again]", '[arms.again]\nafter = "half"')
+    (execution.folder / "study.toml").write_text(changed)  # as it is when the changed study is stopped at once
+    result = read_result(execution.folder)
+    assert [arm.n for arm in result.arms.values()] == ["2", "0 of 2"]
+    assert "  failed: again-seed0: it started from other weights; the same command trains it anew" in answer(result)
+
+
+def test_seeds_that_are_added_to_an_answer_are_said_to_be(tmp_path, text):
+    def answered(seeds, of=text):
+        execution = prepare_study(load_study(written(tmp_path, of), "half", seeds=seeds), runs_dir=tmp_path, jobs=1)
+        list(execution)
+        return read_result(execution.folder)
+
+    assert not answered(2).seen_before
+    assert not answered(2).seen_before
+    more = answered(3)
+    assert "had been answered with 2 seeds; where an answer decides whether there are more, p is" in more.seen_before
+    assert f"  note: {more.seen_before}" in answer(more)
+    write_lessons([more], tmp_path / "page.md")
+    assert "This study had been answered with 2 seeds;" in (tmp_path / "page.md").read_text()
+    assert not answered(3, text.replace("dense = [2]", "dense = [3]")).seen_before  # another study
+
+
 def test_an_arm_starts_from_weights_that_fit_only(tmp_path, text):
     path = written(tmp_path, text.replace("dense = [32]", 'dense = [32]\nafter = "narrow"'))
     says = "arm 'wide' cannot start from the weights of 'narrow': dense_1.bias differs"
@@ -735,17 +764,17 @@ def test_tuning_gives_every_arm_the_same_budget_and_shows_all_of_it(tmp_path, te
     assert len(execution.trials) == 8
     events = list(execution)
     assert execution.folder.name == "units-half-tuned"
-    scores = sweep(study, execution.folder)
+    scores = sweep(study, execution.folder, execution.images.fingerprints)
     assert scores["wide"][1e30] == [None, None]
     assert {e.cell.name for e in events if e.kind == "failed"} == {"wide-1e+30-seed1000", "wide-1e+30-seed1001"}
-    best = best_values(study, execution.folder)
+    best = best_values(scores, execution.folder)
     assert best["wide"] == 1e-2
     assert best["narrow"] == max((1e-5, 1e-2), key=lambda v: np.mean(scores["narrow"][v]))
     for cell in execution.cells:
         assert cell.seed < 1000
         assert fromzero.Run(cell.path).recipe.optimizer.learning_rate == best[cell.arm]
     result = read_result(execution.folder)
-    assert result.tuned
+    assert result.ran.tuned
     assert result.is_complete
     write_lessons([result], tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()

@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from fromzero.files import write_atomically
 from fromzero.recipe import Recipe
 from fromzero.runs import OWN_FILES, Run
 from fromzero.splits import Data
-from fromzero.study.definition import differing_fields, short
+from fromzero.study.definition import TUNING_SEEDS_FROM, Study, differing_fields, short
 from fromzero.training import Training
 
 OUTCOMES = "val-correct.bin"  # one byte for each validation image: 1 when it was right
@@ -63,6 +62,33 @@ class Setting:
     threads: int | None = None
 
 
+def cells_of(study: Study, folder: Path, best: Mapping[str, float]) -> list[Cell]:
+    """A cell for each arm and seed, seed by seed; the arms at their best values, where those are known."""
+    starts = {arm.after for arm in study.arms.values()}
+    found = []
+    for seed in range(study.seeds):
+        for arm in study.arms.values():
+            tuned = {study.tuning.field: best[arm.name]} if study.tuning and arm.name in best else {}
+            path = folder / "cells" / f"{arm.name}-seed{seed}"
+            after = None if arm.after is None else path.with_name(f"{arm.after}-seed{seed}")
+            recipe = arm.recipe.override({"seed": seed} | tuned)
+            found.append(Cell(arm.name, seed, path, recipe, after, arm.name in starts))
+    return found
+
+
+def trials_of(study: Study, folder: Path) -> list[Cell]:
+    """A cell for each arm, value and seed of the study's sweep."""
+    tuning, found = study.tuning, []
+    if tuning is None:
+        return []
+    for seed in range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + tuning.seeds):
+        for arm in study.arms.values():
+            for value in tuning.values[arm.name]:
+                path = folder / "tuning" / f"{arm.name}-{value:g}-seed{seed}"
+                found.append(Cell(arm.name, seed, path, arm.recipe.override({"seed": seed, tuning.field: value})))
+    return found
+
+
 def is_finished(cell: Cell, images: ImageSet) -> bool:
     """Whether nothing is left to be done for the cell."""
     return _is_trained(cell, images) and ((cell.path / OUTCOMES).exists() or not Run(cell.path).checkpoints.exists())
@@ -97,16 +123,14 @@ def read_outcomes(run: Run) -> np.ndarray | None:
 
 def _is_trained(cell: Cell, images: ImageSet) -> bool:
     """Whether the cell's run has ended, with this recipe, these images and this start."""
-    if not (cell.path / "recipe.toml").is_file() or _differences(cell, images):
-        return False
-    return Run(cell.path).has_ended()
+    return (cell.path / "recipe.toml").is_file() and not _why_anew(cell, images) and Run(cell.path).has_ended()
 
 
 def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str], None]) -> Training:
     """The cell's training, gone on with where that can be done exactly, else new."""
     if (cell.path / "recipe.toml").is_file():
         _wait_for_writer(Run(cell.path))
-        if reasons := _differences(cell, images):
+        if reasons := _why_anew(cell, images):
             note(f"{cell.name}: {'; '.join(reasons)}: trained anew, the old run is {_set_aside(cell).name}")
         else:
             try:
@@ -145,12 +169,14 @@ def _never_began(path: Path) -> bool:
     return not rows.exists() or not rows.stat().st_size
 
 
-def _differences(cell: Cell, images: ImageSet) -> list[str]:
-    """Why the run in the cell's folder is not the one that the study asks for; empty when it is."""
+def differences(cell: Cell, fingerprints: Mapping[str, str]) -> list[str]:
+    """Why the run in the cell's folder, ended or not, is not the one that the study asks for on images of these
+    fingerprints; empty when it is."""
     run = Run(cell.path)
     try:
         run.check()
         recipe, provenance = run.recipe, run.provenance
+        start_is_newer = cell.after is not None and Run(cell.after).provenance["started"] > provenance["started"]
     except FromzeroError as error:
         return [str(error).removeprefix(f"{cell.path}/").partition("; ")[0]]
     reasons = []
@@ -162,20 +188,22 @@ def _differences(cell: Cell, images: ImageSet) -> list[str]:
         )
     if recipe.seed != cell.seed:
         reasons.append("it has another seed")
-    if provenance["data"]["fingerprints"] != images.fingerprints:
+    if provenance["data"]["fingerprints"] != fingerprints:
         reasons.append("it was trained on other images")
-    if cell.is_start and not (run.checkpoints / checkpoint.LAST).exists():
-        reasons.append("its weights, from which another arm starts, are gone")
-    if _origin(provenance) != (cell.after.name if cell.after else None):
+    origin = Path(provenance["from"]["run"]).name if provenance["from"] else None
+    if origin != (cell.after.name if cell.after else None):
         reasons.append("it started from other weights")
-    elif cell.after is not None and Run(cell.after).provenance["started"] > provenance["started"]:
+    elif cell.after is not None and start_is_newer:
         reasons.append(f"{cell.after.name}, from which it starts, is newer")
     return reasons
 
 
-def _origin(provenance: dict[str, Any]) -> str | None:
-    origin = provenance["from"]
-    return Path(origin["run"]).name if origin else None
+def _why_anew(cell: Cell, images: ImageSet) -> list[str]:
+    """Why what is in the cell's folder cannot be gone on with or counted on; empty when it can."""
+    reasons = differences(cell, images.fingerprints)
+    if cell.is_start and not (cell.path / "checkpoints" / checkpoint.LAST).exists():
+        reasons.append("its weights, from which another arm starts, are gone")
+    return reasons
 
 
 def _set_aside(cell: Cell) -> Path:

@@ -12,17 +12,17 @@ runs/studies/NAME-SCALE/     -tuned added for a study whose arms were tuned firs
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import filelock
 import numpy as np
+import pydantic
 
 from fromzero.data import NAMED, ImageSet, load_images, split_name
 from fromzero.errors import FromzeroError, InputError, StoppedError
@@ -33,16 +33,38 @@ from fromzero.recipe import Recipe
 from fromzero.resources import num_threads
 from fromzero.runs import Run, read_object
 from fromzero.splits import check_image_set
-from fromzero.study.cells import Cell, Setting, is_finished
-from fromzero.study.definition import TUNING_SEEDS_FROM, Study
+from fromzero.study.cells import Cell, Setting, cells_of, differences, is_finished, trials_of
+from fromzero.study.definition import Study
 from fromzero.study.pools import Event, on_ray, on_this_machine
 from fromzero.timetable import Timetable
 
 Place = Literal["local", "ray"]
+Sweep = dict[str, dict[float, list[float | None]]]  # arm → value → a validation accuracy for each tuning seed
 
 # What a forward pass costs an image besides multiplications, and a cell besides images, in multiply-adds: rough, as
 # they serve the estimate of the time left only.
 OVERHEAD_IMAGE, OVERHEAD_CELL = 4_000_000, 20_000_000_000
+
+
+class Description(pydantic.BaseModel):
+    """What study.json says: of what a study was run last, with what options, on what images; `seconds`, how long it has
+    taken in all; `answered`, the numbers of seeds with which it has come to an answer."""
+
+    model_config = pydantic.ConfigDict(frozen=True, allow_inf_nan=False)
+
+    name: str
+    label: str
+    scale: str
+    seeds: int
+    tuned: bool
+    options: tuple[str, ...]
+    own_validation: bool
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    fingerprints: dict[str, str]
+    train_images: int
+    seconds: float = pydantic.Field(0.0, ge=0)
+    answered: tuple[int, ...] = ()
 
 
 @dataclass
@@ -63,47 +85,36 @@ class Execution:
 
     @property
     def cells(self) -> list[Cell]:
-        """A cell for each arm and seed, seed by seed; the arms at their best values once those are known."""
-        starts = {arm.after for arm in self.study.arms.values()}
-        found = []
-        for seed in range(self.study.seeds):
-            for arm in self.study.arms.values():
-                recipe = arm.recipe.override({"seed": seed} | self._best_of(arm.name))
-                path = self.folder / "cells" / cell_name(arm.name, seed)
-                after = None if arm.after is None else path.with_name(cell_name(arm.after, seed))
-                cell = Cell(arm.name, seed, path, recipe, after, arm.name in starts, self.keep_weights)
-                found.append(replace(cell, work=self._work(recipe)))
-        return found
+        """Those of the arms, at their best values once those are known."""
+        return [
+            replace(cell, keep_weights=self.keep_weights, work=self._work(cell.recipe))
+            for cell in cells_of(self.study, self.folder, self.best)
+        ]
 
     @property
     def trials(self) -> list[Cell]:
-        """A cell for each arm, value and seed of the sweep; none when the arms are not to be tuned."""
-        tuning, found = self.study.tuning, []
-        if not self.tuned or tuning is None:
-            return []
-        for seed in range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + tuning.seeds):
-            for arm in self.study.arms.values():
-                for value in tuning.values[arm.name]:
-                    recipe = arm.recipe.override({"seed": seed, tuning.field: value})
-                    path = self.folder / "tuning" / trial_name(arm.name, value, seed)
-                    found.append(Cell(arm.name, seed, path, recipe, work=self._work(recipe)))
-        return found
+        """Those of the sweep; none when the arms are not to be tuned."""
+        trials = trials_of(self.study, self.folder) if self.tuned else []
+        return [replace(cell, work=self._work(cell.recipe)) for cell in trials]
 
     def __iter__(self) -> Iterator[Event]:
         with self._alone():
-            self._write_description()
-            began = time.monotonic()
+            before = self._before()
+            self._describe(before)
+            began, answered = time.monotonic(), before.answered
             try:
                 yield from self._run(self.trials)
                 if self.tuned:
-                    self.best = best_values(self.study, self.folder)
+                    self.best = best_values(sweep(self.study, self.folder, self.images.fingerprints), self.folder)
                 yield from self._run(self.cells)
+                answered = tuple(dict.fromkeys([*answered, self.study.seeds]))
             except StoppedError as stopped:
                 number = stopped.exit_code - 128
                 message = f"stopped; every run is saved; the same command goes on: {self.command}"
                 raise StoppedError(message, number) from None
             finally:
-                self._write_description(time.monotonic() - began)
+                seconds = round(before.seconds + time.monotonic() - began, 1)
+                self._describe(before.model_copy(update={"seconds": seconds, "answered": answered}))
 
     @property
     def command(self) -> str:
@@ -134,9 +145,6 @@ class Execution:
             if cell.after in found or not is_finished(cell, self.images):
                 found.add(cell.path)
         return [cell for cell in cells if cell.path in found]
-
-    def _best_of(self, arm: str) -> dict[str, float]:
-        return {self.study.tuning.field: self.best[arm]} if self.study.tuning and arm in self.best else {}
 
     def _work(self, recipe: Recipe) -> float:
         size = num_multiply_adds(recipe.network, self.images.image_shape, self.images.num_classes) + OVERHEAD_IMAGE
@@ -169,28 +177,33 @@ class Execution:
         finally:
             lock.release()
 
-    def _write_description(self, seconds: float = 0.0) -> None:
+    def _before(self) -> Description:
+        """The description of this study, with what an earlier one says of the same has taken and answered."""
+        described = Description(
+            name=self.study.name,
+            label=self.study.label,
+            scale=self.study.scale,
+            seeds=self.study.seeds,
+            tuned=self.tuned,
+            options=self.options,
+            own_validation=self.images.validation is not None,
+            image_shape=self.images.image_shape,
+            num_classes=self.images.num_classes,
+            fingerprints=self.images.fingerprints,
+            train_images=len(self.images.train),
+        )
+        with contextlib.suppress(FromzeroError, OSError, ValueError):  # not there, or damaged: written anew
+            before = read_description(self.folder)
+            described = described.model_copy(update={"seconds": before.seconds})
+            is_same = (self.folder / "study.toml").read_text(encoding="utf-8") == self.study.text
+            if is_same and before.fingerprints == described.fingerprints:
+                described = described.model_copy(update={"answered": before.answered})
+        return described
+
+    def _describe(self, description: Description) -> None:
         write_atomically(self.folder / "study.toml", self.study.text.encode())
         write_atomically(self.folder / "base.toml", self.study.base.to_toml().encode())
-        said = read_json(self.folder / "study.json").get("seconds")
-        before = said if isinstance(said, int | float) and 0 <= said < math.inf else 0.0  # else it is damaged
-        content = {
-            "name": self.study.name,
-            "label": self.study.label,
-            "scale": self.study.scale,
-            "seeds": self.study.seeds,
-            "tuned": self.tuned,
-            "options": self.options,
-            "own_validation": self.images.validation is not None,
-            "place": self.place,
-            "jobs": self.jobs,
-            "image_shape": self.images.image_shape,
-            "num_classes": self.images.num_classes,
-            "fingerprints": self.images.fingerprints,
-            "train_images": len(self.images.train),
-            "seconds": round(before + seconds, 1),
-        }
-        write_json(self.folder / "study.json", content)
+        write_json(self.folder / "study.json", description.model_dump())
 
     def _note_failure(self, cell: Cell, why: str | None) -> None:
         path = self.folder / "failures.json"
@@ -274,43 +287,25 @@ def command(label: str, scale: str, seeds: int, tuned: bool, options: Sequence[s
     return shlex.join(words)
 
 
-def cell_name(arm: str, seed: int) -> str:
-    """The folder of an arm's run with that seed."""
-    return f"{arm}-seed{seed}"
+def sweep(study: Study, folder: Path, fingerprints: Mapping[str, str]) -> Sweep:
+    """What the sweep has found: validation accuracies after the last epoch, None where a run failed, is not there, or
+    is not of this study as it is now, on images of these fingerprints."""
+    scores: Sweep = {}
+    for cell in trials_of(study, folder):
+        assert study.tuning is not None
+        value = cell.recipe.fields()[study.tuning.field]
+        run, score = Run(cell.path), None
+        if (run.path / "recipe.toml").is_file() and not differences(cell, fingerprints):
+            score = None if run.summary is None else float(run.summary["val/accuracy"])
+        scores.setdefault(cell.arm, {}).setdefault(value, []).append(score)
+    return scores
 
 
-def trial_name(arm: str, value: float, seed: int) -> str:
-    """The folder of a run of the sweep."""
-    return f"{arm}-{value:g}-seed{seed}"
-
-
-def sweep(study: Study, folder: Path) -> dict[str, dict[float, list[float | None]]]:
-    """Arm → value → validation accuracy after the last epoch for each tuning seed, None where a run failed or is not
-    there."""
-    tuning = study.tuning
-    if tuning is None:
-        return {}
-
-    def score(arm: str, value: float, seed: int) -> float | None:
-        run = Run(folder / "tuning" / trial_name(arm, value, seed))
-        try:
-            summary = run.summary if (run.path / "recipe.toml").is_file() else None
-        except FromzeroError:  # damaged: trained anew when the study goes on
-            summary = None
-        return None if summary is None else float(summary["val/accuracy"])
-
-    seeds = range(TUNING_SEEDS_FROM, TUNING_SEEDS_FROM + tuning.seeds)
-    return {
-        arm: {value: [score(arm, value, seed) for seed in seeds] for value in values}
-        for arm, values in tuning.values.items()
-    }
-
-
-def best_values(study: Study, folder: Path) -> dict[str, float]:
+def best_values(swept: Sweep, folder: Path) -> dict[str, float]:
     """Arm → the value with the best mean validation accuracy; a value with which a run failed is out. Raises
     FromzeroError when that leaves none."""
     found = {}
-    for arm, scores in sweep(study, folder).items():
+    for arm, scores in swept.items():
         means = {value: np.mean(row) for value, row in scores.items() if None not in row}  # type: ignore[arg-type]
         if not means:
             raise FromzeroError(
@@ -318,6 +313,18 @@ def best_values(study: Study, folder: Path) -> dict[str, float]:
             )
         found[arm] = max(means, key=lambda value: means[value])
     return found
+
+
+def read_description(folder: Path) -> Description:
+    """What the study in that folder was when it was run last. Raises FromzeroError where that is damaged."""
+    try:
+        return Description.model_validate(read_json(folder / "study.json"))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise FromzeroError(
+            f"{folder}/study.json: damaged: {where}: {first['msg'].lower()}; the study's command writes it anew"
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

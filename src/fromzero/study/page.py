@@ -41,8 +41,8 @@ claim names and in nothing else, on the same images, with the same seeds.
   verdict is *supported* or *contradicted*, by the sign, when that p is 0.05 or less, else *undecided*. With fewer than
   six pairs it is always undecided; with six, only all six pairs on one side settle anything.
 - **Correlation** says what pairing by seed bought: at 0 nothing. **Seen** is the smallest true difference that so many
-  pairs find four times out of five. **To settle** is how many more seeds would find a difference of the size seen;
-  seeds added after looking make p too small, so start anew with that many.
+  pairs find four times out of five. **To settle** is how many seeds would find a difference of the size seen, in
+  a study begun anew: seeds that are added because of an answer make its p too small.
 - **Screen** is small and short: a quarter of the width, 4,000 train images, six to twenty epochs, about half of the
   dropout; the first line of each table says what else differs from the notes' training. Where the *train* column is far
   below 100, the networks have not yet learned their images by heart, and what pays only then, dropout above all, cannot
@@ -162,14 +162,16 @@ def _lesson(study: Study, results: Sequence[Result], pictures: Path) -> str:
 
 def _section(result: Result) -> str:
     study = result.study
-    minutes = f"{result.cell_seconds / 60:.0f} min of runs, {result.seconds / 60:.0f} min by the clock"
+    minutes = f"{result.cell_seconds / 60:.0f} min of runs, {result.ran.seconds / 60:.0f} min by the clock"
     lines = [
         f"### {name_of(result)}: {result.verdict}\n",
-        f"`{result.command}` · n = {study.seeds} seeds · {result.train_images:,} train images, "
+        f"`{result.command}` · n = {study.seeds} seeds · {result.ran.train_images:,} train images, "
         f"{_common(result)} · {minutes} · {'; '.join(result.machines)} · fromzero at {', '.join(result.commits)}\n",
     ]
     lines += [_arms_table(result), _contrasts_table(result)]
-    if result.tuned:
+    if note := result.seen_before:
+        lines.append(f"{note[0].upper()}{note[1:]}.\n")
+    if result.ran.tuned:
         lines.append(_sweep_table(result))
     for arm in result.arms.values():
         if len(arm.runs) < arm.seeds:
@@ -186,7 +188,7 @@ def name_of(result: Result) -> str:
 def _common(result: Result) -> str:
     recipe = next(iter(result.study.arms.values())).recipe
     held = f"{recipe.validation.fraction:.0%} of them for validation"
-    if result.own_validation:
+    if result.ran.own_validation:
         held = "validation images of their own"
     return f"{held}, {recipe.epochs} epochs, batches of {recipe.batch_size}"
 
@@ -277,7 +279,7 @@ def _contrasts_table(result: Result) -> str:
             settle = (
                 "–"
                 if found.verdict != "undecided"
-                else ("over 10,000 more" if found.more_seeds is None else f"{found.more_seeds} more")
+                else ("over 10,000" if found.seeds_needed is None else f"{found.seeds_needed}")
             )
             wide = "–" if found.new_images is None else _interval(*found.new_images[1:], c.metric)
             mean = figure(x.difference.mean, c.metric, sign=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pydantic
 
 from fromzero import stats
 from fromzero.errors import FromzeroError, counted
@@ -17,9 +16,9 @@ from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.recipe import load_recipe
 from fromzero.runs import Row, Run, last_machine
 from fromzero.stats import Comparison, Interval, Verdict
-from fromzero.study.cells import read_outcomes
+from fromzero.study.cells import Cell, cells_of, differences, read_outcomes
 from fromzero.study.definition import CLAIM, METRICS, Arm, Contrast, Study, load_study, study_names
-from fromzero.study.execution import best_values, cell_name, command, read_json, sweep
+from fromzero.study.execution import Description, Sweep, best_values, command, read_description, read_json, sweep
 
 
 class Spread(NamedTuple):
@@ -67,7 +66,7 @@ class ArmResult:
 @dataclass(frozen=True)
 class ContrastResult:
     """A comparison and what it says. Without two pairs there is no `comparison`. smallest: the true difference that
-    this many runs find four times out of five; more_seeds: how many more would find the one seen, None when more than
+    this many runs find four times out of five; seeds_needed: how many would find the one seen, None when more than
     10,000; new_images: the interval for new images as well."""
 
     contrast: Contrast
@@ -75,7 +74,7 @@ class ContrastResult:
     adjusted_p: float
     verdict: Verdict
     smallest: float
-    more_seeds: int | None
+    seeds_needed: int | None
     new_images: Interval | None
     pairs: dict[int, float]
 
@@ -86,44 +85,23 @@ class ContrastResult:
         return self.comparison if self.comparison and self.comparison.sd >= 1e-12 else None
 
 
-class _Ran(pydantic.BaseModel):
-    """What is read of study.json."""
-
-    name: str
-    label: str
-    scale: str
-    seeds: int
-    tuned: bool
-    options: tuple[str, ...]
-    own_validation: bool
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    fingerprints: dict[str, str]
-    train_images: int
-    seconds: float
-
-
 @dataclass(frozen=True)
 class Result:
     """What a study has found so far."""
 
     study: Study
     folder: Path
-    tuned: bool
-    options: tuple[str, ...]
-    own_validation: bool
+    ran: Description
     arms: dict[str, ArmResult]
     contrasts: tuple[ContrastResult, ...]
-    sweep: dict[str, dict[float, list[float | None]]]
-    train_images: int
-    seconds: float
+    sweep: Sweep
     machines: tuple[str, ...]
     commits: tuple[str, ...]
 
     @property
     def title(self) -> str:
         """What tells it from other results of its study."""
-        return self.study.scale + (", tuned" if self.tuned else "")
+        return self.study.scale + (", tuned" if self.ran.tuned else "")
 
     def group(self, name: str) -> list[ContrastResult]:
         """The comparisons that are corrected together; those of CLAIM decide."""
@@ -144,12 +122,23 @@ class Result:
     @property
     def command(self) -> str:
         """What carries it out anywhere: without options, which are paths and cores of the machine it ran on."""
-        return command(self.study.label, self.study.scale, self.study.seeds, self.tuned)
+        return command(self.study.label, self.study.scale, self.study.seeds, self.ran.tuned)
 
     @property
     def way_on(self) -> str:
         """What goes on with it here."""
-        return command(self.study.label, self.study.scale, self.study.seeds, self.tuned, self.options)
+        return command(self.study.label, self.study.scale, self.study.seeds, self.ran.tuned, self.ran.options)
+
+    @property
+    def seen_before(self) -> str:
+        """A note where the study had come to an answer with another number of seeds; empty where it had not."""
+        before = [str(seeds) for seeds in self.ran.answered if seeds != self.study.seeds]
+        if not before:
+            return ""
+        return (
+            f"this study had been answered with {' and '.join(before)} seeds; where an answer decides whether there are"
+            f" more, p is too small: for a claim begin anew, with the {self.study.seeds}, in another --runs-dir"
+        )
 
     @property
     def cell_seconds(self) -> float:
@@ -183,35 +172,28 @@ def by_lesson(results: Sequence[Result]) -> Iterator[tuple[Study, list[Result]]]
 
 def read_result(folder: Path) -> Result:
     """What the study in that folder has found so far."""
-    try:
-        ran = _Ran.model_validate(read_json(folder / "study.json"))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise FromzeroError(
-            f"{folder}/study.json: damaged: {where}: {first['msg'].lower()}; the study's command writes it anew"
-        ) from None
+    ran = read_description(folder)
     base = load_recipe(folder / "base.toml")
     study = load_study(folder / "study.toml", ran.scale, seeds=ran.seeds, name=ran.name, base=base, label=ran.label)
     failures = read_json(folder / "failures.json")
-    swept = sweep(study, folder) if ran.tuned else {}
+    swept = sweep(study, folder, ran.fingerprints) if ran.tuned else {}
     try:
-        best = best_values(study, folder) if ran.tuned else {}
+        best = best_values(swept, folder)
     except FromzeroError:  # not swept to the end yet
         best = {}
-    arms = {arm.name: _arm_result(arm, study, folder, failures, best.get(arm.name), ran) for arm in study.arms.values()}
+    cells = cells_of(study, folder, best)
+    arms = {
+        name: _arm_result(arm, [cell for cell in cells if cell.arm == name], failures, best.get(name), ran)
+        for name, arm in study.arms.items()
+    }
     provenances = [run.provenance for arm in arms.values() for run in arm.runs.values()]
     return Result(
         study=study,
         folder=folder,
-        tuned=ran.tuned,
-        options=ran.options,
-        own_validation=ran.own_validation,
+        ran=ran,
         arms=arms,
         contrasts=_contrasts(study, arms),
         sweep=swept,
-        train_images=ran.train_images,
-        seconds=ran.seconds,
         machines=tuple(sorted({_machine(p) for p in provenances})),
         commits=tuple(sorted({(p["commit"] or "")[:7] or "a commit that was not recorded" for p in provenances})),
     )
@@ -229,6 +211,7 @@ def answer(result: Result) -> list[str]:
     study = result.study
     lines = [f"{study.name} ({result.title}): {result.verdict}. {study.claim}"]
     lines += [f"  {sentence(c, len(result.group(c.contrast.group)))}" for c in result.contrasts]
+    lines += [f"  note: {note}" for note in (result.seen_before,) if note]
     for arm in result.arms.values():
         lines += [f"  failed: {cell}: {why}" for cell, why in arm.failures.items()]
         if len(arm.runs) < arm.seeds:
@@ -260,8 +243,8 @@ def sentence(found: ContrastResult, comparisons: int) -> str:
     else:
         text += f"; {x.n} pairs can settle nothing: {stats.fewest_pairs(comparisons)} at least"
     if found.verdict == "undecided":
-        more = "more than 10,000" if found.more_seeds is None else f"about {found.more_seeds}"
-        text += f"; to settle a difference of this size: {more} more seeds"
+        needed = "more than 10,000" if found.seeds_needed is None else f"about {found.seeds_needed}"
+        text += f"; to settle a difference of this size: a study of {needed} seeds, begun anew"
     return text
 
 
@@ -290,43 +273,29 @@ def unit(metric: str) -> str:
 
 
 def _arm_result(
-    arm: Arm,
-    study: Study,
-    folder: Path,
-    failures: dict[str, Any],
-    value: float | None,
-    ran: _Ran,
+    arm: Arm, cells: Sequence[Cell], failures: dict[str, str], value: float | None, ran: Description
 ) -> ArmResult:
     runs, failed = {}, {}
-    for seed in range(study.seeds):
-        name = cell_name(arm.name, seed)
-        run = Run(folder / "cells" / name)
-        try:
-            if (run.path / "recipe.toml").is_file() and run.has_ended() and _is_of(run, arm, study, value, ran):
-                runs[seed] = run
-            elif name in failures:
-                failed[name] = failures[name]
-        except FromzeroError as error:
-            failed[name] = f"{str(error).partition('; ')[0]}; the same command trains it anew"
+    for cell in cells:
+        run = Run(cell.path)
+        if cell.name in failures:
+            failed[cell.name] = failures[cell.name]
+        if not (run.path / "recipe.toml").is_file():
+            continue
+        if reasons := differences(cell, ran.fingerprints):
+            failed[cell.name] = f"{'; '.join(reasons)}; the same command trains it anew"
+        elif run.has_ended():
+            runs[cell.seed] = run
+            failed.pop(cell.name, None)
     return ArmResult(
         arm=arm,
         parameters=num_parameters(arm.recipe.network, ran.image_shape, ran.num_classes),
         multiply_adds=num_multiply_adds(arm.recipe.network, ran.image_shape, ran.num_classes),
-        seeds=study.seeds,
+        seeds=len(cells),
         runs=runs,
         failures=failed,
         value=value,
     )
-
-
-def _is_of(run: Run, arm: Arm, study: Study, value: float | None, ran: _Ran) -> bool:
-    """Whether a finished run is one of this arm as the study now has it, not one of an earlier version or of other
-    images, wherever they lie."""
-    recipe = run.recipe
-    changes: dict[str, Any] = {"seed": recipe.seed, "dataset": recipe.dataset}
-    if value is not None and study.tuning is not None:
-        changes[study.tuning.field] = value
-    return recipe == arm.recipe.override(changes) and run.provenance["data"]["fingerprints"] == ran.fingerprints
 
 
 def _contrasts(study: Study, arms: dict[str, ArmResult]) -> tuple[ContrastResult, ...]:
@@ -357,7 +326,7 @@ def _contrasts(study: Study, arms: dict[str, ArmResult]) -> tuple[ContrastResult
                 adjusted_p=p,
                 verdict=stats.verdict(comparison.n, p, comparison.favourable),
                 smallest=stats.detectable_effect(comparison.n, level) * comparison.sd,
-                more_seeds=None if needed is None else max(needed - comparison.n, 1),
+                seeds_needed=None if needed is None else max(needed, comparison.n + 1),
                 new_images=_new_images(contrast, sorted(pairs), arms),
                 pairs=pairs,
             )
