@@ -598,6 +598,23 @@ def test_labels_that_could_not_be_judged_are_not_called_right(run):
     assert "label-noise" in remarked(run)
 
 
+def test_few_validation_images_show_many_wrong_labels_only(run):
+    assert "Wrong labels" not in remarked(run, measured={"surest": Surest(1, 200, 0.97)})
+    said = remarked(run, measured={"surest": Surest(1, 33, 0.97)})
+    assert "Wrong labels show here where they are 15% or more: validation has only 33 images that" in said
+    found = [diagnose(evidence(measured={"surest": Surest(wrong, 33, 0.97)})) for wrong in (4, 5)]
+    assert [[finding.name for finding in one] for one in found] == [[], ["label-noise"]]
+
+
+def test_a_network_that_is_hardly_ever_wrong_has_no_wrong_labels_to_find(run):
+    right = (0.6, 0.8, 0.9, 0.98, 1.0)
+    said = remarked(run, train=right, val=right, measured={"train_accuracy": 1.0, "surest": Surest(0, 33, 0.97)})
+    assert said.startswith("Nothing found of: ")
+    assert "label-noise" in said
+    assert "Wrong labels" not in said
+    assert "may" not in said
+
+
 def test_a_run_that_overflowed_in_its_first_epoch_can_be_looked_at(tiny_images, tmp_path):
     changes = {"optimizer.learning_rate": 1e6, "optimizer.name": "sgd", "optimizer.momentum": 0.0}
     training = new_training(RECIPE.override(SMALL | changes), tiny_images, runs_dir=tmp_path, threads=1)
@@ -782,7 +799,7 @@ def test_what_could_not_be_tried_is_not_called_not_found(run):
     run.write_recipe(run.recipe.override({"schedule.name": "constant"}))
     said = remarked(run)
     assert "came to nothing: rate-never-falls." in said
-    assert "rate-never-falls" not in said.partition("Nothing found of")[2]
+    assert "rate-never-falls" not in said.partition("Nothing found of")[2].partition(".")[0]
 
 
 def test_a_run_shorter_than_its_recipe_or_that_has_not_ended_is_told_so(run):

@@ -343,7 +343,7 @@ def _label_noise(e: Evidence) -> Finding | None:
     nothing."""
     wrong, count, confidence = e.measures.surest
     low, high = wilson_interval(wrong / count, count)
-    if why_labels_cannot_be_judged(e) or confidence < SURE:
+    if _hardly_mistaken(e) or why_labels_cannot_be_judged(e) or confidence < SURE:
         return None
     if low < WRONG or wrong / count < 1 - confidence + OVERSURE:
         return None
@@ -356,8 +356,23 @@ def _label_noise(e: Evidence) -> Finding | None:
     )
 
 
+def _hardly_mistaken(e: Evidence) -> bool:
+    """Whether validation has fewer mistakes than wrong labels would make to be found."""
+    return bool(1 - e.last["val/accuracy"] < WRONG)
+
+
+def share_of_wrong_labels_seen(e: Evidence) -> float:
+    """Which share of wrong ones among the images that the network is surest of would be found; 0 where validation has
+    too few mistakes for any."""
+    count = e.measures.surest.of
+    enough = (wrong / count for wrong in range(1, count + 1) if wilson_interval(wrong / count, count)[0] >= WRONG)
+    return 0.0 if _hardly_mistaken(e) else next(enough, 1.0)
+
+
 def why_labels_cannot_be_judged(e: Evidence) -> str:
     """Why nothing follows from what the network is sure of and wrong about; empty where something does."""
+    if _hardly_mistaken(e):
+        return ""
     if e.measures.surest.of < FEWEST_SURE:
         return f"a tenth of the validation images is {e.measures.surest.of}, and {FEWEST_SURE} are needed"
     if e.measures.train_accuracy >= BY_HEART:

@@ -14,7 +14,15 @@ from typing import Any
 import tomli_w
 
 from fromzero.data import split_name
-from fromzero.diagnosis import LATE_GAIN, ON_VALIDATION, RULES, Finding, untried, why_labels_cannot_be_judged
+from fromzero.diagnosis import (
+    LATE_GAIN,
+    ON_VALIDATION,
+    RULES,
+    Finding,
+    share_of_wrong_labels_seen,
+    untried,
+    why_labels_cannot_be_judged,
+)
 from fromzero.errors import FromzeroError
 from fromzero.evidence import Evidence, Measures, late_gain
 from fromzero.files import write_atomically, write_json
@@ -23,6 +31,7 @@ from fromzero.runs import Row, Run
 from fromzero.terminal import duration
 
 STUDY_SEEDS = 6  # the fewest pairs that can settle anything
+SHOWS_FEW = 0.1  # of the labels; where only more wrong ones would show, that is said
 FEW_IMAGES = 5000  # the recipe few is as good as strong from 4,000, and took a third of the time (docs/results.md)
 
 
@@ -35,11 +44,18 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         hidden = [name for name in others if name in ON_VALIDATION]
         others = [name for name in others if name not in hidden]
         said.append(f"With so few validation images these could not be judged: {', '.join(hidden)}.")
+    labels = ""
     if (why := why_labels_cannot_be_judged(evidence)) and "label-noise" in others:
         others.remove("label-noise")
-        said.append(
-            f"Wrong labels cannot be detected in this run: {why}. The page of fromzero report has images to look at."
+        labels = f"Wrong labels cannot be detected in this run: {why}."
+    elif "label-noise" in others and (share := share_of_wrong_labels_seen(evidence)) > SHOWS_FEW:
+        count = evidence.measures.surest.of
+        labels = (
+            f"Wrong labels show here where they are {share:.0%} or more: validation has only {count} images that the"
+            " network is surest of."
         )
+    if labels:
+        said.append(f"{labels} The page of fromzero report has images to look at.")
     if skipped := [name for name in untried(evidence) if name in others]:
         others = [name for name in others if name not in skipped]
         said.append(
@@ -48,7 +64,11 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     if origin := run.provenance["from"]:
         began = f"The run began with the weights of {origin['run']}:"
         said.append(f"{began} its first steps were not tried again, and a study begins anew.")
-    said.append(f"{'Not found, or explained by the above' if found else 'Nothing found of'}: {', '.join(others)}.")
+    looked_for = ", ".join(others)
+    if found:
+        said.append(f"Not found, or explained by the above: {looked_for}.")
+    else:
+        said.insert(0, f"Nothing found of: {looked_for}.")
     if run.summary is None:
         said.append(f"The run has not ended; if it was stopped, {run.resume_command} trains it on.")
     elif {finding.name for finding in found} <= {"validation-too-small"} and (more := _other_recipe(run, evidence)):
@@ -59,6 +79,8 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
 def _other_recipe(run: Run, evidence: Evidence) -> str:
     """What may reach more where no fault is found, if anything is known to."""
     recipe, rows = run.recipe, evidence.rows
+    if rows[-1]["val/accuracy"] == 1:
+        return ""
     usual = load_recipe(recipe.name).epochs if recipe.name in recipe_names() else 0
     if usual > recipe.epochs:
         return f"{recipe.name} has {usual} epochs, where this run has {recipe.epochs}: more of them may reach more."
