@@ -86,6 +86,8 @@ def test_a_run_stopped_within_an_epoch_is_evaluated_as_that(trained, tmp_path, c
     assert cli.main(["evaluate", str(stopped.run.path), "--threads", "1"]) == 0
     said = capsys.readouterr().out
     assert "last weights, of epoch 1 and 1 step of the next" in said
+    on_test = recipe.validation.source == "test"  # whose images are scored then, as those of validation
+    assert ("the test images are scored when it does" in said) != on_test
     assert "the run has not ended" in said
 
 
@@ -167,7 +169,7 @@ def test_a_verdict_on_resuming_says_how_often_it_was_tried(trained, capsys):
     folder, _ = trained
     run = library.list_runs(folder / "runs")[0]
     for happened, said in (
-        (("SIGKILL",), "after 1 interruption of 2: it ended before the next"),
+        (("SIGKILL",), "after 1 interruption; the run ended before the other 1 (more --epochs"),
         (("SIGKILL", "SIGTERM"), "after 2 interruptions\n"),
     ):
         cli._print_verification(Verification(run, happened, None), 2)

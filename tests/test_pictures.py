@@ -301,8 +301,10 @@ def test_what_is_left_out_is_said(tmp_path):
     (folder / "loose.png").write_bytes(b"")
     for unseen in (".DS_Store", "Thumbs.db", "red/._000.png"):
         (folder / unseen).write_bytes(b"")
-    for unseen in ("@eaDir", "__MACOSX"):
+    for unseen in ("@eaDir", "__MACOSX", "red/.thumbnails"):
         (folder / unseen).mkdir()
+        shutil.copy(folder / "red" / "000.png", folder / unseen)
+    assert [p.name for p in pictures.pictures_at([folder / "red"])] == ["000.png", "001.png", "002.png", "003.png"]
     unread, others = (note for note in load_images(folder).notes if note.startswith("not read"))
     assert unread == "not read, 1 of .heic: red/a.heic; as JPEG or PNG they would be"
     assert others == "not read, being no picture in a class folder: loose.png, red/linked"
@@ -404,6 +406,13 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     assert recalls == f"  these accuracy by class: blue {blue:.3f} (of 4), green {green:.3f} (of 4), red no image"
     assert cli.main([*command, "--data-dir", "set"]) == 2
     assert "--data-dir is where a run's own images are, and others are scored" in capsys.readouterr().err
+    assert cli.main([*command, "--precision", "bfloat16"]) == 2
+    assert "on others, cpu, bfloat16" in capsys.readouterr().out
+    (others / "test").mkdir()
+    shutil.copytree(others / "blue", others / "test" / "blue")
+    assert cli.main(command) == 2
+    assert f"found test; if that is a split, name {others.name}/test" in capsys.readouterr().err
+    shutil.rmtree(others / "test")
     refused = {"nowhere": "no folder", "runs": "expected a folder for each class", str(others / "blue"): "no pictures"}
     for folder, why in refused.items():
         assert cli.main(["evaluate", str(run.path), folder, "--threads", "1"]) == 2

@@ -531,7 +531,11 @@ def test_resuming_elsewhere_is_refused_by_name_unless_allowed(small, tiny_images
     provenance = run.provenance
     provenance["data"]["fingerprints"]["train"] = "0" * 64
     run.write_provenance(provenance)
-    with pytest.raises(FromzeroError, match="are not those it was trained on"):
+    with pytest.raises(FromzeroError, match=r"are not those it was trained on \(train: (\d+), where it had \1, fing"):
+        resumed_training(run, tiny_images)
+    del provenance["data"]["images"]  # as in runs of before it was recorded
+    run.write_provenance(provenance)
+    with pytest.raises(FromzeroError, match=r"are not those it was trained on \(train: fingerprint"):
         resumed_training(run, tiny_images)
 
 

@@ -154,7 +154,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     predict.add_argument(
         "--json",
         action="store_true",
-        help="print a JSON object for each picture: its name and the probability of each class",
+        help="print a JSON object for each picture: its name and the network's probability of each class",
     )
     _add_weights(predict)
     _add_shared(predict, "runs", "machine")
@@ -242,6 +242,9 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
         choices=("none", "mirror", "multicrop"),
         default="none",
         help="test-time augmentation: average over views of an image (none)",
+    )
+    command.add_argument(
+        "--precision", choices=("bfloat16", "float32"), help="what to compute in (as the run was trained)"
     )
 
 

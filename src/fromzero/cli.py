@@ -23,7 +23,11 @@ from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted
 from fromzero.recipe import Recipe, field_types, load_recipe, parse_value, recipe_names, recipe_purpose
 
 if TYPE_CHECKING:
-    from fromzero.evaluate import Outcomes
+    from fromzero.evaluate import Normalise, Outcomes
+    from fromzero.machine import Machine
+    from fromzero.modules import Network
+    from fromzero.runs import Run
+    from fromzero.splits import Subset
     from fromzero.trained import Classifier, Trained
     from fromzero.training import Training
     from fromzero.verify import Verification
@@ -229,32 +233,24 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    with _importing():
-        from fromzero.curves import validation_label
-        from fromzero.evaluate import evaluate
-
     if arguments.FOLDER is not None:
         return _evaluate_on(arguments)
+    with _importing():
+        from fromzero.curves import validation_label
+
     trained = _trained(arguments)
-    run, images, data, weights, here = trained.run, trained.images, trained.data, trained.weights, trained.machine
-    recipe = run.recipe
-    said = f"{weights.stem} weights, of {trained.reached}, {here.device}, {here.precision}"
-    print(f"{run.path}: {recipe.name}, {said}")
-    if run.summary is None:
-        print("  the run has not ended; the test images are scored when it does, so that nothing is chosen by them")
-    if arguments.tta != "none":
-        print(f"  with test-time augmentation ({arguments.tta}): not to be compared with figures without")
+    run, images, data = trained.run, trained.images, trained.data
+    _print_what_is_scored(run, f"{trained.weights.stem} weights, of {trained.reached}", trained.machine, arguments.tta)
     subsets = {"train (clean)": data.clean_train, "val": data.validation, "test": data.test}
     if run.summary is None:
         del subsets["test"]
-    found = {}
-    for label, subset in subsets.items():
-        try:
-            found[label] = evaluate(trained.network, *subset, data.normalise, here, views=arguments.tta)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{weights}: {error}; {_other_weights(arguments)}") from None
-        _print_scores(label, found[label])
-    print(f"  {validation_label(recipe, own=images.validation is not None)}")
+        later = "; the test images are scored when it does, so that nothing is chosen by them"
+        print(f"  the run has not ended{later if run.recipe.validation.source == 'split' else ''}")
+    found = {
+        label: _scored(label, trained.network, subset, data.normalise, trained.machine, trained.weights, arguments)
+        for label, subset in subsets.items()
+    }
+    print(f"  {validation_label(run.recipe, own=images.validation is not None)}")
     label = "val" if run.summary is None else "test"
     _print_recalls(label, found[label], images.class_names)
 
@@ -265,7 +261,7 @@ def _evaluate_on(arguments: argparse.Namespace) -> None:
         import torch
 
         from fromzero.data.pictures import SPLITS, labelled_pictures, unreadable
-        from fromzero.evaluate import evaluate
+        from fromzero.splits import Subset
 
     if arguments.data_dir is not None:
         raise InputError(f"--data-dir is where a run's own images are, and others are scored: {arguments.FOLDER}")
@@ -279,20 +275,51 @@ def _evaluate_on(arguments: argparse.Namespace) -> None:
     if not read:
         raise InputError(unreadable(paths, wrong))
     labels = torch.from_numpy(truth[read]).to(here.device)
-    said = f"{arguments.checkpoint} weights, on {arguments.FOLDER}, {here.device}, {here.precision}"
-    print(f"{run.path}: {run.recipe.name}, {said}")
-    if arguments.tta != "none":
-        print(f"  with test-time augmentation ({arguments.tta}): not to be compared with figures without")
-    try:
-        found = evaluate(network, pixels, labels, normalise, here, views=arguments.tta)
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{run.path}: {error}; {_other_weights(arguments)}") from None
+    _print_what_is_scored(run, f"{arguments.checkpoint} weights, on {arguments.FOLDER}", here, arguments.tta)
     for note in notes:
         print(f"  note: {note}")
-    _print_scores("these", found)
+    found = _scored("these", network, Subset(pixels, labels), normalise, here, run.path, arguments)
     _print_recalls("these", found, names)
     if wrong:
         raise InputError(unreadable(paths, wrong))
+
+
+def _print_what_is_scored(run: Run, weights: str, here: Machine, views: str) -> None:
+    print(f"{run.path}: {run.recipe.name}, {weights}, {here.device}, {here.precision}")
+    if views != "none":
+        print(f"  with test-time augmentation ({views}): not to be compared with figures without")
+
+
+def _scored(
+    label: str,
+    network: Network,
+    subset: Subset,
+    normalise: Normalise,
+    here: Machine,
+    weights: Path,
+    arguments: argparse.Namespace,
+) -> Outcomes:
+    """Outcomes on a subset, printed. Raises NonFiniteError."""
+    from fromzero.evaluate import evaluate
+    from fromzero.stats import wilson_interval
+
+    with _proposing_other_weights(weights, arguments):
+        found = evaluate(network, *subset, normalise, here, views=arguments.tta)
+    count = len(found.labels)
+    low, high = wilson_interval(found.accuracy, count)
+    interval = f"{low:.4f}–{high:.4f}, 95 % for {counted(count, 'image')}"
+    print(f"  {label:<28} accuracy {found.accuracy:.4f} ({interval})  loss {found.loss:.4f}")
+    return found
+
+
+@contextlib.contextmanager
+def _proposing_other_weights(weights: Path, arguments: argparse.Namespace) -> Iterator[None]:
+    """Where the weights that were asked for do not compute, say what to try."""
+    try:
+        yield
+    except NonFiniteError as error:
+        other = "best" if arguments.checkpoint == "last" else "last"
+        raise NonFiniteError(f"{weights}: {error}; try --checkpoint {other}") from None
 
 
 def _classifier(arguments: argparse.Namespace) -> Classifier:
@@ -300,17 +327,14 @@ def _classifier(arguments: argparse.Namespace) -> Classifier:
     with _importing():
         from fromzero.trained import load_classifier
 
-    options = {"device": arguments.device or "auto", "threads": arguments.threads, "runs_dir": arguments.runs_dir}
-    return load_classifier(arguments.RUN, arguments.checkpoint, **options)
-
-
-def _print_scores(label: str, found: Outcomes) -> None:
-    from fromzero.stats import wilson_interval
-
-    count = len(found.labels)
-    low, high = wilson_interval(found.accuracy, count)
-    interval = f"{low:.4f}–{high:.4f}, 95 % for {counted(count, 'image')}"
-    print(f"  {label:<28} accuracy {found.accuracy:.4f} ({interval})  loss {found.loss:.4f}")
+    return load_classifier(
+        arguments.RUN,
+        arguments.checkpoint,
+        runs_dir=arguments.runs_dir,
+        precision=arguments.precision,
+        device=arguments.device or "auto",
+        threads=arguments.threads,
+    )
 
 
 def _print_recalls(label: str, found: Outcomes, class_names: Sequence[str]) -> None:
@@ -332,10 +356,8 @@ def _predict(arguments: argparse.Namespace) -> None:
     names = classifier.class_names
     pixels, read, wrong = classifier.read(paths)
     if read:
-        try:
+        with _proposing_other_weights(classifier.run.path, arguments):
             found = classifier.predict(pixels, arguments.tta)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{classifier.run.path}: {error}; {_other_weights(arguments)}") from None
         likeliest = found.topk(min(arguments.top or (len(names) if arguments.json else 1), len(names)))
         longest = max(map(len, names))
         for index, values, labels in zip(read, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
@@ -364,25 +386,23 @@ def _export(arguments: argparse.Namespace) -> None:
     shape = ", ".join(map(str, classifier.image_shape))
     print(f"{path}: pixels uint8 (N, {shape}) → probabilities float32 (N, {len(classifier.class_names)})")
     print(
-        f"  {path.stat().st_size / 1e6:.1f} MB; log-probabilities as here to {difference:.1g} nats; its metadata list"
-        " the classes and how to prepare pictures"
+        f"  {path.stat().st_size / 1e6:.1f} MB; log-probabilities as here in float32 to {difference:.1g} nats; its"
+        " metadata list the classes and how to prepare pictures"
     )
-
-
-def _other_weights(arguments: argparse.Namespace) -> str:
-    """What to try where the weights that were asked for do not compute."""
-    return f"try --checkpoint {'best' if arguments.checkpoint == 'last' else 'last'}"
+    if (trained_in := classifier.run.provenance["machine"]["precision"]) != "float32":
+        print(f"  predict and evaluate compute in {trained_in}, as it was trained; with --precision float32 in that")
 
 
 def _trained(arguments: argparse.Namespace) -> Trained:
     """The run that is to be looked at."""
     with _importing():
-        from fromzero.runs import load_run
         from fromzero.trained import load_trained
 
     return load_trained(
-        load_run(arguments.RUN, arguments.runs_dir),
+        arguments.RUN,
         getattr(arguments, "checkpoint", "last"),
+        runs_dir=arguments.runs_dir,
+        precision=getattr(arguments, "precision", None),
         device=arguments.device or "auto",
         threads=arguments.threads,
         data_dir=arguments.data_dir,
@@ -449,10 +469,8 @@ def _report(arguments: argparse.Namespace) -> None:
 
     trained = _trained(arguments)
     _check_saved(trained)
-    try:
+    with _proposing_other_weights(trained.weights, arguments):
         page = report(trained)
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{trained.weights}: {error}; {_other_weights(arguments)}") from None
     path = arguments.FILE or trained.run.path
     path = path / "report.html" if path.is_dir() else path
     write_named(path, page.encode(errors="replace"))  # of file names that are no text
@@ -525,7 +543,7 @@ def _print_verification(found: Verification, wanted: int) -> None:
     happened = len(found.interruptions)
     interrupted = counted(happened, "interruption")
     if happened < wanted:
-        interrupted += f" of {wanted}: it ended before the next (with more --epochs it does not)"
+        interrupted += f"; the run ended before the other {wanted - happened} (more --epochs make room for them)"
     print(
         f"exact: {len(tensors)} tensors ({values:,} values of the state), {len(found.straight.metrics())}"
         f" rows of metrics and the best weights are bit-identical after {interrupted}"

@@ -74,6 +74,7 @@ class _Data(pydantic.BaseModel):
     image_shape: list[Annotated[int, pydantic.Field(ge=1, le=10_000)]] = pydantic.Field(min_length=3, max_length=3)
     normalise: _Normalise
     held_out: str | None = None
+    images: dict[str, int] = {}
 
 
 class _Resumed(pydantic.BaseModel):

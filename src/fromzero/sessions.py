@@ -96,6 +96,7 @@ def new_training(
         "name": images.name,
         "source": images.source,
         "fingerprints": images.fingerprints,
+        "images": images.counts,
         "order": images.order_digest,
         "classes": list(images.class_names),
         "image_shape": list(images.image_shape),

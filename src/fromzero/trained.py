@@ -68,10 +68,13 @@ def recorded_images(
     if changed := [split for split in (found | then) if found.get(split) != then.get(split)]:
         split = changed[0]
         now, before = (prints.get(split, "none")[:12] for prints in (found, then))
+        counts = recorded.get("images", {})  # of older runs it was not recorded
+        many = f"{images.counts.get(split, 0):,}, where it had {counts.get(split, 0):,}" if counts else ""
         raise FromzeroError(
             f"{run.path}: the {' and '.join(changed)} images at {images.source} are not those it was trained on"
-            f" ({split} fingerprint {now}…, recorded {before}…); put them back as they were, or start anew from its"
-            f" weights: {run.start_command}"
+            f" ({split}: {many + ', ' if many else ''}fingerprint {now}…, recorded {before}…); put them back as they"
+            f" were, or start anew from its weights: {run.start_command}; other pictures are scored by fromzero"
+            " evaluate RUN FOLDER"
         )
     if images.order_digest != recorded["order"]:
         raise FromzeroError(
@@ -177,16 +180,17 @@ def load_trained(
     *,
     runs_dir: str | Path = "runs",
     images: ImageSet | None = None,
+    precision: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     data_dir: str | Path | None = None,
     offline: bool = False,
 ) -> Trained:
-    """A run with its `last` or `best` weights, on the images it was trained on and in its precision. Raises
-    FromzeroError when the images or the weights are not there or not its own."""
+    """A run with its `last` or `best` weights, on the images it was trained on. precision: another one than it was
+    trained in. Raises FromzeroError when the images or the weights are not there or not its own."""
     run = load_run(run, runs_dir)
     images = recorded_images(run, images, data_dir=data_dir, offline=offline)
-    here = machine.prepare(run.provenance["machine"]["precision"], device=device, threads=threads)
+    here = machine.prepare(precision or run.provenance["machine"]["precision"], device=device, threads=threads)
     network, found = load_network(run, images.image_shape, images.num_classes, here, which)
     data = recorded_data(run, images, here)
     epochs = found.state.get("epoch", 0)

@@ -110,6 +110,12 @@ class ImageSet:
         )
 
     @property
+    def counts(self) -> dict[str, int]:
+        """How many images each split has."""
+        own = {} if self.validation is None else {"validation": len(self.validation)}
+        return {"train": len(self.train), "test": len(self.test), **own}
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
         height, width, channels = self.train.pixels.shape[1:]

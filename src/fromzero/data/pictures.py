@@ -145,7 +145,9 @@ def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path
         left_out = [entry for entry in _shown(path) if not entry.is_dir()]
         for folder in _folders(path):
             if (name := unicodedata.normalize("NFC", _class_name(folder))) not in known:
-                raise InputError(f"{path}: {expected}; found {folder.name}")
+                split = any(folder.name.lower() in names for names in SPLITS.values())
+                meant = f"; if that is a split, name {folder}" if split and _folders(folder) else ""
+                raise InputError(f"{path}: {expected}; found {folder.name}{meant}")
             pictures, others, _ = _under(folder)
             listed += [(picture, known[name]) for picture in pictures]
             left_out += others
@@ -162,8 +164,7 @@ def pictures_at(paths: Sequence[Path]) -> list[Path]:
     none."""
     found = []
     for path in paths:
-        below = [Path(parent, name) for parent, _, names in os.walk(path) for name in names]
-        pictures = sorted(p for p in below if _is_picture(p)) if path.is_dir() else [path]
+        pictures = _under(path)[0] if path.is_dir() else [path]
         if not pictures:
             raise InputError(f"{path}: no pictures ({', '.join(ENDINGS)}) in it")
         found += pictures
