@@ -558,7 +558,7 @@ def test_a_picture_that_is_left_out_does_not_decide_the_size(tmp_path):
     assert [note[:9] for note in images.notes] == ["left out:", "no folder"]
 
 
-def test_copies_of_one_picture_leave_none_for_validation(tmp_path, monkeypatch, capsys):
+def test_copies_of_one_picture_leave_too_few_for_validation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(Path("set", "test"), count=4)
     for color in COLORS:
@@ -566,7 +566,12 @@ def test_copies_of_one_picture_leave_none_for_validation(tmp_path, monkeypatch, 
         for n in range(5):
             painted(color, 7).save(Path("set", "train", color, f"{n}.png"))
     assert cli.main(["train", "set", *CHANGES]) == 2
-    assert "each class has copies of one picture only; none is left for validation" in capsys.readouterr().err
+    assert "only 0 images can be held out for validation, where two are needed" in capsys.readouterr().err
+    for n in range(2, 5):
+        Path("set", "train", "red", f"{n}.png").unlink()
+    painted("red", 8).save(Path("set", "train", "red", "1.png"))
+    assert cli.main(["train", "set", *CHANGES]) == 2
+    assert "only 1 image can be held out for validation, where two are needed" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 

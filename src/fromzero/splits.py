@@ -72,9 +72,10 @@ class Data:
             by_contents = images.train.digests is not None
             by = images.train.content_keys() if by_contents else "validation"
             kept, held = stratified_split(images.train.labels, recipe.validation.fraction, by)
-            if not len(held):
+            if len(held) < 2:  # of one, no spread can be told
                 raise InputError(
-                    f"{images.source}: each class has copies of one picture only; none is left for validation"
+                    f"{images.source}: copies within a class stay together, and so only"
+                    f" {counted(len(held), 'image')} can be held out for validation, where two are needed: add pictures"
                 )
             train, validation = train.take(kept), train.take(held)
         clean = train

@@ -25,7 +25,7 @@ POWER = 0.8
 FEWEST_PAIRS = 6  # below, no p can be 0.05 or less: the smallest is 2 / 2**n
 EXACT_PAIRS = 16  # up to here every pattern of signs is tried
 DRAWS = 99_999  # patterns drawn beyond that
-SIMULATED_PAIRS = 10  # up to here the power is simulated: p has so few values that the t test's would mislead
+SIMULATED_PAIRS = 12  # up to here the power is simulated: p has so few values that the t test's would mislead
 MOST_PAIRS = 10_000
 
 
@@ -154,7 +154,7 @@ def correlation(a: ArrayLike, b: ArrayLike) -> float:
 
 def power(effect: float, n: int, level: float = LEVEL) -> float:
     """Chance that the sign-flip test of n normal differences has p ≤ `level`, when their mean is `effect` standard
-    deviations from zero. Up to ten pairs simulated (4,000 studies, fixed seed); beyond, that of the t test, to which
+    deviations from zero. Up to twelve pairs simulated (4,000 studies, fixed seed); beyond, that of the t test, to which
     the sign-flip test is then close, with the noncentral t of Abramowitz and Stegun, 26.7.10."""
     from scipy import stats
 
