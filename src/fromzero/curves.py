@@ -67,9 +67,11 @@ def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     accuracy, loss = figure.axes
+    remarks = ["the running loss is that of smoothed labels"] if recipe.label_smoothing else []
     if most is not None:
         loss.set_ylim(0, most)
-        loss.set_title("the highest losses are cut off", fontsize=10)
+        remarks.append("the highest losses are cut off")
+    loss.set_title("; ".join(remarks), fontsize=10)
     best = max(rows, key=lambda row: (row["val/accuracy"], -row["val/loss"]))
     accuracy.plot(best["epoch"], best["val/accuracy"], "o", color=CURVES["val"][0], mfc="white", ms=6)
     accuracy.set_title(

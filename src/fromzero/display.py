@@ -97,6 +97,8 @@ def header(run: Training) -> str:
             f"  {100 * augmentation.cutmix:.4g} % of a step's images are mixed with another one; running accuracy uses"
             " the label of the larger part"
         )
+    if recipe.label_smoothing:
+        lines.append(f"  labels are smoothed by {recipe.label_smoothing:g} in the running loss, in no other")
     if counters.step:
         lines.append(f"  going on at step {counters.step:,}, {counters.epoch} of {recipe.epochs} epochs done")
     return "\n".join(lines)
