@@ -76,6 +76,23 @@ def test_runs_lists_and_evaluate_repeats_the_recorded_figures(trained):
     assert fromzero("evaluate", run.path, "--checkpoint", "best", cwd=folder).returncode == 0
 
 
+def test_evaluate_prints_for_programs_what_it_says_in_words(trained, capsys):
+    (run, *_) = library.list_runs(trained[0] / "runs")
+    assert cli.main(["evaluate", str(run.path), "--json", "--threads", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert cli.main(["evaluate", str(run.path), "--threads", "1"]) == 0
+    said = capsys.readouterr().out
+    assert (found["run"], found["checkpoint"], found["tta"]) == (str(run.path), "last", "none")
+    assert list(found["scores"]) == ["train", "val", "test"]
+    for split, scores in found["scores"].items():
+        assert scores["accuracy"] == run.summary[f"{split}/accuracy"]
+        low, high = scores["interval"]
+        line = f"accuracy {scores['accuracy']:.4f} ({low:.4f}–{high:.4f}, 95 % for {scores['images']:,} images)"
+        assert line in said
+    for name, recall in found["scores"]["test"]["recalls"].items():
+        assert f"{name} {recall:.3f}" in said
+
+
 def test_a_run_stopped_within_an_epoch_is_evaluated_as_that(trained, tmp_path, capsys):
     recipe = library.list_runs(trained[0] / "runs")[0].recipe
     stopped = library.new_training(recipe, library.load_images("digits"), runs_dir=tmp_path, name="stopped", threads=1)

@@ -144,6 +144,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     evaluate.add_argument(
         "FOLDER", nargs="?", type=_path, help="pictures to score it on, a folder for each of its classes"
     )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object in place of words")
     _add_weights(evaluate)
     _add_shared(evaluate, "runs", "data", "machine")
 

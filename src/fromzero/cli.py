@@ -239,20 +239,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from fromzero.curves import validation_label
 
     trained = _trained(arguments)
-    run, images, data = trained.run, trained.images, trained.data
-    _print_what_is_scored(run, f"{trained.weights.stem} weights, of {trained.reached}", trained.machine, arguments.tta)
-    subsets = {"train (clean)": data.clean_train, "val": data.validation, "test": data.test}
+    run, images, data, say = trained.run, trained.images, trained.data, _words(arguments)
+    _say_what_is_scored(run, f"{trained.weights.stem} weights, of {trained.reached}", trained.machine, arguments)
+    subsets = {"train": data.clean_train, "val": data.validation, "test": data.test}
     if run.summary is None:
         del subsets["test"]
         later = "; the test images are scored when it does, so that nothing is chosen by them"
-        print(f"  the run has not ended{later if run.recipe.validation.source == 'split' else ''}")
+        say(f"  the run has not ended{later if run.recipe.validation.source == 'split' else ''}")
     found = {
         label: _scored(label, trained.network, subset, data.normalise, trained.machine, trained.weights, arguments)
         for label, subset in subsets.items()
     }
-    print(f"  {validation_label(run.recipe, own=images.validation is not None)}")
-    label = "val" if run.summary is None else "test"
-    _print_recalls(label, found[label], images.class_names)
+    say(f"  {validation_label(run.recipe, own=images.validation is not None)}")
+    say(_recalls_line(*list(found.items())[-1], images.class_names))
+    _print_json(run, trained.machine, found, images.class_names, arguments)
 
 
 def _evaluate_on(arguments: argparse.Namespace) -> None:
@@ -274,20 +274,27 @@ def _evaluate_on(arguments: argparse.Namespace) -> None:
     pixels, read, wrong = classifier.read(paths)
     if not read:
         raise InputError(unreadable(paths, wrong))
-    labels = torch.from_numpy(truth[read]).to(here.device)
-    _print_what_is_scored(run, f"{arguments.checkpoint} weights, on {arguments.FOLDER}", here, arguments.tta)
+    labels, say = torch.from_numpy(truth[read]).to(here.device), _words(arguments)
+    _say_what_is_scored(run, f"{arguments.checkpoint} weights, on {arguments.FOLDER}", here, arguments)
     for note in notes:
-        print(f"  note: {note}")
+        say(f"  note: {note}")
     found = _scored("these", network, Subset(pixels, labels), normalise, here, run.path, arguments)
-    _print_recalls("these", found, names)
+    say(_recalls_line("these", found, names))
+    _print_json(run, here, {"these": found}, names, arguments)
     if wrong:
         raise InputError(unreadable(paths, wrong))
 
 
-def _print_what_is_scored(run: Run, weights: str, here: Machine, views: str) -> None:
-    print(f"{run.path}: {run.recipe.name}, {weights}, {here.device}, {here.precision}")
-    if views != "none":
-        print(f"  with test-time augmentation ({views}): not to be compared with figures without")
+def _words(arguments: argparse.Namespace) -> Callable[[str], None]:
+    """What prints a line for people, and not where JSON is asked for."""
+    return (lambda line: None) if arguments.json else print
+
+
+def _say_what_is_scored(run: Run, weights: str, here: Machine, arguments: argparse.Namespace) -> None:
+    say = _words(arguments)
+    say(f"{run.path}: {run.recipe.name}, {weights}, {here.device}, {here.precision}")
+    if arguments.tta != "none":
+        say(f"  with test-time augmentation ({arguments.tta}): not to be compared with figures without")
 
 
 def _scored(
@@ -299,7 +306,7 @@ def _scored(
     weights: Path,
     arguments: argparse.Namespace,
 ) -> Outcomes:
-    """Outcomes on a subset, printed. Raises NonFiniteError."""
+    """Outcomes on a subset, told in a line. Raises NonFiniteError."""
     from fromzero.evaluate import evaluate
     from fromzero.stats import wilson_interval
 
@@ -308,8 +315,34 @@ def _scored(
     count = len(found.labels)
     low, high = wilson_interval(found.accuracy, count)
     interval = f"{low:.4f}–{high:.4f}, 95 % for {counted(count, 'image')}"
-    print(f"  {label:<28} accuracy {found.accuracy:.4f} ({interval})  loss {found.loss:.4f}")
+    shown = "train (clean)" if label == "train" else label
+    _words(arguments)(f"  {shown:<28} accuracy {found.accuracy:.4f} ({interval})  loss {found.loss:.4f}")
     return found
+
+
+def _print_json(
+    run: Run, here: Machine, found: Mapping[str, Outcomes], class_names: Sequence[str], arguments: argparse.Namespace
+) -> None:
+    """What was scored as one JSON object, where that is asked for."""
+    from fromzero.stats import wilson_interval
+
+    if not arguments.json:
+        return
+    scores = {
+        label: {
+            "images": len(of.labels),
+            "accuracy": of.accuracy,
+            "interval": wilson_interval(of.accuracy, len(of.labels)),
+            "loss": of.loss,
+            "recalls": {
+                name: None if recall != recall else recall
+                for name, recall in zip(class_names, of.recalls(len(class_names)), strict=True)
+            },
+        }
+        for label, of in found.items()
+    }
+    how = {"checkpoint": arguments.checkpoint, "tta": arguments.tta, "precision": here.precision}
+    print(json.dumps({"run": str(run.path), **how, "scores": scores}))
 
 
 @contextlib.contextmanager
@@ -337,14 +370,14 @@ def _classifier(arguments: argparse.Namespace) -> Classifier:
     )
 
 
-def _print_recalls(label: str, found: Outcomes, class_names: Sequence[str]) -> None:
+def _recalls_line(label: str, found: Outcomes, class_names: Sequence[str]) -> str:
     counts = found.labels.bincount(minlength=len(class_names)).tolist()
     each = f", {counted(counts[0], 'image')} each" if len(set(counts)) == 1 else ""
     by_class = (
         f"{name} {recall:.3f}{'' if each else f' (of {count:,})'}" if count else f"{name} no image"
         for name, recall, count in zip(class_names, found.recalls(len(class_names)), counts, strict=True)
     )
-    print(f"  {label} accuracy by class{each}: " + ", ".join(by_class))
+    return f"  {label} accuracy by class{each}: " + ", ".join(by_class)
 
 
 def _predict(arguments: argparse.Namespace) -> None:
