@@ -240,14 +240,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     trained = _trained(arguments)
     run, images, data, say = trained.run, trained.images, trained.data, _words(arguments)
-    _say_what_is_scored(run, f"{trained.weights.stem} weights, of {trained.reached}", trained.machine, arguments)
+    _say_what_is_scored(
+        run, f"{trained.checkpoint_path.stem} weights, of {trained.reached}", trained.machine, arguments
+    )
     subsets = {"train": data.clean_train, "val": data.validation, "test": data.test}
     if run.summary is None:
         del subsets["test"]
         later = "; the test images are scored when it does, so that nothing is chosen by them"
         say(f"  the run has not ended{later if run.recipe.validation.source == 'split' else ''}")
     found = {
-        label: _scored(label, trained.network, subset, data.normalise, trained.machine, trained.weights, arguments)
+        label: _scored(
+            label, trained.network, subset, data.normalise, trained.machine, trained.checkpoint_path, arguments
+        )
         for label, subset in subsets.items()
     }
     say(f"  {validation_label(run.recipe, own=images.validation is not None)}")
@@ -478,7 +482,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
             measures = probe.measure(trained, say=lambda doing: say(console, f"  {doing} …"))
     except NonFiniteError as error:
         raise NonFiniteError(
-            f"{trained.weights}: {error}; a lower --optimizer.learning_rate or a warm-up keeps them small"
+            f"{trained.checkpoint_path}: {error}; a lower --optimizer.learning_rate or a warm-up keeps them small"
         ) from None
     evidence = Evidence(run.recipe, rows, measures)
     found = diagnose(evidence)
@@ -502,7 +506,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     trained = _trained(arguments)
     _check_saved(trained)
-    with _proposing_other_weights(trained.weights, arguments):
+    with _proposing_other_weights(trained.checkpoint_path, arguments):
         page = report(trained)
     path = arguments.FILE or trained.run.path
     path = path / "report.html" if path.is_dir() else path

@@ -164,7 +164,7 @@ def page(
         provenance=run.provenance,
         epoch=rows[-1]["epoch"],
         reached=trained.reached,
-        weights=trained.weights.stem,
+        weights=trained.checkpoint_path.stem,
         validation=validation,
         names=names,
         splits=SPLITS,

@@ -69,7 +69,7 @@ class Data:
         elif recipe.validation.source == "split":
             # Of a folder that pictures are added to or taken from, few others move: a training that starts from the
             # weights of an earlier one has hardly seen what it is validated on.
-            by_contents = images.train.digests is not None
+            by_contents = images.train.file_digests is not None
             by = images.train.content_keys() if by_contents else "validation"
             kept, held = stratified_split(images.train.labels, recipe.validation.fraction, by)
             if len(held) < 2:  # of one, no spread can be told

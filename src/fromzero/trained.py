@@ -148,7 +148,7 @@ class Trained(NamedTuple):
     steps_beyond: int
 
     @property
-    def weights(self) -> Path:
+    def checkpoint_path(self) -> Path:
         """The file of the checkpoint."""
         assert self.checkpoint.path is not None  # it was read from a file
         return self.checkpoint.path

@@ -25,7 +25,7 @@ class Images:
     pixels: np.ndarray
     labels: np.ndarray
     files: tuple[str, ...] = ()
-    digests: np.ndarray | None = None
+    file_digests: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -33,25 +33,25 @@ class Images:
     def take(self, indices: np.ndarray) -> Images:
         """The images at `indices`, in that order (a copy)."""
         files = tuple(self.files[index] for index in indices) if self.files else ()
-        digests = None if self.digests is None else self.digests[indices]
+        digests = None if self.file_digests is None else self.file_digests[indices]
         return Images(self.pixels[indices], self.labels[indices], files, digests)
 
     def content_keys(self) -> np.ndarray:
         """uint64 (N,), of each image its file's digest; of those of a class that have the same pixels that of the
         first. They are like random numbers, and do not depend on the size that pictures are scaled to."""
-        assert self.digests is not None
+        assert self.file_digests is not None
         first: dict[bytes, int] = {}
-        keys = zip(self._digests, self.digests.tolist(), strict=True)
+        keys = zip(self._record_digests, self.file_digests.tolist(), strict=True)
         return np.array([first.setdefault(record, digest) for record, digest in keys], np.uint64)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian, from
         256 classes on) and the pixels in the order C, H, W. It does not depend on the order of the images or on the
         file format."""
-        return hashlib.sha256(b"".join(sorted(self._digests))).hexdigest()
+        return hashlib.sha256(b"".join(sorted(self._record_digests))).hexdigest()
 
     @cached_property
-    def _digests(self) -> list[bytes]:
+    def _record_digests(self) -> list[bytes]:
         """Of each image's record, as `fingerprint` says."""
         label_type = "u1" if self.labels.max() < 256 else "<u2"
         labels = self.labels.astype(label_type)[:, None].view(np.uint8)
