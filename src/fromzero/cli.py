@@ -239,24 +239,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from fromzero.curves import validation_label
 
     trained = _trained(arguments)
-    run, images, data, say = trained.run, trained.images, trained.data, _words(arguments)
-    _say_what_is_scored(
-        run, f"{trained.checkpoint_path.stem} weights, of {trained.reached}", trained.machine, arguments
-    )
+    run, images, data, network, here = trained.run, trained.images, trained.data, trained.network, trained.machine
+    path, say = trained.checkpoint_path, _words(arguments)
+    _say_what_is_scored(run, f"{path.stem} weights, of {trained.reached}", here, arguments)
     subsets = {"train": data.clean_train, "val": data.validation, "test": data.test}
     if run.summary is None:
         del subsets["test"]
         later = "; the test images are scored when it does, so that nothing is chosen by them"
         say(f"  the run has not ended{later if run.recipe.validation.source == 'split' else ''}")
     found = {
-        label: _scored(
-            label, trained.network, subset, data.normalise, trained.machine, trained.checkpoint_path, arguments
-        )
+        label: _scored(label, network, subset, data.normalise, here, path, arguments)
         for label, subset in subsets.items()
     }
     say(f"  {validation_label(run.recipe, own=images.validation is not None)}")
     say(_recalls_line(*list(found.items())[-1], images.class_names))
-    _print_json(run, trained.machine, found, images.class_names, arguments)
+    _print_json(run, here, found, images.class_names, arguments)
 
 
 def _evaluate_on(arguments: argparse.Namespace) -> None:
