@@ -25,6 +25,11 @@ def test_what_is_saved_is_loaded_bit_for_bit(small, tmp_path):
     assert found.tensors.keys() == small.tensors.keys()
 
 
+def test_equal_checkpoints_are_equal_files(small):
+    turned = Checkpoint(dict(reversed(small.tensors.items())), dict(reversed(small.state.items())))
+    assert len({checkpoint.encode(one) for one in [small, turned] * 10}) == 1
+
+
 def test_others_read_it_as_plain_safetensors(small, tmp_path):
     from safetensors.torch import load_file
 

@@ -46,8 +46,8 @@ class Checkpoint(NamedTuple):
 
 
 def encode(checkpoint: Checkpoint) -> bytes:
-    """The file's bytes: safetensors whose metadata has `format`, `state` (JSON) and `sha256`, which is taken over
-    the file with the digits of the sum itself as zeros."""
+    """The file's bytes, the same for equal checkpoints: safetensors whose metadata has `format`, `state` (JSON) and
+    `sha256`, which is taken over the file with the digits of the sum itself as zeros."""
     metadata = {
         "format": FORMAT,
         "sha256": _NO_DIGEST.decode(),
@@ -55,6 +55,12 @@ def encode(checkpoint: Checkpoint) -> bytes:
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
     data = bytearray(safetensors.torch.save(tensors, metadata))
+    # Its metadata come in any order; in one, equal checkpoints are equal files.
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:end])
+    header["__metadata__"] = metadata
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(end - 8)
+    data[:end] = struct.pack("<Q", len(text)) + text
     start = _digest_position(data)
     data[start : start + 64] = hashlib.sha256(data).hexdigest().encode()
     return bytes(data)
