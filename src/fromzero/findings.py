@@ -139,10 +139,12 @@ def diagnosis_text(
         say("   try:      ", finding.remedy)
         if finding.name in studies:
             of_a_cost = not {"network.channels", "batch_size"} & set(finding.changes)
+            longer = seconds
             took = f", each about as long as this one ({duration(seconds)})"
             if "epochs" in finding.changes:
-                longer = duration(seconds * finding.changes["epochs"] / run.recipe.epochs)
-                took = f", one about as long as this one ({duration(seconds)}), the other {longer}"
+                longer = seconds * finding.changes["epochs"] / run.recipe.epochs
+                took = f", one about as long as this one ({duration(seconds)}), the other {duration(longer)}"
+            took += f": some {duration(STUDY_SEEDS * (seconds + longer))} in all"
             say("   test it:  ", study_command(run, studies[finding.name]), whole=True)  # to be copied
             say(
                 "             ",
