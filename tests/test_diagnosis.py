@@ -11,7 +11,16 @@ import torch
 import fromzero
 from fromzero import cli, probe
 from fromzero.data.images import Images
-from fromzero.diagnosis import EXPLAINS, ON_VALIDATION, RULES, Finding, diagnose, untried, why_labels_cannot_be_judged
+from fromzero.diagnosis import (
+    EXPLAINS,
+    ON_VALIDATION,
+    RULES,
+    Finding,
+    diagnose,
+    share_of_wrong_labels_seen,
+    untried,
+    why_labels_cannot_be_judged,
+)
 from fromzero.evidence import Cooldown, Copies, Evidence, LayerMeasures, Measures, Score, Surest, Trial, best_factor
 from fromzero.findings import diagnosis_text, remarks, study_text, write_findings
 from fromzero.recipe import load_recipe
@@ -602,8 +611,13 @@ def test_few_validation_images_show_many_wrong_labels_only(run):
     assert "Wrong labels" not in remarked(run, measured={"surest": Surest(1, 200, 0.97)})
     said = remarked(run, measured={"surest": Surest(1, 33, 0.97)})
     assert "Wrong labels show here where they are 15% or more: validation has only 33 images that" in said
-    found = [diagnose(evidence(measured={"surest": Surest(wrong, 33, 0.97)})) for wrong in (4, 5)]
-    assert [[finding.name for finding in one] for one in found] == [[], ["label-noise"]]
+    for count, confidence, enough in ((33, 0.97, 5), (33, 0.85, 6), (100, 0.8, 23)):
+        measured = [{"surest": Surest(wrong, count, confidence)} for wrong in (enough - 1, enough)]
+        found = [[finding.name for finding in diagnose(evidence(measured=one))] for one in measured]
+        assert found == [[], ["label-noise"]]
+        share = share_of_wrong_labels_seen(evidence(measured=measured[0]))
+        assert (enough - 1) / count < share <= enough / count + 1e-9
+    assert "the network is not sure enough of any image" in remarked(run, measured={"surest": Surest(9, 33, 0.55)})
 
 
 def test_a_network_that_is_hardly_ever_wrong_has_no_wrong_labels_to_find(run):

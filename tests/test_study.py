@@ -440,10 +440,11 @@ def test_seeds_that_are_added_to_an_answer_are_said_to_be(tmp_path, text):
     assert not answered(2).seen_before
     assert not answered(2).seen_before
     more = answered(3)
-    assert "had been answered with 2 seeds; where an answer decides whether there are more, p is" in more.seen_before
+    assert "had been answered with 2 seeds; where an answer decides how many there are, p is too" in more.seen_before
     assert f"  note: {more.seen_before}" in answer(more)
     write_lessons([more], tmp_path / "page.md")
     assert "This study had been answered with 2 seeds;" in (tmp_path / "page.md").read_text()
+    assert "answered with 2 and 3 seeds" in answered(4, text + "# seeds are better raised here?").seen_before
     assert not answered(3, text.replace("dense = [2]", "dense = [3]")).seen_before  # another study
 
 
@@ -767,7 +768,7 @@ def test_tuning_gives_every_arm_the_same_budget_and_shows_all_of_it(tmp_path, te
     scores = sweep(study, execution.folder, execution.images.fingerprints)
     assert scores["wide"][1e30] == [None, None]
     assert {e.cell.name for e in events if e.kind == "failed"} == {"wide-1e+30-seed1000", "wide-1e+30-seed1001"}
-    best = best_values(scores, execution.folder)
+    best = best_values(scores)
     assert best["wide"] == 1e-2
     assert best["narrow"] == max((1e-5, 1e-2), key=lambda v: np.mean(scores["narrow"][v]))
     for cell in execution.cells:

@@ -726,6 +726,14 @@ def test_a_training_that_was_left_writes_to_its_run_no_more(small, tiny_images, 
     with pytest.raises(FromzeroError, match="has ended or was left"):
         next(iter(twice))
     assert next(steps).counters.step == 2
+    twice.save()
+    twice.close()
+    other = resumed_training(twice.run, tiny_images)
+    with pytest.raises(FromzeroError, match="has ended or was left"):
+        list(steps)
+    for _ in other:
+        pass
+    assert first_difference(ended, other.run) is None
 
 
 def test_what_is_computed_between_steps_changes_no_bit(small, tiny_images, tmp_path):

@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise InputError(f"{word} stands behind --, which ends the options; see: fromzero {argv[0]} --help")
         if word.startswith("-"):
             here = ELSEWHERE.get(word.lstrip("-").replace("_", "-"))
-            if here and (argv[0] == "train" or here.split()[0] in known):
+            if here and (argv[0] == "train" or (here.split()[0] in known and here != "--runs-dir")):
                 raise InputError(f"unknown option {word}; here it is: {here}")
             hint = nearest(word.lstrip("-"), [name.lstrip("-") for name in known])
             hint = hint.replace("nearest: ", "nearest: --") or f"; see: fromzero {argv[0]} --help"

@@ -253,7 +253,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     }
     say(f"  {validation_label(run.recipe, own=images.validation is not None)}")
     say(_recalls_line(*list(found.items())[-1], images.class_names))
-    _print_json(run, here, found, images.class_names, arguments)
+    more = {"ended": run.summary is not None, "epoch": trained.epochs, "validation": run.recipe.validation.source}
+    _print_json(run, here, found, images.class_names, arguments, **more, notes=list(images.notes))
 
 
 def _evaluate_on(arguments: argparse.Namespace) -> None:
@@ -269,7 +270,8 @@ def _evaluate_on(arguments: argparse.Namespace) -> None:
     run, network, normalise, _, names, here = classifier = _classifier(arguments)
     paths, truth, notes = labelled_pictures(arguments.FOLDER, names)
     source = Path(run.provenance["data"]["source"])
-    if arguments.FOLDER.resolve() in (source, *(source / name for name in SPLITS["train"])):
+    folder = arguments.FOLDER.resolve()
+    if folder == source or (folder.parent == source and folder.name.lower() in SPLITS["train"]):
         apart = f"fromzero evaluate {shlex.quote(str(run.path))}"
         notes.append(f"the run was trained on pictures in it: this says little of new ones; its own test: {apart}")
     pixels, read, wrong = classifier.read(paths)
@@ -281,7 +283,7 @@ def _evaluate_on(arguments: argparse.Namespace) -> None:
         say(f"  note: {note}")
     found = _scored("these", network, Subset(pixels, labels), normalise, here, run.path, arguments)
     say(_recalls_line("these", found, names))
-    _print_json(run, here, {"these": found}, names, arguments)
+    _print_json(run, here, {"these": found}, names, arguments, notes=notes)
     if wrong:
         raise InputError(unreadable(paths, wrong))
 
@@ -322,9 +324,14 @@ def _scored(
 
 
 def _print_json(
-    run: Run, here: Machine, found: Mapping[str, Outcomes], class_names: Sequence[str], arguments: argparse.Namespace
+    run: Run,
+    here: Machine,
+    found: Mapping[str, Outcomes],
+    class_names: Sequence[str],
+    arguments: argparse.Namespace,
+    **more: Any,
 ) -> None:
-    """What was scored as one JSON object, where that is asked for."""
+    """What was scored as one JSON object, where that is asked for; `more` is put into it."""
     from fromzero.stats import wilson_interval
 
     if not arguments.json:
@@ -342,8 +349,8 @@ def _print_json(
         }
         for label, of in found.items()
     }
-    how = {"checkpoint": arguments.checkpoint, "tta": arguments.tta, "precision": here.precision}
-    print(json.dumps({"run": str(run.path), **how, "scores": scores}))
+    how = {"checkpoint": arguments.checkpoint, "tta": arguments.tta, "device": here.device, "precision": here.precision}
+    print(json.dumps({"run": str(run.path), **how, **more, "scores": scores}))
 
 
 @contextlib.contextmanager

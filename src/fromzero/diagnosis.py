@@ -343,7 +343,7 @@ def _label_noise(e: Evidence) -> Finding | None:
     nothing."""
     wrong, count, confidence = e.measures.surest
     low, high = wilson_interval(wrong / count, count)
-    if _hardly_mistaken(e) or why_labels_cannot_be_judged(e) or confidence < SURE:
+    if why_labels_cannot_be_judged(e):
         return None
     if low < WRONG or wrong / count < 1 - confidence + OVERSURE:
         return None
@@ -356,29 +356,28 @@ def _label_noise(e: Evidence) -> Finding | None:
     )
 
 
-def _hardly_mistaken(e: Evidence) -> bool:
-    """Whether validation has fewer mistakes than wrong labels would make to be found."""
-    return bool(1 - e.last["val/accuracy"] < WRONG)
-
-
 def share_of_wrong_labels_seen(e: Evidence) -> float:
-    """Which share of wrong ones among the images that the network is surest of would be found; 0 where validation has
-    too few mistakes for any."""
-    count = e.measures.surest.of
+    """Which share of wrong ones among the images that the network is surest of would be found."""
+    _, count, confidence = e.measures.surest
     enough = (wrong / count for wrong in range(1, count + 1) if wilson_interval(wrong / count, count)[0] >= WRONG)
-    return 0.0 if _hardly_mistaken(e) else next(enough, 1.0)
+    return max(next(enough, 1.0), 1 - confidence + OVERSURE)
+
+
+def hardly_mistaken(e: Evidence) -> bool:
+    """Whether validation has fewer mistakes than the share of wrong labels that counts as a problem."""
+    return bool(1 - e.last["val/accuracy"] < WRONG)
 
 
 def why_labels_cannot_be_judged(e: Evidence) -> str:
     """Why nothing follows from what the network is sure of and wrong about; empty where something does."""
-    if _hardly_mistaken(e):
-        return ""
     if e.measures.surest.of < FEWEST_SURE:
         return f"a tenth of the validation images is {e.measures.surest.of}, and {FEWEST_SURE} are needed"
     if e.measures.train_accuracy >= BY_HEART:
         return "the network knows its train images by heart, and is as sure where a label is wrong"
     if _large_gap(e):
         return "the gap between train and validation is too large"
+    if e.measures.surest.confidence < SURE:
+        return "the network is not sure enough of any image"
     return "the network still learns" if _still_learning(e) else ""
 
 

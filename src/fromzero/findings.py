@@ -19,6 +19,7 @@ from fromzero.diagnosis import (
     ON_VALIDATION,
     RULES,
     Finding,
+    hardly_mistaken,
     share_of_wrong_labels_seen,
     untried,
     why_labels_cannot_be_judged,
@@ -45,10 +46,11 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         others = [name for name in others if name not in hidden]
         said.append(f"With so few validation images these could not be judged: {', '.join(hidden)}.")
     labels = ""
-    if (why := why_labels_cannot_be_judged(evidence)) and "label-noise" in others:
+    judged = "label-noise" in others and not hardly_mistaken(evidence)  # else wrong ones are too few for a problem
+    if judged and (why := why_labels_cannot_be_judged(evidence)):
         others.remove("label-noise")
         labels = f"Wrong labels cannot be detected in this run: {why}."
-    elif "label-noise" in others and (share := share_of_wrong_labels_seen(evidence)) > SHOWS_FEW:
+    elif judged and (share := share_of_wrong_labels_seen(evidence)) > SHOWS_FEW:
         count = evidence.measures.surest.of
         labels = (
             f"Wrong labels show here where they are {share:.0%} or more: validation has only {count} images that the"

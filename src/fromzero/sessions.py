@@ -252,8 +252,9 @@ def _cut_back(run: Run, state: State, images: ImageSet, here: Machine, epochs: i
     extended = epochs != recipe.epochs
     if extended or not exact:
         checkpoint.set_aside_newer_best(run.checkpoints, state.counters.epoch)
-    if not (run.checkpoints / checkpoint.BEST).exists():  # it had overwritten those before it, or has been removed
-        state.counters.best_epoch, state.counters.best_accuracy = 0, -1.0  # the best is the best from here on
+    best_is_gone = not (run.checkpoints / checkpoint.BEST).exists()  # it overwrote those before it, or was removed
+    if best_is_gone and state.counters.epoch < epochs:  # the best is the best from here on
+        state.counters.best_epoch, state.counters.best_accuracy = 0, -1.0
     run.cut_metrics(state.counters.epoch)
     note: dict[str, Any] = {**describe_program(), "machine": asdict(here), "step": state.counters.step, "exact": exact}
     if extended:

@@ -92,6 +92,7 @@ class Training:
             self._began_at = self._saved_at = self._ticked_at = time.monotonic()
 
             def between() -> None:
+                self._check_held()  # whoever iterates may have closed it
                 self._save_if_due(stop.signal)
 
             while counters.epoch < recipe.epochs:

@@ -164,7 +164,10 @@ def pictures_at(paths: Sequence[Path]) -> list[Path]:
     none."""
     found = []
     for path in paths:
-        pictures = _under(path)[0] if path.is_dir() else [path]
+        try:
+            pictures = _under(path)[0] if path.is_dir() else [path]
+        except OSError as error:
+            raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
         if not pictures:
             raise InputError(f"{path}: no pictures ({', '.join(ENDINGS)}) in it")
         found += pictures
@@ -256,7 +259,7 @@ def _folders(path: Path) -> list[Path]:
 
 def _holds_runs(folder: Path) -> bool:
     os.scandir(folder).close()  # raises, where it cannot be read, by its own name
-    return (folder / "studies").is_dir() or any(folder.glob("*/provenance.json"))
+    return any(folder.glob("studies/*/study.json")) or any(folder.glob("*/provenance.json"))
 
 
 def _under(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:

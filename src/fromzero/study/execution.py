@@ -29,12 +29,12 @@ from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.files import write_atomically, write_json
 from fromzero.machine import MAX_THREADS, chosen_device
 from fromzero.networks import build, num_multiply_adds
-from fromzero.recipe import Recipe
+from fromzero.recipe import Recipe, load_recipe
 from fromzero.resources import num_threads
 from fromzero.runs import Run, read_object
 from fromzero.splits import check_image_set
 from fromzero.study.cells import Cell, Setting, cells_of, differences, is_finished, trials_of
-from fromzero.study.definition import Study
+from fromzero.study.definition import Study, load_study
 from fromzero.study.pools import Event, on_ray, on_this_machine
 from fromzero.timetable import Timetable
 
@@ -105,7 +105,12 @@ class Execution:
             try:
                 yield from self._run(self.trials)
                 if self.tuned:
-                    self.best = best_values(sweep(self.study, self.folder, self.images.fingerprints), self.folder)
+                    self.best = best_values(sweep(self.study, self.folder, self.images.fingerprints))
+                    if left := [arm for arm in self.study.arms if arm not in self.best]:
+                        raise FromzeroError(
+                            f"{self.folder}: with no value of the sweep did all runs of arm {left[0]!r} end; see"
+                            " failures.json"
+                        )
                 yield from self._run(self.cells)
                 answered = tuple(dict.fromkeys([*answered, self.study.seeds]))
             except StoppedError as stopped:
@@ -195,7 +200,8 @@ class Execution:
         with contextlib.suppress(FromzeroError, OSError, ValueError):  # not there, or damaged: written anew
             before = read_description(self.folder)
             described = described.model_copy(update={"seconds": before.seconds})
-            is_same = (self.folder / "study.toml").read_text(encoding="utf-8") == self.study.text
+            then = recorded_study(self.folder, before)
+            is_same = (then.arms, then.contrasts) == (self.study.arms, self.study.contrasts)
             if is_same and before.fingerprints == described.fingerprints:
                 described = described.model_copy(update={"answered": before.answered})
         return described
@@ -301,17 +307,14 @@ def sweep(study: Study, folder: Path, fingerprints: Mapping[str, str]) -> Sweep:
     return scores
 
 
-def best_values(swept: Sweep, folder: Path) -> dict[str, float]:
-    """Arm → the value with the best mean validation accuracy; a value with which a run failed is out. Raises
-    FromzeroError when that leaves none."""
+def best_values(swept: Sweep) -> dict[str, float]:
+    """Arm → the value with the best mean validation accuracy; a value with which a run failed is out, and an arm of
+    which that leaves none."""
     found = {}
     for arm, scores in swept.items():
         means = {value: np.mean(row) for value, row in scores.items() if None not in row}  # type: ignore[arg-type]
-        if not means:
-            raise FromzeroError(
-                f"{folder}: with no value of the sweep did all runs of arm {arm!r} end; see failures.json"
-            )
-        found[arm] = max(means, key=lambda value: means[value])
+        if means:
+            found[arm] = max(means, key=lambda value: means[value])
     return found
 
 
@@ -325,6 +328,12 @@ def read_description(folder: Path) -> Description:
         raise FromzeroError(
             f"{folder}/study.json: damaged: {where}: {first['msg'].lower()}; the study's command writes it anew"
         ) from None
+
+
+def recorded_study(folder: Path, ran: Description) -> Study:
+    """The study in that folder as it was run last. Raises FromzeroError where its files are damaged."""
+    base = load_recipe(folder / "base.toml")
+    return load_study(folder / "study.toml", ran.scale, seeds=ran.seeds, name=ran.name, base=base, label=ran.label)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,12 +13,20 @@ import numpy as np
 from fromzero import stats
 from fromzero.errors import FromzeroError, counted
 from fromzero.networks import num_multiply_adds, num_parameters
-from fromzero.recipe import load_recipe
 from fromzero.runs import Row, Run, last_machine
 from fromzero.stats import Comparison, Interval, Verdict
 from fromzero.study.cells import Cell, cells_of, differences, read_outcomes
 from fromzero.study.definition import CLAIM, METRICS, Arm, Contrast, Study, load_study, study_names
-from fromzero.study.execution import Description, Sweep, best_values, command, read_description, read_json, sweep
+from fromzero.study.execution import (
+    Description,
+    Sweep,
+    best_values,
+    command,
+    read_description,
+    read_json,
+    recorded_study,
+    sweep,
+)
 
 
 class Spread(NamedTuple):
@@ -136,8 +144,8 @@ class Result:
         if not before:
             return ""
         return (
-            f"this study had been answered with {' and '.join(before)} seeds; where an answer decides whether there are"
-            f" more, p is too small: for a claim begin anew, with the {self.study.seeds}, in another --runs-dir"
+            f"this study had been answered with {' and '.join(before)} seeds; where an answer decides how many there"
+            " are, p is too small: for a claim begin anew, in another --runs-dir"
         )
 
     @property
@@ -173,14 +181,10 @@ def by_lesson(results: Sequence[Result]) -> Iterator[tuple[Study, list[Result]]]
 def read_result(folder: Path) -> Result:
     """What the study in that folder has found so far."""
     ran = read_description(folder)
-    base = load_recipe(folder / "base.toml")
-    study = load_study(folder / "study.toml", ran.scale, seeds=ran.seeds, name=ran.name, base=base, label=ran.label)
+    study = recorded_study(folder, ran)
     failures = read_json(folder / "failures.json")
     swept = sweep(study, folder, ran.fingerprints) if ran.tuned else {}
-    try:
-        best = best_values(swept, folder)
-    except FromzeroError:  # not swept to the end yet
-        best = {}
+    best = best_values(swept)
     cells = cells_of(study, folder, best)
     arms = {
         name: _arm_result(arm, [cell for cell in cells if cell.arm == name], failures, best.get(name), ran)
@@ -280,7 +284,8 @@ def _arm_result(
         run = Run(cell.path)
         if cell.name in failures:
             failed[cell.name] = failures[cell.name]
-        if not (run.path / "recipe.toml").is_file():
+        is_swept = value is not None or not ran.tuned
+        if not is_swept or not (run.path / "recipe.toml").is_file():
             continue
         if reasons := differences(cell, ran.fingerprints):
             failed[cell.name] = f"{'; '.join(reasons)}; the same command trains it anew"
