@@ -61,6 +61,13 @@ def test_few_validation_images_are_said_to_be(training):
     training.close()
 
 
+def test_smoothed_labels_are_said_to_be(tiny_images, tmp_path):
+    for smoothing, said in ((0.0, False), (0.1, True)):
+        recipe = load_recipe("train1").override({"label_smoothing": smoothing})
+        run = new_training(recipe, tiny_images, runs_dir=tmp_path)
+        assert ("  labels are smoothed by 0.1 in the running loss, in no other" in display.header(run)) == said
+
+
 def test_the_time_left_counts_nothing_that_comes_once(training, monkeypatch):
     clock = 0.0
     monkeypatch.setattr(display.time, "monotonic", lambda: clock)

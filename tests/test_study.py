@@ -767,6 +767,9 @@ def test_tuning_gives_every_arm_the_same_budget_and_shows_all_of_it(tmp_path, te
     assert execution.folder.name == "units-half-tuned"
     scores = sweep(study, execution.folder, execution.images.fingerprints)
     assert scores["wide"][1e30] == [None, None]
+    other = tuned.replace('optimizer.name = "sgd"', 'optimizer.name = "sgd"\noptimizer.momentum = 0.5')
+    of_another = sweep(load_study(written(tmp_path, other), "half"), execution.folder, execution.images.fingerprints)
+    assert {score for values in of_another.values() for row in values.values() for score in row} == {None}
     assert {e.cell.name for e in events if e.kind == "failed"} == {"wide-1e+30-seed1000", "wide-1e+30-seed1001"}
     best = best_values(scores)
     assert best["wide"] == 1e-2

@@ -603,6 +603,22 @@ def test_best_weights_of_a_course_that_is_left_are_set_aside(exact, options, sma
     assert checkpoint.load(best).state["epoch"] == resumed.run.summary["best/epoch"]
 
 
+def test_best_weights_that_are_gone_are_looked_for_anew(small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path)
+    for progress in run:
+        if progress.row is not None:
+            run.save()
+            break
+    best = run.run.checkpoints / checkpoint.BEST
+    assert checkpoint.load(best).state["epoch"] == 1
+    best.unlink()
+    resumed = resumed_training(run.run, tiny_images)
+    assert resumed.state.counters.best_epoch == 0
+    for _ in resumed:
+        pass
+    assert checkpoint.load(best).state["epoch"] == resumed.run.summary["best/epoch"] > 1
+
+
 @pytest.mark.parametrize("poison", ["loss", math.inf, 1e30])
 def test_non_finite_values_stop_before_the_weights_change(poison, small, tiny_images, tmp_path):
     run = new_training(small, tiny_images, runs_dir=tmp_path)
@@ -742,6 +758,15 @@ def test_what_is_computed_between_steps_changes_no_bit(small, tiny_images, tmp_p
     for _ in run:
         machine.prepare("float32" if run.machine.precision == "bfloat16" else "bfloat16", threads=2)
     assert first_difference(straight, run.run) is None
+
+
+def test_an_evaluation_computes_as_its_machine_says(small, tiny_images, tmp_path):
+    found = load_trained(fromzero.train(small, tiny_images, runs_dir=tmp_path), images=tiny_images, threads=1)
+    of = (found.network, *found.data.validation, found.data.normalise, found.machine)
+    before = evaluate(*of).losses
+    machine.prepare("float32" if found.machine.precision == "bfloat16" else "bfloat16", threads=2)
+    assert torch.equal(evaluate(*of).losses, before)
+    assert torch.get_num_threads() == 1
 
 
 def test_two_writers_are_refused_with_the_first_ones_process(small, tiny_images, tmp_path):
