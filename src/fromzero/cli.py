@@ -8,6 +8,7 @@ import gc
 import importlib
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -311,16 +312,21 @@ def _scored(
 ) -> Outcomes:
     """Outcomes on a subset, told in a line. Raises NonFiniteError."""
     from fromzero.evaluate import evaluate
-    from fromzero.stats import wilson_interval
 
     with _proposing_other_weights(weights, arguments):
         found = evaluate(network, *subset, normalise, here, views=arguments.tta)
-    count = len(found.labels)
-    low, high = wilson_interval(found.accuracy, count)
-    interval = f"{low:.4f}–{high:.4f}, 95 % for {counted(count, 'image')}"
+    low, high = _interval(found)
+    interval = f"{low:.4f}–{high:.4f}, 95 % for {counted(len(found.labels), 'image')}"
     shown = "train (clean)" if label == "train" else label
     _words(arguments)(f"  {shown:<28} accuracy {found.accuracy:.4f} ({interval})  loss {found.loss:.4f}")
     return found
+
+
+def _interval(found: Outcomes) -> tuple[float, float]:
+    """The ends of the accuracy's 95 % interval, by the number of images."""
+    from fromzero.stats import wilson_interval
+
+    return wilson_interval(found.accuracy, len(found.labels))
 
 
 def _print_json(
@@ -332,18 +338,16 @@ def _print_json(
     **more: Any,
 ) -> None:
     """What was scored as one JSON object, where that is asked for; `more` is put into it."""
-    from fromzero.stats import wilson_interval
-
     if not arguments.json:
         return
     scores = {
         label: {
             "images": len(of.labels),
             "accuracy": of.accuracy,
-            "interval": wilson_interval(of.accuracy, len(of.labels)),
+            "interval": _interval(of),
             "loss": of.loss,
             "recalls": {
-                name: None if recall != recall else recall
+                name: None if math.isnan(recall) else recall
                 for name, recall in zip(class_names, of.recalls(len(class_names)), strict=True)
             },
         }

@@ -190,11 +190,7 @@ class Run:
         try:
             _Provenance.model_validate(found, strict=True)
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise FromzeroError(
-                f"{self.path}/provenance.json: damaged: {where}: {first['msg'].lower()}; {self.way_on}"
-            ) from None
+            raise FromzeroError(f"{self.path}/provenance.json: {damage(error)}; {self.way_on}") from None
         return found
 
     @property
@@ -316,6 +312,12 @@ class Run:
             with contextlib.suppress(OSError):
                 (self.path / "writer.json").unlink()
             held.release()
+
+
+def damage(error: pydantic.ValidationError) -> str:
+    """What is wrong first in a record, in words."""
+    first = error.errors()[0]
+    return f"damaged: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
 
 
 def read_object(path: Path) -> dict[str, Any]:

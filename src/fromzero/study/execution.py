@@ -31,7 +31,7 @@ from fromzero.machine import MAX_THREADS, chosen_device
 from fromzero.networks import build, num_multiply_adds
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.resources import num_threads
-from fromzero.runs import Run, read_object
+from fromzero.runs import Run, damage, read_object
 from fromzero.splits import check_image_set
 from fromzero.study.cells import Cell, Setting, cells_of, differences, is_finished, trials_of
 from fromzero.study.definition import Study, load_study
@@ -323,11 +323,7 @@ def read_description(folder: Path) -> Description:
     try:
         return Description.model_validate(read_json(folder / "study.json"))
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise FromzeroError(
-            f"{folder}/study.json: damaged: {where}: {first['msg'].lower()}; the study's command writes it anew"
-        ) from None
+        raise FromzeroError(f"{folder}/study.json: {damage(error)}; the study's command writes it anew") from None
 
 
 def recorded_study(folder: Path, ran: Description) -> Study:
