@@ -91,6 +91,9 @@ def test_evaluate_prints_for_programs_what_it_says_in_words(trained, capsys):
         assert line in said
     for name, recall in found["scores"]["test"]["recalls"].items():
         assert f"{name} {recall:.3f}" in said
+    assert sum(found["scores"]["test"]["class_images"].values()) == found["scores"]["test"]["images"]
+    assert found["notes"]
+    assert all(f"  note: {note}\n" in said for note in found["notes"])
 
 
 def test_a_run_stopped_within_an_epoch_is_evaluated_as_that(trained, tmp_path, capsys):

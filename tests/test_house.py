@@ -25,7 +25,7 @@ ORDER = [
     ["evaluate", "state", "curves", "evidence"],
     ["splits", "diagnosis"],
     ["steps", "trained", "findings"],
-    ["training", "probe", "export"],
+    ["training", "probe", "export", "scores"],
     ["sessions", "verify", "report"],
     ["study", "display"],
     ["cli"],

@@ -8,10 +8,8 @@ import gc
 import importlib
 import io
 import json
-import math
 import os
 import re
-import shlex
 import sys
 import threading
 import warnings
@@ -24,11 +22,6 @@ from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted
 from fromzero.recipe import Recipe, field_types, load_recipe, parse_value, recipe_names, recipe_purpose
 
 if TYPE_CHECKING:
-    from fromzero.evaluate import Normalise, Outcomes
-    from fromzero.machine import Machine
-    from fromzero.modules import Network
-    from fromzero.runs import Run
-    from fromzero.splits import Subset
     from fromzero.trained import Classifier, Trained
     from fromzero.training import Training
     from fromzero.verify import Verification
@@ -234,127 +227,24 @@ def _runs(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    if arguments.FOLDER is not None:
-        return _evaluate_on(arguments)
-    with _importing():
-        from fromzero.curves import validation_label
-
-    trained = _trained(arguments)
-    run, images, data, network, here = trained.run, trained.images, trained.data, trained.network, trained.machine
-    path, say = trained.checkpoint_path, _words(arguments)
-    _say_what_is_scored(run, f"{path.stem} weights, of {trained.reached}", here, arguments)
-    subsets = {"train": data.clean_train, "val": data.validation, "test": data.test}
-    if run.summary is None:
-        del subsets["test"]
-        later = "; the test images are scored when it does, so that nothing is chosen by them"
-        say(f"  the run has not ended{later if run.recipe.validation.source == 'split' else ''}")
-    found = {
-        label: _scored(label, network, subset, data.normalise, here, path, arguments)
-        for label, subset in subsets.items()
-    }
-    say(f"  {validation_label(run.recipe, own=images.validation is not None)}")
-    say(_recalls_line(*list(found.items())[-1], images.class_names))
-    more = {"ended": run.summary is not None, "epoch": trained.epochs, "validation": run.recipe.validation.source}
-    _print_json(run, here, found, images.class_names, arguments, **more, notes=list(images.notes))
-
-
-def _evaluate_on(arguments: argparse.Namespace) -> None:
-    """On pictures of its classes that are not those of the run."""
-    with _importing():
-        import torch
-
-        from fromzero.data.pictures import SPLITS, labelled_pictures, unreadable
-        from fromzero.splits import Subset
-
-    if arguments.data_dir is not None:
+    if arguments.FOLDER is not None and arguments.data_dir is not None:
         raise InputError(f"--data-dir is where a run's own images are, and others are scored: {arguments.FOLDER}")
-    run, network, normalise, _, names, here = classifier = _classifier(arguments)
-    paths, truth, notes = labelled_pictures(arguments.FOLDER, names)
-    source = Path(run.provenance["data"]["source"])
-    folder = arguments.FOLDER.resolve()
-    if folder == source or (folder.parent == source and folder.name.lower() in SPLITS["train"]):
-        apart = f"fromzero evaluate {shlex.quote(str(run.path))}"
-        notes.append(f"the run was trained on pictures in it: this says little of new ones; its own test: {apart}")
-    pixels, read, wrong = classifier.read(paths)
-    if not read:
-        raise InputError(unreadable(paths, wrong))
-    labels, say = torch.from_numpy(truth[read]).to(here.device), _words(arguments)
-    _say_what_is_scored(run, f"{arguments.checkpoint} weights, on {arguments.FOLDER}", here, arguments)
-    for note in notes:
-        say(f"  note: {note}")
-    found = _scored("these", network, Subset(pixels, labels), normalise, here, run.path, arguments)
-    say(_recalls_line("these", found, names))
-    _print_json(run, here, {"these": found}, names, arguments, notes=notes)
+    with _importing():
+        from fromzero import scores
+        from fromzero.data.pictures import unreadable
+
+    wrong = None
+    if arguments.FOLDER is None:
+        trained = _trained(arguments)
+        with _proposing_other_weights(trained.checkpoint_path, arguments):
+            record = scores.own_scores(trained, arguments.tta)
+    else:
+        classifier = _classifier(arguments)
+        with _proposing_other_weights(classifier.run.path, arguments):
+            record, paths, wrong = scores.scores_on(arguments.FOLDER, classifier, arguments.checkpoint, arguments.tta)
+    print(json.dumps(record) if arguments.json else scores.scores_text(record))
     if wrong:
         raise InputError(unreadable(paths, wrong))
-
-
-def _words(arguments: argparse.Namespace) -> Callable[[str], None]:
-    """What prints a line for people, and not where JSON is asked for."""
-    return (lambda line: None) if arguments.json else print
-
-
-def _say_what_is_scored(run: Run, weights: str, here: Machine, arguments: argparse.Namespace) -> None:
-    say = _words(arguments)
-    say(f"{run.path}: {run.recipe.name}, {weights}, {here.device}, {here.precision}")
-    if arguments.tta != "none":
-        say(f"  with test-time augmentation ({arguments.tta}): not to be compared with figures without")
-
-
-def _scored(
-    label: str,
-    network: Network,
-    subset: Subset,
-    normalise: Normalise,
-    here: Machine,
-    weights: Path,
-    arguments: argparse.Namespace,
-) -> Outcomes:
-    """Outcomes on a subset, told in a line. Raises NonFiniteError."""
-    from fromzero.evaluate import evaluate
-
-    with _proposing_other_weights(weights, arguments):
-        found = evaluate(network, *subset, normalise, here, views=arguments.tta)
-    low, high = _interval(found)
-    interval = f"{low:.4f}–{high:.4f}, 95 % for {counted(len(found.labels), 'image')}"
-    shown = "train (clean)" if label == "train" else label
-    _words(arguments)(f"  {shown:<28} accuracy {found.accuracy:.4f} ({interval})  loss {found.loss:.4f}")
-    return found
-
-
-def _interval(found: Outcomes) -> tuple[float, float]:
-    """The ends of the accuracy's 95 % interval, by the number of images."""
-    from fromzero.stats import wilson_interval
-
-    return wilson_interval(found.accuracy, len(found.labels))
-
-
-def _print_json(
-    run: Run,
-    here: Machine,
-    found: Mapping[str, Outcomes],
-    class_names: Sequence[str],
-    arguments: argparse.Namespace,
-    **more: Any,
-) -> None:
-    """What was scored as one JSON object, where that is asked for; `more` is put into it."""
-    if not arguments.json:
-        return
-    scores = {
-        label: {
-            "images": len(of.labels),
-            "accuracy": of.accuracy,
-            "interval": _interval(of),
-            "loss": of.loss,
-            "recalls": {
-                name: None if math.isnan(recall) else recall
-                for name, recall in zip(class_names, of.recalls(len(class_names)), strict=True)
-            },
-        }
-        for label, of in found.items()
-    }
-    how = {"checkpoint": arguments.checkpoint, "tta": arguments.tta, "device": here.device, "precision": here.precision}
-    print(json.dumps({"run": str(run.path), **how, **more, "scores": scores}))
 
 
 @contextlib.contextmanager
@@ -380,16 +270,6 @@ def _classifier(arguments: argparse.Namespace) -> Classifier:
         device=arguments.device or "auto",
         threads=arguments.threads,
     )
-
-
-def _recalls_line(label: str, found: Outcomes, class_names: Sequence[str]) -> str:
-    counts = found.labels.bincount(minlength=len(class_names)).tolist()
-    each = f", {counted(counts[0], 'image')} each" if len(set(counts)) == 1 else ""
-    by_class = (
-        f"{name} {recall:.3f}{'' if each else f' (of {count:,})'}" if count else f"{name} no image"
-        for name, recall, count in zip(class_names, found.recalls(len(class_names)), counts, strict=True)
-    )
-    return f"  {label} accuracy by class{each}: " + ", ".join(by_class)
 
 
 def _predict(arguments: argparse.Namespace) -> None:
