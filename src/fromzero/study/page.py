@@ -21,7 +21,17 @@ from fromzero.study.definition import (
     differing_fields,
     short,
 )
-from fromzero.study.results import ArmResult, ContrastResult, Result, Spread, by_lesson, claimed, figure, unit
+from fromzero.study.results import (
+    ArmResult,
+    ContrastResult,
+    Result,
+    Spread,
+    by_lesson,
+    claimed,
+    correlation,
+    figure,
+    unit,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -279,13 +289,12 @@ def _contrasts_table(result: Result) -> str:
             settle = (
                 "–"
                 if found.verdict != "undecided"
-                else ("over 10,000" if found.seeds_needed is None else f"{found.seeds_needed}")
+                else ("over 10,000" if found.seeds_needed is None else f"{found.seeds_needed:,}")
             )
             wide = "–" if found.new_images is None else _interval(*found.new_images[1:], c.metric)
             mean = figure(x.difference.mean, c.metric, sign=True)
             low_high = _interval(x.difference.low, x.difference.high, c.metric)
-            correlation = f"{x.correlation:.2f}".replace("-", "−") if np.isfinite(x.correlation) else "–"
-            cells = [name, what, f"**{mean}** ({low_high})", wide, str(x.n), p, correlation, seen, settle]
+            cells = [name, what, f"**{mean}** ({low_high})", wide, str(x.n), p, correlation(x), seen, settle]
             lines.append(_row([*cells, f"**{found.verdict}**"]))
     return "\n".join(lines) + "\n"
 

@@ -241,13 +241,13 @@ def sentence(found: ContrastResult, comparisons: int) -> str:
     if comparisons > 1:
         text += f" ({found.adjusted_p:.3g} among {comparisons}, Holm)"
     if np.isfinite(x.correlation):  # not where an arm's runs are all equal
-        text += f", correlation of pairs {x.correlation:.2f}"
+        text += f", correlation of pairs {correlation(x)}"
     if np.isfinite(found.smallest):
         text += f"; {x.n} pairs find {figure(found.smallest, c.metric)} or more four times out of five"
     else:
         text += f"; {x.n} pairs can settle nothing: {stats.fewest_pairs(comparisons)} at least"
     if found.verdict == "undecided":
-        needed = "more than 10,000" if found.seeds_needed is None else f"about {found.seeds_needed}"
+        needed = "more than 10,000" if found.seeds_needed is None else f"about {found.seeds_needed:,}"
         text += f"; to settle a difference of this size: a study of {needed} seeds, begun anew"
     return text
 
@@ -269,6 +269,13 @@ def figure(value: float, metric: str, *, sign: bool = False) -> str:
     """A difference of that metric: shares in points, losses in nats."""
     text = f"{100 * value:{'+' if sign else ''}.2f}" if METRICS[metric] else f"{value:{'+' if sign else ''}.4f}"
     return text.replace("-", "−")
+
+
+def correlation(comparison: Comparison) -> str:
+    """That of its pairs; a dash where an arm's runs are all equal."""
+    if not np.isfinite(comparison.correlation):
+        return "–"
+    return f"{comparison.correlation:z.2f}".replace("-", "−")
 
 
 def unit(metric: str) -> str:
