@@ -126,7 +126,7 @@ def test_pairs_that_all_differ_alike_have_no_interval():
 
 
 def test_the_nine_lessons_are_there_at_both_scales_and_some_between():
-    assert study_names() == sorted([*LESSONS, "parts"])
+    assert study_names() == sorted([*LESSONS, "parts", "parts-of-best"])
     for name in study_names():
         scales = ["screen"] if name == "parts" else ["screen", "full", *(["medium"] if name in MEDIUM else [])]
         for scale in scales:
@@ -176,6 +176,17 @@ def test_the_ladder_goes_up_one_change_at_a_time_and_each_is_left_out_once():
         strong = load_recipe("strong")
         for part in ("network", "augment", "optimizer", "schedule", "label_smoothing", "normalise", "batch_size"):
             assert getattr(top.recipe, part) == getattr(strong, part), part
+
+
+def test_the_parts_of_best_are_all_that_it_has_beyond_strong():
+    arms = load_study("parts-of-best", "full").arms
+    best, strong = load_recipe("best"), load_recipe("strong")
+    parts = ("network", "augment", "optimizer", "schedule", "label_smoothing", "batch_size", "epochs", "hardest")
+    for part in parts:
+        assert getattr(arms["best"].recipe, part) == getattr(best, part), part
+        assert getattr(arms["strong"].recipe, part) == getattr(strong, part), part
+    taken = {path for name, arm in arms.items() if name != "strong" for path in arm.changes}
+    assert taken == arms["strong"].changes.keys()
 
 
 def test_the_same_seed_gives_arms_the_same_first_weights_where_shapes_agree():
