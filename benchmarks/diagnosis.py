@@ -70,20 +70,18 @@ def is_of(run, recipe, images):
 def diagnosed(base, case, seed, folder, data_dir):
     """(names of the findings, first that which comes first; seconds it took) of a case."""
     from fromzero.diagnosis import diagnose
-    from fromzero.evidence import Evidence
 
     run, images = trained(base, case, seed, folder, data_dir)
-    measures, seconds = measured(run, images)
-    found = [finding.name for finding in diagnose(Evidence(run.recipe, run.metrics(), measures))]
-    last = run.metrics()[-1]
+    evidence, seconds = measured(run, images)
+    found = [finding.name for finding in diagnose(evidence)]
     return {
         "base": base,
         "case": case.name,
         "problem": case.problems,
         "seed": seed,
         "autotrainer": json.loads((run.path / AUTOTRAINER).read_text("utf-8")),
-        "train": last["train/accuracy"],
-        "val": last["val/accuracy"],
+        "train": evidence.last["train/accuracy"],
+        "val": evidence.last["val/accuracy"],
         "found": found,
         "seconds": seconds,
         "rules": digest("diagnosis", "evidence", "probe"),
@@ -91,15 +89,15 @@ def diagnosed(base, case, seed, folder, data_dir):
 
 
 def measured(run, images):
-    """The measures of a run and the seconds that they took; kept beside it, as other rules may look at them, too."""
-    from fromzero import probe
+    """The evidence of a run and the seconds that it took; kept beside it, as other rules may look at it, too."""
+    from fromzero.probe import evidence_of
     from fromzero.trained import load_trained
 
-    kept = run.path / f"measures-{digest('evidence', 'probe')}.pickle"
+    kept = run.path / f"evidence-{digest('evidence', 'probe')}.pickle"
     if not kept.exists():
         began = time.monotonic()
-        measures = probe.measure(load_trained(run, images=images, threads=1))
-        kept.write_bytes(pickle.dumps((measures, time.monotonic() - began)))
+        evidence = evidence_of(load_trained(run, images=images, threads=1))
+        kept.write_bytes(pickle.dumps((evidence, time.monotonic() - began)))
     return pickle.loads(kept.read_bytes())
 
 
@@ -189,11 +187,9 @@ def remedied(base, case, seeds, folder, data_dir):
     """What the remedy of the first finding on the first seed does: the recipe with it and as it is, in pairs."""
     from fromzero import NonFiniteError, new_training, stats
     from fromzero.diagnosis import Finding, diagnose
-    from fromzero.evidence import Evidence
 
     run, images = trained(base, case, seeds[0], folder, data_dir)
-    measures, _ = measured(run, images)
-    found = diagnose(Evidence(run.recipe, run.metrics(), measures))
+    found = diagnose(measured(run, images)[0])
     finding = found[0] if found else Finding("nothing", "", "", "")
     accuracies = {"as it is": [], "remedied": []}
     for seed in seeds if finding.changes else ():

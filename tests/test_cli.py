@@ -13,7 +13,7 @@ import time
 import pytest
 
 import fromzero as library
-from fromzero import cli
+from fromzero import arguments, cli
 from fromzero.recipe import recipe_names
 from fromzero.verify import Verification
 
@@ -256,6 +256,8 @@ BAD = [
     (["summary", "train1", "--classes", "9" * 5000], "--classes: 99999999999999999999 is not a whole number from 1"),
     (["train", "--", "digits", "--epochs", "1"], "--epochs stands behind --, which ends the options"),
     (["predict", "any", ""], "argument PICTURE: an empty name"),
+    (["resume", ""], "argument RUN: an empty name"),  # as of an unset variable: not the folder that one is in
+    (["train", "digits", "--from", ""], "argument --from: an empty name"),
     (["lessons", "--write", ""], "argument --write: an empty name"),
     (["runs", "--runs-dir", "a\0b"], "argument --runs-dir: a name with a NUL character"),
     (["verify-resume", "--epochs", "0"], "--epochs: 0 is not a whole number from 1 to 999,999,999"),
@@ -269,7 +271,6 @@ BAD = [
 
 
 def test_what_other_tools_call_it_is_called_something_here():
-    from fromzero import arguments
     from fromzero.recipe import field_types
 
     options = {f"--{field}" for field in field_types()}
@@ -283,7 +284,6 @@ def test_what_other_tools_call_it_is_called_something_here():
 
 
 def test_rates_that_another_optimizer_leaves_behind_are_named(tmp_path, capsys):
-    from fromzero import cli
     from fromzero.recipe import load_recipe
 
     def note(*changes):
@@ -307,8 +307,6 @@ def test_rates_that_another_optimizer_leaves_behind_are_named(tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "expected"), BAD, ids=[" ".join(a) for a, _ in BAD])
 def test_bad_input_is_one_line_with_exit_code_2(arguments, expected, tmp_path, capsys, monkeypatch):
     """In this process: the messages are the same, and a start of Python for each would take half a minute."""
-    from fromzero import cli
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FROMZERO_HOME", str(tmp_path))
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
@@ -338,8 +336,6 @@ def test_options_may_be_written_with_hyphens_or_underscores(arguments):
 
 
 def test_help_shows_one_spelling(capsys):
-    from fromzero import cli
-
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     shown = capsys.readouterr().out
@@ -351,7 +347,6 @@ def test_help_shows_one_spelling(capsys):
     ("arguments", "name"), [([], "strong"), (["--recipe", "best"], "best"), (["--recipe=quick"], "quick")]
 )
 def test_help_shows_the_values_of_the_recipe(arguments, name, capsys):
-    from fromzero import cli
     from fromzero.recipe import load_recipe
 
     with pytest.raises(SystemExit):
@@ -409,9 +404,8 @@ def test_importing_and_asking_for_help_do_not_import_torch(arguments, tmp_path):
 
 
 def test_every_command_has_help(tmp_path, capsys):
-    from fromzero import cli
-
-    for command in ("train", "resume", "evaluate", "runs", "summary", "recipes", "demo", "verify-resume"):
+    assert cli.COMMANDS.keys() == arguments._parsers(None)[1].keys()
+    for command in cli.COMMANDS:
         with pytest.raises(SystemExit) as left:
             cli.main([command, "--help"])
         assert left.value.code == 0
@@ -466,12 +460,12 @@ def test_a_damaged_run_is_named_and_does_not_hide_the_others(trained, capsys):
             shutil.copytree(runs[0].path, copy / "damaged")
             shutil.copytree(runs[0].path, copy / "whole")
             (copy / "damaged" / name).write_bytes(content)
-            for arguments in (["evaluate", "damaged"], ["resume", "damaged", "--epochs", "9"]):
-                if name in ("metrics.jsonl", "summary.json") and arguments[0] == "evaluate":
+            for words in (["evaluate", "damaged"], ["resume", "damaged", "--epochs", "9"]):
+                if name in ("metrics.jsonl", "summary.json") and words[0] == "evaluate":
                     continue
                 if name in ("summary.json", "checkpoints/last.safetensors"):
                     continue  # evaluate and resume use the checkpoint before, with a warning
-                assert cli.main([*arguments, "--runs-dir", str(copy)]) in (1, 2), (name, content)
+                assert cli.main([*words, "--runs-dir", str(copy)]) in (1, 2), (name, content)
                 errors = capsys.readouterr().err
                 assert "damaged" in errors or name in errors
                 assert errors.count("\n") == 1, errors
@@ -507,6 +501,6 @@ def test_recipes_are_listed_with_what_they_are_for(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == recipe_names()
     assert [line for line in lines if "The default." in line] == [
-        "strong  12 epochs  94 % on CIFAR-10, from scratch. The default."
+        "strong   12 epochs  94 % on CIFAR-10, from scratch. The default."
     ]
     assert any("from scratch" in line and line.startswith("quick ") for line in lines)

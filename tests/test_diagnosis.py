@@ -332,7 +332,7 @@ def test_measuring_changes_nothing(tiny_images, tmp_path):
     found = trained(tiny_images, tmp_path, {"network.batch_norm": True, "augment.flip": "random"})
     weights = {name: tensor.clone() for name, tensor in found.network.state_dict().items()}
     files = {path: path.read_bytes() for path in found.run.path.rglob("*") if path.is_file()}
-    first, second = probe.measure(found), probe.measure(found)
+    first, second = probe.evidence_of(found).measures, probe.evidence_of(found).measures
     assert first == second
     assert all(torch.equal(tensor, found.network.state_dict()[name]) for name, tensor in weights.items())
     assert not found.network.training
@@ -341,7 +341,7 @@ def test_measuring_changes_nothing(tiny_images, tmp_path):
 
 def test_measures_of_a_network_without_dropout_batch_norm_and_augmentation(tiny_images, tmp_path):
     found = trained(tiny_images, tmp_path)
-    m = probe.measure(found)
+    m = probe.evidence_of(found).measures
     assert m.plain_loss == m.dropout_loss
     assert m.changed_by_batch_norm == 0
     assert m.seen_accuracies[0] == m.seen_accuracies[1]
@@ -359,7 +359,7 @@ def test_dead_units_are_counted(tiny_images, tmp_path):
     def kill(model):
         model.get_parameter("conv2d_2.bias").data[:12] = -100.0
 
-    m = probe.measure(trained(tiny_images, tmp_path, before=kill))
+    m = probe.evidence_of(trained(tiny_images, tmp_path, before=kill)).measures
     inactive = {layer.name: layer.inactive for layer in m.layers}
     assert inactive["conv2d_2"] >= 12 / 16
     assert inactive["conv2d_1"] < 0.5
@@ -380,7 +380,7 @@ def test_a_trial_goes_through_the_runs_whole_course_in_no_more_steps(
         return real(state, batch, rate, recipe, progress, here)
 
     monkeypatch.setattr(probe, "train_step", train_step)
-    trials, _ = probe._trials(recipe, found.data, tiny_images.image_shape, 10, found.machine, seconds_a_step=0.001)
+    trials, _ = probe._trials(recipe, found.data, found.machine, seconds_a_step=0.001)
     per_epoch = -(-len(found.data.train.labels) // 20)
     steps = min(per_epoch + (epochs - 1) * math.ceil(per_epoch * (1 - skipped)), probe.TRIAL_STEPS)
     (own, progress), (tenth, _) = (zip(*watched[start : start + steps], strict=True) for start in (0, steps))
@@ -395,7 +395,7 @@ def test_a_trial_goes_through_the_runs_whole_course_in_no_more_steps(
 
 def test_a_run_of_few_steps_has_no_trials(tiny_images, tmp_path):
     found = trained(tiny_images, tmp_path, {"batch_size": 500, "epochs": 2})
-    measures = probe.measure(found)
+    measures = probe.evidence_of(found).measures
     assert measures.trials == {}
     assert measures.fit_accuracy is None or measures.fit_accuracy >= 0
     assert not {"rate-too-high", "rate-too-low"} & {
@@ -408,8 +408,8 @@ def test_what_few_validation_images_hide_are_rules():
 
 
 def test_trials_tell_a_rate_that_is_too_low_or_too_high(tiny_images, tmp_path):
-    low = probe.measure(trained(tiny_images, tmp_path, {"optimizer.learning_rate": 1e-5}))
-    high = probe.measure(trained(tiny_images, tmp_path, {"optimizer.learning_rate": 0.5}))
+    low = probe.evidence_of(trained(tiny_images, tmp_path, {"optimizer.learning_rate": 1e-5})).measures
+    high = probe.evidence_of(trained(tiny_images, tmp_path, {"optimizer.learning_rate": 0.5})).measures
     assert best_factor(low.trials) > 1
     assert best_factor(high.trials) < 1
     assert low.trials[1.0].error == 0
@@ -420,7 +420,7 @@ def test_what_is_tried_without_decay_is_without_it(tiny_images, tmp_path):
     changes = {"optimizer.name": "sgd", "optimizer.learning_rate": 0.01, "optimizer.weight_decay": 0.3}
     recipe = RECIPE.override(SMALL | changes)
     found = trained(tiny_images, tmp_path, changes)
-    where = (found.data, tiny_images.image_shape, 10, found.machine, 0.001)
+    where = (found.data, found.machine, 0.001)
     with_decay, without = probe._trials(recipe, *where)
     same, none = probe._trials(recipe.override({"optimizer.weight_decay": 0.0}), *where)
     assert without.loss == same[1.0].loss != with_decay[1.0].loss
@@ -457,7 +457,7 @@ COOLED = {
 def test_steps_at_the_rate_as_it_was_are_those_that_the_run_would_have_made(changes, tiny_images, tmp_path):
     """So what a falling rate brings is compared with what going on would have brought."""
     found = trained(tiny_images, tmp_path, COOLED | changes)
-    cooldown = probe.measure(found).cooldown
+    cooldown = probe.evidence_of(found).measures.cooldown
     steps = 2 * math.ceil(len(found.data.train.labels) / found.run.recipe.batch_size)
     assert cooldown.steps == steps
     assert cooldown.before.loss == pytest.approx(found.run.metrics()[-1]["val/loss"])
@@ -466,13 +466,15 @@ def test_steps_at_the_rate_as_it_was_are_those_that_the_run_would_have_made(chan
     looks = [Score(row["val/loss"], row["val/accuracy"]) for row in found.run.metrics()[-2:]]
     assert [cooldown.halfway, cooldown.held] == [pytest.approx(look) for look in looks]
     assert cooldown.falling != cooldown.held
-    assert probe.measure(found).cooldown == cooldown  # of the weights that were loaded, though the run has gone on
+    assert (
+        probe.evidence_of(found).measures.cooldown == cooldown
+    )  # of the weights that were loaded, though the run has gone on
 
 
 def test_what_a_falling_rate_brings_is_seen_where_the_rate_is_high(tmp_path):
     changes = {"schedule.name": "constant", "optimizer.learning_rate": 0.02, "epochs": 3, "batch_size": 16}
     found = trained(fromzero.load_images("digits"), tmp_path, changes | {"validation.fraction": 0.3})
-    cooldown = probe.measure(found).cooldown
+    cooldown = probe.evidence_of(found).measures.cooldown
     assert cooldown.falling.loss < min(cooldown.held.loss, cooldown.before.loss)
     assert cooldown.falling.accuracy > max(cooldown.held.accuracy, cooldown.before.accuracy)
     assert (cooldown.halfway.loss + cooldown.held.loss) / 2 - cooldown.falling.loss > 2 * cooldown.loss_error > 0
@@ -485,14 +487,14 @@ def test_a_falling_rate_is_tried_where_a_run_that_skips_images_stands(tiny_image
     seen = []
     step = probe.train_step
     monkeypatch.setattr(probe, "train_step", lambda *given: seen.append(given[4]) or step(*given))
-    assert probe.measure(found).cooldown is not None
+    assert probe.evidence_of(found).measures.cooldown is not None
     assert seen[0] == 6.0
 
 
 def test_a_checkpoint_without_a_step_is_measured_all_the_same(tiny_images, tmp_path):
     found = trained(tiny_images, tmp_path, COOLED)
     bare = found.checkpoint._replace(state={})
-    assert probe.measure(found._replace(checkpoint=bare)).cooldown is None
+    assert probe.evidence_of(found._replace(checkpoint=bare)).measures.cooldown is None
 
 
 @pytest.mark.parametrize(
@@ -506,7 +508,7 @@ def test_a_checkpoint_without_a_step_is_measured_all_the_same(tiny_images, tmp_p
     ],
 )
 def test_a_falling_rate_is_not_tried_where_there_is_nothing_to_try(changes, tiny_images, tmp_path):
-    assert probe.measure(trained(tiny_images, tmp_path, COOLED | changes)).cooldown is None
+    assert probe.evidence_of(trained(tiny_images, tmp_path, COOLED | changes)).measures.cooldown is None
 
 
 def test_a_rate_that_overflows_when_it_is_held_tells_nothing_of_one_that_falls(tiny_images, tmp_path, monkeypatch):
@@ -516,7 +518,7 @@ def test_a_rate_that_overflows_when_it_is_held_tells_nothing_of_one_that_falls(t
         raise fromzero.NonFiniteError("the loss is nan")
 
     monkeypatch.setattr(probe, "train_step", overflow)
-    assert probe.measure(found).cooldown is None
+    assert probe.evidence_of(found).measures.cooldown is None
 
 
 @pytest.mark.parametrize("how", ["same", "mirrored", "brighter"])
@@ -528,8 +530,8 @@ def test_copies_are_found(how, tiny_images, tmp_path):
         brighter = np.clip(image.astype(float) * 1.1 + 3, 0, 255).astype(np.uint8)
         test[place] = {"same": image, "mirrored": image[:, ::-1], "brighter": brighter}[how]
     planted = replace(tiny_images, test=Images(test, tiny_images.test.labels), fingerprints={"train": "a", "test": "b"})
-    before = probe.measure(trained(tiny_images, tmp_path / "a", {"validation.source": "test"}))
-    after = probe.measure(trained(planted, tmp_path / "b", {"validation.source": "test"}))
+    before = probe.evidence_of(trained(tiny_images, tmp_path / "a", {"validation.source": "test"})).measures
+    after = probe.evidence_of(trained(planted, tmp_path / "b", {"validation.source": "test"})).measures
     assert after.copies.of == before.copies.of == 40
     assert after.copies.exact == before.copies.exact + (10 if how == "same" else 0)
     assert after.copies.near == before.copies.near + 10
@@ -639,7 +641,7 @@ def test_a_run_that_overflowed_in_its_first_epoch_can_be_looked_at(tiny_images, 
     found = load_trained(training.run, images=tiny_images, threads=1)
     rows = found.rows()
     assert rows[0]["epoch"] == 0
-    names = [finding.name for finding in diagnose(Evidence(training.recipe, rows, probe.measure(found)))]
+    names = [finding.name for finding in diagnose(probe.evidence_of(found))]
     assert names[0] == "rate-too-high"
 
 
@@ -707,7 +709,7 @@ def test_images_that_all_look_alike_are_no_copies(tmp_path):
         return Images(np.clip(pixels, 0, 255).astype(np.uint8), labels)
 
     images = fromzero.ImageSet("parts", part(60), part(30), tuple("abc"), "made up", {"train": "a", "test": "b"})
-    m = probe.measure(trained(images, tmp_path, {"validation.source": "test"}), trials=False)
+    m = probe.evidence_of(trained(images, tmp_path, {"validation.source": "test"})).measures
     assert m.copies == Copies(0, 0, 30)
 
 
@@ -717,7 +719,7 @@ def test_measures_do_not_depend_on_the_order_of_the_images(tiny_images, tmp_path
     by_class = replace(tiny_images, train=tiny_images.train.take(order))
     changes = {"network.batch_norm": True, "epochs": 8, "optimizer.learning_rate": 3e-3}
     mixed, sorted_ = (
-        probe.measure(trained(images, tmp_path / name, changes), trials=False)
+        probe.evidence_of(trained(images, tmp_path / name, changes)).measures
         for name, images in (("mixed", tiny_images), ("sorted", by_class))
     )
     assert mixed.changed_by_batch_norm < 0.15
@@ -747,7 +749,9 @@ def test_train_images_unlike_those_that_are_scored():
 
 def test_what_is_written_is_json(tiny_images, tmp_path):
     found = trained(tiny_images, tmp_path, {"optimizer.learning_rate": 0.5})
-    measures = replace(probe.measure(found), without_decay=Trial(float("inf"), 0.0), loss_error=float("nan"))
+    measures = replace(
+        probe.evidence_of(found).measures, without_decay=Trial(float("inf"), 0.0), loss_error=float("nan")
+    )
     write_findings(found.run, [], [], measures, tiny_images.source, 1)
     text = (found.run.path / "diagnosis.json").read_text("utf-8")
     assert "Infinity" not in text

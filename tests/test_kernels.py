@@ -59,7 +59,7 @@ def test_a_convolution_and_its_gradients_are_those_of_pytorch(made, images, heig
     gradient = torch.randn(expected.shape).to(made.element)
     expected.backward(gradient.double())
     ours = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    y = kernels.Convolve3x3.apply(*ours, padding, "", None, made)
+    y = kernels.Convolve3x3.apply(*ours, padding, False, False, None, made)
     y.backward(gradient)
     assert y.dtype == made.element
     assert error(y, expected.detach()) < ERRORS[made.element]
@@ -515,7 +515,7 @@ def test_other_types_of_weights_and_a_changed_default_type(made):
     expected = F.conv2d(x.double(), exact.weight, exact.bias, padding=1).detach()
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         weight, bias = exact.weight.detach().to(dtype), exact.bias.detach().to(dtype)
-        y = kernels.Convolve3x3.apply(x, weight, bias, 1, "", None, made)
+        y = kernels.Convolve3x3.apply(x, weight, bias, 1, False, False, None, made)
         assert error(y, expected) < ERRORS[torch.bfloat16]
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
@@ -538,7 +538,7 @@ def test_what_kernels_cannot_do_pytorch_does(made):
     with torch.autocast("cpu", torch.bfloat16):
         assert kernels.in_use(double) is None
     x = torch.randn(1, 16, 8, 8).to(made.element).requires_grad_()
-    y = kernels.Convolve3x3.apply(x, layer.weight, layer.bias, 1, "", None, made)
+    y = kernels.Convolve3x3.apply(x, layer.weight, layer.bias, 1, False, False, None, made)
     (gradient,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.float().sum().backward()

@@ -304,6 +304,8 @@ def test_what_else_is_refused(tmp_path, text, data_folder):
     ):
         with pytest.raises(InputError, match=re.escape(says)):
             prepare_study(study, runs_dir=tmp_path, **options)
+    on_ray = prepare_study(study, runs_dir=tmp_path, place="ray", device="cuda")  # the GPUs of its machines
+    assert on_ray.setting.device == "cuda"
     too_many = written(tmp_path, text.replace("images = 100", "images = 201"), "many.toml")
     with pytest.raises(InputError, match="a part of the 200 train images"):
         prepare_study(load_study(too_many, "half"), runs_dir=tmp_path)

@@ -428,13 +428,13 @@ def test_the_whitening_layer_sees_every_class_where_images_come_class_by_class(m
     data, seen = Data.of(recipe, images, "cpu"), []
     monkeypatch.setattr("fromzero.modules.whiten", lambda model, pixels: seen.append(pixels))
     monkeypatch.setattr("fromzero.steps.WHITENING_IMAGES", 8)
-    initial_state(recipe, images.image_shape, 4, data, here)
+    initial_state(recipe, data, here)
     assert len(seen[0]) == 8
     assert len(seen[0].unique()) == 4
     mixed = dataclasses.replace(data, train=data.train.take(np.roll(np.arange(40), 5)))
-    initial_state(recipe, images.image_shape, 4, mixed, here)
+    initial_state(recipe, mixed, here)
     assert torch.equal(seen[1], data.normalise(mixed.train.pixels[:8])), "of mixed images the first"
-    initial_state(recipe.override({"network.whitening": 0}), images.image_shape, 4, data, here)
+    initial_state(recipe.override({"network.whitening": 0}), data, here)
     assert len(seen) == 2
 
 
@@ -997,7 +997,7 @@ def test_another_fromzero_is_another_machine(small, tiny_images, tmp_path, monke
 def test_a_picture_that_cannot_be_drawn_costs_no_run(small, tiny_images, tmp_path, monkeypatch):
     run = fromzero.train(small.override({"name": "a$^$b"}), tiny_images, runs_dir=tmp_path)
     assert (run.path / "curves.png").exists()
-    monkeypatch.setattr("fromzero.curves.draw_curves", lambda *ignored: 1 / 0)
+    monkeypatch.setattr("fromzero.curves.curves_png", lambda *ignored: 1 / 0)
     with pytest.warns(UserWarning, match="was not drawn"):
         assert fromzero.train(small, tiny_images, runs_dir=tmp_path).summary
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Mapping
 from importlib import metadata
@@ -110,13 +111,18 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
         commands[name] = command
         return command
 
+    def add_of_run(name: str, text: str) -> argparse.ArgumentParser:
+        command = add(name, text)
+        command.add_argument("RUN", type=_path, help="a run's folder or name")
+        return command
+
     train = add("train", "train a network from a recipe; leaves a run folder")
     train.usage = "%(prog)s [DATASET] [--recipe NAME|FILE] [--OPTION VALUE ...] [--FIELD VALUE ...]"  # there are dozens
     train.add_argument(
         "DATASET", nargs="?", help="cifar10 (where none is named), digits, a folder of pictures, or CIFAR's files"
     )
     train.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"{', '.join(recipe_names())} or a TOML file (strong)")
-    train.add_argument("--from", metavar="RUN", help="start from the last weights of that run")
+    train.add_argument("--from", type=_path, metavar="RUN", help="start from the last weights of that run")
     train.add_argument("--partial", action="store_true", help="with --from: take the weights that fit")
     _add_shared(train, "runs", "data", "machine", "saving")
     shown = recipe.fields() if recipe else {}
@@ -133,14 +139,12 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
         text = text.replace("%", "%%")
         sections[section].add_argument(f"--{path}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
 
-    resume = add("resume", "go on with a stopped run, to the bit; or extend one with --epochs")
-    resume.add_argument("RUN", help="a run's folder or name")
+    resume = add_of_run("resume", "go on with a stopped run, to the bit; or extend one with --epochs")
     resume.add_argument("--epochs", type=_count, help="a new total of epochs")
     resume.add_argument("--allow-inexact", action="store_true", help="go on although the machine differs")
     _add_shared(resume, "runs", "data", "machine", "saving")
 
-    evaluate = add("evaluate", "score a run's weights again, on its own images or on others")
-    evaluate.add_argument("RUN", help="a run's folder or name")
+    evaluate = add_of_run("evaluate", "score a run's weights again, on its own images or on others")
     evaluate.add_argument(
         "FOLDER", nargs="?", type=_path, help="pictures to score it on, a folder for each of its classes"
     )
@@ -148,8 +152,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     _add_weights(evaluate)
     _add_shared(evaluate, "runs", "data", "machine")
 
-    predict = add("predict", "name what pictures show, by a run's weights")
-    predict.add_argument("RUN", help="a run's folder or name")
+    predict = add_of_run("predict", "name what pictures show, by a run's weights")
     predict.add_argument("PICTURE", nargs="+", type=_path, help="a picture, or a folder of them")
     predict.add_argument("--top", type=_count, metavar="N", help="how many classes, likeliest first (1; --json: all)")
     predict.add_argument(
@@ -160,18 +163,15 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     _add_weights(predict)
     _add_shared(predict, "runs", "machine")
 
-    export = add("export", "write a run's weights as an ONNX model, for other programs")
-    export.add_argument("RUN", help="a run's folder or name")
+    export = add_of_run("export", "write a run's weights as an ONNX model, for other programs")
     export.add_argument("FILE", nargs="?", type=_path, help="the model's file (in the run's folder, called as the run)")
     _add_checkpoint(export)
     _add_shared(export, "runs")
 
-    diagnose = add("diagnose", "say what is wrong with a run: evidence, remedy, and the study that tests it")
-    diagnose.add_argument("RUN", help="a run's folder or name")
+    diagnose = add_of_run("diagnose", "say what is wrong with a run: evidence, remedy, and the study that tests it")
     _add_shared(diagnose, "runs", "data", "machine")
 
-    report = add("report", "write a page about a run: curves, findings, confusions, surest mistakes")
-    report.add_argument("RUN", help="a run's folder or name")
+    report = add_of_run("report", "write a page about a run: curves, findings, confusions, surest mistakes")
     report.add_argument(
         "FILE", nargs="?", type=_path, help="the page's file, or a folder for report.html (the run's folder)"
     )
@@ -225,6 +225,14 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    """A number from 0 to 10,000."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 10_000:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text[:20]} is not from 0 to 10,000")
+
+
 def _path(text: str) -> Path:
     """A path that is named: an empty one, as of an unset variable, would be the folder that one is in."""
     if not text or "\0" in text:
@@ -256,12 +264,20 @@ def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
         command.add_argument("--data-dir", type=_path, help="where CIFAR-10 is, or where a run's images are now")
         command.add_argument("--offline", action="store_true", help="never download")
     if "machine" in groups:
-        default = "as recorded" if command.prog.endswith("resume") else "{}"
-        command.add_argument("--device", help=f"cpu, cuda or cuda:N ({default.format('cuda where there is one')})")
+        of_old = command.prog.endswith("resume")
+        default = "as recorded" if of_old else "{}"
+        command.add_argument(
+            "--device",
+            default=None if of_old else "auto",
+            help=f"cpu, cuda or cuda:N ({default.format('cuda where there is one')})",
+        )
         threads = "one a run" if command.prog.endswith("study") else default.format("one a core")
         command.add_argument("--threads", type=_count, help=f"CPU threads ({threads})")
     if "saving" in groups:
         command.add_argument(
-            "--checkpoint-minutes", type=float, metavar="M", help="save every M minutes (1, more where saving is slow)"
+            "--checkpoint-minutes",
+            type=_minutes,
+            metavar="M",
+            help="save every M minutes (1, more where saving is slow)",
         )
         command.add_argument("--keep", type=_count, default=2, metavar="N", help="checkpoints to keep (2)")

@@ -44,6 +44,17 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
     path: Path | None = None
 
+    @property
+    def epochs(self) -> int:
+        """How many epochs are behind it."""
+        return int(self.state.get("epoch", 0))
+
+    @property
+    def file(self) -> Path:
+        """The file that it was read from."""
+        assert self.path is not None
+        return self.path
+
 
 def encode(checkpoint: Checkpoint) -> bytes:
     """The file's bytes, the same for equal checkpoints: safetensors whose metadata has `format`, `state` (JSON) and

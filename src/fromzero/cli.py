@@ -231,20 +231,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise InputError(f"--data-dir is where a run's own images are, and others are scored: {arguments.FOLDER}")
     with _importing():
         from fromzero import scores
-        from fromzero.data.pictures import unreadable
 
-    wrong = None
     if arguments.FOLDER is None:
         trained = _trained(arguments)
-        with _proposing_other_weights(trained.checkpoint_path, arguments):
+        with _proposing_other_weights(trained.checkpoint.file, arguments):
             record = scores.own_scores(trained, arguments.tta)
     else:
         classifier = _classifier(arguments)
-        with _proposing_other_weights(classifier.run.path, arguments):
-            record, paths, wrong = scores.scores_on(arguments.FOLDER, classifier, arguments.checkpoint, arguments.tta)
+        with _proposing_other_weights(classifier.checkpoint.file, arguments):
+            record = scores.scores_on(arguments.FOLDER, classifier, arguments.tta)
     print(json.dumps(record) if arguments.json else scores.scores_text(record))
-    if wrong:
-        raise InputError(unreadable(paths, wrong))
 
 
 @contextlib.contextmanager
@@ -267,7 +263,7 @@ def _classifier(arguments: argparse.Namespace) -> Classifier:
         arguments.checkpoint,
         runs_dir=arguments.runs_dir,
         precision=arguments.precision,
-        device=arguments.device or "auto",
+        device=arguments.device,
         threads=arguments.threads,
     )
 
@@ -281,7 +277,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     names = classifier.class_names
     pixels, read, wrong = classifier.read(paths)
     if read:
-        with _proposing_other_weights(classifier.run.path, arguments):
+        with _proposing_other_weights(classifier.checkpoint.file, arguments):
             found = classifier.predict(pixels, arguments.tta)
         likeliest = found.topk(min(arguments.top or (len(names) if arguments.json else 1), len(names)))
         longest = max(map(len, names))
@@ -328,7 +324,7 @@ def _trained(arguments: argparse.Namespace) -> Trained:
         getattr(arguments, "checkpoint", "last"),
         runs_dir=arguments.runs_dir,
         precision=getattr(arguments, "precision", None),
-        device=arguments.device or "auto",
+        device=arguments.device,
         threads=arguments.threads,
         data_dir=arguments.data_dir,
         offline=arguments.offline,
@@ -337,7 +333,7 @@ def _trained(arguments: argparse.Namespace) -> Trained:
 
 def _check_saved(trained: Trained) -> None:
     """Refuse to speak of a run by the weights that it began with, when it has come further."""
-    if trained.run.metrics() and not trained.epochs:
+    if trained.run.metrics() and not trained.checkpoint.epochs:
         raise FromzeroError(
             f"{trained.run.path}: no epoch of it has been saved yet: wait for its next save, if it is being trained, or"
             f" go on with it: {trained.run.resume_command}"
@@ -348,10 +344,9 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     with _importing():
         from rich.console import Console
 
-        from fromzero import probe
         from fromzero.diagnosis import diagnose
-        from fromzero.evidence import Evidence
         from fromzero.findings import diagnosis_header, diagnosis_text, remarks, write_findings
+        from fromzero.probe import evidence_of
         from fromzero.runs import load_run
         from fromzero.terminal import can_redraw, say
 
@@ -365,19 +360,18 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         say(console, diagnosis_header(run, rows))
         if can_redraw(console):
             with console.status("") as status:
-                measures = probe.measure(trained, say=lambda doing: status.update(f"  {doing} …"))
+                evidence = evidence_of(trained, say=lambda doing: status.update(f"  {doing} …"))
         else:
-            measures = probe.measure(trained, say=lambda doing: say(console, f"  {doing} …"))
+            evidence = evidence_of(trained, say=lambda doing: say(console, f"  {doing} …"))
     except NonFiniteError as error:
         raise NonFiniteError(
-            f"{trained.checkpoint_path}: {error}; a lower --optimizer.learning_rate or a warm-up keeps them small"
+            f"{trained.checkpoint.file}: {error}; a lower --optimizer.learning_rate or a warm-up keeps them small"
         ) from None
-    evidence = Evidence(run.recipe, rows, measures)
     found = diagnose(evidence)
     said = remarks(run, evidence, found)
     studies, failure = {}, None
     try:
-        studies = write_findings(run, found, said, evidence.measures, trained.images.source, trained.epochs)
+        studies = write_findings(run, found, said, evidence.measures, trained.images.source, trained.checkpoint.epochs)
     except FromzeroError as error:
         failure = error
     columns = min(console.width, 110)
@@ -394,7 +388,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     trained = _trained(arguments)
     _check_saved(trained)
-    with _proposing_other_weights(trained.checkpoint_path, arguments):
+    with _proposing_other_weights(trained.checkpoint.file, arguments):
         page = report(trained)
     path = arguments.FILE or trained.run.path
     path = path / "report.html" if path.is_dir() else path
@@ -531,17 +525,12 @@ def _lessons(arguments: argparse.Namespace) -> None:
 def _recipes(arguments: argparse.Namespace) -> None:
     for name in recipe_names():
         default = " The default." if name == DEFAULT_RECIPE else ""
-        print(f"{name:<7} {load_recipe(name).epochs:>2} epochs  {recipe_purpose(name)}{default}")
+        print(f"{name:<7} {load_recipe(name).epochs:>3} epochs  {recipe_purpose(name)}{default}")
     print("fromzero summary NAME prints a recipe's network")
 
 
 def _machine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    if arguments.checkpoint_minutes is not None and not 0 <= arguments.checkpoint_minutes <= 10_000:
-        raise InputError(f"--checkpoint-minutes: {arguments.checkpoint_minutes:g} is not from 0 to 10,000")
-    options = {"threads": arguments.threads, "keep": arguments.keep}
-    if arguments.device is not None:
-        options["device"] = arguments.device
-    return options | {"checkpoint_minutes": arguments.checkpoint_minutes}
+    return {name: getattr(arguments, name) for name in ("device", "threads", "keep", "checkpoint_minutes")}
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -1,36 +1,31 @@
-"""Learning curves of recorded runs, and how their figures are to be called. Reads rows of metrics, never a network."""
+"""Learning curves of recorded runs. Reads rows of metrics, never a network."""
 
 from __future__ import annotations
 
 import io
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from typing import NamedTuple
 
-from fromzero.files import write_atomically
 from fromzero.recipe import Recipe
 from fromzero.runs import Row
 
-CURVES = {
-    "running": ("#c44e52", "--", "train, running (training mode, as Keras prints it)"),
-    "clean": ("#c44e52", "-", "train, clean (evaluation mode)"),
-    "val": ("#1f4e9c", "-", "validation"),
-}
-MARKERS = {"running": "x", "clean": "o", "val": "s"}  # of a single epoch, which draws no line
-KEYS = {
-    "loss": {"running": "train/running_loss", "clean": "train/loss", "val": "val/loss"},
-    "accuracy": {"running": "train/running_accuracy", "clean": "train/accuracy", "val": "val/accuracy"},
-}
+
+class Curve(NamedTuple):
+    """How a curve is drawn: `key` comes before the quantity in a row; `marker` is of a single epoch, which draws no
+    line."""
+
+    key: str
+    color: str
+    style: str
+    marker: str
+    label: str
 
 
-def validation_label(recipe: Recipe, own: bool) -> str:
-    """What the validation figures of a run are, to be said wherever they appear. own: whether its data set has
-    validation images."""
-    if recipe.validation.source == "test":
-        return "validation = the test images"
-    if own:
-        return "validation = the data set's own validation images"
-    return f"validation = {100 * recipe.validation.fraction:.4g}% of the train images, held out"
+RUNNING = Curve("train/running_", "#c44e52", "--", "x", "train, running (training mode, as Keras prints it)")
+CLEAN = Curve("train/", "#c44e52", "-", "o", "train, clean (evaluation mode)")
+VALIDATION = Curve("val/", "#1f4e9c", "-", "s", "validation")
+CURVES = (RUNNING, CLEAN, VALIDATION)
 
 
 def _highest_shown(losses: Sequence[float]) -> float | None:
@@ -39,26 +34,22 @@ def _highest_shown(losses: Sequence[float]) -> float | None:
     return usual if max(losses) > 10 * usual > 0 else None
 
 
-def draw_curves(rows: Sequence[Row], recipe: Recipe, title: str, validation: str, path: Path) -> None:
-    """Write what `curves_png` draws."""
-    write_atomically(path, curves_png(rows, recipe, title, validation))
-
-
 def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str) -> bytes:
-    """Accuracy and loss over the epochs as a PNG: the three curves, the best epoch marked."""
+    """Accuracy and loss over the epochs as a PNG: the three curves, the best epoch marked. validation: what its figures
+    are, as `splits.validation_label` says."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     epochs = [row["epoch"] for row in rows]
-    most = _highest_shown([row[key] for row in rows for key in KEYS["loss"].values()])
+    most = _highest_shown([row[curve.key + "loss"] for row in rows for curve in CURVES])
     for axes, quantity in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-        for curve, (color, style, label) in CURVES.items():
-            values = [row[KEYS[quantity][curve]] for row in rows]
-            if curve == "running" and (recipe.skip_easy or recipe.hardest < 1 or recipe.augment.cutmix):
+        for curve in CURVES:
+            values, label = [row[curve.key + quantity] for row in rows], curve.label
+            if curve is RUNNING and (recipe.skip_easy or recipe.hardest < 1 or recipe.augment.cutmix):
                 label = "train, running (training mode, of images as trained on)"
-            marker = MARKERS[curve] if len(rows) == 1 else None
-            axes.plot(epochs, values, style, color=color, label=label, lw=1.6, marker=marker, ms=4)
+            marker = curve.marker if len(rows) == 1 else None
+            axes.plot(epochs, values, curve.style, color=curve.color, label=label, lw=1.6, marker=marker, ms=4)
         axes.set_xlabel("epoch")
         if len(rows) == 1:
             axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
@@ -73,7 +64,7 @@ def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str)
         remarks.append("the highest losses are cut off")
     loss.set_title("; ".join(remarks), fontsize=10)
     best = max(rows, key=lambda row: (row["val/accuracy"], -row["val/loss"]))
-    accuracy.plot(best["epoch"], best["val/accuracy"], "o", color=CURVES["val"][0], mfc="white", ms=6)
+    accuracy.plot(best["epoch"], best["val/accuracy"], "o", color=VALIDATION.color, mfc="white", ms=6)
     accuracy.set_title(
         f"validation: last {rows[-1]['val/accuracy']:.4f}, best {best['val/accuracy']:.4f} (epoch {best['epoch']})",
         fontsize=10,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -300,7 +300,7 @@ def _batch_too_small(e: Evidence) -> Finding | None:
 def _augmentation_too_strong(e: Evidence) -> Finding | None:
     plain, augmented = e.measures.seen_accuracies
     augment = e.recipe.augment
-    left = _share_left(augment.translate, augment.cutout, augment.crop, e.measures.image_shape)
+    left = _share_left(e)
     unlike = augmented - plain >= HARDER
     if not unlike and plain - augmented < HARDER and (left > HIDDEN or e.fitted):
         return None
@@ -324,16 +324,15 @@ def _augmentation_too_strong(e: Evidence) -> Finding | None:
     )
 
 
-def _share_left(translate: int, cutout: int, crop: int, shape: Sequence[int]) -> float:
+def _share_left(e: Evidence) -> float:
     """The share of an image's pixels that a training still sees, on average over shifts, cutouts and crops."""
-    left = 1.0
-    hidden = 1.0
-    for size in shape[:2]:
-        left *= _mean(max(0, size - abs(by)) / size for by in range(-translate, translate + 1))
-        seen = crop or size
+    augment, left, hidden = e.recipe.augment, 1.0, 1.0
+    for size in e.measures.image_shape[:2]:
+        left *= _mean(max(0, size - abs(by)) / size for by in range(-augment.translate, augment.translate + 1))
+        seen = augment.crop or size
         left *= seen / size
-        starts = [centre - cutout // 2 for centre in range(seen)]  # what is cut out is cut out of the crop
-        hidden *= _mean((min(start + cutout, seen) - max(start, 0)) / seen for start in starts)
+        starts = [centre - augment.cutout // 2 for centre in range(seen)]  # what is cut out is cut out of the crop
+        hidden *= _mean((min(start + augment.cutout, seen) - max(start, 0)) / seen for start in starts)
     return left * (1 - hidden)
 
 
@@ -392,8 +391,7 @@ def _still_learning(e: Evidence) -> bool:
 def _unaltered(e: Evidence) -> bool:
     """Whether every epoch shows the same pixels, mirrored or not."""
     augment = e.recipe.augment
-    left = _share_left(augment.translate, augment.cutout, augment.crop, e.measures.image_shape)
-    return left == 1 and not (augment.cutmix or augment.scales)
+    return _share_left(e) == 1 and not (augment.cutmix or augment.scales)
 
 
 def _large_gap(e: Evidence) -> bool:

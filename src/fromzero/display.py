@@ -18,11 +18,11 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
 from fromzero import augment
-from fromzero.curves import validation_label
 from fromzero.errors import FromzeroError, counted, some
 from fromzero.kernels import NONE
 from fromzero.networks import num_parameters
 from fromzero.runs import Row, Run
+from fromzero.splits import validation_label
 from fromzero.stats import wilson_interval
 from fromzero.terminal import LINE_SECONDS, REFRESH_SECONDS, can_redraw, duration, say
 from fromzero.training import Progress, Training
@@ -50,7 +50,7 @@ def header(run: Training) -> str:
     here, recipe = run.machine, run.recipe
     parameters = num_parameters(run.recipe.network, run.images.image_shape, run.images.num_classes)
     counters = run.state.counters
-    validation = validation_label(recipe, own=run.images.validation is not None)
+    validation = validation_label(recipe, run.images)
     kernels = "" if here.kernels == NONE else " by its own kernels"
     lines = [
         f"{run.run.path}: {recipe.name} on {run.images.name}, {parameters:,} parameters, seed {recipe.seed}",
@@ -75,8 +75,9 @@ def header(run: Training) -> str:
     augmentation, timetable = recipe.augment, run.timetable
     if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
         lines.append(
-            f"  note: {counted(timetable.first_steps, 'step')} an epoch; with so few images --recipe few, with batches"
-            f" of {FEW_BATCH} and more epochs, may reach a higher accuracy"
+            f"  note: {counted(timetable.first_steps, 'step')} an epoch; with so few images"
+            f" {'' if recipe.name == 'few' else '--recipe few, with '}batches of {FEW_BATCH} and more epochs"
+            f"{'' if recipe.name == 'few' else ','} may reach a higher accuracy"
         )
     if augmentation.scales:
         size = "×".join(map(str, reversed(augment.smallest_size(augmentation, *run.images.image_shape[:2]))))

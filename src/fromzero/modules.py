@@ -207,9 +207,8 @@ class Convolution(nn.Conv2d):
             y = kernels.ConvolveDirectly.apply(x, self.weight, self.bias, padding, pooled, relu, kernel)
             relu = False
         elif kernel and inputs >= WINOGRAD_INPUTS:
-            after: kernels.Pooled = "" if not pooled else "relu" if relu else "pool"
             mask = self.dropout.mask() if self.dropout and pooled else None
-            y = kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, after, mask, kernel)
+            y = kernels.Convolve3x3.apply(x, self.weight, self.bias, padding, pooled, relu, mask, kernel)
             if pooled:
                 return y
         else:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromzero import modules, networks
+from fromzero import modules
 from fromzero.errors import NonFiniteError
 from fromzero.evaluate import Outcomes, evaluate, predict
 from fromzero.evidence import (
@@ -58,12 +58,12 @@ UNCHANGED = {f"augment.{name}": value for name, value in AugmentRecipe().model_d
 ALL_IMAGES = {"hardest": 1.0, "skip_easy": 0.0}
 
 
-def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None] = lambda line: None) -> Measures:
-    """What can be told of a run in the time of some hundred steps. trials: whether steps are made: the first ones at
-    other learning rates where the train images are not fitted, never of a run that began with another one's weights;
-    and some more at a falling rate where the run's is constant. `say` is told what is being done."""
+def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None) -> Evidence:
+    """What can be told of a run in the time of some hundred steps, some of which are made: the first ones at other
+    learning rates where the train images are not fitted, never of a run that began with another one's weights; and some
+    more at a falling rate where the run's is constant. `say` is told what is being done. Raises NonFiniteError."""
     images, data, network, here = trained.images, trained.data, trained.network, trained.machine
-    recipe, shape, classes = trained.run.recipe, images.image_shape, images.num_classes
+    recipe = trained.run.recipe
     say("scoring")
     validation = evaluate(network, *data.validation, data.normalise, here)
     train = evaluate(network, *data.clean_train, data.normalise, here)
@@ -73,11 +73,11 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
     say("copies")
     copies = _copies(data, own_test=recipe.validation.source == "split")
     measures = Measures(
-        image_shape=shape,
+        image_shape=data.image_shape,
         class_names=images.class_names,
-        train_counts=tuple(torch.bincount(data.train.labels, minlength=classes).tolist()),
+        train_counts=tuple(torch.bincount(data.train.labels, minlength=data.num_classes).tolist()),
         num_validation=len(data.validation.labels),
-        recalls=tuple(None if math.isnan(r) else r for r in validation.recalls(classes)),
+        recalls=tuple(None if math.isnan(r) else r for r in validation.recalls(data.num_classes)),
         loss_error=_standard_error(validation),
         surest=_surest(probabilities, data.validation.labels),
         copies=copies,
@@ -86,23 +86,24 @@ def measure(trained: Trained, *, trials: bool = True, say: Callable[[str], None]
         changed_by_batch_norm=changed,
         train_accuracy=train.accuracy,
         seen_accuracies=_seen_accuracies(network, data, recipe, here),
-        layers=_layers(network, data, recipe, classes, here),
-        map_sides=tuple(_map_sides(recipe, shape, classes)),
+        layers=_layers(network, data, recipe, here),
+        map_sides=tuple(_map_sides(recipe, data)),
     )
     evidence = Evidence(recipe, trained.rows(), measures)
     found: dict[float, Trial] = {}
     fit = without_decay = cooldown = None
-    if trials and recipe.schedule.name == "constant":
+    if recipe.schedule.name == "constant":
         say("more steps at a falling learning rate")
         cooldown = _cooldown(trained, validation)
-    if trials and trained.run.provenance["from"] is None and not evidence.fitted:
+    if trained.run.provenance["from"] is None and not evidence.fitted:
         say("short trainings at other learning rates")
-        found, without_decay = _trials(recipe, data, shape, classes, here, _seconds_a_step(trained))
+        found, without_decay = _trials(recipe, data, here, _seconds_a_step(trained))
         if evidence.gap < SMALL_GAP:
             say("a few images by heart")
             factors = {1.0, *(scale * best_factor(found) for scale in (1.0, 0.1) if found)}
-            fit = max(_fit(recipe, data, shape, classes, here, factor) for factor in sorted(factors))
-    return replace(measures, trials=found, without_decay=without_decay, fit_accuracy=fit, cooldown=cooldown)
+            fit = max(_fit(recipe, data, here, factor) for factor in sorted(factors))
+    tried = replace(measures, trials=found, without_decay=without_decay, fit_accuracy=fit, cooldown=cooldown)
+    return replace(evidence, measures=tried)
 
 
 def _standard_error(outcomes: Outcomes) -> float:
@@ -166,7 +167,7 @@ def _seen_accuracies(network: Network, data: Data, recipe: Recipe, here: Machine
     return accuracy(as_they_are), accuracy(recipe)
 
 
-def _layers(network: Network, data: Data, recipe: Recipe, num_classes: int, here: Machine) -> tuple[LayerMeasures, ...]:
+def _layers(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple[LayerMeasures, ...]:
     """Norms of weights and of the loss's gradient, a mean over some batches, and how many units no image activates."""
     model = copy.deepcopy(network)
     activated = _activated(model, _some(data, recipe), data, here)
@@ -177,7 +178,7 @@ def _layers(network: Network, data: Data, recipe: Recipe, num_classes: int, here
     batches = [indices[start : start + size] for start in range(0, len(indices), size)][:GRADIENT_BATCHES]
     for step, part in enumerate(batches):
         batch = batch_at(data, part.to(here.device), recipe, recipe.epochs - 1, step, recipe.epochs - 1.0)
-        batch = mixed(batch, num_classes, recipe, step)
+        batch = mixed(batch, data.num_classes, recipe, step)
         model.reseed(recipe.seed, step, dropout=recipe.epochs - 1 >= recipe.network.dropout_from_epoch)
         with here.autocast():
             logits = model(batch.images)
@@ -221,10 +222,10 @@ def _activated(model: Network, shown: Subset, data: Data, here: Machine) -> dict
     return {name: 1 - float(active.float().mean()) for name, active in ever.items()}
 
 
-def _map_sides(recipe: Recipe, image_shape: networks.ImageShape, num_classes: int) -> Iterator[int]:
+def _map_sides(recipe: Recipe, data: Data) -> Iterator[int]:
     """The side of the map that each convolution works on, the smaller where they differ."""
-    side = min(image_shape[:2])
-    for row in layers(recipe.network, image_shape, num_classes):
+    side = min(data.image_shape[:2])
+    for row in layers(recipe.network, data.image_shape, data.num_classes):
         if row.kind == "Conv2D" and row.name != "whitening":
             yield side
         if len(row.shape) == 3:
@@ -295,14 +296,13 @@ def _cooldown(trained: Trained, before: Outcomes) -> Cooldown | None:
     if too_few or learning_rate_at(recipe, begin, timetable) != peak:
         return None
     recipe = recipe.override(ALL_IMAGES)
-    shape, classes = trained.images.image_shape, trained.images.num_classes
 
     def after(rate_at: Callable[[int], float], looks: tuple[int, ...]) -> list[Tensor]:
         """What the validation images come to after so many steps each, by image."""
-        state = State.initial(recipe, shape, classes, here.device)
+        state = State.initial(recipe, data.image_shape, data.num_classes, here.device)
         state.load_checkpoint(trained.checkpoint)
         seen = []
-        batches = _batches(recipe, data, classes, range(begin, begin + steps), timetable, trained.epochs, begin)
+        batches = _batches(recipe, data, range(begin, begin + steps), timetable, trained.checkpoint.epochs, begin)
         for step, batch in enumerate(batches):
             whole = batch._replace(share=len(batch.labels) / min(recipe.batch_size, len(data.train.labels)))
             train_step(state, whole, rate_at(step), recipe, timetable.epochs_after(begin + step), here)
@@ -333,7 +333,7 @@ def _by_image(outcomes: Outcomes) -> Tensor:
 
 
 def _trials(
-    recipe: Recipe, data: Data, shape: networks.ImageShape, num_classes: int, here: Machine, seconds_a_step: float
+    recipe: Recipe, data: Data, here: Machine, seconds_a_step: float
 ) -> tuple[dict[float, Trial], Trial | None]:
     """Factor on the learning rate → train loss over the last quarter of so many first steps; and that at the run's rate
     without its weight decay, if it has any. All begin at the run's first weights and see the same images, in the same
@@ -350,9 +350,9 @@ def _trials(
 
     def last_losses(factor: float, recipe: Recipe = simple) -> list[float]:
         """Of each step; infinite where one overflows."""
-        state = initial_state(recipe, shape, num_classes, data, here)
+        state = initial_state(recipe, data, here)
         losses = []
-        batches = _batches(recipe, data, num_classes, course, timetable)
+        batches = _batches(recipe, data, course, timetable)
         for step, (at, batch) in enumerate(zip(course, batches, strict=True)):
             rate = factor * learning_rate_at(recipe, at, timetable)
             state.counters.step = step
@@ -387,9 +387,7 @@ def _trial(losses: list[float], own: list[float]) -> Trial:
     return Trial(float(np.mean(losses)), float(differences.std(ddof=1) / math.sqrt(len(differences))))
 
 
-def _fit(
-    recipe: Recipe, data: Data, shape: networks.ImageShape, num_classes: int, here: Machine, factor: float
-) -> float:
+def _fit(recipe: Recipe, data: Data, here: Machine, factor: float) -> float:
     """Accuracy on FITTED_IMAGES train images after FIT_STEPS steps on nothing else, from the run's first weights, at
     `factor` times its rate, with nothing that keeps a network from learning by heart (after Karpathy, "A Recipe for
     Training Neural Networks", 2019: overfit one batch)."""
@@ -399,7 +397,7 @@ def _fit(
         | ALL_IMAGES
         | {"label_smoothing": 0.0, "ema_decay": 0.0}
     )
-    state = initial_state(free, shape, num_classes, data, here)
+    state = initial_state(free, data, here)
     few = permutation(len(data.train.labels), recipe.seed, "probe")[:FITTED_IMAGES]
     right = []
     for step in range(FIT_STEPS):
@@ -417,7 +415,6 @@ def _fit(
 def _batches(
     recipe: Recipe,
     data: Data,
-    num_classes: int,
     course: Iterable[int],
     timetable: Timetable,
     epoch: int = 0,
@@ -433,6 +430,6 @@ def _batches(
             if at is None:
                 return
             batch = batch_at(data, indices, recipe, epoch, step, timetable.epochs_after(at))
-            yield mixed(batch, num_classes, recipe, step)
+            yield mixed(batch, data.num_classes, recipe, step)
             step += 1
         epoch += 1

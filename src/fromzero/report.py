@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fromzero.curves import curves_png, validation_label
+from fromzero.curves import curves_png
 from fromzero.data import Images
 from fromzero.errors import FromzeroError, counted
 from fromzero.evaluate import predict
 from fromzero.findings import study_command
 from fromzero.runs import Row
+from fromzero.splits import validation_label
 from fromzero.stats import wilson_interval
 from fromzero.trained import Trained
 
@@ -151,7 +152,7 @@ def page(
     most = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CONFUSIONS]
     commonest = [(int(place) // len(names), int(place) % len(names), int(wrong.flat[place])) for place in most]
     bins, error = calibration(scored[judged])
-    validation = validation_label(run.recipe, own=images.validation is not None)
+    validation = validation_label(run.recipe, images)
     # Files are those of the split's own images: a copy may have other names in other splits.
     parts = {"train": images.train, "val": images.validation or images.train}
     template = resources.files("fromzero").joinpath("report.html").read_text("utf-8")
@@ -164,7 +165,7 @@ def page(
         provenance=run.provenance,
         epoch=rows[-1]["epoch"],
         reached=trained.reached,
-        weights=trained.checkpoint_path.stem,
+        weights=trained.checkpoint.file.stem,
         validation=validation,
         names=names,
         splits=SPLITS,

@@ -155,8 +155,14 @@ class Run:
     @property
     def start_command(self) -> str:
         """What to type to start a new run from this one's weights, by its recipe and on its images."""
-        run, recipe = (shlex.quote(str(path)) for path in (self.path, self.path / "recipe.toml"))
-        return f"fromzero train --recipe {recipe} --from {run}"
+        return self.start_on()
+
+    def start_on(self, dataset: str | None = None) -> str:
+        """The same on other images."""
+        words = [] if dataset is None else [dataset]
+        return shlex.join(
+            ["fromzero", "train", *words, "--recipe", str(self.path / "recipe.toml"), "--from", str(self.path)]
+        )
 
     @property
     def way_on(self) -> str:

@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fromzero.curves import validation_label
-from fromzero.data.pictures import SPLITS, Wrong, labelled_pictures, unreadable
+from fromzero.data.pictures import SPLITS, labelled_pictures, unreadable
 from fromzero.errors import InputError, counted
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.machine import Machine
-from fromzero.runs import Run
-from fromzero.splits import Subset
+from fromzero.splits import Subset, validation_label
 from fromzero.stats import wilson_interval
 from fromzero.trained import Classifier, Trained
 
@@ -27,56 +25,61 @@ def own_scores(trained: Trained, views: str = "none") -> dict[str, Any]:
     """The scores on a run's own images; on its test images once it has ended. Raises NonFiniteError."""
     run, images, data = trained.run, trained.images, trained.data
     subsets = {"train": data.clean_train, "val": data.validation}
-    notes = [validation_label(run.recipe, own=images.validation is not None), *images.notes]
-    if ended := run.summary is not None:
+    if run.summary is not None:
         subsets["test"] = data.test
-    else:
-        later = "; the test images are scored when it does, so that nothing is chosen by them"
-        notes.insert(0, f"the run has not ended{later if run.recipe.validation.source == 'split' else ''}")
-    weights = trained.checkpoint_path.stem
     return {
-        **_how(run, f"{weights} weights, of {trained.reached}", weights, views, trained.machine),
-        "ended": ended,
-        "epoch": trained.epochs,
+        **_how(trained, f"of {trained.reached}", views),
         "validation": run.recipe.validation.source,
-        "notes": notes,
+        "notes": [*_doubts(trained), validation_label(run.recipe, images), *images.notes],
         "scores": _scores(trained.network, subsets, data.normalise, trained.machine, views, images.class_names),
     }
 
 
-def scores_on(
-    folder: Path, classifier: Classifier, weights: str, views: str = "none"
-) -> tuple[dict[str, Any], list[Path], dict[int, Wrong]]:
-    """The scores on the pictures of a folder with a folder for each class, or some of them; their paths, and what is
-    wrong with those that cannot be read. weights: `last` or `best`, as they were loaded. Raises InputError where there
-    is nothing to score, and NonFiniteError."""
-    run, network, normalise, _, names, here = classifier
+def scores_on(folder: Path, classifier: Classifier, views: str = "none") -> dict[str, Any]:
+    """The scores on the pictures of a folder with a folder for each class, or some of them; those that cannot be read
+    are noted. Raises InputError where there is nothing to score, and NonFiniteError."""
+    run, names, here = classifier.run, classifier.class_names, classifier.machine
     paths, truth, notes = labelled_pictures(folder, names)
     pixels, read, wrong = classifier.read(paths)
     if not read:
         raise InputError(unreadable(paths, wrong))
+    if wrong:
+        notes.append(f"left out: {unreadable(paths, wrong)}")
     source, asked = Path(run.provenance["data"]["source"]), folder.resolve()
     if asked == source or (asked.parent == source and asked.name.lower() in SPLITS["train"]):
         apart = f"fromzero evaluate {shlex.quote(str(run.path))}"
         notes.append(f"the run was trained on pictures in it: this says little of new ones; its own test: {apart}")
     these = Subset(pixels, torch.from_numpy(truth[read]).to(here.device))
-    record = {
-        **_how(run, f"{weights} weights, on {folder}", weights, views, here),
-        "notes": notes,
-        "scores": _scores(network, {"these": these}, normalise, here, views, names),
-    }
-    return record, paths, wrong
-
-
-def _how(run: Run, what: str, weights: str, views: str, here: Machine) -> dict[str, Any]:
     return {
-        "run": str(run.path),
-        "recipe": run.recipe.name,
+        **_how(classifier, f"of epoch {classifier.checkpoint.epochs}, on {folder}", views),
+        "notes": [*_doubts(classifier), *notes],
+        "scores": _scores(classifier.network, {"these": these}, classifier.normalise, here, views, names),
+    }
+
+
+def _doubts(of: Trained | Classifier) -> list[str]:
+    """What speaks against taking these weights for the run's outcome."""
+    found = []
+    if of.run.summary is None:
+        on_own_test = isinstance(of, Trained) and of.run.recipe.validation.source == "split"
+        later = "; the test images are scored when it does, so that nothing is chosen by them" if on_own_test else ""
+        found.append(f"the run has not ended{later}")
+    if of.checkpoint.state.get("step") == 0:
+        found.append("these are the weights it began with; none has been saved since")
+    return found
+
+
+def _how(of: Trained | Classifier, what: str, views: str) -> dict[str, Any]:
+    return {
+        "run": str(of.run.path),
+        "recipe": of.run.recipe.name,
+        "checkpoint": of.checkpoint.file.stem,
+        "epoch": of.checkpoint.epochs,
+        "ended": of.run.summary is not None,
         "what": what,
-        "checkpoint": weights,
         "tta": views,
-        "device": here.device,
-        "precision": here.precision,
+        "device": of.machine.device,
+        "precision": of.machine.precision,
     }
 
 
@@ -109,7 +112,7 @@ def _scores(
 
 def scores_text(record: Mapping[str, Any]) -> str:
     """A record of scores in words; by class those of its last images."""
-    lines = ["{run}: {recipe}, {what}, {device}, {precision}".format_map(record)]
+    lines = ["{run}: {recipe}, {checkpoint} weights, {what}, {device}, {precision}".format_map(record)]
     if record["tta"] != "none":
         lines.append(f"  with test-time augmentation ({record['tta']}): not to be compared with figures without")
     lines += [f"  note: {note}" for note in record["notes"]]

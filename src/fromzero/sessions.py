@@ -78,8 +78,8 @@ def new_training(
     check_image_set(recipe, images)
     here = machine.prepare(recipe.precision, device=device, threads=threads)
     data = Data.of(recipe, images, here.device)
-    _check_memory(recipe, data, images, here, "make the batch (--batch-size), the images or the network smaller")
-    state = initial_state(recipe, images.image_shape, images.num_classes, data, here)
+    _check_memory(recipe, data, here, "make the batch (--batch-size), the images or the network smaller")
+    state = initial_state(recipe, data, here)
     origin = None
     if start_from is not None:
         source = load_run(start_from, runs_dir)
@@ -126,22 +126,23 @@ def new_training(
     return training
 
 
-def _check_memory(recipe: Recipe, data: Data, images: ImageSet, here: Machine, instead: str) -> None:
+def _check_memory(recipe: Recipe, data: Data, here: Machine, instead: str) -> None:
     """Refuse a training whose steps cannot fit; of what a GPU has, PyTorch says so itself. Raises InputError."""
     if here.device != "cpu":
         return
-    count, height, width, channels = data.train.pixels.shape
-    element_bytes, batch = machine.ELEMENTS[here.precision].itemsize, min(recipe.batch_size, count)
-    needed = least_memory(recipe, (height, width, channels), images.num_classes, batch, element_bytes)
+    height, width, _ = data.image_shape
+    element_bytes, batch = machine.ELEMENTS[here.precision].itemsize, min(recipe.batch_size, len(data.train.labels))
+    needed = least_memory(recipe, data.image_shape, data.num_classes, batch, element_bytes)
     steps = f"steps of {counted(batch, 'image')} of {width}×{height} pixels through {recipe.name}"
     check_memory(needed, steps, instead)
 
 
 def _dataset_of(recipe: Recipe, images: ImageSet) -> str:
-    """What the recipe in the run folder names, so that it is the images that the run was given: a recipe that names a
-    path was loaded from it; one that names `cifar10` may have been given others, from Python."""
-    if split_name(recipe.dataset)[0] not in NAMED:
-        return recipe.dataset
+    """What the recipe in the run folder names, so that it is the images that the run was given, wherever one stands: a
+    recipe that names a path was loaded from it; one that names `cifar10` may have been given others, from Python."""
+    path, asked = split_name(recipe.dataset)
+    if path not in NAMED:
+        return f"{Path(path).resolve()}{asked}" if Path(path).exists() else recipe.dataset
     name, options = split_name(images.name)
     if name in NAMED:
         return images.name
@@ -207,7 +208,7 @@ def resumed_training(
                 f" result would not be the same to the bit; {leave}--allow-inexact goes on all the same"
             )
         data = recorded_data(run, images, here)
-        _check_memory(recipe, data, images, here, f"{run.path} is left as it was, to go on where there is as much")
+        _check_memory(recipe, data, here, f"{run.path} is left as it was, to go on where there is as much")
         state, found = _last_state(run, images, here)
         # Nothing can fail from here on but writing, so a run that cannot go on is left as it was.
         checkpoint.set_aside_damaged(run.checkpoints, found)

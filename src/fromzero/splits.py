@@ -14,7 +14,7 @@ from fromzero import augment
 from fromzero.data import Images, ImageSet, stratified_split
 from fromzero.errors import InputError, counted
 from fromzero.evaluate import Normalise
-from fromzero.networks import layers
+from fromzero.networks import ImageShape, layers
 from fromzero.recipe import Recipe
 
 
@@ -48,7 +48,14 @@ class Data:
     validation: Subset
     test: Subset
     normalise: Normalise
+    num_classes: int
     by_contents: bool = False  # whether validation was held out by the contents of files
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """(height, width, channels)."""
+        height, width, channels = self.train.pixels.shape[1:]
+        return height, width, channels
 
     @property
     def held_out(self) -> str:
@@ -84,7 +91,17 @@ class Data:
             some = stratified_split(train.labels.numpy(), share, "clean train")[1]
             clean = train.take(some) if len(some) else train  # no class can spare one
         train, clean, validation, test = (part.to(device) for part in (train, clean, validation, test))
-        return cls(train, clean, validation, test, Normalise.of(recipe, train.pixels), by_contents)
+        normalise = Normalise.of(recipe, train.pixels)
+        return cls(train, clean, validation, test, normalise, images.num_classes, by_contents)
+
+
+def validation_label(recipe: Recipe, images: ImageSet) -> str:
+    """What the validation figures of a run on these images are, to be said wherever they appear."""
+    if recipe.validation.source == "test":
+        return "validation = the test images"
+    if images.validation is not None:
+        return "validation = the data set's own validation images"
+    return f"validation = {100 * recipe.validation.fraction:.4g}% of the train images, held out"
 
 
 def _check_arrays(part: Images, split: str, images: ImageSet) -> None:

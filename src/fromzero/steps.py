@@ -12,7 +12,6 @@ from torch import Tensor
 from fromzero import augment, kernels, modules
 from fromzero.errors import NonFiniteError
 from fromzero.machine import Machine
-from fromzero.networks import ImageShape
 from fromzero.optim import set_learning_rate
 from fromzero.recipe import Recipe
 from fromzero.splits import Data
@@ -23,9 +22,9 @@ PROXY_EVERY = 4  # as airbench96 does: losses only rank images, and change slowl
 LARGEST_GRADIENT = 1e18  # the square of ten times as much overflows a float
 
 
-def initial_state(recipe: Recipe, image_shape: ImageShape, num_classes: int, data: Data, here: Machine) -> State:
+def initial_state(recipe: Recipe, data: Data, here: Machine) -> State:
     """The state before the first step, whitening layers set from WHITENING_IMAGES of the train images."""
-    state = State.initial(recipe, image_shape, num_classes, here.device)
+    state = State.initial(recipe, data.image_shape, data.num_classes, here.device)
     if recipe.network.whitening:
         pixels, labels = data.train
         if bool((labels[1:] >= labels[:-1]).all()):  # pictures come class by class, and the first would be of a few

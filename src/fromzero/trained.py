@@ -15,7 +15,7 @@ from torch import Tensor
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError, counted
+from fromzero.errors import FromzeroError, InputError, counted, some
 from fromzero.evaluate import Normalise, evaluate, predict
 from fromzero.machine import Machine
 from fromzero.modules import Network
@@ -63,17 +63,27 @@ def recorded_images(
     elif images is None:
         if data_dir is None and not source.exists():
             raise InputError(f"{run.path}: its images are no longer at {source}; --data-dir says where they are now")
+        if data_dir is not None and not Path(data_dir).exists():
+            raise InputError(f"data folder {data_dir} is not there; the images of {run.path} were at {source}")
         images = load_images(f"{data_dir or source}{options}")
+    ours, theirs = set(images.class_names), set(recorded["classes"])
+    if new := sorted(ours - theirs):
+        gone = f", and {some(sorted(theirs - ours))} is not there" if theirs - ours else ""
+        raise FromzeroError(
+            f"{run.path}: it was trained without a class {some(new)}, which is at {images.source}{gone}; a folder that"
+            " was renamed needs its name back, others can be moved away"
+        )
     found, then = images.fingerprints, recorded["fingerprints"]
     if changed := [split for split in (found | then) if found.get(split) != then.get(split)]:
         split = changed[0]
         now, before = (prints.get(split, "none")[:12] for prints in (found, then))
         counts = recorded.get("images", {})  # of older runs it was not recorded
+        anew = run.start_on(None if images.source == recorded["source"] else f"{images.source}{options}")
         many = f"{images.counts.get(split, 0):,}, where it had {counts.get(split, 0):,}" if counts else ""
         raise FromzeroError(
             f"{run.path}: the {' and '.join(changed)} images at {images.source} are not those it was trained on"
             f" ({split}: {many + ', ' if many else ''}fingerprint {now}…, recorded {before}…); put them back as they"
-            f" were, or start anew from its weights: {run.start_command}; other pictures are scored by fromzero"
+            f" were, or start anew from its weights: {anew}; other pictures are scored by fromzero"
             " evaluate RUN FOLDER"
         )
     if images.order_digest != recorded["order"]:
@@ -135,34 +145,27 @@ def naming(found: Checkpoint) -> Iterator[None]:
 
 class Trained(NamedTuple):
     """A run with its weights loaded: its image set, and that as split for training (`data`); the network in evaluation
-    mode; the checkpoint that the weights are from, of epoch `epochs` and `steps_beyond` steps; and the machine that
-    computes."""
+    mode; the checkpoint that the weights are from; and the machine that computes."""
 
     run: Run
     images: ImageSet
     data: Data
     network: Network
     checkpoint: Checkpoint
-    epochs: int
     machine: Machine
-    steps_beyond: int
-
-    @property
-    def checkpoint_path(self) -> Path:
-        """The file of the checkpoint."""
-        assert self.checkpoint.path is not None  # it was read from a file
-        return self.checkpoint.path
 
     @property
     def reached(self) -> str:
         """The epoch that the weights are of, and how far beyond its end: a stop comes within one."""
-        beyond = f" and {counted(self.steps_beyond, 'step')} of the next" if self.steps_beyond else ""
-        return f"epoch {self.epochs}{beyond}"
+        ended = Timetable.of(self.run.recipe, len(self.data.train.labels)).start_of(self.checkpoint.epochs)
+        steps = self.checkpoint.state.get("step", 0) - ended
+        beyond = f" and {counted(steps, 'step')} of the next" if steps > 0 else ""
+        return f"epoch {self.checkpoint.epochs}{beyond}"
 
     def rows(self) -> list[Row]:
         """The rows of metrics up to these weights: the run may have gone on since. Of weights with no epoch behind
         them, a row of epoch 0 by scoring them. Raises NonFiniteError."""
-        return self.run.metrics()[: self.epochs] or [self._first_row()]
+        return self.run.metrics()[: self.checkpoint.epochs] or [self._first_row()]
 
     def _first_row(self) -> Row:
         scores: dict[str, float] = {}
@@ -192,10 +195,7 @@ def load_trained(
     images = recorded_images(run, images, data_dir=data_dir, offline=offline)
     here = machine.prepare(precision or run.provenance["machine"]["precision"], device=device, threads=threads)
     network, found = load_network(run, images.image_shape, images.num_classes, here, which)
-    data = recorded_data(run, images, here)
-    epochs = found.state.get("epoch", 0)
-    beyond = found.state.get("step", 0) - Timetable.of(run.recipe, len(data.train.labels)).start_of(epochs)
-    return Trained(run, images, data, network, found, epochs, here, max(beyond, 0))
+    return Trained(run, images, recorded_data(run, images, here), network, found, here)
 
 
 class Classifier(NamedTuple):
@@ -203,6 +203,7 @@ class Classifier(NamedTuple):
 
     run: Run
     network: Network
+    checkpoint: Checkpoint
     normalise: Normalise
     image_shape: ImageShape
     class_names: tuple[str, ...]
@@ -252,7 +253,7 @@ def load_classifier(
     if which == "last" and not found.state.get("step"):
         warnings.warn(f"{run.path}: these are the weights it began with; none has been saved since", stacklevel=2)
     normalise = Normalise.from_json(recorded["normalise"], here.device)
-    return Classifier(run, network, normalise, (height, width, channels), tuple(recorded["classes"]), here)
+    return Classifier(run, network, found, normalise, (height, width, channels), tuple(recorded["classes"]), here)
 
 
 def load_network(

@@ -23,6 +23,7 @@ from fromzero.checkpoint import Checkpoint
 from fromzero.data import ImageSet
 from fromzero.errors import FromzeroError, NonFiniteError, StoppedError
 from fromzero.evaluate import Outcomes, evaluate
+from fromzero.files import write_atomically
 from fromzero.machine import Machine
 from fromzero.networks import num_parameters
 from fromzero.optim import learning_rate_at
@@ -31,7 +32,7 @@ from fromzero.resources import peak_memory
 from fromzero.rng import permutation
 from fromzero.runs import Row, Run
 from fromzero.signals import StopSignals
-from fromzero.splits import Data, Subset
+from fromzero.splits import Data, Subset, validation_label
 from fromzero.state import Counters, State
 from fromzero.steps import batch_at, hardest, mixed, train_step, try_instead
 from fromzero.timetable import Timetable
@@ -294,12 +295,12 @@ class Training:
         )
 
     def _draw(self) -> None:
-        from fromzero.curves import draw_curves, validation_label
+        from fromzero.curves import curves_png
 
         try:
             if rows := self.run.metrics():
-                validation = validation_label(self.recipe, own=self.images.validation is not None)
-                draw_curves(rows, self.recipe, self.run.name, validation, self.run.path / "curves.png")
+                picture = curves_png(rows, self.recipe, self.run.name, validation_label(self.recipe, self.images))
+                write_atomically(self.run.path / "curves.png", picture)
         except Exception as error:  # a picture is never worth a run
             warnings.warn(f"{self.run.path}/curves.png was not drawn: {error}", stacklevel=2)
 

@@ -14,6 +14,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,15 +117,8 @@ def load_cifar(path: Path, name: str | None = None) -> ImageSet:
     if supposed.order_digest == CIFAR10_ORDER:
         return supposed
     fingerprints = {"train": train.fingerprint(), "test": test.fingerprint()}
-    own = own_name(path.name.split(".")[0], "images")
-    return ImageSet(
-        name=name or ("cifar10" if fingerprints == CIFAR10_FINGERPRINTS else own),
-        train=train,
-        test=test,
-        class_names=class_names,
-        source=source,
-        fingerprints=fingerprints,
-    )
+    own = "cifar10" if fingerprints == CIFAR10_FINGERPRINTS else own_name(path.name.split(".")[0], "images")
+    return replace(supposed, name=name or own, fingerprints=fingerprints)
 
 
 def is_cifar(path: Path) -> bool:

@@ -26,7 +26,7 @@ from rich.progress import track
 
 from fromzero import files
 from fromzero.data.images import Images, ImageSet, own_name
-from fromzero.errors import InputError, some
+from fromzero.errors import InputError, counted, some
 from fromzero.resources import check_memory, num_threads
 
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -145,8 +145,8 @@ def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path
         left_out = [entry for entry in _shown(path) if not entry.is_dir()]
         for folder in _folders(path):
             if (name := unicodedata.normalize("NFC", _class_name(folder))) not in known:
-                split = any(folder.name.lower() in names for names in SPLITS.values())
-                meant = f"; if that is a split, name {folder}" if split and _folders(folder) else ""
+                splits = [path / one for names in reversed(SPLITS.values()) for one in names if (path / one).is_dir()]
+                meant = f"; if that is a split, name it: {splits[0]}" if folder in splits else ""
                 raise InputError(f"{path}: {expected}; found {folder.name}{meant}")
             pictures, others, _ = _under(folder)
             listed += [(picture, known[name]) for picture in pictures]
@@ -154,7 +154,10 @@ def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     if not listed:
-        raise InputError(f"{path}: no pictures in it; {expected}")
+        loose = sum(_is_picture(entry) for entry in left_out)
+        found = f"{counted(loose, 'picture')} in it, and in no class folder" if loose else "no pictures in it"
+        whole = f"; that of {path.name} alone lies in {path.resolve().parent}" if path.resolve().name in known else ""
+        raise InputError(f"{path}: {found}; {expected}{whole}")
     paths, labels = zip(*listed, strict=True)
     return list(paths), np.array(labels, np.int64), _not_read(left_out, path)
 

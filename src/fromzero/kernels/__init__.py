@@ -19,7 +19,7 @@ from fromzero.errors import FromzeroError
 from fromzero.kernels import building
 from fromzero.kernels.agreement import agrees
 from fromzero.kernels.building import NONE, Made, find
-from fromzero.kernels.functions import BatchNorm, Convolve3x3, ConvolveDirectly, Drop, MaxPool2x2, Pooled
+from fromzero.kernels.functions import BatchNorm, Convolve3x3, ConvolveDirectly, Drop, MaxPool2x2
 from fromzero.kernels.interface import ACTIVATIONS, DIRECT_CHANNELS, Kernels, Mask
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "Made",
     "Mask",
     "MaxPool2x2",
-    "Pooled",
     "agrees",
     "byte_sums",
     "find",

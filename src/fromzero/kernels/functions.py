@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +10,12 @@ from torch.autograd.function import once_differentiable
 
 from fromzero.kernels.interface import Kernels, Mask
 
-Pooled = Literal["", "pool", "relu"]  # what is behind a convolution: nothing, max pooling, max pooling and a ReLU
-
 
 class Convolve3x3(torch.autograd.Function):
     """`F.conv2d(x, weight, bias, padding=padding)` for 3×3 filters, by `kernels`; x and result are (N, C, H, W) in
     channels-last memory and of the kernels' element type, weight and bias float32. With `pooled` followed by
-    `F.max_pool2d(…, 2)`, with "relu" at least zero, and by dropout with `mask`: the map before them is never
-    written, and no gradient of its size."""
+    `F.max_pool2d(…, 2)`, with `relu` too by that, and by dropout with `mask`: the map before them is never written, and
+    no gradient of its size."""
 
     @staticmethod
     def forward(
@@ -26,7 +24,8 @@ class Convolve3x3(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         padding: int,
-        pooled: Pooled,
+        pooled: bool,
+        relu: bool,
         mask: Mask | None,
         kernels: Kernels,
     ) -> Tensor:
@@ -35,7 +34,7 @@ class Convolve3x3(torch.autograd.Function):
         bias = None if bias is None else bias.float().contiguous()
         picked = None
         if pooled:
-            y, picked = kernels.forward_pooled(images, filters, bias, padding, pooled == "relu", mask)
+            y, picked = kernels.forward_pooled(images, filters, bias, padding, relu, mask)
         else:
             y = kernels.forward(images, filters, bias, padding)
         ctx.save_for_backward(images, filters, picked)
@@ -57,7 +56,7 @@ class Convolve3x3(torch.autograd.Function):
             of_weight = kernels.filter_gradient(images, gradient, padding, picked, threshold)
         if ctx.needs_input_grad[2]:
             of_bias = kernels.channel_sums(gradient, picked, threshold)
-        return of_x, of_weight, of_bias, None, None, None, None
+        return of_x, of_weight, of_bias, None, None, None, None, None
 
 
 class ConvolveDirectly(torch.autograd.Function):

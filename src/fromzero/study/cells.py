@@ -34,8 +34,7 @@ LOCK_SECONDS = 60.0  # how long a writer whose study was killed may take to save
 @dataclass(frozen=True)
 class Cell:
     """One arm with one seed. `after`: the cell whose last weights it starts from; `is_start`: whether others start from
-    its own; `keep_weights`: whether its checkpoints stay all the same once it has ended; `work`: roughly how long it
-    takes, in arbitrary units."""
+    its own; `keep_weights`: whether its checkpoints stay all the same once it has ended."""
 
     arm: str
     seed: int
@@ -44,7 +43,6 @@ class Cell:
     after: Path | None = None
     is_start: bool = False
     keep_weights: bool = False
-    work: float = 1.0
 
     @property
     def name(self) -> str:

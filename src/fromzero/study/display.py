@@ -10,14 +10,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from fromzero.data import ImageSet
 from fromzero.errors import counted
 from fromzero.networks import num_multiply_adds, num_parameters
+from fromzero.recipe import Recipe
 from fromzero.runs import Run
 from fromzero.stats import fewest_pairs
 from fromzero.study.definition import short
 from fromzero.study.execution import Execution
 from fromzero.study.pools import Event
 from fromzero.terminal import REFRESH_SECONDS, can_redraw, duration
+from fromzero.timetable import Timetable
+
+# What a forward pass costs an image besides multiplications, and a cell besides images, in multiply-adds: rough.
+OVERHEAD_IMAGE, OVERHEAD_CELL = 4_000_000, 20_000_000_000
 
 
 def study_header(execution: Execution) -> str:
@@ -88,7 +94,7 @@ class _StudyProgress:
 
     def __init__(self, execution: Execution):
         cells = [*execution.trials, *execution.cells]
-        self.work = {cell.path: cell.work for cell in cells}
+        self.work = {cell.path: _work(cell.recipe, execution.images) for cell in cells}
         self.shares = dict.fromkeys(self.work, 0.0)
         self.before: dict[Path, float] = {}  # what was done when this process first heard of a cell
         self.running: dict[Path, str] = {}
@@ -137,3 +143,17 @@ class _StudyProgress:
     @property
     def info(self) -> str:
         return f"{self.ended}/{len(self.work)} runs, {self.time_left}; {', '.join(self.running.values())}"
+
+
+def _work(recipe: Recipe, images: ImageSet) -> float:
+    """Roughly what a cell of that recipe takes, in multiply-adds."""
+    train = len(images.train)
+    held_out = round(recipe.validation.fraction * train) if images.validation is None else 0
+    validation = held_out if images.validation is None else len(images.validation)
+    train -= held_out
+    timetable = Timetable.of(recipe, train)
+    # A backward pass costs two forward.
+    trained_on = 3 * recipe.hardest * timetable.images_after(timetable.start_of(recipe.epochs))
+    scored = recipe.epochs * (validation + min(recipe.clean_train_images, train)) + len(images.test) + validation
+    size = num_multiply_adds(recipe.network, images.image_shape, images.num_classes) + OVERHEAD_IMAGE
+    return float(size * (trained_on + scored) + OVERHEAD_CELL)

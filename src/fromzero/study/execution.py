@@ -28,7 +28,7 @@ from fromzero.data import NAMED, ImageSet, load_images, split_name
 from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.files import write_atomically, write_json
 from fromzero.machine import MAX_THREADS, chosen_device
-from fromzero.networks import build, num_multiply_adds
+from fromzero.networks import build
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.resources import num_threads
 from fromzero.runs import Run, damage, read_object
@@ -36,14 +36,9 @@ from fromzero.splits import check_image_set
 from fromzero.study.cells import Cell, Setting, cells_of, differences, is_finished, trials_of
 from fromzero.study.definition import Study, load_study
 from fromzero.study.pools import Event, on_ray, on_this_machine
-from fromzero.timetable import Timetable
 
 Place = Literal["local", "ray"]
 Sweep = dict[str, dict[float, list[float | None]]]  # arm → value → a validation accuracy for each tuning seed
-
-# What a forward pass costs an image besides multiplications, and a cell besides images, in multiply-adds: rough, as
-# they serve the estimate of the time left only.
-OVERHEAD_IMAGE, OVERHEAD_CELL = 4_000_000, 20_000_000_000
 
 
 class Description(pydantic.BaseModel):
@@ -86,16 +81,13 @@ class Execution:
     @property
     def cells(self) -> list[Cell]:
         """Those of the arms, at their best values once those are known."""
-        return [
-            replace(cell, keep_weights=self.keep_weights, work=self._work(cell.recipe))
-            for cell in cells_of(self.study, self.folder, self.best)
-        ]
+        cells = cells_of(self.study, self.folder, self.best)
+        return [replace(cell, keep_weights=self.keep_weights) for cell in cells]
 
     @property
     def trials(self) -> list[Cell]:
         """Those of the sweep; none when the arms are not to be tuned."""
-        trials = trials_of(self.study, self.folder) if self.tuned else []
-        return [replace(cell, work=self._work(cell.recipe)) for cell in trials]
+        return trials_of(self.study, self.folder) if self.tuned else []
 
     def __iter__(self) -> Iterator[Event]:
         with self._alone():
@@ -150,21 +142,6 @@ class Execution:
             if cell.after in found or not is_finished(cell, self.images):
                 found.add(cell.path)
         return [cell for cell in cells if cell.path in found]
-
-    def _work(self, recipe: Recipe) -> float:
-        size = num_multiply_adds(recipe.network, self.images.image_shape, self.images.num_classes) + OVERHEAD_IMAGE
-        train, validation = len(self.images.train), 0
-        if recipe.validation.source == "split" and self.images.validation is not None:
-            validation = len(self.images.validation)
-        elif recipe.validation.source == "split":
-            validation = round(recipe.validation.fraction * train)
-            train -= validation
-        clean = min(recipe.clean_train_images, train)
-        timetable = Timetable.of(recipe, train)
-        # A backward pass costs two forward.
-        trained_on = 3 * recipe.hardest * timetable.images_after(timetable.start_of(recipe.epochs))
-        scored = recipe.epochs * (validation + clean) + len(self.images.test) + validation
-        return float(size * (trained_on + scored) + OVERHEAD_CELL)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -225,7 +202,7 @@ def prepare_study(
     runs_dir: Path = Path("runs"),
     jobs: int | None = None,
     threads: int | None = None,
-    device: str | None = None,
+    device: str = "auto",
     place: Place = "local",
     tune: bool = False,
     keep_weights: bool = False,
@@ -246,7 +223,7 @@ def prepare_study(
         "--data-dir": data_dir,
         "--jobs": jobs,
         "--threads": threads,
-        "--device": device,
+        "--device": None if device == "auto" else device,
         "--on": None if place == "local" else place,
     }
     options = [word for option, value in given.items() if value is not None for word in (option, str(value))]
@@ -261,7 +238,6 @@ def prepare_study(
     for arm in study.arms.values():
         try:
             check_image_set(arm.recipe, images)
-            num_multiply_adds(arm.recipe.network, images.image_shape, images.num_classes)
         except InputError as error:
             study.refuse(("arms", arm.name), f"arm {arm.name!r}: {error}")
         if arm.after is not None:
@@ -272,11 +248,14 @@ def prepare_study(
                     f"arm {arm.name!r} cannot start from the weights of {arm.after!r}: {differing[0]} differs; give"
                     " both the same network",
                 )
-    on_gpu = chosen_device(device or "auto").type == "cuda"
+    named = place == "ray" and device.startswith("cuda")  # of its machines: this one need not have any
+    on_gpu = named or chosen_device(device).type == "cuda"
+    if on_gpu and device == "auto":
+        device = "cuda"  # Ray shows GPUs to those only who ask for them
     cores = num_threads()
     jobs = jobs or (1 if on_gpu else max(1, cores // (threads or 1)))
     threads = threads or (max(1, cores // jobs) if on_gpu else 1)
-    setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device or "auto", threads)
+    setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device, threads)
     folder = runs_dir.resolve() / "studies" / f"{study.name}-{study.scale}{'-tuned' if tune else ''}"
     return Execution(study, folder, images, setting, jobs, place, tune, keep_weights, tuple(options))
 
