@@ -60,9 +60,9 @@ def images_per_second_at(gigaflops, flop_per_image):
     return gigaflops * 1e9 / flop_per_image
 
 
-def epoch_seconds(images_per_second, epochs=1.0, images=50_000):
-    """The time that so many epochs of CIFAR-10 take at a rate of training."""
-    return epochs * images / images_per_second
+def epoch_seconds(images_per_second):
+    """The time that an epoch of CIFAR-10, 50,000 images, takes at a rate of training."""
+    return 50_000 / images_per_second
 
 
 def unevenness(seconds_of_images):
@@ -70,33 +70,3 @@ def unevenness(seconds_of_images):
     in turn: the median of their pairs, 1 when time is linear in images."""
     fewest, most = (seconds_of_images[pick(seconds_of_images, key=int)] for pick in (min, max))
     return statistics.median(a / b for a, b in zip(most, fewest, strict=True))
-
-
-class Paired(NamedTuple):
-    """Differences of pairs that share a seed: their mean, the half width of its 95 % t interval, and the standard
-    deviation of the second of each pair over the seeds."""
-
-    mean: float
-    half_width: float
-    seed_deviation: float
-
-    @property
-    def within_noise(self):
-        """Whether the interval contains zero: the difference cannot be told from the seeds' noise."""
-        return abs(self.mean) <= self.half_width
-
-    @classmethod
-    def of(cls, ours, theirs):
-        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-        n = len(differences)
-        if n < 2:
-            raise ValueError("a paired difference needs two seeds at least")
-        half_width = student_t_975(n - 1) * statistics.stdev(differences) / math.sqrt(n)
-        return cls(statistics.mean(differences), half_width, statistics.stdev(theirs))
-
-
-def student_t_975(degrees):
-    """The 97.5 % quantile of Student's t."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, degrees))

@@ -1,7 +1,9 @@
 """docs/benchmarks.md and its picture, from the results of a run."""
 
+import statistics
+
 from benchmarks import figures, targets
-from benchmarks.figures import FALLS_SHORT, Paired, Spread
+from benchmarks.figures import FALLS_SHORT, Spread
 from benchmarks.targets import FROMZERO, KERAS_BF16, KERAS_FLOAT32, PLAIN_BF16, PLAIN_FLOAT32, SIDES
 
 LEARNED = 0.2  # the accuracy below which a network of ten classes has learned next to nothing
@@ -318,7 +320,9 @@ def precision_section(results):
 
 def precision_lines(name, pairs):
     """What the pairs of one network say, in words."""
-    paired = Paired.of(pairs["bfloat16"], pairs["float32"])
+    from fromzero.stats import t_interval
+
+    mean, low, high = t_interval([a - b for a, b in zip(pairs["bfloat16"], pairs["float32"], strict=True)])
     each = ", ".join(
         f"seed {seed}: {a:.4f} − {b:.4f} = {100 * (a - b):+.2f}"
         for seed, a, b in zip(pairs["seeds"], pairs["bfloat16"], pairs["float32"], strict=True)
@@ -326,12 +330,12 @@ def precision_lines(name, pairs):
     if max(pairs["float32"]) < LEARNED:
         verdict = "nothing to compare: neither has learned, take more images or epochs"
     else:
-        outcome = "is higher" if paired.mean > 0 else FALLS_SHORT
-        verdict = "within seed noise" if paired.within_noise else f"NOT within seed noise: bfloat16 {outcome}"
+        outcome = "is higher" if mean > 0 else FALLS_SHORT
+        verdict = "within seed noise" if low <= 0 <= high else f"NOT within seed noise: bfloat16 {outcome}"
     return [
-        f"{name}, bfloat16 − float32 in points: {each}; mean {100 * paired.mean:+.2f} ± {100 * paired.half_width:.2f}"
-        f" (95 % t interval, n = {len(pairs['seeds'])}); float32's seeds deviate by {100 * paired.seed_deviation:.2f}:"
-        f" {verdict}"
+        f"{name}, bfloat16 − float32 in points: {each}; mean {100 * mean:+.2f} ± {100 * (high - mean):.2f}"
+        f" (95 % t interval, n = {len(pairs['seeds'])}); float32's seeds deviate by"
+        f" {100 * statistics.stdev(pairs['float32']):.2f}: {verdict}"
     ]
 
 

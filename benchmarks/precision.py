@@ -50,9 +50,10 @@ def scale(arguments):
 
 def pairs(name, arguments):
     """The last validation accuracies of both, one of each for every seed."""
-    from fromzero import load_recipe
+    from fromzero import load_images, load_recipe
 
-    images = load_part(None if arguments.full else arguments.images, arguments.data_dir)
+    part = "" if arguments.full else f":{arguments.images}"
+    images = load_images(f"cifar10{part}", data_dir=arguments.data_dir)
     found = {"seeds": arguments.seeds, "bfloat16": [], "float32": []}
     for seed in arguments.seeds:
         for precision in ("bfloat16", "float32"):
@@ -70,21 +71,6 @@ def trained_accuracy(recipe, images, threads):
     with tempfile.TemporaryDirectory() as folder:
         run = fromzero.train(recipe, images, runs_dir=folder, device="cpu", threads=threads)
         return run.metrics()[-1]["val/accuracy"]
-
-
-def load_part(count, data_dir):
-    """CIFAR-10, its train images cut down to a stratified part of about `count`."""
-    from dataclasses import replace
-
-    from fromzero.data import load_images, stratified_split
-
-    images = load_images("cifar10", data_dir=data_dir)
-    if count is None or count >= len(images.train):
-        return images
-    _, part = stratified_split(images.train.labels, count / len(images.train), "benchmark")
-    train = images.train.take(part)
-    fingerprints = images.fingerprints | {"train": train.fingerprint()}
-    return replace(images, name="cifar10-part", train=train, fingerprints=fingerprints)
 
 
 if __name__ == "__main__":

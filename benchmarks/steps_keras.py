@@ -28,20 +28,20 @@ WAYS = {
 def build(description):
     """The network, written from its description as a user would write it."""
     model = keras.Sequential([keras.layers.Input(networks.IMAGE_SHAPE)])
-    for layer in networks.layers(description):
-        match layer.kind:
-            case "conv":
-                model.add(keras.layers.Conv2D(layer.outputs, 3, padding=layer.padding, activation="relu"))
-            case "pool":
-                model.add(keras.layers.MaxPooling2D(layer.pool))
-            case "dropout":
-                model.add(keras.layers.Dropout(layer.rate))
-            case "flatten":
+    for layer in description:  # activations are those of the layers before them
+        match layer["kind"]:
+            case "Conv2D":
+                model.add(keras.layers.Conv2D(layer["shape"][-1], 3, padding=layer["padding"], activation="relu"))
+            case "MaxPooling2D":
+                model.add(keras.layers.MaxPooling2D(layer["pool"]))
+            case "Dropout":
+                model.add(keras.layers.Dropout(layer["rate"]))
+            case "Flatten":
                 model.add(keras.layers.Flatten())
-            case "dense":
-                model.add(keras.layers.Dense(layer.outputs, activation="relu"))
-            case "predictions":
-                model.add(keras.layers.Dense(layer.outputs, dtype="float32"))
+            case "Dense" if layer["name"] == "predictions":
+                model.add(keras.layers.Dense(layer["shape"][-1], dtype="float32"))
+            case "Dense":
+                model.add(keras.layers.Dense(layer["shape"][-1], activation="relu"))
     return model
 
 

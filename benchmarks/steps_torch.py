@@ -98,22 +98,23 @@ def plain_side(side, recipe, description, batch_size, threads, optimizer):
 def plain_network(description):
     from torch import nn
 
-    modules = []
-    for layer in networks.layers(description):
-        match layer.kind:
-            case "conv":
-                padding = 1 if layer.padding == "same" else 0
-                modules += [nn.Conv2d(layer.inputs, layer.outputs, 3, padding=padding), nn.ReLU()]
-            case "pool":
-                modules.append(nn.MaxPool2d(layer.pool))
-            case "dropout":
-                modules.append(nn.Dropout(layer.rate))
-            case "flatten":
+    modules, inputs = [], networks.IMAGE_SHAPE[-1]
+    for layer in description:
+        outputs = layer["shape"][-1]
+        match layer["kind"]:
+            case "Conv2D":
+                modules.append(nn.Conv2d(inputs, outputs, 3, padding=1 if layer["padding"] == "same" else 0))
+            case "Activation":
+                modules.append(nn.ReLU())
+            case "MaxPooling2D":
+                modules.append(nn.MaxPool2d(layer["pool"]))
+            case "Dropout":
+                modules.append(nn.Dropout(layer["rate"]))
+            case "Flatten":
                 modules.append(nn.Flatten())
-            case "dense":
-                modules += [nn.Linear(layer.inputs, layer.outputs), nn.ReLU()]
-            case "predictions":
-                modules.append(nn.Linear(layer.inputs, layer.outputs))
+            case "Dense":
+                modules.append(nn.Linear(inputs, outputs))
+        inputs = outputs
     return nn.Sequential(*modules)
 
 

@@ -10,19 +10,12 @@ import pytest
 
 import benchmarks.__main__ as bench
 from benchmarks import figures, lifetime, networks, page, targets
-from benchmarks.figures import Paired, Spread, Verdict
+from benchmarks.figures import Spread, Verdict
 from benchmarks.targets import FROMZERO, KERAS_BF16, KERAS_FLOAT32, PLAIN_BF16, SIDES
 from benchmarks.timing import Stopwatch, WorkerError
-from fromzero.networks import num_parameters
 from fromzero.recipe import load_recipe
 
 TRAIN3 = networks.describe(load_recipe("train3").network)
-
-
-@pytest.mark.parametrize("name", ["train1", "train2", "train3"])
-def test_the_described_networks_are_the_recipes(name):
-    network = load_recipe(name).network
-    assert networks.num_parameters(networks.describe(network)) == num_parameters(network, networks.IMAGE_SHAPE, 10)
 
 
 def test_work_of_train3_counted_by_hand():
@@ -30,11 +23,6 @@ def test_work_of_train3_counted_by_hand():
     first = 27 * 32 * 1024
     rest = 288 * 64 * 1024 + 576 * 128 * 256 + 1152 * 256 * 64 + 2304 * 512 * 16 + 8192 * 1024 + 1024 * 1024 + 1024 * 10
     assert networks.training_flop(TRAIN3) == 2 * (2 * first + 3 * rest)
-
-
-def test_valid_convolutions_and_pooling_shrink_the_map():
-    shapes = [layer.shape for layer in networks.layers(networks.describe(load_recipe("train2").network))]
-    assert shapes[:3] == [(30, 30, 32), (28, 28, 64), (14, 14, 64)]
 
 
 def test_ratios_are_taken_pair_by_pair():
@@ -84,7 +72,7 @@ def test_every_target_of_the_steps_has_a_verdict():
 
 def test_cold_starts_are_counted_in_epochs_of_keras():
     # 250 images a second: an epoch of 200 s, a tenth of it 20 s.
-    assert figures.epoch_seconds(250.0, 0.1) == 20.0
+    assert figures.epoch_seconds(250.0) == 200.0
     cold = {
         "quick": {"seconds": [19.0, 22.0, 18.0], "keras_epoch_seconds": [200.0, 200.0, 200.0], "accuracy": [0.83] * 3}
     }
@@ -97,18 +85,6 @@ def test_cold_starts_are_counted_in_epochs_of_keras():
 def test_unevenness():
     assert figures.unevenness({"50": [1.0, 2.0, 3.0], "100": [9.0, 9.0, 9.0], "1000": [1.0, 2.0, 9.0]}) == 1.0
     assert figures.unevenness({"100": [1.0, 2.0, 3.0], "1000": [1.0, 4.0, 9.0]}) == 2.0
-
-
-def test_paired_differences():
-    # Differences 0.01, 0.02, 0.03: mean 0.02, deviation 0.01, t(2) = 4.303.
-    paired = Paired.of([0.71, 0.74, 0.77], [0.70, 0.72, 0.74])
-    assert paired.mean == pytest.approx(0.02)
-    assert paired.half_width == pytest.approx(4.3027 * 0.01 / math.sqrt(3), rel=1e-4)
-    assert paired.seed_deviation == pytest.approx(0.02)
-    assert paired.within_noise
-    assert not Paired.of([0.75, 0.76, 0.77], [0.70, 0.71, 0.72 - 1e-4]).within_noise
-    with pytest.raises(ValueError, match="two seeds"):
-        Paired.of([0.7], [0.7])
 
 
 def test_the_stopwatch_leaves_out_first_step_and_warm_up():
