@@ -373,7 +373,7 @@ def test_a_class_may_be_called_train_and_a_run_may_lie_in_the_folder(tmp_path, m
 @pytest.mark.filterwarnings("ignore:runs/set-987")  # of the damaged checkpoint
 def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch, capsys):
     write(tmp_path / "set", count=10)
-    others = write(tmp_path / "others", count=4, seed=3)
+    others = write(tmp_path / "others", count=12, seed=3)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "set", *CHANGES]) == 0
     (run,) = list_runs()
@@ -392,18 +392,18 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     (others / "loose.png").write_bytes(b"")
     assert cli.main(command) == 0
     first, unread, others_, damaged, scores, recalls = capsys.readouterr().out.splitlines()
-    assert damaged == "  note: left out: 1 of 9 pictures cannot be read (empty: others/blue/damaged.png)"
+    assert damaged == "  note: left out: 1 of 25 pictures cannot be read (empty: others/blue/damaged.png)"
     assert unread == "  note: not read, 1 of .heic: blue/a.heic; as JPEG or PNG they would be"
     assert others_ == "  note: not read, being no picture in a class folder: loose.png"
     assert first.startswith(f"{run.path}: train1, last weights, of epoch 2, on others, cpu, float32")
     pictures = [str(path) for path in sorted(others.glob("*/0*.png"))]
-    assert len(pictures) == 8
+    assert len(pictures) == 24
     assert cli.main(["predict", str(run.path), *pictures, "--threads", "1"]) == 0
     told = [line.split() for line in capsys.readouterr().out.splitlines()]
     right = [Path(picture).parent.name == name for name, _, picture in told]
-    assert f"accuracy {sum(right) / 8:.4f} (" in scores
-    blue, green = sum(right[:4]) / 4, sum(right[4:]) / 4
-    assert recalls == f"  these accuracy by class: blue {blue:.3f} (of 4), green {green:.3f} (of 4), red no image"
+    assert f"accuracy {sum(right) / 24:.4f} (" in scores
+    blue, green = sum(right[:12]) / 12, sum(right[12:]) / 12
+    assert recalls == f"  these accuracy by class: blue {blue:.3f} (of 12), green {green:.3f} (of 12), red no image"
     assert cli.main([*command, "--data-dir", "set"]) == 2
     assert "--data-dir is where a run's own images are, and others are scored" in capsys.readouterr().err
     assert cli.main([*command, "--precision", "bfloat16"]) == 0
@@ -422,7 +422,11 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     (run.path / "summary.json").unlink()
     assert cli.main(command) == 0
     assert "  note: the run has not ended\n" in capsys.readouterr().out
-    few = "5 pictures in it, and in no class folder; expected a folder for each class"
+    (others / "blue" / "second.png").write_bytes(b"")  # too many for a figure
+    assert cli.main(command) == 2
+    assert "2 of 26 pictures cannot be read" in capsys.readouterr().err
+    (others / "blue" / "second.png").unlink()
+    few = "13 pictures in it, and in no class folder; expected a folder for each class"
     refused = {"nowhere": "no folder", "runs": "expected a folder for each class", str(others / "blue"): few}
     for folder, why in refused.items():
         assert cli.main(["evaluate", str(run.path), folder, "--threads", "1"]) == 2
@@ -627,6 +631,10 @@ def test_what_became_of_a_runs_pictures_is_said(tmp_path, monkeypatch, capsys):
     assert f"start anew from its weights: fromzero train {other} --recipe {path}/recipe.toml" in capsys.readouterr().err
     (tmp_path / "set" / "red").rename(tmp_path / "set" / "a red")  # the first class now
     assert cli.main(["evaluate", path]) == 1
-    assert f"without a class a red, which is at {tmp_path}/set, and red is not there" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/set has 1 class that it was not trained on (a red) and has none called red" in said
+    assert f"fromzero train --recipe {path}/recipe.toml --from {path} --partial" in said
     assert cli.main(["evaluate", path, str(other / "red")]) == 2
-    assert "10 pictures in it, and in no class folder; expected" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "10 pictures in it, and in no class folder; expected" in said
+    assert f"red is a class: name the folder that it lies in, {other}" in said

@@ -305,7 +305,17 @@ def test_what_else_is_refused(tmp_path, text, data_folder):
         with pytest.raises(InputError, match=re.escape(says)):
             prepare_study(study, runs_dir=tmp_path, **options)
     on_ray = prepare_study(study, runs_dir=tmp_path, place="ray", device="cuda")  # the GPUs of its machines
-    assert on_ray.setting.device == "cuda"
+    assert (on_ray.setting.device, on_ray.setting.threads) == ("cuda", 1)
+    with pytest.raises(InputError, match="--device: cuda:1: on Ray it is auto, cpu or cuda"):
+        prepare_study(study, runs_dir=tmp_path, place="ray", device="cuda:1")
+    assert [pools._needs_gpu(*case) for case in (("auto", 0), ("auto", 2.0), ("cpu", 2.0), ("cuda", 1.0))] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    with pytest.raises(InputError, match="no machine of the Ray cluster has a GPU"):
+        pools._needs_gpu("cuda", 0)
     too_many = written(tmp_path, text.replace("images = 100", "images = 201"), "many.toml")
     with pytest.raises(InputError, match="a part of the 200 train images"):
         prepare_study(load_study(too_many, "half"), runs_dir=tmp_path)

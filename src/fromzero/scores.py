@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fromzero.data.pictures import SPLITS, labelled_pictures, unreadable
+from fromzero.data.pictures import DAMAGED_SHARE, SPLITS, labelled_pictures, unreadable
 from fromzero.errors import InputError, counted
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.machine import Machine
@@ -37,11 +37,11 @@ def own_scores(trained: Trained, views: str = "none") -> dict[str, Any]:
 
 def scores_on(folder: Path, classifier: Classifier, views: str = "none") -> dict[str, Any]:
     """The scores on the pictures of a folder with a folder for each class, or some of them; those that cannot be read
-    are noted. Raises InputError where there is nothing to score, and NonFiniteError."""
+    are noted. Raises InputError where these are more than DAMAGED_SHARE, as for training, and NonFiniteError."""
     run, names, here = classifier.run, classifier.class_names, classifier.machine
     paths, truth, notes = labelled_pictures(folder, names)
     pixels, read, wrong = classifier.read(paths)
-    if not read:
+    if len(wrong) > DAMAGED_SHARE * len(paths):
         raise InputError(unreadable(paths, wrong))
     if wrong:
         notes.append(f"left out: {unreadable(paths, wrong)}")
@@ -49,9 +49,12 @@ def scores_on(folder: Path, classifier: Classifier, views: str = "none") -> dict
     if asked == source or (asked.parent == source and asked.name.lower() in SPLITS["train"]):
         apart = f"fromzero evaluate {shlex.quote(str(run.path))}"
         notes.append(f"the run was trained on pictures in it: this says little of new ones; its own test: {apart}")
+    step = classifier.checkpoint.state.get("step")
+    within = f" (step {step:,})" if step and run.summary is None else ""
     these = Subset(pixels, torch.from_numpy(truth[read]).to(here.device))
     return {
-        **_how(classifier, f"of epoch {classifier.checkpoint.epochs}, on {folder}", views),
+        **_how(classifier, f"of epoch {classifier.checkpoint.epochs}{within}, on {folder}", views),
+        "left_out": len(wrong),
         "notes": [*_doubts(classifier), *notes],
         "scores": _scores(classifier.network, {"these": these}, classifier.normalise, here, views, names),
     }

@@ -142,7 +142,9 @@ def _dataset_of(recipe: Recipe, images: ImageSet) -> str:
     recipe that names a path was loaded from it; one that names `cifar10` may have been given others, from Python."""
     path, asked = split_name(recipe.dataset)
     if path not in NAMED:
-        return f"{Path(path).resolve()}{asked}" if Path(path).exists() else recipe.dataset
+        whole = f"{Path(path).resolve()}{asked}"
+        is_text = whole.isprintable()  # a recipe cannot hold a name that is none, as of a folder above it
+        return whole if is_text and Path(path).exists() else recipe.dataset
     name, options = split_name(images.name)
     if name in NAMED:
         return images.name

@@ -67,18 +67,20 @@ def recorded_images(
             raise InputError(f"data folder {data_dir} is not there; the images of {run.path} were at {source}")
         images = load_images(f"{data_dir or source}{options}")
     ours, theirs = set(images.class_names), set(recorded["classes"])
+    is_elsewhere = Path(images.source).exists() and images.source != split_name(run.recipe.dataset)[0]
+    anew = run.start_on(f"{images.source}{options}" if is_elsewhere else None)
     if new := sorted(ours - theirs):
-        gone = f", and {some(sorted(theirs - ours))} is not there" if theirs - ours else ""
+        gone = f" and has none called {some(sorted(theirs - ours))}" if theirs - ours else ""
         raise FromzeroError(
-            f"{run.path}: it was trained without a class {some(new)}, which is at {images.source}{gone}; a folder that"
-            " was renamed needs its name back, others can be moved away"
+            f"{run.path}: {images.source} has {len(new)} class{'' if len(new) == 1 else 'es'} that it was not"
+            f" trained on ({some(new)}){gone}; its images were at {source}: give a renamed folder its name back, move"
+            f" new ones away, or start anew with them: {anew} --partial"
         )
     found, then = images.fingerprints, recorded["fingerprints"]
     if changed := [split for split in (found | then) if found.get(split) != then.get(split)]:
         split = changed[0]
         now, before = (prints.get(split, "none")[:12] for prints in (found, then))
         counts = recorded.get("images", {})  # of older runs it was not recorded
-        anew = run.start_on(None if images.source == recorded["source"] else f"{images.source}{options}")
         many = f"{images.counts.get(split, 0):,}, where it had {counts.get(split, 0):,}" if counts else ""
         raise FromzeroError(
             f"{run.path}: the {' and '.join(changed)} images at {images.source} are not those it was trained on"

@@ -94,7 +94,7 @@ class ImageSet:
         if not 2 * self.num_classes <= count <= len(self.train):
             raise InputError(
                 f"{self.name}:{count}: a part of the {len(self.train):,} train images has from {2 * self.num_classes}"
-                f" to {len(self.train):,} of them (a study's scale says how many by `images`)"
+                f" to {len(self.train):,} of them"
             )
         train = self.train
         if count < len(train):

@@ -145,8 +145,10 @@ def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path
         left_out = [entry for entry in _shown(path) if not entry.is_dir()]
         for folder in _folders(path):
             if (name := unicodedata.normalize("NFC", _class_name(folder))) not in known:
-                splits = [path / one for names in reversed(SPLITS.values()) for one in names if (path / one).is_dir()]
-                meant = f"; if that is a split, name it: {splits[0]}" if folder in splits else ""
+                splits = [
+                    one for names in reversed(SPLITS.values()) for one in _folders(path) if one.name.lower() in names
+                ]
+                meant = f"; if that is a split, name it: {splits[0]}" if folder in splits and _folders(folder) else ""
                 raise InputError(f"{path}: {expected}; found {folder.name}{meant}")
             pictures, others, _ = _under(folder)
             listed += [(picture, known[name]) for picture in pictures]
@@ -156,8 +158,9 @@ def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path
     if not listed:
         loose = sum(_is_picture(entry) for entry in left_out)
         found = f"{counted(loose, 'picture')} in it, and in no class folder" if loose else "no pictures in it"
-        whole = f"; that of {path.name} alone lies in {path.resolve().parent}" if path.resolve().name in known else ""
-        raise InputError(f"{path}: {found}; {expected}{whole}")
+        own = unicodedata.normalize("NFC", path.resolve().name)
+        meant = f"; {own} is a class: name the folder that it lies in, {path.resolve().parent}" if own in known else ""
+        raise InputError(f"{path}: {found}; {expected}{meant}")
     paths, labels = zip(*listed, strict=True)
     return list(paths), np.array(labels, np.int64), _not_read(left_out, path)
 

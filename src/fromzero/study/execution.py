@@ -234,7 +234,10 @@ def prepare_study(
         if data_dir is None:
             raise InputError(f"{study.label}: its images are no longer at {stem}; --data-dir says where they are now")
         dataset, data_dir = f"{data_dir.resolve()}{asked}", None
-    images = load_images(dataset, data_dir=data_dir, offline=offline)
+    try:
+        images = load_images(dataset, data_dir=data_dir, offline=offline)
+    except InputError as error:
+        raise InputError(f"{study.label}, scale {study.scale}: {error}") from None
     for arm in study.arms.values():
         try:
             check_image_set(arm.recipe, images)
@@ -248,10 +251,9 @@ def prepare_study(
                     f"arm {arm.name!r} cannot start from the weights of {arm.after!r}: {differing[0]} differs; give"
                     " both the same network",
                 )
-    named = place == "ray" and device.startswith("cuda")  # of its machines: this one need not have any
-    on_gpu = named or chosen_device(device).type == "cuda"
-    if on_gpu and device == "auto":
-        device = "cuda"  # Ray shows GPUs to those only who ask for them
+    if place == "ray" and device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device: {device}: on Ray it is auto, cpu or cuda, of the cluster's machines")
+    on_gpu = place == "local" and chosen_device(device).type == "cuda"
     cores = num_threads()
     jobs = jobs or (1 if on_gpu else max(1, cores // (threads or 1)))
     threads = threads or (max(1, cores // jobs) if on_gpu else 1)

@@ -58,7 +58,8 @@ claim names and in nothing else, on the same images, with the same seeds.
   below 100, the networks have not yet learned their images by heart, and what pays only then, dropout above all, cannot
   pay: *contradicted* at this scale means "not at this scale", not "not in 50 epochs".
 - **Medium** has the notes' layers and dropout, on 5,000 train images for 50 epochs, enough to learn them by heart.
-- **parts** is no lesson of the notes: it takes the recipe `quick` apart, at its full width on 40,000 train images.
+- **parts** and **parts-of-best** are no lessons of the notes: one takes the recipe `quick` apart, at its full width on
+  40,000 train images, the other what `best` has beyond `strong`, at a quarter of the width on 8,400.
 """
 
 

@@ -211,12 +211,20 @@ def on_ray(cells: Sequence[Cell], setting: Setting) -> Iterator[Event]:
     try:
         # Ray begins a task anew when its worker dies, and only then.
         train = ray.remote(max_retries=ATTEMPTS - 1, num_cpus=setting.threads or 1)(outcome_of)
-        if setting.device.startswith("cuda"):
+        if _needs_gpu(setting.device, ray.cluster_resources().get("GPU", 0)):
             train = train.options(num_gpus=1)
         with StopSignals() as stop:
             yield from _ray_events(ray, train, cells, setting, stop)
     finally:
         ray.shutdown()
+
+
+def _needs_gpu(device: str, gpus: float) -> bool:
+    """Whether a run on a cluster with so many GPUs asks for one; Ray shows them to those only who do. Raises InputError
+    where one is asked for and there is none: Ray would wait for ever."""
+    if device == "cuda" and not gpus:
+        raise InputError("--device: cuda: no machine of the Ray cluster has a GPU")
+    return device != "cpu" and gpus > 0
 
 
 def _ray_events(ray: Any, train: Any, cells: Sequence[Cell], setting: Setting, stop: StopSignals) -> Iterator[Event]:
