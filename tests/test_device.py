@@ -10,12 +10,33 @@ import pytest
 import torch
 import torch._dynamo
 import torch.fx.experimental._config
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fromzero import FromzeroError, augment, kernels, machine, modules, networks, new_training
 from fromzero.recipe import load_recipe
 from fromzero.splits import Data
 from fromzero.state import State
 from fromzero.training import Training
+
+
+class RefusedByCuda(TorchDispatchMode):
+    """Fails where PyTorch's CUDA operations would: those of no deterministic form that a network might have
+    (torch.use_deterministic_algorithms lists them), and batch normalisation without a scale, whose shift is given a
+    gradient of no elements there in channels-last memory (aten/src/ATen/native/cuda/Normalization.cuh)."""
+
+    NOT_DETERMINISTIC = """
+        _adaptive_avg_pool2d_backward adaptive_max_pool2d_backward fractional_max_pool2d_backward max_unpool2d
+        upsample_bilinear2d_backward upsample_bicubic2d_backward _upsample_bilinear2d_aa_backward
+        reflection_pad2d_backward grid_sampler_2d_backward nll_loss2d_forward cumsum histc median put_
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.NOT_DETERMINISTIC.split(), function
+        scale = {"native_batch_norm": 1, "native_batch_norm_backward": 2}.get(name)  # which argument it is
+        assert scale is None or args[scale] is not None, function
+        return function(*args, **(kwargs or {}))
 
 
 class Elsewhere(machine.Machine):
@@ -47,6 +68,7 @@ def elsewhere(monkeypatch):
         monkeypatch.setattr(tensor, name, standing_in(name, getattr(tensor, name)))
     enabled = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and enabled(kind))
+    monkeypatch.setattr(torch, "autocast", lambda kind, **how: contextlib.nullcontext())
     # How many of a mask are set is a value, too: all.
     with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
         there = Elsewhere(**(dataclasses.asdict(here) | {"device": "meta", "kernels": kernels.NONE}))
@@ -68,15 +90,16 @@ def test_a_training_stays_on_its_device(name, tiny_images, elsewhere):
         changes["augment.cutmix"] = 0.5
     training = training_there(name, tiny_images, elsewhere, **changes)
     state = training.state
-    for epoch in range(2):
-        state.counters.epoch, state.counters.step = epoch, training.timetable.start_of(epoch)
-        order = training._order()
-        for start in (0, len(order) - 7):  # a whole batch, and a last one that is smaller
-            training._step(order[start : start + 30])
-        row = training._measure(lambda: None)
-        assert row["val/accuracy"] == 1.0  # the value that there is not
-        if state.losses is not None:
-            state.skip_easiest(10)
+    with RefusedByCuda():
+        for epoch in range(2):
+            state.counters.epoch, state.counters.step = epoch, training.timetable.start_of(epoch)
+            order = training._order()
+            for start in (0, len(order) - 7):  # a whole batch, and a last one that is smaller
+                training._step(order[start : start + 30])
+            row = training._measure(lambda: None)
+            assert row["val/accuracy"] == 1.0  # the value that there is not
+            if state.losses is not None:
+                state.skip_easiest(10)
     tensors = state.to_checkpoint().tensors
     assert len(tensors) > len(state.model.state_dict())  # momenta, too
     assert all(tensor.is_meta for tensor in tensors.values())
@@ -99,6 +122,17 @@ def test_a_proxy_waits_where_it_is_trained_only(tiny_images, elsewhere):
         elsewhere.waits.clear()
         training._step(training._order()[:30])
         assert elsewhere.waits == ["tolist", "__bool__"] * (waits // 2)
+
+
+def test_this_would_find_what_cuda_refuses():
+    x, norm = torch.randn(4, 3, 6, 6, requires_grad=True), modules.BatchNorm(3)
+    kernels.use(kernels.NONE, torch.float32)
+    with RefusedByCuda():
+        norm(x).sum().backward()
+        with pytest.raises(AssertionError, match="native_batch_norm"):
+            F.batch_norm(x, None, None, None, norm.bias, True)
+        with pytest.raises(AssertionError, match="adaptive_avg_pool2d_backward"):
+            F.adaptive_avg_pool2d(x, 2).sum().backward()
 
 
 def test_this_would_find_a_tensor_on_the_wrong_device(tiny_images, elsewhere, monkeypatch):

@@ -270,7 +270,7 @@ def test_a_fast_network_is_what_its_fields_say(head, activation, kernel):
     for ours, theirs in zip(*(torch.autograd.grad(y.square().sum(), trained) for y in (found, logits)), strict=True):
         assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
     rows = networks.layers(network, (20, 18, 3), 7)
-    statistics = sum(b.numel() for b in model.buffers())
+    statistics = sum(tensor.numel() for name, tensor in model.state_dict().items() if "running" in name)
     assert sum(row.parameters for row in rows) == sum(t.numel() for t in model.parameters()) + statistics
     assert sum(row.fixed for row in rows) == weights["whitening.weight"].numel() + statistics
     by_hand = 19 * 17 * 24 * 12 + 19 * 17 * 6 * 24 * 9 + 2 * 9 * 8 * 6 * 6 * 9
@@ -310,6 +310,38 @@ def test_a_whitening_layer_makes_patches_uncorrelated_with_variance_one():
     assert covariance.diag()[0] == pytest.approx(1, abs=0.01)
     assert torch.equal(model.whitening.weight[:12], -model.whitening.weight[12:])
     assert not model.whitening.weight.requires_grad
+
+
+def grey_images(count, seed=0):
+    """Images (N, 3, 12, 12) that are the same in all channels."""
+    one = torch.randn(count, 1, 12, 12, generator=torch.Generator().manual_seed(seed)).cumsum(2).cumsum(3) / 8
+    return one.expand(-1, 3, -1, -1).contiguous()
+
+
+def test_a_whitening_layer_of_grey_images_takes_directions_again():
+    """Patches of 2×2 grey pixels differ in four directions of twelve; no output is constant."""
+    model = networks.build(NetworkRecipe(**FAST), (12, 12, 3), 7)
+    modules.whiten(model, grey_images(50))
+    weight = model.whitening.weight
+    for repeat in (1, 2):
+        assert torch.equal(weight[4 * repeat : 4 * repeat + 4], weight[:4])
+    assert torch.equal(weight[:12], -weight[12:])
+    model.whitening.activation = ""
+    assert model.whitening(grey_images(50)).std((0, 2, 3)).min() > 0.5
+    modules.whiten(model, torch.zeros(5, 3, 12, 12))  # as little as there is
+    assert weight.isfinite().all()
+
+
+def test_whitening_is_not_rounded_to_bfloat16():
+    """Nearly grey images have directions of little variance, whose filters are large and nearly cancel."""
+    images = grey_images(50) + 0.01 * torch.randn(50, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    model = networks.build(NetworkRecipe(**FAST), (12, 12, 3), 7)
+    modules.whiten(model, images)
+    expected = F.gelu(F.conv2d(images, model.whitening.weight))
+    kernels.use(kernels.NONE, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.whitening(images)
+    assert (found.float() - expected).abs().max() < 0.02  # a result of 4 rounded to bfloat16 is off by 0.008
 
 
 def test_a_whitening_layer_of_some_directions_keeps_the_largest():

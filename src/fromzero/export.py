@@ -41,7 +41,7 @@ def export(classifier: Classifier, path: Path) -> float:
     model = _model(classifier)
     pixels = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, *classifier.image_shape), dtype=np.uint8)
     (theirs,) = ReferenceEvaluator(model).run(None, {"pixels": pixels})
-    ours = classifier.predict(torch.from_numpy(pixels)).numpy()
+    ours = classifier.predict(torch.from_numpy(pixels).to(classifier.machine.device)).cpu().numpy()
     difference = float(np.abs(np.log(np.maximum(theirs, SMALLEST)) - np.log(np.maximum(ours, SMALLEST))).max())
     if not difference <= TOLERANCE:
         raise FromzeroError(

@@ -72,6 +72,7 @@ class Machine:
         if torch.device(self.device).type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time
             torch.backends.cudnn.benchmark = False
             torch.backends.cudnn.allow_tf32 = False
 

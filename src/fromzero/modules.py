@@ -80,7 +80,9 @@ class BatchNorm(nn.BatchNorm2d):
 
     def __init__(self, channels: int, activation: str = ""):
         super().__init__(channels, eps=1e-5, momentum=BATCH_NORM_MOMENTUM)
-        self.register_parameter("weight", None)
+        # A scale of ones and not None, with which PyTorch's CUDA kernel gives the shift an empty gradient.
+        del self.weight
+        self.register_buffer("weight", torch.ones(channels), persistent=False)
         self.register_buffer("num_batches_tracked", None)  # counted for the sake of momentum=None only
         self.activation = activation
 
@@ -93,7 +95,7 @@ class BatchNorm(nn.BatchNorm2d):
         kernel = kernels.in_use(x) if fitting else None
         if kernel is None or (torch.is_grad_enabled() and not training):
             statistics = self.running_mean, self.running_var
-            y = F.batch_norm(x, *statistics, None, self.bias, training, self.momentum, self.eps)
+            y = F.batch_norm(x, *statistics, self.weight, self.bias, training, self.momentum, self.eps)
             return ACTIVATIONS[self.activation](y if other is None else y + other)
         x = x.to(kernel.element).contiguous(memory_format=torch.channels_last)
         if other is not None:
@@ -139,7 +141,9 @@ class Whitening(nn.Conv2d):
         fitting = len(x) > 0 and x.shape[1] == self.in_channels and min(x.shape[2:]) >= self.weight.shape[2]
         kernel = kernels.in_use(x) if fitting and not trained else None
         if kernel is None:
-            return ACTIVATIONS[self.activation](super().forward(x))
+            # Not in bfloat16: directions of little variance have large filters, which it would round.
+            with torch.autocast(x.device.type, enabled=False):
+                return ACTIVATIONS[self.activation](super().forward(x.to(self.weight.dtype)))
         images, filters = (
             x.float().permute(0, 2, 3, 1).contiguous(),
             self.weight.float().permute(2, 3, 1, 0).contiguous(),
@@ -154,7 +158,9 @@ class Whitening(nn.Conv2d):
 def whiten(model: Network, images: Tensor) -> None:
     """Set the whitening layer, if there is one, from normalised `images` (N, C, H, W): its filters are the
     eigenvectors of their patches' covariance, as many as it has room for, each divided by its standard deviation, once
-    with each sign (Page, 2019; Jordan, 2024)."""
+    with each sign (Page, 2019; Jordan, 2024). Directions in which patches do not differ, as those between the channels
+    of grey images, are left out and the others taken again: behind batch normalisation a channel that is constant has
+    so large a gradient that nothing else would be learned."""
     layer = getattr(model, "whitening", None)
     if layer is None:
         return
@@ -171,7 +177,8 @@ def whiten(model: Network, images: Tensor) -> None:
     order = torch.arange(len(covariance)).view(side, side, channels).permute(2, 0, 1).flatten()
     covariance = covariance[order][:, order]
     values, vectors = torch.linalg.eigh(covariance / count)
-    filters = (vectors / (values + 5e-4).sqrt()).T.flip(0)[: len(layer.weight) // 2]
+    filters = (vectors / (values + 5e-4).sqrt()).T.flip(0)[: max(1, int((values > 1e-6 * values[-1]).sum()))]
+    filters = filters[torch.arange(len(layer.weight) // 2) % len(filters)]
     # An eigenvector is one only up to its sign: make the largest entry positive.
     largest = filters.gather(1, filters.abs().argmax(1, keepdim=True))
     filters = (filters * largest.sign()).view(-1, *layer.weight.shape[1:])
