@@ -217,6 +217,7 @@ CASES = [
     Case("batches of 2", "batch-too-small", {"batch_size": 2, "epochs": 3}, bases=("norm", "residual")),
     Case("cutout of 28 pixels", "augmentation-too-strong", {"augment.cutout": 28}),
     Case("shifts of 24 pixels", "augmentation-too-strong", {"augment.translate": 24}),
+    Case("mirrored digits", "mirrored-images", {"augment.flip": "random"}, bases=("digits",)),
     Case("biases at −5", "dead-units", weights=low_biases, bases=NO_BN),
     Case("first weights × 0.02", ("vanishing-gradients", "dead-units"), weights=scaled_weights(0.02), bases=NO_BN),
     Case("50 : 1", "imbalance", images=imbalanced),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fromzero
-from fromzero import cli, probe
+from fromzero import cli, load_images, probe
 from fromzero.data.images import Images
 from fromzero.diagnosis import (
     EXPLAINS,
@@ -110,6 +110,7 @@ PLANTED = {
         "measured": {"changed_by_batch_norm": 0.4, "train_accuracy": 0.6},
     },
     "augmentation-too-strong": {"changes": {"augment.flip": "random"}, "measured": {"seen_accuracies": (0.9, 0.6)}},
+    "mirrored-images": {"changes": {"augment.flip": "random"}, "measured": {"mirrored_told": 0.97}},
     "rate-never-falls": {
         "changes": {"schedule.name": "constant"},
         "measured": {
@@ -162,6 +163,21 @@ def test_augmentation_that_leaves_little_of_an_image_is_too_strong_where_nothing
     assert [finding.name for finding in found] == ["augmentation-too-strong"]
     assert "of an image is left" in found[0].evidence
     assert found[0].changes == {"augment.translate": 6, "augment.cutout": 2}
+
+
+def test_mirror_images_are_named_where_they_can_be_told_and_something_is_to_be_gained():
+    def found(told, val=0.78, **measured):
+        curves = {"train": (0.6, 0.7, 0.8, 0.86, val), "val": (0.6, 0.68, 0.74, 0.77, val)}
+        changes = {"augment.flip": "alternating"}
+        return [finding.name for finding in diagnose(evidence(changes, {"mirrored_told": told} | measured, **curves))]
+
+    assert found(0.75) == ["mirrored-images"]
+    assert found(0.74) == []
+    assert found(None) == []
+    assert found(1.0, val=0.99) == []
+    assert found(1.0, num_validation=24) == ["validation-too-small"]
+    # Where they cannot be recognised either, that is said.
+    assert found(1.0, seen_accuracies=(0.9, 0.6)) == ["augmentation-too-strong"]
 
 
 def test_a_network_that_had_learned_and_lost_it_had_too_high_a_rate():
@@ -353,6 +369,16 @@ def test_measures_of_a_network_without_dropout_batch_norm_and_augmentation(tiny_
     assert m.layers[1].weight == pytest.approx(float(weight.norm().detach()))
     assert all(layer.gradient > 0 for layer in m.layers)
     assert m.layers[-1].inactive is None
+
+
+def test_mirror_images_are_told_where_left_and_right_differ(tiny_images, tmp_path):
+    pixels = tiny_images.train.pixels
+    symmetric = replace(tiny_images.train, pixels=np.maximum(pixels, pixels[:, :, ::-1]))
+    for images, least, most in ((replace(tiny_images, train=symmetric), 0.5, 0.5), (load_images("digits:600"), 0.8, 1)):
+        one = {"epochs": 1}
+        assert probe.evidence_of(trained(images, tmp_path, one)).measures.mirrored_told is None
+        told = probe.evidence_of(trained(images, tmp_path, one | {"augment.flip": "random"})).measures.mirrored_told
+        assert least <= told <= most
 
 
 def test_dead_units_are_counted(tiny_images, tmp_path):

@@ -31,6 +31,8 @@ PULL = 0.5  # weight decay over gradient
 SMALL_MAP = 1 / 8  # of the image's side
 SMALL_BATCH, CHANGED = 32, 0.15  # images; share of predictions
 HIDDEN, HARDER = 0.6, 0.15  # share of an image; accuracy
+TOLD, FEWEST_TOLD = 0.75, 25  # share of images and mirror images that are told apart; validation images
+NEARLY_ALL = 0.99  # validation accuracy, at which no mirroring can be blamed for much
 DROPPED, DROPOUT_LOSS = 0.7, 0.5  # rate; nats
 COOLED = 0.02  # of the loss at a constant rate, that a falling one must save at least
 LAST_GAIN, LATE_GAIN = 0.03, 0.1  # of train accuracy: by the last epoch, by the last quarter at a constant rate
@@ -324,6 +326,21 @@ def _augmentation_too_strong(e: Evidence) -> Finding | None:
     )
 
 
+def _mirrored_images(e: Evidence) -> Finding | None:
+    """Where images do not show which way round they are, a mirror image is one more of its class; where they do (visual
+    chirality, Lin et al., CVPR 2020), half of what is learned is of images that are never scored."""
+    told = e.measures.mirrored_told or 0.0
+    if told < TOLD or e.measures.num_validation < FEWEST_TOLD or e.last["val/accuracy"] >= NEARLY_ALL:
+        return None
+    return Finding(
+        "mirrored-images",
+        "half of the train images are mirrored, and a mirror image is unlike any that is scored",
+        f"a small network tells {told:.0%} of the validation images from their mirror images (by chance: 50%)",
+        "no mirroring, unless what is to be recognised later may come either way round",
+        {"augment.flip": "none"},
+    )
+
+
 def _share_left(e: Evidence) -> float:
     """The share of an image's pixels that a training still sees, on average over shifts, cutouts and crops."""
     augment, left, hidden = e.recipe.augment, 1.0, 1.0
@@ -539,6 +556,7 @@ RULES: dict[str, Callable[[Evidence], Finding | None]] = {
     "pooling-too-early": _pooling_too_early,
     "batch-too-small": _batch_too_small,
     "augmentation-too-strong": _augmentation_too_strong,
+    "mirrored-images": _mirrored_images,
     "label-noise": _label_noise,
     "overfitting": _overfitting,
     "stopped-early": _stopped_early,
@@ -560,7 +578,7 @@ EXPLAINS: dict[str, tuple[str, ...]] = {
     "dead-units": _UNLEARNED,
     "pooling-too-early": _UNLEARNED,
     "batch-too-small": _UNLEARNED,
-    "augmentation-too-strong": _UNLEARNED,
+    "augmentation-too-strong": ("mirrored-images", *_UNLEARNED),
     "label-noise": ("stopped-early", "underfitting"),
 }
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fromzero import modules
-from fromzero.errors import NonFiniteError
+from fromzero.errors import InputError, NonFiniteError
 from fromzero.evaluate import Outcomes, evaluate, predict
 from fromzero.evidence import (
     SMALL_GAP,
@@ -35,7 +35,7 @@ from fromzero.machine import Machine
 from fromzero.modules import Network
 from fromzero.networks import layers
 from fromzero.optim import learning_rate_at
-from fromzero.recipe import AugmentRecipe, Recipe
+from fromzero.recipe import AugmentRecipe, Recipe, load_recipe
 from fromzero.rng import permutation
 from fromzero.splits import Data, Subset
 from fromzero.state import State
@@ -51,11 +51,22 @@ TRIAL_STEPS, FEWEST_TRIAL_STEPS, TRIAL_SECONDS = 100, 25, 60.0  # of each; secon
 LEAST_TRIAL_STEPS = 8  # of a run with fewer no trial is made: its last quarter would be a step
 LEAST_COMPARED = 25  # validation images that two trainings are compared on
 FITTED_IMAGES, FIT_BATCH, FIT_STEPS = 100, 50, 200  # whether the network can learn that few by heart
+MIRRORED_IMAGES, MIRRORED_BATCH, MIRRORED_STEPS = 2000, 50, 200  # whether TELLER can tell images from mirror images
+TELLER = [[16], [32], [32]]  # channels of a small network of the recipe few
 COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
 SIDE, MIN_CORRELATION = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
 TWINS = 0.01  # share of pictures with a likeness in another class, beyond which likeness says nothing
 UNCHANGED = {f"augment.{name}": value for name, value in AugmentRecipe().model_dump().items()}  # images as they are
 ALL_IMAGES = {"hardest": 1.0, "skip_easy": 0.0}
+UNHINDERED = {  # nothing keeps a network from learning by heart
+    **UNCHANGED,
+    **ALL_IMAGES,
+    "network.block_dropout": 0.0,
+    "network.dense_dropout": 0.0,
+    "optimizer.weight_decay": 0.0,
+    "label_smoothing": 0.0,
+    "ema_decay": 0.0,
+}
 
 
 def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None) -> Evidence:
@@ -91,7 +102,7 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
     )
     evidence = Evidence(recipe, trained.rows(), measures)
     found: dict[float, Trial] = {}
-    fit = without_decay = cooldown = None
+    fit = without_decay = cooldown = told = None
     if recipe.schedule.name == "constant":
         say("more steps at a falling learning rate")
         cooldown = _cooldown(trained, validation)
@@ -102,7 +113,17 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
             say("a few images by heart")
             factors = {1.0, *(scale * best_factor(found) for scale in (1.0, 0.1) if found)}
             fit = max(_fit(recipe, data, here, factor) for factor in sorted(factors))
-    tried = replace(measures, trials=found, without_decay=without_decay, fit_accuracy=fit, cooldown=cooldown)
+    if recipe.augment.flip != "none":
+        say("mirror images")
+        told = _mirrored_told(recipe, data, here)
+    tried = replace(
+        measures,
+        trials=found,
+        without_decay=without_decay,
+        fit_accuracy=fit,
+        cooldown=cooldown,
+        mirrored_told=told,
+    )
     return replace(evidence, measures=tried)
 
 
@@ -165,6 +186,32 @@ def _seen_accuracies(network: Network, data: Data, recipe: Recipe, here: Machine
         return right / len(indices)
 
     return accuracy(as_they_are), accuracy(recipe)
+
+
+def _mirrored_told(recipe: Recipe, data: Data, here: Machine) -> float | None:
+    """The share of validation images and of their mirror images that a small network, TELLER, tells apart after
+    MIRRORED_STEPS steps on train images and theirs, whatever the run's own network learns. None where images are too
+    small for it."""
+    small = load_recipe("few").override(UNHINDERED | {"network.channels": TELLER, "seed": recipe.seed})
+
+    def both(part: Subset) -> Subset:
+        places = torch.from_numpy(permutation(len(part.labels), recipe.seed, "mirrored")[:MIRRORED_IMAGES])
+        pixels = part.pixels[places.to(part.pixels.device)]
+        is_mirrored = torch.arange(2, device=pixels.device).repeat_interleave(len(pixels))
+        return Subset(torch.cat([pixels, pixels.flip(2)]), is_mirrored)
+
+    two = replace(data, train=both(data.train), num_classes=2)
+    try:
+        state = initial_state(small, two, here)
+        for step in range(MIRRORED_STEPS):
+            chosen = permutation(len(two.train.labels), recipe.seed, "mirrored", step)[:MIRRORED_BATCH]
+            batch = batch_at(two, torch.from_numpy(chosen).to(here.device), small, 0, step, 0.0)
+            state.counters.step = step
+            rate = small.optimizer.learning_rate * (1 - step / MIRRORED_STEPS)
+            train_step(state, batch, rate, small, 0.0, here)
+        return evaluate(state.model, *both(data.validation), data.normalise, here).accuracy
+    except (InputError, NonFiniteError):
+        return None
 
 
 def _layers(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple[LayerMeasures, ...]:
@@ -391,12 +438,7 @@ def _fit(recipe: Recipe, data: Data, here: Machine, factor: float) -> float:
     """Accuracy on FITTED_IMAGES train images after FIT_STEPS steps on nothing else, from the run's first weights, at
     `factor` times its rate, with nothing that keeps a network from learning by heart (after Karpathy, "A Recipe for
     Training Neural Networks", 2019: overfit one batch)."""
-    free = recipe.override(
-        UNCHANGED
-        | {"network.block_dropout": 0.0, "network.dense_dropout": 0.0, "optimizer.weight_decay": 0.0}
-        | ALL_IMAGES
-        | {"label_smoothing": 0.0, "ema_decay": 0.0}
-    )
+    free = recipe.override(UNHINDERED)
     state = initial_state(free, data, here)
     few = permutation(len(data.train.labels), recipe.seed, "probe")[:FITTED_IMAGES]
     right = []
