@@ -53,7 +53,7 @@ def serve() -> None:
         ending.set()
         tasks.put(None)
         if busy.is_set():
-            os.kill(os.getpid(), signal.SIGTERM)  # the training saves and stops
+            signal.raise_signal(signal.SIGTERM)  # the training saves and stops; os.kill would not let it on Windows
 
     threading.Thread(target=read, daemon=True).start()
     while (task := tasks.get()) is not None:
