@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fromzero
-from fromzero import cli, load_images, probe
+from fromzero import cli, load_images, machine, probe
 from fromzero.data.images import Images
 from fromzero.diagnosis import (
     EXPLAINS,
@@ -25,6 +25,7 @@ from fromzero.evidence import Cooldown, Copies, Evidence, LayerMeasures, Measure
 from fromzero.findings import diagnosis_text, remarks, study_text, write_findings
 from fromzero.recipe import load_recipe
 from fromzero.sessions import new_training, resume
+from fromzero.splits import Data
 from fromzero.study.definition import load_study
 from fromzero.trained import load_classifier, load_trained
 
@@ -53,6 +54,7 @@ HEALTHY = Measures(
     map_sides=(32, 30, 14, 7, 3),
     trials=trials(0.69, 0.66, 0.5, 0.69, float("inf")),
     fit_accuracy=None,
+    mirror_accuracy=0.5,
 )
 LN2 = float(np.log(2))
 
@@ -110,7 +112,7 @@ PLANTED = {
         "measured": {"changed_by_batch_norm": 0.4, "train_accuracy": 0.6},
     },
     "augmentation-too-strong": {"changes": {"augment.flip": "random"}, "measured": {"seen_accuracies": (0.9, 0.6)}},
-    "mirrored-images": {"changes": {"augment.flip": "random"}, "measured": {"mirrored_told": 0.97}},
+    "mirrored-images": {"changes": {"augment.flip": "random"}, "measured": {"mirror_accuracy": 0.97}},
     "rate-never-falls": {
         "changes": {"schedule.name": "constant"},
         "measured": {
@@ -169,7 +171,7 @@ def test_mirror_images_are_named_where_they_can_be_told_and_something_is_to_be_g
     def found(told, val=0.78, **measured):
         curves = {"train": (0.6, 0.7, 0.8, 0.86, val), "val": (0.6, 0.68, 0.74, 0.77, val)}
         changes = {"augment.flip": "alternating"}
-        return [finding.name for finding in diagnose(evidence(changes, {"mirrored_told": told} | measured, **curves))]
+        return [finding.name for finding in diagnose(evidence(changes, {"mirror_accuracy": told} | measured, **curves))]
 
     assert found(0.75) == ["mirrored-images"]
     assert found(0.74) == []
@@ -178,6 +180,25 @@ def test_mirror_images_are_named_where_they_can_be_told_and_something_is_to_be_g
     assert found(1.0, num_validation=24) == ["validation-too-small"]
     # Where they cannot be recognised either, that is said.
     assert found(1.0, seen_accuracies=(0.9, 0.6)) == ["augmentation-too-strong"]
+
+
+def test_no_mirroring_is_proposed_where_mirror_images_can_be_told():
+    by_heart = {"train": (0.6, 0.8, 0.9, 0.98, 1.0), "val": (0.6, 0.62, 0.6, 0.58, 0.55)}
+    shifted = {"augment.translate": 4, "network.batch_norm": True, "network.block_dropout": 0.0}
+
+    def found(changes, told):
+        measured = {"train_accuracy": 1.0, "mirror_accuracy": told}
+        return diagnose(evidence(changes, measured, **by_heart))[0]
+
+    assert found(shifted, 0.5).changes == {"augment.flip": "random"}
+    assert found(shifted, 0.9).changes == {"augment.cutout": 8}
+    assert "mirrored, too" in found({}, 0.5).remedy
+    assert "mirrored" not in found({}, 0.9).remedy
+    flipped = {"augment.flip": "random"}
+    for unknown in ({"mirror_accuracy": None}, {"num_validation": 20}):
+        assert "mirrored-images" in untried(evidence(flipped, unknown))
+        assert "mirrored-images" not in untried(evidence(measured=unknown))
+    assert "mirrored-images" not in untried(evidence(flipped))
 
 
 def test_a_network_that_had_learned_and_lost_it_had_too_high_a_rate():
@@ -374,11 +395,15 @@ def test_measures_of_a_network_without_dropout_batch_norm_and_augmentation(tiny_
 def test_mirror_images_are_told_where_left_and_right_differ(tiny_images, tmp_path):
     pixels = tiny_images.train.pixels
     symmetric = replace(tiny_images.train, pixels=np.maximum(pixels, pixels[:, :, ::-1]))
-    for images, least, most in ((replace(tiny_images, train=symmetric), 0.5, 0.5), (load_images("digits:600"), 0.8, 1)):
-        one = {"epochs": 1}
-        assert probe.evidence_of(trained(images, tmp_path, one)).measures.mirrored_told is None
-        told = probe.evidence_of(trained(images, tmp_path, one | {"augment.flip": "random"})).measures.mirrored_told
+    dated = replace(symmetric, pixels=symmetric.pixels.copy())
+    dated.pixels[:, 28:, 24:] = 255  # in a corner, as a camera's date
+    for train, least, most in ((symmetric, 0.5, 0.5), (dated, 0.5, 0.5), (load_images("digits:600").train, 0.8, 1)):
+        images = replace(tiny_images, train=train)
+        told = probe.evidence_of(trained(images, tmp_path, {"epochs": 1})).measures.mirror_accuracy
         assert least <= told <= most
+    small = replace(tiny_images, train=replace(symmetric, pixels=symmetric.pixels[:, :9, :9]))
+    data = Data.of(RECIPE.override(SMALL), replace(small, test=small.train), "cpu")
+    assert probe._mirror_accuracy(RECIPE, data, machine.prepare("float32", device="cpu", threads=1)) is None
 
 
 def test_dead_units_are_counted(tiny_images, tmp_path):

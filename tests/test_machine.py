@@ -1,6 +1,7 @@
 """What a run computes on: chosen from the machine, recorded, and compared."""
 
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -52,3 +53,49 @@ def test_every_difference_is_named():
         "threads: 7 → 1",
         f"torch: 1.0 → {torch.__version__}",
     ]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that makes this machine seem to have a GPU of some compute capability, which computes or does not."""
+
+    def seem(capability=(8, 0), *, computes=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda kind: "Some GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda kind: capability)
+        monkeypatch.setattr(machine.Machine, "set_up", lambda self: None)
+        if computes:
+            monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+
+    return seem
+
+
+def test_a_gpu_computes_in_what_it_has(gpu):
+    gpu((8, 0))
+    here = machine.prepare()
+    assert (here.device, here.processor, here.precision) == ("cuda", "Some GPU", "bfloat16")
+    assert here.instructions.startswith("compute capability 8.0, cuDNN")
+    gpu((7, 5))
+    assert machine.prepare().precision == machine.prepare("float32").precision == "float32"
+    with pytest.raises(InputError, match="Some GPU does not compute in bfloat16; add --precision float32"):
+        machine.prepare("bfloat16")
+
+
+def test_a_gpu_that_this_torch_cannot_use_is_named(gpu):
+    gpu(computes=False)
+    with pytest.raises(InputError, match=r"device cuda: PyTorch cannot compute there .*; use --device cpu"):
+        machine.prepare()
+
+
+def test_a_gpu_is_made_to_compute_the_same_each_time(monkeypatch):
+    here = machine.prepare("float32", device="cpu", threads=1)
+    for given, used in ((None, ":4096:8"), (":16:8", ":16:8"), (":0:0", ":4096:8")):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given or "")
+        try:
+            replace(here, device="cuda").set_up()
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == used
+        finally:
+            torch.set_deterministic_debug_mode("default")

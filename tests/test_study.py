@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import fromzero
 from fromzero import networks, stats
 from fromzero.data import cifar, load_images
 from fromzero.errors import FromzeroError, InputError, StoppedError, TooLargeError
 from fromzero.recipe import load_recipe, recipe_names
-from fromzero.study import pools
+from fromzero.study import pools, worker
 from fromzero.study.cells import OUTCOMES, Cell, Setting, _begun, is_finished, read_outcomes, train_cell
 from fromzero.study.definition import Contrast, lines_of, load_study, study_names
 from fromzero.study.execution import best_values, prepare_study, sweep
@@ -613,6 +614,29 @@ def test_a_failed_cell_is_reported_and_counted(tmp_path, text):
     assert "failed: wide-seed0: step" in said
     write_lessons([result], tmp_path / "page.md")
     assert "**wide: n = 0 of 2** (wide-seed0: step" in (tmp_path / "page.md").read_text()
+
+
+def test_a_worker_whose_gpu_fails_goes(monkeypatch):
+    """All that it would ask of the GPU fails from then on; another process can go on with the cell."""
+
+    def gone(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(worker.os, "_exit", gone)
+    monkeypatch.setattr(worker, "images_of", lambda setting: None)
+    task = worker.Task(None, None)
+
+    def failing(error):
+        def fail(*given):
+            raise error
+
+        monkeypatch.setattr(worker, "train_cell", fail)
+
+    failing(RuntimeError("a shape"))
+    assert worker.outcome_of(task) == {"failed": "RuntimeError: a shape"}
+    failing(torch.AcceleratorError("CUDA error"))
+    with pytest.raises(SystemExit):
+        worker.outcome_of(task)
 
 
 def test_a_worker_that_dies_is_replaced_and_its_cell_ends_in_the_same_bits(finished, tmp_path, monkeypatch):

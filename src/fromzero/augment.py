@@ -27,7 +27,8 @@ def gather(pixels: Tensor, indices: Tensor, recipe: AugmentRecipe, seed: int, ep
     if recipe.flip == "none" and recipe.translate == 0 and recipe.crop == 0:
         return pixels.index_select(0, indices)
     draws = generator(seed, "augment", step)
-    rows, columns = (_places(size, len(indices), recipe, draws).to(pixels.device) for size in pixels.shape[1:3])
+    places = (_places(size, len(indices), recipe, draws) for size in pixels.shape[1:3])
+    rows, columns = (each.to(pixels.device, non_blocking=True) for each in places)
     flipped = _flips(indices, len(pixels), recipe, seed, epoch, step)
     columns = torch.where(flipped[:, None], columns.flip(1), columns)
     return kernels.gather(pixels, indices, rows, columns)
@@ -71,7 +72,8 @@ def cut_out(images: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> Tens
         return images
     draws = generator(seed, "cutout", step)
     rows, columns = (_stretch(recipe.cutout, size, len(images), draws) for size in images.shape[2:])
-    return images.masked_fill(_rectangle(rows, columns, images.device), 0.0)
+    cut = images.masked_fill(_rectangle(rows, columns, images.device), 0.0)
+    return cut.contiguous(memory_format=torch.channels_last)
 
 
 def cut_mix(images: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,8 @@ def cut_mix(images: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> tupl
     rows, columns = (_stretch((side * size).round().long(), size, len(images), draws) for size in images.shape[2:])
     own = 1 - rows.float().mean(1) * columns.float().mean(1)
     covered = _rectangle(rows, columns, images.device)
-    return torch.where(covered, images.roll(1, 0), images), own.to(images.device)
+    mixed_images = torch.where(covered, images.roll(1, 0), images).contiguous(memory_format=torch.channels_last)
+    return mixed_images, own.to(images.device, non_blocking=True)
 
 
 def _stretch(length: int | Tensor, size: int, count: int, draws: torch.Generator) -> Tensor:
@@ -98,7 +101,8 @@ def _stretch(length: int | Tensor, size: int, count: int, draws: torch.Generator
 
 def _rectangle(rows: Tensor, columns: Tensor, device: torch.device) -> Tensor:
     """The pixels in these rows bool (B, H) and columns bool (B, W): bool (B, 1, H, W)."""
-    return rows.to(device)[:, None, :, None] & columns.to(device)[:, None, None, :]
+    rows, columns = (part.to(device, non_blocking=True) for part in (rows, columns))
+    return rows[:, None, :, None] & columns[:, None, None, :]
 
 
 def _flips(indices: Tensor, num_images: int, recipe: AugmentRecipe, seed: int, epoch: int, step: int) -> Tensor:
@@ -111,7 +115,7 @@ def _flips(indices: Tensor, num_images: int, recipe: AugmentRecipe, seed: int, e
             return torch.zeros(len(indices), dtype=torch.bool, device=indices.device)
         case "random":
             drawn = torch.randint(0, 2, (len(indices),), generator=generator(seed, "flip", step))
-            return drawn.bool().to(indices.device)
+            return drawn.bool().to(indices.device, non_blocking=True)
         case "alternating":
             return (_first_flips(num_images, seed, indices.device)[indices] + epoch) % 2 == 1
 

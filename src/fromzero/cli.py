@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DEMO_EPOCHS = 12
 USUAL_RATES = {"sgd": 0.01, "adam": 0.001, "adamw": 0.001, "muon": 0.1}  # as in Keras; about as recipes here
-NO_MEMORY = "out of memory|allocate memory|not enough memory"  # in what PyTorch says, by device
+NO_MEMORY = "out of memory|allocate memory|not enough memory|alloc(ation)?_failed"  # in what PyTorch says, by device
 # The notes' own figures: running train accuracy, validation accuracy, epochs.
 NOTES = {
     "train1": ("0.92", "0.76", "30"),

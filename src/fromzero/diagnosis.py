@@ -31,7 +31,7 @@ PULL = 0.5  # weight decay over gradient
 SMALL_MAP = 1 / 8  # of the image's side
 SMALL_BATCH, CHANGED = 32, 0.15  # images; share of predictions
 HIDDEN, HARDER = 0.6, 0.15  # share of an image; accuracy
-TOLD, FEWEST_TOLD = 0.75, 25  # share of images and mirror images that are told apart; validation images
+TOLD_APART, FEWEST_TOLD = 0.75, 25  # share of images and mirror images that are told apart; validation images
 NEARLY_ALL = 0.99  # validation accuracy, at which no mirroring can be blamed for much
 DROPPED, DROPOUT_LOSS = 0.7, 0.5  # rate; nats
 COOLED = 0.02  # of the loss at a constant rate, that a falling one must save at least
@@ -328,17 +328,24 @@ def _augmentation_too_strong(e: Evidence) -> Finding | None:
 
 def _mirrored_images(e: Evidence) -> Finding | None:
     """Where images do not show which way round they are, a mirror image is one more of its class; where they do (visual
-    chirality, Lin et al., CVPR 2020), half of what is learned is of images that are never scored."""
-    told = e.measures.mirrored_told or 0.0
-    if told < TOLD or e.measures.num_validation < FEWEST_TOLD or e.last["val/accuracy"] >= NEARLY_ALL:
+    chirality, Lin et al., CVPR 2020), half of what is learned is of images that are never scored. It may still help: of
+    something that always faces one way a class may have more to show."""
+    if e.recipe.augment.flip == "none" or not _one_way_round(e) or e.last["val/accuracy"] >= NEARLY_ALL:
         return None
     return Finding(
         "mirrored-images",
-        "half of the train images are mirrored, and a mirror image is unlike any that is scored",
-        f"a small network tells {told:.0%} of the validation images from their mirror images (by chance: 50%)",
-        "no mirroring, unless what is to be recognised later may come either way round",
+        "half of the train images are mirrored, and mirror images can be told from those that are scored",
+        f"a small network tells {e.measures.mirror_accuracy:.0%} of the validation images and their mirror images apart"
+        " (by chance: 50%)",
+        "no mirroring, unless what is to be recognised later may come either way round, or only the background gives"
+        " it away",
         {"augment.flip": "none"},
     )
+
+
+def _one_way_round(e: Evidence) -> bool:
+    """Whether images show which way round they are."""
+    return e.measures.num_validation >= FEWEST_TOLD and (e.measures.mirror_accuracy or 0.0) >= TOLD_APART
 
 
 def _share_left(e: Evidence) -> float:
@@ -439,7 +446,7 @@ def _overfitting(e: Evidence) -> Finding | None:
     if not augment.translate:
         changes["augment.translate"] = max(1, min(e.measures.image_shape[:2]) // 8)
         remedy = f"train images shifted by up to {changes['augment.translate']} pixels"
-        if augment.flip == "none":
+        if augment.flip == "none" and not _one_way_round(e):
             remedy += "; mirrored, too, where a mirrored one is still what its label says (augment.flip)"
     elif _rates_of_dropout(e.recipe) and network.dropout_from_epoch >= e.last["epoch"]:
         changes["network.dropout_from_epoch"] = 0
@@ -447,7 +454,7 @@ def _overfitting(e: Evidence) -> Finding | None:
     elif not any(block.dropout for block in network.blocks()) and not network.batch_norm:
         changes |= {"network.block_dropout": 0.2, "network.dropout_from_epoch": 0}
         remedy = "dropout from the first block on"
-    elif augment.flip == "none":
+    elif augment.flip == "none" and not _one_way_round(e):
         changes["augment.flip"] = "random"
         remedy = "train images mirrored, where a mirrored one is still what its label says; or more images"
     else:
@@ -532,8 +539,8 @@ def _validation_too_small(e: Evidence) -> Finding | None:
 
 def untried(evidence: Evidence) -> list[str]:
     """The rules that go by steps which the run gave reason to try and which could not be made or came to nothing: it
-    has too few steps or validation images, began with other weights, was still in its warm-up, its steps overflow, or
-    no rate that was tried moves its loss."""
+    has too few steps or validation images, or too small ones, began with other weights, was still in its warm-up, its
+    steps overflow, or no rate that was tried moves its loss."""
     m, names = evidence.measures, []
     if not evidence.fitted and not m.rates_tell:
         names += ["rate-too-high", "rate-too-low"]
@@ -541,6 +548,8 @@ def untried(evidence: Evidence) -> list[str]:
         names += ["stopped-early", "underfitting"]
     if evidence.recipe.schedule.name == "constant" and m.cooldown is None:
         names += ["rate-never-falls"]
+    if evidence.recipe.augment.flip != "none" and (m.mirror_accuracy is None or m.num_validation < FEWEST_TOLD):
+        names += ["mirrored-images"]
     return names
 
 

@@ -82,9 +82,9 @@ class Measures:
     map_sides: of the map that each convolution works on, in pixels. Where the run gave a reason to try, else empty and
     None: trials: factor on the learning rate → what the same few steps from the start came to; without_decay: what they
     came to at the run's rate without its weight decay; fit_accuracy: on a few images, after steps on nothing else;
-    cooldown: where the rate is constant, what a falling one would have brought at the end; mirrored_told: where images
-    are mirrored, the share of validation images and of their mirror images that a small network tells apart after a few
-    steps on train images and theirs."""
+    cooldown: where the rate is constant, what a falling one would have brought at the end. mirror_accuracy: the share
+    of validation images and of their mirror images that a small network tells apart after 200 steps on train images and
+    theirs, None where they are too small."""
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
@@ -105,7 +105,7 @@ class Measures:
     without_decay: Trial | None = None
     fit_accuracy: float | None = None
     cooldown: Cooldown | None = None
-    mirrored_told: float | None = None
+    mirror_accuracy: float | None = None
 
     @property
     def rates_tell(self) -> bool:

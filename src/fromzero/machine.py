@@ -70,11 +70,12 @@ class Machine:
         keep_large_buffers()
         kernels.use(self.kernels, ELEMENTS[self.precision])
         if torch.device(self.device).type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+            if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):  # others are not deterministic
+                os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+            torch.set_deterministic_debug_mode("error")  # torch.use_deterministic_algorithms imports the compiler
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time
             torch.backends.cudnn.benchmark = False
-            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """`field: theirs → ours` for every field in which a recorded machine differs from this one."""
@@ -99,25 +100,24 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
     """Choose device, precision and threads, set them for this process, and say what was chosen.
 
     precision: "auto", "bfloat16" or "float32"; device: "auto", "cpu", "cuda" or "cuda:N"; threads: CPU threads, by
-    default as `resources.num_threads` says. Raises InputError for a device that is not there.
+    default as `resources.num_threads` says. Raises InputError for a device that is not there or cannot compute so.
     """
     kind = chosen_device(device)
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise InputError(f"threads: {threads} is not from 1 to {MAX_THREADS}")
     if kind.type == "cuda":
-        processor, fast_bfloat16 = (
-            torch.cuda.get_device_name(kind),
-            torch.cuda.get_device_capability(kind) >= (8, 0),
-        )
+        processor, instructions, fast_bfloat16 = _gpu(kind)
     else:
-        processor, fast_bfloat16 = _processor_name(), bool(_bfloat16_features())
+        processor, instructions, fast_bfloat16 = _processor_name(), _instructions(), bool(_bfloat16_features())
     chosen: Precision = "float32" if precision == "float32" else "bfloat16"
     if precision == "auto" and not fast_bfloat16:
         chosen = "float32"
+    if kind.type == "cuda" and chosen == "bfloat16" and not fast_bfloat16:
+        raise InputError(f"device {kind}: {processor} does not compute in bfloat16; add --precision float32")
     chosen_machine = Machine(
         device=str(kind),
         processor=processor,
-        instructions=_instructions(),
+        instructions=instructions,
         threads=threads or _default_threads(),
         precision=chosen,
         kernels=_kernels(kind.type, chosen).name,
@@ -141,6 +141,19 @@ def chosen_device(device: str) -> torch.device:
     if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return torch.device("cpu") if kind.type == "cpu" else kind  # "cpu:1" is no other one
+
+
+def _gpu(kind: torch.device) -> tuple[str, str, bool]:
+    """Its name, what of it and its libraries decides bits, and whether it is fast at bfloat16. Raises InputError where
+    this PyTorch cannot compute on it."""
+    try:
+        torch.zeros(1, device=kind)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).split("\n")[0]
+        raise InputError(f"device {kind}: PyTorch cannot compute there ({why}); use --device cpu") from None
+    capability = torch.cuda.get_device_capability(kind)
+    instructions = f"compute capability {'.'.join(map(str, capability))}, cuDNN {torch.backends.cudnn.version()}"
+    return torch.cuda.get_device_name(kind), instructions, capability >= (8, 0)
 
 
 @cache

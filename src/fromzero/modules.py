@@ -42,7 +42,8 @@ class Masks:
     def reseed(self, key: int, on: bool = True) -> None:
         """Make the next masks those of another key, or none."""
         self.key, self.on = key, on
-        self.words = torch.tensor(words(key), dtype=torch.int32, device=self.words.device)
+        if on and self.layers:
+            self.words = torch.tensor(words(key), dtype=torch.int32).to(self.words.device, non_blocking=True)
 
 
 class Network(nn.Sequential):
@@ -158,9 +159,9 @@ class Whitening(nn.Conv2d):
 def whiten(model: Network, images: Tensor) -> None:
     """Set the whitening layer, if there is one, from normalised `images` (N, C, H, W): its filters are the
     eigenvectors of their patches' covariance, as many as it has room for, each divided by its standard deviation, once
-    with each sign (Page, 2019; Jordan, 2024). Directions in which patches do not differ, as those between the channels
-    of grey images, are left out and the others taken again: behind batch normalisation a channel that is constant has
-    so large a gradient that nothing else would be learned."""
+    with each sign (Page, 2019; Jordan, 2024). Directions in which patches do not differ at all, as those between the
+    channels of grey images, are left out and the others taken again: batch normalisation would divide a channel that
+    is constant by the root of its epsilon, and its gradient, 300 times too large, would be all that is learned."""
     layer = getattr(model, "whitening", None)
     if layer is None:
         return

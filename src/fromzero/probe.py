@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fromzero import modules
+from fromzero import augment, modules
 from fromzero.errors import InputError, NonFiniteError
 from fromzero.evaluate import Outcomes, evaluate, predict
 from fromzero.evidence import (
@@ -51,14 +51,14 @@ TRIAL_STEPS, FEWEST_TRIAL_STEPS, TRIAL_SECONDS = 100, 25, 60.0  # of each; secon
 LEAST_TRIAL_STEPS = 8  # of a run with fewer no trial is made: its last quarter would be a step
 LEAST_COMPARED = 25  # validation images that two trainings are compared on
 FITTED_IMAGES, FIT_BATCH, FIT_STEPS = 100, 50, 200  # whether the network can learn that few by heart
-MIRRORED_IMAGES, MIRRORED_BATCH, MIRRORED_STEPS = 2000, 50, 200  # whether TELLER can tell images from mirror images
-TELLER = [[16], [32], [32]]  # channels of a small network of the recipe few
+MIRROR_IMAGES, MIRROR_BATCH, MIRROR_STEPS = 2000, 50, 200  # whether a small network tells images from mirror images
+MIRROR_CHANNELS, MIRROR_BORDER = [[16], [32], [32]], 1 / 8  # of that network, a few; of a side, that it does not see
 COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
 SIDE, MIN_CORRELATION = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
 TWINS = 0.01  # share of pictures with a likeness in another class, beyond which likeness says nothing
 UNCHANGED = {f"augment.{name}": value for name, value in AugmentRecipe().model_dump().items()}  # images as they are
 ALL_IMAGES = {"hardest": 1.0, "skip_easy": 0.0}
-UNHINDERED = {  # nothing keeps a network from learning by heart
+UNHINDERED = {  # nothing that keeps a network from learning what it is shown
     **UNCHANGED,
     **ALL_IMAGES,
     "network.block_dropout": 0.0,
@@ -102,7 +102,7 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
     )
     evidence = Evidence(recipe, trained.rows(), measures)
     found: dict[float, Trial] = {}
-    fit = without_decay = cooldown = told = None
+    fit = without_decay = cooldown = None
     if recipe.schedule.name == "constant":
         say("more steps at a falling learning rate")
         cooldown = _cooldown(trained, validation)
@@ -113,16 +113,14 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
             say("a few images by heart")
             factors = {1.0, *(scale * best_factor(found) for scale in (1.0, 0.1) if found)}
             fit = max(_fit(recipe, data, here, factor) for factor in sorted(factors))
-    if recipe.augment.flip != "none":
-        say("mirror images")
-        told = _mirrored_told(recipe, data, here)
+    say("mirror images")
     tried = replace(
         measures,
         trials=found,
         without_decay=without_decay,
         fit_accuracy=fit,
         cooldown=cooldown,
-        mirrored_told=told,
+        mirror_accuracy=_mirror_accuracy(recipe, data, here),
     )
     return replace(evidence, measures=tried)
 
@@ -188,26 +186,29 @@ def _seen_accuracies(network: Network, data: Data, recipe: Recipe, here: Machine
     return accuracy(as_they_are), accuracy(recipe)
 
 
-def _mirrored_told(recipe: Recipe, data: Data, here: Machine) -> float | None:
-    """The share of validation images and of their mirror images that a small network, TELLER, tells apart after
-    MIRRORED_STEPS steps on train images and theirs, whatever the run's own network learns. None where images are too
-    small for it."""
-    small = load_recipe("few").override(UNHINDERED | {"network.channels": TELLER, "seed": recipe.seed})
+def _mirror_accuracy(recipe: Recipe, data: Data, here: Machine) -> float | None:
+    """The share of validation images and of their mirror images that a small network tells apart after MIRROR_STEPS
+    steps on train images and theirs, whatever the run's own network learns. It sees the middle of each, at a side of
+    32 pixels at most: dates and marks are at the border. None where images are too small for it."""
+    small = load_recipe("few").override(UNHINDERED | {"network.channels": MIRROR_CHANNELS, "seed": recipe.seed})
+    height, width = data.image_shape[:2]
+    top, left = round(MIRROR_BORDER * height), round(MIRROR_BORDER * width)
 
     def both(part: Subset) -> Subset:
-        places = torch.from_numpy(permutation(len(part.labels), recipe.seed, "mirrored")[:MIRRORED_IMAGES])
-        pixels = part.pixels[places.to(part.pixels.device)]
+        places = torch.from_numpy(permutation(len(part.labels), recipe.seed, "mirrored")[:MIRROR_IMAGES])
+        pixels = part.pixels[places.to(part.pixels.device), top : height - top, left : width - left].contiguous()
+        pixels = augment.scaled(pixels, min(1.0, 32 / max(pixels.shape[1:3])))
         is_mirrored = torch.arange(2, device=pixels.device).repeat_interleave(len(pixels))
         return Subset(torch.cat([pixels, pixels.flip(2)]), is_mirrored)
 
     two = replace(data, train=both(data.train), num_classes=2)
     try:
         state = initial_state(small, two, here)
-        for step in range(MIRRORED_STEPS):
-            chosen = permutation(len(two.train.labels), recipe.seed, "mirrored", step)[:MIRRORED_BATCH]
+        for step in range(MIRROR_STEPS):
+            chosen = permutation(len(two.train.labels), recipe.seed, "mirrored", step)[:MIRROR_BATCH]
             batch = batch_at(two, torch.from_numpy(chosen).to(here.device), small, 0, step, 0.0)
             state.counters.step = step
-            rate = small.optimizer.learning_rate * (1 - step / MIRRORED_STEPS)
+            rate = small.optimizer.learning_rate * (1 - step / MIRROR_STEPS)
             train_step(state, batch, rate, small, 0.0, here)
         return evaluate(state.model, *both(data.validation), data.normalise, here).accuracy
     except (InputError, NonFiniteError):

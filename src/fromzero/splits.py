@@ -90,7 +90,9 @@ class Data:
             share = recipe.clean_train_images / len(train.labels)
             some = stratified_split(train.labels.numpy(), share, "clean train")[1]
             clean = train.take(some) if len(some) else train  # no class can spare one
-        train, clean, validation, test = (part.to(device) for part in (train, clean, validation, test))
+        parts = (train, clean, validation, test)
+        there = {id(part): part.to(device) for part in parts}  # what is two of them is sent once
+        train, clean, validation, test = (there[id(part)] for part in parts)
         normalise = Normalise.of(recipe, train.pixels)
         return cls(train, clean, validation, test, normalise, images.num_classes, by_contents)
 

@@ -89,6 +89,7 @@ class State:
         # A limit that is reached would leave the rest uncompiled, and a run that is resumed would not come to it at the
         # same step.
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 100_000
+        torch._inductor.config.deterministic = True  # it times no variants against each other
         self.compiled = torch.compile(self.model, dynamic=False, backend=backend)
 
     def start_average(self) -> None:

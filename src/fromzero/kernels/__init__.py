@@ -78,8 +78,9 @@ def within(tensors: Iterable[Tensor], limit: float) -> bool:
             return False
     if not rest:
         return True
-    largest = torch._foreach_norm(rest, math.inf)
-    return bool((torch.stack([value.float() for value in largest]) <= limit).all())
+    by_type = [[x for x in rest if x.dtype == dtype] for dtype in {x.dtype for x in rest}]  # of one type it is one pass
+    largest = [value.float() for part in by_type for value in torch._foreach_norm(part, math.inf)]
+    return bool((torch.stack(largest) <= limit).all())
 
 
 def gather(pixels: Tensor, indices: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

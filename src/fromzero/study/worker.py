@@ -66,6 +66,8 @@ def serve() -> None:
 def outcome_of(task: Task, report: Any = lambda **content: None) -> dict[str, Any]:
     """Train the cell of a task to its end: {"done": True}, {"stopped": True} or {"failed": why in one line}. `report`
     is told `progress=` and `note=` on the way."""
+    import torch
+
     try:
         reported = 0.0
         images = images_of(task.setting)
@@ -80,7 +82,12 @@ def outcome_of(task: Task, report: Any = lambda **content: None) -> dict[str, An
         return {"failed": str(error).splitlines()[0]}
     except Exception as error:
         traceback.print_exc()
+        if isinstance(error, torch.AcceleratorError):  # of a GPU: all that this process asks of it fails from now on
+            os._exit(1)
         return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # others train on this GPU, too
 
 
 @cache
