@@ -56,6 +56,7 @@ MIRROR_CHANNELS, MIRROR_BORDER = [[16], [32], [32]], 1 / 8  # of that network, a
 COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
 SIDE, MIN_CORRELATION = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
 TWINS = 0.01  # share of pictures with a likeness in another class, beyond which likeness says nothing
+ALIKE = 0.5  # share of a class's pictures that look like another of it, as ones do, where other classes have none
 UNCHANGED = {f"augment.{name}": value for name, value in AugmentRecipe().model_dump().items()}  # images as they are
 ALL_IMAGES = {"hardest": 1.0, "skip_easy": 0.0}
 UNHINDERED = {  # nothing that keeps a network from learning what it is shown
@@ -282,7 +283,8 @@ def _map_sides(recipe: Recipe, data: Data) -> Iterator[int]:
 
 def _copies(data: Data, *, own_test: bool) -> Copies:
     """Validation images, and test images where those are others, that are among the train images: byte for byte, or
-    nearly, mirrored ones too. Where images of other classes look as alike, looks say nothing and only bytes count."""
+    nearly, mirrored ones too. Where images of other classes look as alike, looks say nothing and only bytes count; nor
+    do they say anything of a class that is alike all over, where few of the classes are: copies are of all classes."""
     parts = [data.validation, *([data.test] if own_test else [])]
     chosen = [_spread(len(part.labels)).to(part.labels.device) for part in parts]
     looked_at = torch.cat([part.pixels[places] for part, places in zip(parts, chosen, strict=True)]).cpu()
@@ -302,6 +304,10 @@ def _copies(data: Data, *, own_test: bool) -> Copies:
     near = exact | (same > MIN_CORRELATION).numpy()
     if float((other > MIN_CORRELATION).float().mean()) > TWINS:
         near = exact
+    shares = {label: float(near[of].mean()) for label in labels.unique() if (of := (labels == label).numpy()).any()}
+    if np.median(list(shares.values())) <= TWINS:
+        kinds = [int(label) for label, share in shares.items() if share > ALIKE]
+        near = exact | (near & ~np.isin(labels, kinds))
     return Copies(int(exact.sum()), int(near.sum()), len(labels))
 
 
