@@ -68,6 +68,12 @@ def test_smoothed_labels_are_said_to_be(tiny_images, tmp_path):
         assert ("  labels are smoothed by 0.1 in the running loss, in no other" in display.header(run)) == said
 
 
+def test_mirrored_images_are_said_to_be(tiny_images, tmp_path):
+    for flip, said in (("none", False), ("random", True), ("alternating", True)):
+        run = new_training(load_recipe("train1").override({"augment.flip": flip}), tiny_images, runs_dir=tmp_path)
+        assert ("--augment.flip none" in display.header(run)) == said
+
+
 def test_the_time_left_counts_nothing_that_comes_once(training, monkeypatch):
     clock = 0.0
     monkeypatch.setattr(display.time, "monotonic", lambda: clock)
