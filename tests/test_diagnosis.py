@@ -95,6 +95,7 @@ PLANTED = {
             "train_accuracy": 0.5,
             "layers": (LayerMeasures("conv2d_1", 0.4, 5.0, 0.0), HEALTHY.layers[1]),
         },
+        **FLAT,
     },
     "rate-too-high": {"measured": {"trials": HIGHER, "train_accuracy": 0.6}},
     "rate-too-low": {"measured": {"trials": LOWER, "train_accuracy": 0.6}},
@@ -228,6 +229,12 @@ def test_a_falling_rate_is_proposed_where_it_helped_beyond_chance():
     assert not found((1.3, 0.59), halfway=(1.2, 0.54), held=(1.2, 0.58))
     assert not found((1.2, 0.55), loss_error=0.0, accuracy_error=0.0)
     assert not found((3.0, 0.0), loss_error=math.nan, accuracy_error=math.nan)
+
+
+def test_what_is_learned_by_heart_leaves_little_gradient_beside_decay():
+    planted = PLANTED["decay-too-strong"]
+    by_heart = planted["measured"] | {"train_accuracy": 0.96}
+    assert diagnose(evidence(planted["changes"], by_heart, train=(0.7, 0.96), val=(0.7, 0.8))) == []
 
 
 def test_decoupled_decay_is_judged_by_steps_without_it():

@@ -113,8 +113,9 @@ def _imbalance(e: Evidence) -> Finding | None:
 
 
 def _decay_too_strong(e: Evidence) -> Finding | None:
-    """Where decay and gradient balance, nothing is learned any more that decay does not take back. Muon's own weights
-    have no decay, and that of AdamW is no part of the gradient: there only steps without it can tell."""
+    """Where decay and gradient balance, nothing is learned any more that decay does not take back; where images are
+    learned by heart all the same, little is left of the gradient, and that says nothing. Muon's own weights have no
+    decay, and that of AdamW is no part of the gradient: there only steps without it can tell."""
     optimizer, decay, m = e.recipe.optimizer, e.recipe.optimizer.weight_decay, e.measures
     if not decay or m.train_accuracy >= BY_HEART:
         return None
@@ -123,7 +124,7 @@ def _decay_too_strong(e: Evidence) -> Finding | None:
         own, without = m.trials[1.0].loss, m.without_decay
         if own - without.loss >= max(RATE_GAIN * e.entropy, 3 * without.error):
             shown = f"train loss after a short training {own:.2f}, without decay {without.loss:.2f}"
-    if not shown and optimizer.name != "adamw":
+    if not shown and optimizer.name != "adamw" and e.gap < SMALL_GAP:
         decayed = [layer for layer in m.layers if optimizer.name != "muon" or layer.name == "predictions"]
         worst = max(decayed, key=lambda layer: layer.weight / max(layer.gradient, 1e-9))
         pull = decay * worst.weight
