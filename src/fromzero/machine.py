@@ -53,7 +53,8 @@ NUMERIC_MODULES = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What the bits of a result depend on besides recipe and images."""
+    """What the bits of a result depend on besides recipe and images. instructions: the processor's vector sets; of a
+    GPU its compute capability and cuDNN's version."""
 
     device: str
     processor: str

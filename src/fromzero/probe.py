@@ -39,7 +39,7 @@ from fromzero.recipe import AugmentRecipe, Recipe, load_recipe
 from fromzero.rng import permutation
 from fromzero.splits import Data, Subset
 from fromzero.state import State
-from fromzero.steps import Batch, batch_at, initial_state, mixed, train_step
+from fromzero.steps import Batch, Step, batch_at, initial_state, mixed, train_step
 from fromzero.timetable import Timetable
 from fromzero.trained import Trained
 
@@ -50,9 +50,10 @@ TRIAL_FACTORS, MOST_TRIALS = (1.0, 0.1, 10.0, 0.01, 100.0), 8
 TRIAL_STEPS, FEWEST_TRIAL_STEPS, TRIAL_SECONDS = 100, 25, 60.0  # of each; seconds: of all together
 LEAST_TRIAL_STEPS = 8  # of a run with fewer no trial is made: its last quarter would be a step
 LEAST_COMPARED = 25  # validation images that two trainings are compared on
-FITTED_IMAGES, FIT_BATCH, FIT_STEPS = 100, 50, 200  # whether the network can learn that few by heart
-MIRROR_IMAGES, MIRROR_BATCH, MIRROR_STEPS = 2000, 50, 200  # whether a small network tells images from mirror images
-MIRROR_CHANNELS, MIRROR_BORDER = [[16], [32], [32]], 1 / 8  # of that network, a few; of a side, that it does not see
+DRAWN_BATCH, DRAWN_STEPS = 50, 200  # of what is learned from images drawn anew for each step
+FITTED_IMAGES = 100  # whether the network can learn that few by heart
+MIRROR_IMAGES = 2000  # whether a small network can tell as many images from their mirror images, at most
+MIRROR_CHANNELS, MIRROR_BORDER = [[16], [32], [32]], 1 / 8  # its, of the recipe few; of a side, that it does not see
 COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
 SIDE, MIN_CORRELATION = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
 TWINS = 0.01  # share of pictures with a likeness in another class, beyond which likeness says nothing
@@ -188,9 +189,9 @@ def _seen_accuracies(network: Network, data: Data, recipe: Recipe, here: Machine
 
 
 def _mirror_accuracy(recipe: Recipe, data: Data, here: Machine) -> float | None:
-    """The share of validation images and of their mirror images that a small network tells apart after MIRROR_STEPS
+    """The share of validation images and of their mirror images that a small network tells apart after DRAWN_STEPS
     steps on train images and theirs, whatever the run's own network learns. It sees the middle of each, at a side of
-    32 pixels at most: dates and marks are at the border. None where images are too small for it."""
+    32 pixels at most: dates and marks are mostly at the border. None where images are too small for it."""
     small = load_recipe("few").override(UNHINDERED | {"network.channels": MIRROR_CHANNELS, "seed": recipe.seed})
     height, width = data.image_shape[:2]
     top, left = round(MIRROR_BORDER * height), round(MIRROR_BORDER * width)
@@ -205,12 +206,8 @@ def _mirror_accuracy(recipe: Recipe, data: Data, here: Machine) -> float | None:
     two = replace(data, train=both(data.train), num_classes=2)
     try:
         state = initial_state(small, two, here)
-        for step in range(MIRROR_STEPS):
-            chosen = permutation(len(two.train.labels), recipe.seed, "mirrored", step)[:MIRROR_BATCH]
-            batch = batch_at(two, torch.from_numpy(chosen).to(here.device), small, 0, step, 0.0)
-            state.counters.step = step
-            rate = small.optimizer.learning_rate * (1 - step / MIRROR_STEPS)
-            train_step(state, batch, rate, small, 0.0, here)
+        falling = [small.optimizer.learning_rate * (1 - step / DRAWN_STEPS) for step in range(DRAWN_STEPS)]
+        _drawn_steps(state, np.arange(len(two.train.labels)), "mirrored", falling, small, two, here)
         return evaluate(state.model, *both(data.validation), data.normalise, here).accuracy
     except (InputError, NonFiniteError):
         return None
@@ -304,10 +301,10 @@ def _copies(data: Data, *, own_test: bool) -> Copies:
     near = exact | (same > MIN_CORRELATION).numpy()
     if float((other > MIN_CORRELATION).float().mean()) > TWINS:
         near = exact
-    shares = {label: float(near[of].mean()) for label in labels.unique() if (of := (labels == label).numpy()).any()}
+    shares = {label: near[labels.numpy() == label].mean() for label in labels.unique().tolist()}
     if np.median(list(shares.values())) <= TWINS:
-        kinds = [int(label) for label, share in shares.items() if share > ALIKE]
-        near = exact | (near & ~np.isin(labels, kinds))
+        all_alike = [label for label, share in shares.items() if share > ALIKE]
+        near = exact | (near & ~np.isin(labels.numpy(), all_alike))
     return Copies(int(exact.sum()), int(near.sum()), len(labels))
 
 
@@ -442,23 +439,31 @@ def _trial(losses: list[float], own: list[float]) -> Trial:
 
 
 def _fit(recipe: Recipe, data: Data, here: Machine, factor: float) -> float:
-    """Accuracy on FITTED_IMAGES train images after FIT_STEPS steps on nothing else, from the run's first weights, at
+    """Accuracy on FITTED_IMAGES train images after DRAWN_STEPS steps on nothing else, from the run's first weights, at
     `factor` times its rate, with nothing that keeps a network from learning by heart (after Karpathy, "A Recipe for
     Training Neural Networks", 2019: overfit one batch)."""
     free = recipe.override(UNHINDERED)
-    state = initial_state(free, data, here)
     few = permutation(len(data.train.labels), recipe.seed, "probe")[:FITTED_IMAGES]
-    right = []
-    for step in range(FIT_STEPS):
-        chosen = few[permutation(len(few), recipe.seed, "probe", step)[:FIT_BATCH]]
-        batch = batch_at(data, torch.from_numpy(chosen).to(here.device), free, 0, step, 0.0)
+    rates = [factor * recipe.optimizer.learning_rate] * DRAWN_STEPS
+    try:
+        made = _drawn_steps(initial_state(free, data, here), few, "probe", rates, free, data, here)
+    except NonFiniteError:
+        return 0.0
+    return sum(step.correct for step in made[-10:]) / (10 * min(DRAWN_BATCH, len(few)))
+
+
+def _drawn_steps(
+    state: State, places: np.ndarray, purpose: str, rates: Iterable[float], recipe: Recipe, data: Data, here: Machine
+) -> list[Step]:
+    """A step at each of the rates, on DRAWN_BATCH of the train images at `places`, drawn anew for each by `purpose`.
+    Raises NonFiniteError."""
+    made = []
+    for step, rate in enumerate(rates):
+        chosen = places[permutation(len(places), recipe.seed, purpose, step)[:DRAWN_BATCH]]
+        batch = batch_at(data, torch.from_numpy(chosen).to(here.device), recipe, 0, step, 0.0)
         state.counters.step = step
-        try:
-            made = train_step(state, batch, factor * recipe.optimizer.learning_rate, free, 0.0, here)
-        except NonFiniteError:
-            return 0.0
-        right.append(made.correct / len(chosen))
-    return sum(right[-10:]) / 10
+        made.append(train_step(state, batch, rate, recipe, 0.0, here))
+    return made
 
 
 def _batches(

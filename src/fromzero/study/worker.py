@@ -66,7 +66,7 @@ def serve() -> None:
 def outcome_of(task: Task, report: Any = lambda **content: None) -> dict[str, Any]:
     """Train the cell of a task to its end: {"done": True}, {"stopped": True} or {"failed": why in one line}. `report`
     is told `progress=` and `note=` on the way."""
-    import torch
+    import torch  # more than a second, which who only hands tasks out need not wait for
 
     try:
         reported = 0.0
