@@ -518,7 +518,9 @@ def test_predictions_of_the_test_pictures_are_as_right_as_the_summary_says(tmp_p
     assert all(1 / 3 <= float(probability) <= 1 for _, probability, _ in lines)
     one = next((tmp_path / "set" / "test" / "red").iterdir())
     assert cli.main(["predict", "set-987", str(one), "--tta", "mirror", "--checkpoint", "best", "--threads", "1"]) == 0
-    assert capsys.readouterr().out.endswith(f"{one}\n")
+    shown = capsys.readouterr()
+    assert "--tta mirror shows mirror images, and this run was trained without" in shown.err
+    assert shown.out.endswith(f"{one}\n")
     assert cli.main(["predict", "set-987", str(one), "--top", "9", "--threads", "1"]) == 0
     *three, path = capsys.readouterr().out.split()
     assert path == str(one)

@@ -235,10 +235,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.FOLDER is None:
         trained = _trained(arguments)
         with _proposing_other_weights(trained.checkpoint.file, arguments):
+            _warn_of_views(trained.run.recipe, arguments.tta)
             record = scores.own_scores(trained, arguments.tta)
     else:
         classifier = _classifier(arguments)
         with _proposing_other_weights(classifier.checkpoint.file, arguments):
+            _warn_of_views(classifier.run.recipe, arguments.tta)
             record = scores.scores_on(arguments.FOLDER, classifier, arguments.tta)
     print(json.dumps(record) if arguments.json else scores.scores_text(record))
 
@@ -268,6 +270,12 @@ def _classifier(arguments: argparse.Namespace) -> Classifier:
     )
 
 
+def _warn_of_views(recipe: Recipe, views: str) -> None:
+    """Say that test-time augmentation shows mirror images where training showed none."""
+    if views != "none" and recipe.augment.flip == "none":
+        _warn(f"--tta {views} shows mirror images, and this run was trained without: it may well do worse by them")
+
+
 def _predict(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.data.pictures import pictures_at, unreadable
@@ -277,6 +285,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     names = classifier.class_names
     pixels, read, wrong = classifier.read(paths)
     if read:
+        _warn_of_views(classifier.run.recipe, arguments.tta)
         with _proposing_other_weights(classifier.checkpoint.file, arguments):
             found = classifier.predict(pixels, arguments.tta)
         likeliest = found.topk(min(arguments.top or (len(names) if arguments.json else 1), len(names)))

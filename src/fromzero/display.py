@@ -80,7 +80,7 @@ def header(run: Training) -> str:
             f"{'' if recipe.name == 'few' else ','} may reach a higher accuracy"
         )
     if augmentation.flip != "none":
-        lines.append("  train images are mirrored half of the time; where left and right differ: --augment.flip none")
+        lines.append("  images are mirrored half of the time; for digits, letters, road signs: --augment.flip none")
     if augmentation.scales:
         size = "×".join(map(str, reversed(augment.smallest_size(augmentation, *run.images.image_shape[:2]))))
         lines.append(f"  up to epoch {augmentation.scale_epochs:g} on images of {size} pixels")
