@@ -22,7 +22,7 @@ ORDER = [
     ["recipe", "kernels", "signals"],
     ["machine", "modules", "fused", "arguments", "timetable"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],
-    ["evaluate", "state", "curves", "evidence"],
+    ["evaluate", "state", "curves", "evidence", "events"],
     ["splits", "diagnosis"],
     ["steps", "trained", "findings"],
     ["training", "probe", "export", "scores"],

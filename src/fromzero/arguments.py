@@ -124,7 +124,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     train.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"{', '.join(recipe_names())} or a TOML file (strong)")
     train.add_argument("--from", type=_path, metavar="RUN", help="start from the last weights of that run")
     train.add_argument("--partial", action="store_true", help="with --from: take the weights that fit")
-    _add_shared(train, "runs", "data", "machine", "saving")
+    _add_shared(train, "runs", "data", "machine", "saving", "tensorboard")
     shown = recipe.fields() if recipe else {}
     about = (
         f"each overrides one field of the recipe; in brackets at the end: what {recipe.name if recipe else 'it'} has;"
@@ -142,7 +142,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     resume = add_of_run("resume", "go on with a stopped run, to the bit; or extend one with --epochs")
     resume.add_argument("--epochs", type=_count, help="a new total of epochs")
     resume.add_argument("--allow-inexact", action="store_true", help="go on although the machine differs")
-    _add_shared(resume, "runs", "data", "machine", "saving")
+    _add_shared(resume, "runs", "data", "machine", "saving", "tensorboard")
 
     evaluate = add_of_run("evaluate", "score a run's weights again, on its own images or on others")
     evaluate.add_argument(
@@ -179,7 +179,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     _add_shared(report, "runs", "data", "machine")
 
     runs = add("runs", "list the runs")
-    _add_shared(runs, "runs")
+    _add_shared(runs, "runs", "tensorboard")
 
     summary = add("summary", "print a recipe's network as Keras's summary() does")
     summary.add_argument("recipe", help=f"{', '.join(recipe_names())} or a TOML file")
@@ -281,3 +281,7 @@ def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
             help="save every M minutes (1, more where saving is slow)",
         )
         command.add_argument("--keep", type=_count, default=2, metavar="N", help="checkpoints to keep (2)")
+    if "tensorboard" in groups:
+        command.add_argument(
+            "--tensorboard", action="store_true", help="write curves into run folders as TensorBoard's event files"
+        )

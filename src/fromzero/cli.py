@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import threading
 import warnings
@@ -89,6 +90,7 @@ def _importing() -> Iterator[None]:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    _check_tensorboard(arguments)
     if arguments.partial and getattr(arguments, "from") is None:
         raise InputError("--partial goes with --from RUN")
     changes = {path: parse_value(path, text) for path, text in vars(arguments).items() if path in field_types()}
@@ -137,7 +139,7 @@ def _train(arguments: argparse.Namespace) -> None:
         print(f"taken from it: {of - len(left)} of {of} tensors; drawn anew: {', '.join(left)}")
     if note := _rates_taken_over(base, recipe, changes):
         print(f"note: {note}")
-    _watch(training)
+    _watch(training, arguments.tensorboard)
 
 
 def _rates_taken_over(base: Recipe, recipe: Recipe, changes: Mapping[str, Any]) -> str:
@@ -151,7 +153,16 @@ def _rates_taken_over(base: Recipe, recipe: Recipe, changes: Mapping[str, Any]) 
     return f"{left} as {base.name} has for {before.name}; usual for {now.name}: {USUAL_RATES[now.name]}"
 
 
+def _check_tensorboard(arguments: argparse.Namespace) -> None:
+    """Say before anything is done that TensorBoard's package is not there, where it is asked for."""
+    if arguments.tensorboard:
+        from fromzero.events import check_installed
+
+        check_installed()
+
+
 def _resume(arguments: argparse.Namespace) -> None:
+    _check_tensorboard(arguments)
     with _importing():
         from fromzero import sessions
         from fromzero.runs import load_run
@@ -172,17 +183,19 @@ def _resume(arguments: argparse.Namespace) -> None:
         print(f"extended from {before.epochs} to {training.recipe.epochs} epochs: {note}")
     if again := num_rows - training.state.counters.epoch:
         print(f"stopped without a last save: {counted(again, 'epoch')} since the last checkpoint come again")
-    _watch(training)
+    _watch(training, arguments.tensorboard)
 
 
-def _watch(training: Training) -> None:
+def _watch(training: Training, tensorboard: bool = False) -> None:
     with _importing():
         from fromzero import display
+        from fromzero.events import EVENTS, write_events
         from fromzero.terminal import lasting_console, say
 
     console = lasting_console()
     say(console, display.header(training))
-    display.watch(training, console)
+    has_events = tensorboard or (training.run.path / EVENTS).exists()
+    display.watch(training, console, write_events if has_events else None)
 
 
 def _summary(arguments: argparse.Namespace) -> None:
@@ -194,9 +207,11 @@ def _summary(arguments: argparse.Namespace) -> None:
 
 
 def _runs(arguments: argparse.Namespace) -> None:
+    _check_tensorboard(arguments)
     from rich.console import Console
 
     from fromzero.display import run_columns, runs_table
+    from fromzero.events import write_events
     from fromzero.runs import list_runs
 
     if not arguments.runs_dir.is_dir():
@@ -209,6 +224,8 @@ def _runs(arguments: argparse.Namespace) -> None:
     for run in runs:
         try:
             shown.append(run_columns(run))
+            if arguments.tensorboard:
+                write_events(run)
         except FromzeroError as error:
             print(f"warning: {error}", file=sys.stderr)
     on_test = any("*" in line["val"] for line in shown)
@@ -224,6 +241,8 @@ def _runs(arguments: argparse.Namespace) -> None:
     )
     if on_test:
         print("* validated on the test images; best is the best epoch on them, so it flatters")
+    if arguments.tensorboard:
+        print(f"their curves: tensorboard --logdir {shlex.quote(str(arguments.runs_dir))}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

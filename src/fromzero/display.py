@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -33,9 +34,10 @@ FEW_STEPS, FEW_BATCH = 8, 125  # an epoch; images a step
 NAMED_CLASSES = 10  # at the start of a training
 
 
-def watch(run: Training, console: Console) -> None:
-    """Train to the end, showing how it goes and what came of it. Raises what the training raises."""
-    stands = _timed(run)
+def watch(run: Training, console: Console, after_epoch: Callable[[Run], None] | None = None) -> None:
+    """Train to the end, showing how it goes and what came of it; `after_epoch` is called whenever the run has new
+    figures, and that it fails is a warning. Raises what the training raises."""
+    stands = _timed(run, after_epoch)
     if can_redraw(console):
         _watch_live(stands, console)
     else:
@@ -175,7 +177,7 @@ class Timed(NamedTuple):
         return self.progress.counters.running_correct / max(self.progress.counters.running_images, 1)
 
 
-def _timed(run: Training) -> Iterator[Timed]:
+def _timed(run: Training, after_epoch: Callable[[Run], None] | None = None) -> Iterator[Timed]:
     timetable, end = run.timetable, run.timetable.start_of(run.recipe.epochs)
     first: tuple[int, float] | None = None
     for progress in run:
@@ -187,6 +189,11 @@ def _timed(run: Training) -> Iterator[Timed]:
             before, done, in_all = (_work(run, to) for to in (first_step, step, end))
             seconds = now - began
             speed = Speed(images / seconds, seconds * (in_all - done) / (done - before))
+        if progress.row and after_epoch is not None:
+            try:
+                after_epoch(run.run)
+            except FromzeroError as error:
+                warnings.warn(str(error), stacklevel=2)
         yield Timed(run, progress, speed)
 
 
