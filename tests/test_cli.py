@@ -146,6 +146,18 @@ def test_runs_cuts_nothing_off_on_a_narrow_terminal(trained, capsys, monkeypatch
     assert "not shown, as the terminal is narrow: began, running" in narrow
 
 
+def test_runs_says_in_which_fields_they_differ_from_their_recipe(tmp_path, tiny_images, capsys):
+    for changes in ({}, {"seed": 3, "epochs": 2}, {"augment.flip": "none"}, {"augment.flip": "none", "ema_decay": 0.5}):
+        recipe = library.load_recipe("quick").override(changes)
+        library.new_training(recipe, tiny_images, runs_dir=tmp_path, device="cpu", threads=1).close()
+    assert cli.main(["runs", "--runs-dir", str(tmp_path)]) == 0
+    name = library.list_runs(tmp_path)[0].name
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed")] == [
+        f"changed in {name}-3: augment.flip = none",
+        f"changed in {name}-4: ema_decay = 0.5, augment.flip = none",
+    ]
+
+
 def test_output_that_is_closed_is_no_error(tmp_path):
     done = subprocess.run(
         f"{sys.executable} -m fromzero recipes >&-", shell=True, capture_output=True, text=True, cwd=tmp_path

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import DEFAULT_RECIPE, parse
-from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted
+from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, some
 from fromzero.recipe import Recipe, field_types, load_recipe, parse_value, recipe_names, recipe_purpose
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _runs(arguments: argparse.Namespace) -> None:
     _check_tensorboard(arguments)
     from rich.console import Console
 
-    from fromzero.display import run_columns, runs_table
+    from fromzero.display import run_changes, run_columns, runs_table
     from fromzero.events import write_events
     from fromzero.runs import list_runs
 
@@ -221,9 +221,11 @@ def _runs(arguments: argparse.Namespace) -> None:
         print(f"no runs under {arguments.runs_dir}")
         return
     shown: list[dict[str, str]] = []
+    with_changes: dict[str, list[str]] = {}
     for run in runs:
         try:
             shown.append(run_columns(run))
+            with_changes.setdefault(run_changes(run), []).append(run.name)
             if arguments.tensorboard:
                 write_events(run)
         except FromzeroError as error:
@@ -239,6 +241,9 @@ def _runs(arguments: argparse.Namespace) -> None:
         "train: evaluation mode, last epoch · running: during training, as Keras prints it · … not ended:"
         " fromzero resume RUN"
     )
+    with_changes.pop("", None)
+    for changes, names in with_changes.items():
+        print(f"changed in {some(names, most=8)}: {changes}")
     if on_test:
         print("* validated on the test images; best is the best epoch on them, so it flatters")
     if arguments.tensorboard:

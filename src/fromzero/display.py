@@ -22,6 +22,7 @@ from fromzero import augment
 from fromzero.errors import FromzeroError, counted, some
 from fromzero.kernels import NONE
 from fromzero.networks import num_parameters
+from fromzero.recipe import differing_fields, load_recipe, recipe_names, short
 from fromzero.runs import Row, Run
 from fromzero.splits import validation_label
 from fromzero.stats import wilson_interval
@@ -283,6 +284,16 @@ def run_columns(run: Run) -> dict[str, str]:
         "test": f"{summary['test/accuracy']:.4f}" if summary else "–",
         "time": duration((summary or last)["time/seconds"]) if last else "–",
     }
+
+
+def run_changes(run: Run) -> str:
+    """In which fields a run's recipe differs from the one of its name that comes with fromzero, but for those that the
+    table of runs shows anyway; empty of other recipes."""
+    recipe = run.recipe
+    if recipe.name not in recipe_names():
+        return ""
+    changes = differing_fields(load_recipe(recipe.name), recipe)
+    return ", ".join(f"{k} = {short(v)}" for k, v in changes.items() if k not in ("dataset", "epochs"))
 
 
 def _began(run: Run) -> str:

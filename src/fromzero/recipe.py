@@ -408,6 +408,20 @@ def field_types() -> dict[str, tuple[Any, str]]:
     return dict(_fields(Recipe))
 
 
+def differing_fields(one: Recipe, two: Recipe) -> dict[str, Any]:
+    """Dotted path → value in `two`, as JSON has it, of every field in which two recipes differ, name and seed left
+    aside."""
+    before, now = one.fields(), two.fields()
+    return {path: new for path, new in now.items() if before[path] != new and path not in ("name", "seed")}
+
+
+def short(value: object) -> str:
+    """A field's value as TOML has it, figures without needless digits."""
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(short, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def default_of(path: str) -> Any:
     """The value, as JSON has it, of the field at `path` where nothing is given."""
     *parents, leaf = path.split(".")

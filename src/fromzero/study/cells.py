@@ -21,10 +21,10 @@ from fromzero.data import ImageSet
 from fromzero.errors import FromzeroError, TooLargeError
 from fromzero.evaluate import evaluate
 from fromzero.files import write_atomically
-from fromzero.recipe import Recipe
+from fromzero.recipe import Recipe, differing_fields, short
 from fromzero.runs import OWN_FILES, Run
 from fromzero.splits import Data
-from fromzero.study.definition import TUNING_SEEDS_FROM, Study, differing_fields, short
+from fromzero.study.definition import TUNING_SEEDS_FROM, Study
 from fromzero.training import Training
 
 OUTCOMES = "val-correct.bin"  # one byte for each validation image: 1 when it was right

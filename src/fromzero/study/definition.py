@@ -17,7 +17,7 @@ import pydantic
 from pydantic import Field
 
 from fromzero.errors import InputError, nearest
-from fromzero.recipe import Recipe, field_types, load_recipe
+from fromzero.recipe import Recipe, differing_fields, field_types, load_recipe
 from fromzero.shipped import names_of, text_of
 from fromzero.stats import Direction
 
@@ -264,13 +264,6 @@ def _refuse_first(label: str, lines: Mapping[tuple[str, ...], int], error: pydan
     refuse(label, lines, path, f"{shown}: {first['input']!r}: {message[0].lower()}{message[1:]}")
 
 
-def short(value: object) -> str:
-    """A recipe's value as TOML has it, figures without needless digits."""
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(short, value))}]"
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(path, value) of every leaf, dotted keys taken apart."""
     for key, value in tree.items():
@@ -332,12 +325,6 @@ def _arms(
         named = recipe.override({"name": f"{study}: {name}", "seed": 0})
         arms[name] = Arm(name, named, reference, differing_fields(recipes[reference], recipe), after)
     return arms
-
-
-def differing_fields(one: Recipe, two: Recipe) -> dict[str, Any]:
-    """Dotted path → value in `two` of every field in which two recipes differ, name and seed left aside."""
-    a, b = (dict((".".join(path), value) for path, value in _flat(r.model_dump())) for r in (one, two))
-    return {path: value for path, value in b.items() if a[path] != value and path not in ("name", "seed")}
 
 
 def _refuse_unfair(arms: Mapping[str, Arm], wrong: Refuse) -> None:

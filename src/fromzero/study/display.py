@@ -13,10 +13,9 @@ from rich.table import Column
 from fromzero.data import ImageSet
 from fromzero.errors import counted
 from fromzero.networks import num_multiply_adds, num_parameters
-from fromzero.recipe import Recipe
+from fromzero.recipe import Recipe, short
 from fromzero.runs import Run
 from fromzero.stats import fewest_pairs
-from fromzero.study.definition import short
 from fromzero.study.execution import Execution
 from fromzero.study.pools import Event
 from fromzero.terminal import REFRESH_SECONDS, can_redraw, duration

@@ -12,15 +12,9 @@ import numpy as np
 from fromzero import stats
 from fromzero.errors import InputError
 from fromzero.files import write_atomically
+from fromzero.recipe import differing_fields, short
 from fromzero.runs import check_named, write_named
-from fromzero.study.definition import (
-    CLAIM,
-    METRICS,
-    TUNING_SEEDS_FROM,
-    Study,
-    differing_fields,
-    short,
-)
+from fromzero.study.definition import CLAIM, METRICS, TUNING_SEEDS_FROM, Study
 from fromzero.study.results import (
     ArmResult,
     ContrastResult,
