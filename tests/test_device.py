@@ -115,6 +115,25 @@ def test_a_step_waits_for_its_device_twice(name, tiny_images, elsewhere):
     assert elsewhere.waits == ["tolist", "__bool__"]
 
 
+@pytest.mark.parametrize(("name", "most"), [("train3", 230), ("strong", 370)])
+def test_a_step_calls_few_operations(name, most, tiny_images, elsewhere):
+    """A GPU computes most of them in less time than it takes to call one. Dropout's bytes alone would be 725."""
+
+    class Counted(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    training = training_there(name, tiny_images, elsewhere)
+    order = training._order()
+    with Counted() as counted:
+        for _ in range(32):
+            training._step(order[:30])
+    assert counted.calls / 32 < most
+
+
 def test_a_proxy_waits_where_it_is_trained_only(tiny_images, elsewhere):
     training = training_there("best", tiny_images, elsewhere)
     for step, waits in ((0, 4), (1, 2), (3, 2), (4, 4)):

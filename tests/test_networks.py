@@ -133,7 +133,7 @@ def test_same_seed_same_weights_wherever_layers_agree():
 @pytest.mark.parametrize("shape", [(64, 33, 5, 7), (301, 77)])
 def test_dropout_drops_its_rate_keeps_the_mean_and_repeats_by_seed(rate, shape):
     layer = modules.Dropout(rate, modules.Masks())
-    layer.masks.reseed(3)
+    layer.masks.reseed(3, 0)
     x = torch.ones(shape)
     first = layer(x)
     dropped = (first == 0).float().mean().item()
@@ -141,9 +141,9 @@ def test_dropout_drops_its_rate_keeps_the_mean_and_repeats_by_seed(rate, shape):
     assert first.max().item() == pytest.approx(256 / (256 - round(rate * 256)))
     assert torch.equal(layer(x), first)
     assert not torch.equal(modules.Dropout(rate, layer.masks)(x), first)
-    layer.masks.reseed(4)
+    layer.masks.reseed(3, 1)
     assert not torch.equal(layer(x), first)
-    layer.masks.reseed(3)
+    layer.masks.reseed(3, 0)
     assert torch.equal(layer(x), first)
     assert torch.equal(layer.eval()(x), x)
 
@@ -175,6 +175,37 @@ def test_random_bytes_are_threefrys():
             low, high = threefry((key & 0xFFFFFFFF, key >> 32), number, layer)
             assert bytes(pairs[number].tolist()) == (high << 32 | low).to_bytes(8, "little")
         assert torch.equal(drawn[:77], rng.random_bytes(halves, layer, 77))
+
+
+def test_masks_drawn_ahead_are_those_drawn_step_by_step(monkeypatch):
+    """As on a GPU: of steps in order with a smaller batch among them, left out, again, and of another seed."""
+    places = [
+        (0, 5, 64),
+        (0, 6, 64),
+        (0, 7, 9),
+        (0, 8, 64),
+        (0, 9, 80),
+        (0, 40, 64),
+        (0, 5, 64),
+        (1, 6, 64),
+        (1, 7, 64),
+    ]
+
+    def drawn():
+        masks = modules.Masks()
+        layers = [modules.Dropout(rate, masks) for rate in (0.25, 0.5)]
+        kept = []
+        for seed, step, images in places:
+            masks.reseed(seed, step)
+            kept += [layer(torch.ones(images, 3, 5, 7)) for layer in layers]
+        return kept, masks.ahead
+
+    one_by_one, nothing = drawn()
+    monkeypatch.setattr(modules, "steps_ahead", lambda device, count: 4)
+    ahead, blocks = drawn()
+    assert not nothing
+    assert {layer: block.drawn.shape for layer, block in blocks.items()} == dict.fromkeys((0, 1), (4, 64 * 105))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(one_by_one, ahead, strict=True))
 
 
 def test_the_dropout_mask_does_not_depend_on_memory_format_or_precision():

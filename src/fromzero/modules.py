@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,27 +23,76 @@ BATCH_NORM_MOMENTUM = 0.4  # how far batch normalisation's statistics go to thos
 TINY_MAP_PIXELS = 4  # input pixels up to which a convolution is computed as a dense layer
 SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
 KERNEL_PIXELS, KERNEL_OUTPUTS = 5, 16  # output pixels and channels from which compiled kernels are used; and on 2×2
+AHEAD_STEPS, AHEAD_BYTES = 64, 2**24  # at most; bytes of one layer's masks that a GPU draws at once
 WINOGRAD_INPUTS = 16  # channels from which Winograd's method is used; between it and DIRECT_CHANNELS PyTorch's is
 
 
 @dataclass
 class Masks:
-    """What the dropout masks of a network are functions of: a key of 64 bits, which changes from step to step, beside
-    the number of the layer, of which there are so many; and whether dropout is on.
+    """What the dropout masks of a network are functions of: seed and step, which give a key of 64 bits, beside the
+    number of the layer, of which there are so many; and whether dropout is on.
 
     words: the key as int32 (2,) on the network's device, for those who compute by PyTorch: where the network is
     compiled, a number would be part of the program, and every step another one."""
 
-    key: int = 0
+    seed: int = 0
+    step: int = 0
     layers: int = 0
     on: bool = True
-    words: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int32))
+    words: Tensor = field(init=False)
+    ahead: dict[int, _Ahead] = field(default_factory=dict)  # by layer
 
-    def reseed(self, key: int, on: bool = True) -> None:
-        """Make the next masks those of another key, or none."""
-        self.key, self.on = key, on
+    def __post_init__(self) -> None:
+        self.words = torch.tensor(words(self.key), dtype=torch.int32)
+
+    @property
+    def key(self) -> int:
+        return self._keys(1)[0]
+
+    def reseed(self, seed: int, step: int, on: bool = True) -> None:
+        """Make the next masks those of (seed, step), or none."""
+        self.seed, self.step, self.on = seed, step, on
         if on and self.layers:
-            self.words = torch.tensor(words(key), dtype=torch.int32).to(self.words.device, non_blocking=True)
+            self.words = self._words(1)[0]
+
+    def drawn(self, layer: int, count: int) -> Tensor:
+        """Uint8 (count,) on the network's device: the layer's `random_bytes` of this step.
+
+        On a GPU, where each of their 145 operations takes as long to be called as a million bytes to be computed, those
+        of the steps to come are drawn with them, unless a compiler makes one operation of all."""
+        steps = 1 if torch.compiler.is_compiling() else steps_ahead(self.words.device, count)
+        if steps == 1:
+            return random_bytes(self.words, layer, count)
+        ahead = self.ahead.get(layer)
+        if ahead is None or not ahead.has(self.seed, self.step, count):
+            ahead = _Ahead(self.seed, self.step, random_bytes(self._words(steps), layer, count))
+            self.ahead[layer] = ahead
+        return ahead.drawn[self.step - ahead.step, :count]
+
+    def _keys(self, steps: int) -> list[int]:
+        return [derive(self.seed, "dropout", step) for step in range(self.step, self.step + steps)]
+
+    def _words(self, steps: int) -> Tensor:
+        """The keys of so many steps from this one on, int32 (steps, 2)."""
+        keys = torch.tensor([words(key) for key in self._keys(steps)], dtype=torch.int32)
+        return keys.to(self.words.device, non_blocking=True)
+
+
+class _Ahead(NamedTuple):
+    """A layer's random bytes of several steps from `step` on, uint8 (steps, count)."""
+
+    seed: int
+    step: int
+    drawn: Tensor
+
+    def has(self, seed: int, step: int, count: int) -> bool:
+        steps, most = self.drawn.shape
+        return seed == self.seed and 0 <= step - self.step < steps and count <= most
+
+
+def steps_ahead(device: torch.device, count: int) -> int:
+    """For how many steps at a time a layer's `count` random bytes are drawn."""
+    return 1 if device.type == "cpu" else max(1, min(AHEAD_STEPS, AHEAD_BYTES // max(1, count)))
 
 
 class Network(nn.Sequential):
@@ -64,7 +113,7 @@ class Network(nn.Sequential):
 
     def reseed(self, seed: int, step: int, dropout: bool = True) -> None:
         """Make the dropout masks of the next forward pass those of (seed, step), or turn dropout off."""
-        self.masks.reseed(derive(seed, "dropout", step), dropout)
+        self.masks.reseed(seed, step, dropout)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"": lambda x: x, "relu": F.relu, "gelu": F.gelu}
@@ -389,7 +438,7 @@ class Dropout(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         if (kernel := kernels.in_use(x)) and x.dtype == kernel.element:
             return kernels.Drop.apply(x, self.mask(), kernel)
-        kept = random_bytes(self.masks.words, self.layer, x.numel()).view(x.shape) >= self.threshold
+        kept = self.masks.drawn(self.layer, x.numel()).view(x.shape) >= self.threshold
         return x * kept.to(x.dtype).mul_(256 / (256 - self.threshold))
 
     def extra_repr(self) -> str:

@@ -45,18 +45,21 @@ def words(key: int) -> tuple[int, int]:
 
 def random_bytes(key: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     """Uint8 (count,), on the device of `key`, int32 (2,): the same on all of them, since byte i is a function of (key,
-    stream, i) alone. Threefry-2x32 of 20 rounds (Salmon et al., 2011), so fit to be computed in pieces, and again."""
+    stream, i) alone; of several keys (K, 2) those of each (K, count). Threefry-2x32 of 20 rounds (Salmon et al., 2011),
+    so fit to be computed in pieces, and again."""
     import torch
 
     pairs = torch.arange((count + 127) // 128 * 16, dtype=torch.int32, device=key.device)
-    keys = (key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA)
-    a, b = pairs + keys[0], (keys[1] + stream).expand_as(pairs)
+    low, high = key[..., :1], key[..., 1:]
+    keys = (low, high, low ^ high ^ 0x1BD11BDA)
+    a = pairs + low
+    b = (high + stream).expand_as(a)
     for four in range(5):
         for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[four % 2]:
             a = a + b
             b = (b << turn | b >> 32 - turn & (1 << turn) - 1) ^ a
         a, b = a + keys[(four + 1) % 3], b + keys[(four + 2) % 3] + (four + 1)
     # Of 128 bytes, 16 i + j is byte i of pair j.
-    words = torch.stack([a.view(-1, 16), b.view(-1, 16)], 1)
+    words = torch.stack([a.unflatten(-1, (-1, 16)), b.unflatten(-1, (-1, 16))], -2)
     shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=key.device)[:, None]
-    return (words[:, :, None] >> shifts & 255).to(torch.uint8).flatten()[:count]
+    return (words[..., None, :] >> shifts & 255).to(torch.uint8).flatten(key.dim() - 1)[..., :count]
