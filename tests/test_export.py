@@ -9,8 +9,10 @@ import torch
 
 import fromzero
 from fromzero import cli
+from fromzero.card import card
 from fromzero.data.images import Images, ImageSet
 from fromzero.recipe import load_recipe, recipe_names
+from fromzero.stats import wilson_interval
 from fromzero.trained import load_classifier
 
 onnx = pytest.importorskip("onnx")
@@ -41,6 +43,40 @@ def test_every_recipes_network_computes_the_same(name, tiny_images, tmp_path, ca
     properties = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(properties["classes"]) == list(tiny_images.class_names)
     assert properties["recipe_fingerprint"] == run.recipe.fingerprint()
+
+
+def test_a_card_says_what_is_recorded_of_the_weights(tiny_images, tmp_path, capsys):
+    recipe = load_recipe("quick").override({"network.channels": [[8], [8], [8]], "epochs": 3, "batch_size": 50})
+    run = fromzero.train(recipe, tiny_images, runs_dir=tmp_path, threads=1)
+    page = tmp_path / "card.md"
+
+    def written(*options):
+        assert cli.main(["export", str(run.path), "--card", str(page), *options]) == 0
+        assert onnx.load(run.path / f"{run.name}.onnx").doc_string == page.read_text("utf-8")
+        return page.read_text("utf-8")
+
+    last = written()
+    low, high = wilson_interval(run.summary["test/accuracy"], len(tiny_images.test))
+    interval = f"({low:.4f}–{high:.4f}, 95 % for {len(tiny_images.test)} images)"
+    assert f"- Test images: **{run.summary['test/accuracy']:.4f}** {interval}; they decided nothing." in last
+    assert f"- Validation images: {run.metrics()[-1]['val/accuracy']:.4f}." in last
+    assert f"output: {', '.join(f'`{name}`' for name in tiny_images.class_names)}." in last
+    assert "not looked at by `fromzero diagnose`" in last
+    assert cli.main(["diagnose", str(run.path)]) == 0
+    diagnosis = run.diagnosis["findings"][0]
+    assert f"*{diagnosis['name']}*: {diagnosis['meaning']}" in written()
+    best = run.summary["best/epoch"]
+    if best < 3:
+        assert "- Test images: not scored;" in written("--checkpoint", "best")
+    assert f"of epoch {best} of 3" in written("--checkpoint", "best")
+    assert cli.main(["export", str(run.path), "--card", str(run.path / "metrics.jsonl")]) == 2
+    assert "records" in capsys.readouterr().err
+
+
+def test_the_card_of_a_run_watched_by_its_test_images_says_so(tiny_images, tmp_path):
+    text = card(load_classifier(trained("train1", tiny_images, tmp_path)))
+    assert "training was watched by the same images" in text
+    assert "Validation" not in text
 
 
 def test_a_runtime_computes_the_same(tiny_images, tmp_path):

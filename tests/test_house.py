@@ -25,8 +25,8 @@ ORDER = [
     ["evaluate", "state", "curves", "evidence", "events"],
     ["splits", "diagnosis"],
     ["steps", "trained", "findings"],
-    ["training", "probe", "export", "scores"],
-    ["sessions", "verify", "report"],
+    ["training", "probe", "card", "scores"],
+    ["sessions", "verify", "report", "export"],
     ["study", "display"],
     ["cli"],
 ]

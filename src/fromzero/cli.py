@@ -330,12 +330,16 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     with _importing():
+        from fromzero.card import card
         from fromzero.export import export
+        from fromzero.runs import check_named, write_named
         from fromzero.trained import load_classifier
 
     options = {"runs_dir": arguments.runs_dir, "precision": "float32", "device": "cpu"}
     classifier = load_classifier(arguments.RUN, arguments.checkpoint, **options)
     path = arguments.FILE or classifier.run.path / f"{classifier.run.name}.onnx"
+    if arguments.card is not None:
+        check_named(arguments.card)
     difference = export(classifier, path)
     shape = ", ".join(map(str, classifier.image_shape))
     print(f"{path}: pixels uint8 (N, {shape}) → probabilities float32 (N, {len(classifier.class_names)})")
@@ -343,6 +347,9 @@ def _export(arguments: argparse.Namespace) -> None:
         f"  {path.stat().st_size / 1e6:.1f} MB; log-probabilities as here in float32 to {difference:.1g} nats; its"
         " metadata list the classes and how to prepare pictures"
     )
+    if arguments.card is not None:
+        write_named(arguments.card, card(classifier).encode(errors="replace"))
+        print(f"{arguments.card}: its card")
     if (trained_in := classifier.run.provenance["machine"]["precision"]) != "float32":
         print(f"  predict and evaluate compute in {trained_in}, as it was trained; with --precision float32 in that")
 

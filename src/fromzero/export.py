@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fromzero import networks
+from fromzero.card import card
 from fromzero.data.pictures import PREPARED
 from fromzero.errors import FromzeroError, InputError
 from fromzero.runs import check_named, write_named
@@ -27,7 +28,8 @@ TOLERANCE, SMALLEST = 1e-2, 1e-20  # of the logarithm of a probability, nats; th
 
 def export(classifier: Classifier, path: Path) -> float:
     """Write a run's network to `path` as ONNX, from pixels uint8 (N, H, W, C) to probabilities float32
-    (N, classes); its metadata hold the names of the classes and how pictures become pixels.
+    (N, classes); its metadata hold the names of the classes and how pictures become pixels, its documentation the
+    run's card.
 
     Returns the largest difference in nats between the logarithms of its probabilities and of `classifier`'s on random
     images, as onnx's reference implementation computes them: of a network that is sure of everything, probabilities
@@ -84,6 +86,7 @@ def _model(classifier: Classifier) -> Any:
     if shape[2] == 3:
         described["pixels"] = f"{PREPARED} to {shape[1]}×{shape[0]}"
     helper.set_model_props(model, described)
+    model.doc_string = card(classifier).encode(errors="replace").decode()  # names of classes may be no text
     onnx.checker.check_model(model, full_check=True)
     return model
 
