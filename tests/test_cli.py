@@ -147,14 +147,19 @@ def test_runs_cuts_nothing_off_on_a_narrow_terminal(trained, capsys, monkeypatch
 
 
 def test_runs_says_in_which_fields_they_differ_from_their_recipe(tmp_path, tiny_images, capsys):
-    for changes in ({}, {"seed": 3, "epochs": 2}, {"augment.flip": "none"}, {"augment.flip": "none", "ema_decay": 0.5}):
+    for changes in (
+        {},
+        {"seed": 3, "epochs": 2},
+        {"augment.flip": "none"},
+        {"augment.flip": "none", "ema_decay": 0.12345678},
+    ):
         recipe = library.load_recipe("quick").override(changes)
         library.new_training(recipe, tiny_images, runs_dir=tmp_path, device="cpu", threads=1).close()
     assert cli.main(["runs", "--runs-dir", str(tmp_path)]) == 0
     name = library.list_runs(tmp_path)[0].name
-    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed")] == [
-        f"changed in {name}-3: augment.flip = none",
-        f"changed in {name}-4: ema_decay = 0.5, augment.flip = none",
+    assert [line for line in capsys.readouterr().out.splitlines() if " with " in line] == [
+        f"{name}-3: quick with augment.flip = none",
+        f"{name}-4: quick with ema_decay = 0.12345678, augment.flip = none",
     ]
 
 

@@ -1,5 +1,6 @@
 """A run's curves as TensorBoard reads them."""
 
+import json
 import shutil
 import sys
 
@@ -69,6 +70,18 @@ def test_runs_writes_those_of_all_runs_there(watched, capsys):
     assert (bare / EVENTS).read_bytes() == (watched.path / EVENTS).read_bytes()
 
 
+@pytest.mark.parametrize("started", ["yesterday", "0001-01-01T00:00:00"])
+def test_runs_goes_on_behind_one_that_is_damaged(watched, started, capsys):
+    damaged = shutil.copytree(watched.path, watched.path.with_name("damaged"), ignore=shutil.ignore_patterns(EVENTS))
+    provenance = json.loads((damaged / "provenance.json").read_text("utf-8")) | {"started": started}
+    (damaged / "provenance.json").write_text(json.dumps(provenance), "utf-8")
+    assert cli.main(["runs", "--runs-dir", str(damaged.parent), "--tensorboard"]) == 0
+    printed = capsys.readouterr()
+    assert f"warning: {damaged}/provenance.json: damaged: started: not a time" in printed.err
+    assert watched.name in printed.out
+    assert not (damaged / EVENTS).exists()
+
+
 @pytest.mark.filterwarnings("always")
 def test_a_training_outlives_events_that_cannot_be_written(watched, capsys):
     (watched.path / EVENTS).unlink()
@@ -79,7 +92,7 @@ def test_a_training_outlives_events_that_cannot_be_written(watched, capsys):
 
 
 def test_without_the_package_nothing_is_trained(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
     assert cli.main([*TRAIN, "--runs-dir", str(tmp_path), "--tensorboard"]) == 2
     assert "pip install tensorboard" in capsys.readouterr().err
     assert not fromzero.list_runs(tmp_path)

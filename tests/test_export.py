@@ -1,6 +1,7 @@
 """Exported models compute what the network computes, as other programs see them."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -45,38 +46,92 @@ def test_every_recipes_network_computes_the_same(name, tiny_images, tmp_path, ca
     assert properties["recipe_fingerprint"] == run.recipe.fingerprint()
 
 
-def test_a_card_says_what_is_recorded_of_the_weights(tiny_images, tmp_path, capsys):
-    recipe = load_recipe("quick").override({"network.channels": [[8], [8], [8]], "epochs": 3, "batch_size": 50})
-    run = fromzero.train(recipe, tiny_images, runs_dir=tmp_path, threads=1)
+@pytest.fixture(scope="module")
+def run(tiny_images, tmp_path_factory):
+    """A run of three epochs, 40 images held out of 200."""
+    changes = {"network.channels": [[8], [8], [8]], "epochs": 3, "batch_size": 50, "validation.fraction": 0.2}
+    folder = tmp_path_factory.mktemp("runs")
+    return fromzero.train(load_recipe("quick").override(changes), tiny_images, runs_dir=folder, threads=1)
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return fromzero.load_run(shutil.copytree(run.path, tmp_path / run.name))
+
+
+def changed(run, file, **changes):
+    """Other records in a run's folder."""
+    path = run.path / file
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+
+
+def test_a_card_says_what_is_recorded_of_the_weights(copied, tiny_images, tmp_path, capsys):
     page = tmp_path / "card.md"
-
-    def written(*options):
-        assert cli.main(["export", str(run.path), "--card", str(page), *options]) == 0
-        assert onnx.load(run.path / f"{run.name}.onnx").doc_string == page.read_text("utf-8")
-        return page.read_text("utf-8")
-
-    last = written()
-    low, high = wilson_interval(run.summary["test/accuracy"], len(tiny_images.test))
+    assert cli.main(["export", str(copied.path), "--card", str(page)]) == 0
+    text = page.read_text("utf-8")
+    assert onnx.load(copied.path / f"{copied.name}.onnx").doc_string == text
+    low, high = wilson_interval(copied.summary["test/accuracy"], len(tiny_images.test))
     interval = f"({low:.4f}–{high:.4f}, 95 % for {len(tiny_images.test)} images)"
-    assert f"- Test images: **{run.summary['test/accuracy']:.4f}** {interval}; they decided nothing." in last
-    assert f"- Validation images: {run.metrics()[-1]['val/accuracy']:.4f}." in last
-    assert f"output: {', '.join(f'`{name}`' for name in tiny_images.class_names)}." in last
-    assert "not looked at by `fromzero diagnose`" in last
-    assert cli.main(["diagnose", str(run.path)]) == 0
-    diagnosis = run.diagnosis["findings"][0]
-    assert f"*{diagnosis['name']}*: {diagnosis['meaning']}" in written()
-    best = run.summary["best/epoch"]
-    if best < 3:
-        assert "- Test images: not scored;" in written("--checkpoint", "best")
-    assert f"of epoch {best} of 3" in written("--checkpoint", "best")
-    assert cli.main(["export", str(run.path), "--card", str(run.path / "metrics.jsonl")]) == 2
-    assert "records" in capsys.readouterr().err
+    assert f"- Test images: **{copied.summary['test/accuracy']:.4f}** {interval}.\n" in text
+    assert f"- Validation images: {copied.metrics()[-1]['val/accuracy']:.4f}.\n" in text
+    assert f"output: {', '.join(f'`{name}`' for name in tiny_images.class_names)}." in text
+    assert "Trained from scratch. Weights after epoch 3 of 3, at step" in text
+    assert "not looked at by `fromzero diagnose`" in text
+    assert cli.main(["diagnose", str(copied.path)]) == 0
+    (finding, *_), remarks = copied.diagnosis["findings"], copied.diagnosis["remarks"]
+    text = card(load_classifier(copied))
+    assert f"*{finding['name']}*: {finding['meaning']}" in text
+    assert all(remark in text for remark in remarks)
+    for wrong in (copied.path / "metrics.jsonl", copied.path / f"{copied.name}.onnx", tmp_path / "nowhere" / "card.md"):
+        before = wrong.read_bytes() if wrong.exists() else None
+        assert cli.main(["export", str(copied.path), "--card", str(wrong)]) == 2
+        assert str(wrong) in capsys.readouterr().err
+        assert (wrong.read_bytes() if wrong.exists() else None) == before
 
 
-def test_the_card_of_a_run_watched_by_its_test_images_says_so(tiny_images, tmp_path):
-    text = card(load_classifier(trained("train1", tiny_images, tmp_path)))
-    assert "training was watched by the same images" in text
-    assert "Validation" not in text
+def test_a_card_is_of_its_weights_and_no_others(copied):
+    """Of those of an epoch before the last, of a stop within an epoch, and of a first epoch that did not end."""
+    last, rows = load_classifier(copied), copied.metrics()
+
+    def with_state(file="last", **state):
+        path = copied.checkpoints / f"{file}.safetensors"
+        return card(last._replace(checkpoint=last.checkpoint._replace(state=state, path=path)))
+
+    best = with_state("best", epoch=2)
+    assert "epoch 2 of 3, the best on validation" in best
+    assert f"- Validation images: {rows[1]['val/accuracy']:.4f}." in best
+    assert "- Test images: not recorded." in best
+    for epoch in (2, 0):
+        stopped = with_state(epoch=epoch, step=rows[1]["step"] + 1)
+        assert "- Nothing is recorded of exactly these weights" in stopped
+        assert f"after epoch {epoch} of 3, at step {rows[1]['step'] + 1}." in stopped
+        assert "Validation images:" not in stopped
+
+
+def test_a_card_tells_where_weights_come_from_and_what_test_images_have_seen(copied):
+    origin = {"run": "a`b\nc", "recipe": "few", "step": 9, "left": []}
+    machine = copied.provenance["machine"]
+    before = {"machine": machine, "epochs": [1, 3], "summary": copied.summary}
+    changed(copied, "provenance.json", **{"from": origin, "resumed": [before]})
+    text = card(load_classifier(copied))
+    assert "Trained on from the weights of another run, `` a`b c `` (`few`)." in text
+    assert "from scratch" not in text
+    assert "they had been scored before, and the run was extended then" in text
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_the_card_of_a_run_watched_by_its_test_images_says_so(which, tiny_images, tmp_path):
+    text = card(load_classifier(trained("train1", tiny_images, tmp_path), which))
+    assert ("training was watched by the same images" in text) == (which == "last")
+    assert ("chosen by the same images, so it flatters" in text) == (which == "best")
+    assert "Validation images:" not in text
+
+
+def test_damage_that_a_model_does_not_need_spoils_the_card_only(copied, tmp_path, capsys):
+    (copied.path / "diagnosis.json").write_text("{}")
+    assert cli.main(["export", str(copied.path), "--card", str(tmp_path / "card.md")]) == 1
+    assert "diagnosis.json: damaged" in capsys.readouterr().err
+    assert cli.main(["export", str(copied.path)]) == 0
 
 
 def test_a_runtime_computes_the_same(tiny_images, tmp_path):

@@ -222,12 +222,14 @@ def _runs(arguments: argparse.Namespace) -> None:
         return
     shown: list[dict[str, str]] = []
     with_changes: dict[str, list[str]] = {}
+    with_events = False
     for run in runs:
         try:
             shown.append(run_columns(run))
             with_changes.setdefault(run_changes(run), []).append(run.name)
             if arguments.tensorboard:
                 write_events(run)
+                with_events = True
         except FromzeroError as error:
             print(f"warning: {error}", file=sys.stderr)
     on_test = any("*" in line["val"] for line in shown)
@@ -243,10 +245,10 @@ def _runs(arguments: argparse.Namespace) -> None:
     )
     with_changes.pop("", None)
     for changes, names in with_changes.items():
-        print(f"changed in {some(names, most=8)}: {changes}")
+        print(f"{some(names, most=8)}: {changes}")
     if on_test:
         print("* validated on the test images; best is the best epoch on them, so it flatters")
-    if arguments.tensorboard:
+    if with_events:
         print(f"their curves: tensorboard --logdir {shlex.quote(str(arguments.runs_dir))}")
 
 
@@ -338,17 +340,23 @@ def _export(arguments: argparse.Namespace) -> None:
     options = {"runs_dir": arguments.runs_dir, "precision": "float32", "device": "cpu"}
     classifier = load_classifier(arguments.RUN, arguments.checkpoint, **options)
     path = arguments.FILE or classifier.run.path / f"{classifier.run.name}.onnx"
+    page = ""
     if arguments.card is not None:
         check_named(arguments.card)
-    difference = export(classifier, path)
+        if os.path.realpath(arguments.card) == os.path.realpath(path):
+            raise InputError(f"{path} cannot be the model and its card; name two files")
+        if not arguments.card.parent.is_dir():
+            raise InputError(f"{arguments.card}: no folder {arguments.card.parent}")
+        page = card(classifier)
+    difference = export(classifier, path, page)
     shape = ", ".join(map(str, classifier.image_shape))
     print(f"{path}: pixels uint8 (N, {shape}) → probabilities float32 (N, {len(classifier.class_names)})")
     print(
         f"  {path.stat().st_size / 1e6:.1f} MB; log-probabilities as here in float32 to {difference:.1g} nats; its"
         " metadata list the classes and how to prepare pictures"
     )
-    if arguments.card is not None:
-        write_named(arguments.card, card(classifier).encode(errors="replace"))
+    if page:
+        write_named(arguments.card, page.encode(errors="replace"))
         print(f"{arguments.card}: its card")
     if (trained_in := classifier.run.provenance["machine"]["precision"]) != "float32":
         print(f"  predict and evaluate compute in {trained_in}, as it was trained; with --precision float32 in that")

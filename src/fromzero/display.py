@@ -8,7 +8,6 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
 from typing import NamedTuple
 
 from rich.console import Console
@@ -190,10 +189,10 @@ def _timed(run: Training, after_epoch: Callable[[Run], None] | None = None) -> I
             before, done, in_all = (_work(run, to) for to in (first_step, step, end))
             seconds = now - began
             speed = Speed(images / seconds, seconds * (in_all - done) / (done - before))
-        if progress.row and after_epoch is not None:
+        if progress.row and not progress.ended and after_epoch is not None:
             try:
                 after_epoch(run.run)
-            except FromzeroError as error:
+            except Exception as error:  # what others make of its figures is never worth a run
                 warnings.warn(str(error), stacklevel=2)
         yield Timed(run, progress, speed)
 
@@ -287,20 +286,21 @@ def run_columns(run: Run) -> dict[str, str]:
 
 
 def run_changes(run: Run) -> str:
-    """In which fields a run's recipe differs from the one of its name that comes with fromzero, but for those that the
-    table of runs shows anyway; empty of other recipes."""
+    """A run's recipe as the one of its name that comes with fromzero now, with the fields in which they differ, but for
+    those that the table of runs shows anyway; empty where there are none, and of other recipes."""
     recipe = run.recipe
     if recipe.name not in recipe_names():
         return ""
     changes = differing_fields(load_recipe(recipe.name), recipe)
-    return ", ".join(f"{k} = {short(v)}" for k, v in changes.items() if k not in ("dataset", "epochs"))
+    told = ", ".join(f"{k} = {short(v)}" for k, v in changes.items() if k not in ("dataset", "epochs"))
+    return f"{recipe.name} with {told}" if told else ""
 
 
 def _began(run: Run) -> str:
     """When a run began, as a clock here shows it; of one whose provenance cannot be read the figures still count."""
     try:
-        return f"{datetime.fromisoformat(run.provenance['started']).astimezone():%Y-%m-%d %H:%M}"
-    except (FromzeroError, ValueError, OverflowError):
+        return f"{run.began:%Y-%m-%d %H:%M}"
+    except FromzeroError:
         return "–"
 
 

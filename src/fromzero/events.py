@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from datetime import datetime
 
 from fromzero.errors import FromzeroError, InputError
 from fromzero.runs import Run
@@ -15,11 +14,14 @@ SPLITS = {"train/": "train", "train/running_": "train_running", "val/": "val"}  
 
 
 def check_installed() -> None:
-    """Raise InputError without the package tensorboard."""
+    """Raise InputError where the package tensorboard is not there or cannot be used."""
     try:
-        import tensorboard  # noqa: F401
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: F401
+        from tensorboard.summary.writer import record_writer  # noqa: F401
     except ImportError:
-        raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+        raise InputError("TensorBoard's event files need the package tensorboard: pip install tensorboard") from None
+    except Exception as error:  # of packages that do not go together
+        raise InputError(f"TensorBoard's event files: the package tensorboard cannot be used: {error}") from None
 
 
 def write_events(run: Run) -> None:
@@ -31,6 +33,8 @@ def write_events(run: Run) -> None:
     check_installed()
     path, data = run.path / EVENTS, _encoded(run)
     try:
+        if path.is_file() and path.read_bytes() == data:
+            return
         path.touch()
         with open(path, "r+b") as file:
             file.write(data)
@@ -47,7 +51,7 @@ def _encoded(run: Run) -> bytes:
 
     out = io.BytesIO()
     records = RecordWriter(out)
-    began = datetime.fromisoformat(run.provenance["started"]).timestamp()
+    began = run.began.timestamp()
     records.write(Event(wall_time=began, file_version="brain.Event:2").SerializeToString())
     for epoch, seconds, tag, value in _scalars(run):
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
@@ -58,7 +62,7 @@ def _encoded(run: Run) -> bytes:
 def _scalars(run: Run) -> Iterator[tuple[int, float, str, float]]:
     """(epoch, seconds of training until then, tag, value) of every figure of the run's epochs."""
     for row in run.metrics():
-        at = row["epoch"], row["time/seconds"]
+        at = int(row["epoch"]), row["time/seconds"]
         for figure in ("accuracy", "loss"):
             for split, name in SPLITS.items():
                 yield *at, f"{figure}/{name}", row[f"{split}{figure}"]

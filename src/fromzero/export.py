@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from fromzero import networks
-from fromzero.card import card
 from fromzero.data.pictures import PREPARED
 from fromzero.errors import FromzeroError, InputError
 from fromzero.runs import check_named, write_named
@@ -26,10 +25,10 @@ CHECKED_IMAGES = 8
 TOLERANCE, SMALLEST = 1e-2, 1e-20  # of the logarithm of a probability, nats; the smallest that is looked at
 
 
-def export(classifier: Classifier, path: Path) -> float:
+def export(classifier: Classifier, path: Path, documentation: str = "") -> float:
     """Write a run's network to `path` as ONNX, from pixels uint8 (N, H, W, C) to probabilities float32
-    (N, classes); its metadata hold the names of the classes and how pictures become pixels, its documentation the
-    run's card.
+    (N, classes); its metadata hold the names of the classes and how pictures become pixels, and the model is documented
+    so, in Markdown.
 
     Returns the largest difference in nats between the logarithms of its probabilities and of `classifier`'s on random
     images, as onnx's reference implementation computes them: of a network that is sure of everything, probabilities
@@ -41,6 +40,7 @@ def export(classifier: Classifier, path: Path) -> float:
         raise InputError("export needs the package onnx: pip install onnx") from None
     check_named(path)
     model = _model(classifier)
+    model.doc_string = documentation.encode(errors="replace").decode()  # names of classes may be no text
     pixels = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, *classifier.image_shape), dtype=np.uint8)
     (theirs,) = ReferenceEvaluator(model).run(None, {"pixels": pixels})
     ours = classifier.predict(torch.from_numpy(pixels).to(classifier.machine.device)).cpu().numpy()
@@ -86,7 +86,6 @@ def _model(classifier: Classifier) -> Any:
     if shape[2] == 3:
         described["pixels"] = f"{PREPARED} to {shape[1]}×{shape[0]}"
     helper.set_model_props(model, described)
-    model.doc_string = card(classifier).encode(errors="replace").decode()  # names of classes may be no text
     onnx.checker.check_model(model, full_check=True)
     return model
 

@@ -23,7 +23,7 @@ BATCH_NORM_MOMENTUM = 0.4  # how far batch normalisation's statistics go to thos
 TINY_MAP_PIXELS = 4  # input pixels up to which a convolution is computed as a dense layer
 SMALL_MAP_PIXELS = 16  # output pixels up to which a convolution is computed as a matrix product, as measured
 KERNEL_PIXELS, KERNEL_OUTPUTS = 5, 16  # output pixels and channels from which compiled kernels are used; and on 2×2
-AHEAD_STEPS, AHEAD_BYTES = 64, 2**24  # at most; bytes of one layer's masks that a GPU draws at once
+AHEAD_STEPS, AHEAD_BYTES = 64, 2**24  # the most that a GPU draws of a layer's masks at once, in 15 times the memory
 WINOGRAD_INPUTS = 16  # channels from which Winograd's method is used; between it and DIRECT_CHANNELS PyTorch's is
 
 
@@ -63,11 +63,13 @@ class Masks:
         steps = 1 if torch.compiler.is_compiling() else steps_ahead(self.words.device, count)
         if steps == 1:
             return random_bytes(self.words, layer, count)
-        ahead = self.ahead.get(layer)
-        if ahead is None or not ahead.has(self.seed, self.step, count):
-            ahead = _Ahead(self.seed, self.step, random_bytes(self._words(steps), layer, count))
-            self.ahead[layer] = ahead
-        return ahead.drawn[self.step - ahead.step, :count]
+        if layer in self.ahead and (drawn := self.ahead[layer].of(self.seed, self.step, count)) is not None:
+            return drawn
+        self.ahead[layer] = _Ahead(self.seed, self.step, random_bytes(self._words(steps), layer, count))
+        return self.ahead[layer].drawn[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"ahead": {}}  # which a copy can draw itself
 
     def _keys(self, steps: int) -> list[int]:
         return [derive(self.seed, "dropout", step) for step in range(self.step, self.step + steps)]
@@ -85,9 +87,12 @@ class _Ahead(NamedTuple):
     step: int
     drawn: Tensor
 
-    def has(self, seed: int, step: int, count: int) -> bool:
+    def of(self, seed: int, step: int, count: int) -> Tensor | None:
+        """Those of (seed, step), uint8 (count,), if they are among these."""
         steps, most = self.drawn.shape
-        return seed == self.seed and 0 <= step - self.step < steps and count <= most
+        if seed != self.seed or not 0 <= step - self.step < steps or count > most:
+            return None
+        return self.drawn[step - self.step, :count]
 
 
 def steps_ahead(device: torch.device, count: int) -> int:

@@ -419,7 +419,9 @@ def short(value: object) -> str:
     """A field's value as TOML has it, figures without needless digits."""
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(short, value))}]"
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def default_of(path: str) -> Any:

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,6 +94,7 @@ class _Provenance(pydantic.BaseModel):
     machine: _Machine
     data: _Data
     started: str
+    versions: dict[str, str] = {}
     commit: str | None
     recipe: dict[str, Any] = pydantic.Field(min_length=1)
     origin: _Origin | None = pydantic.Field(alias="from")
@@ -200,14 +202,22 @@ class Run:
         return found
 
     @property
+    def began(self) -> datetime:
+        """When it began, in this machine's time zone. Raises FromzeroError where that is not recorded."""
+        try:
+            return datetime.fromisoformat(self.provenance["started"]).astimezone()
+        except (ValueError, OverflowError):
+            raise FromzeroError(f"{self.path}/provenance.json: damaged: started: not a time; {self.way_on}") from None
+
+    @property
     def summary(self) -> dict[str, Any] | None:
         """The outcome, or None while the run has not ended (or goes on, extended)."""
         if not (self.path / "summary.json").exists():
             return None
         found = read_object(self.path / "summary.json")
-        if wrong := [key for key in SUMMARY_KEYS if not _is_number(found.get(key))]:
+        if wrong := [key for key in SUMMARY_KEYS if not _is_figure(key, found.get(key))]:
             raise FromzeroError(
-                f"{self.path}/summary.json: damaged: {', '.join(wrong)}: no number; remove it, then:"
+                f"{self.path}/summary.json: damaged: {', '.join(wrong)}: not such a number; remove it, then:"
                 f" {self.resume_command}"
             )
         return found if found["epoch"] == self.recipe.epochs else None
@@ -252,8 +262,7 @@ class Run:
                 row = json.loads(line)
             except ValueError:
                 row = None
-            whole = isinstance(row, dict) and all(_is_number(row.get(key)) for key in ROW_KEYS)
-            whole = whole and all(0 <= row[key] <= 1 for key in FIGURES if key.endswith("accuracy"))
+            whole = isinstance(row, dict) and all(_is_figure(key, row.get(key)) for key in ROW_KEYS)
             if whole and row["epoch"] == number:
                 rows.append(row)
             elif whole:
@@ -339,8 +348,11 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_figure(key: str, value: object) -> bool:
+    """Whether a record may have that value there: a number; of an accuracy, a share."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return False
+    return 0 <= value <= 1 if key.endswith("accuracy") else True
 
 
 def _lives(writer: dict[str, Any]) -> bool:
