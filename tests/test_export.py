@@ -1,6 +1,7 @@
 """Exported models compute what the network computes, as other programs see them."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -125,6 +126,12 @@ def test_the_card_of_a_run_watched_by_its_test_images_says_so(which, tiny_images
     assert ("training was watched by the same images" in text) == (which == "last")
     assert ("chosen by the same images, so it flatters" in text) == (which == "best")
     assert "Validation images:" not in text
+
+
+def test_a_run_whose_name_is_no_text_is_exported(copied, tmp_path):
+    path = shutil.copytree(copied.path, os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    assert cli.main(["export", path, "--card", str(tmp_path / "card.md")]) == 0
+    assert (tmp_path / "card.md").read_text("utf-8").startswith("# caf?")
 
 
 def test_damage_that_a_model_does_not_need_spoils_the_card_only(copied, tmp_path, capsys):

@@ -40,7 +40,7 @@ def export(classifier: Classifier, path: Path, documentation: str = "") -> float
         raise InputError("export needs the package onnx: pip install onnx") from None
     check_named(path)
     model = _model(classifier)
-    model.doc_string = documentation.encode(errors="replace").decode()  # names of classes may be no text
+    model.doc_string = _text(documentation)
     pixels = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, *classifier.image_shape), dtype=np.uint8)
     (theirs,) = ReferenceEvaluator(model).run(None, {"pixels": pixels})
     ours = classifier.predict(torch.from_numpy(pixels).to(classifier.machine.device)).cpu().numpy()
@@ -79,7 +79,7 @@ def _model(classifier: Classifier) -> Any:
     model.ir_version = IR_VERSION
     described = {
         "classes": json.dumps(classifier.class_names),
-        "run": run.name,
+        "run": _text(run.name),
         "recipe": recipe.name,
         "recipe_fingerprint": recipe.fingerprint(),
     }
@@ -88,6 +88,11 @@ def _model(classifier: Classifier) -> Any:
     helper.set_model_props(model, described)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def _text(words: str) -> str:
+    """The same as text: names of files may be none, and a model has no other."""
+    return words.encode(errors="replace").decode()
 
 
 class _Graph:
