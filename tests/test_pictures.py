@@ -156,7 +156,12 @@ def test_pictures_in_two_parts_are_counted(tmp_path):
     ("size", "spec", "shape", "note"),
     [
         ((48, 20), "", (20, 48, 3), ""),
-        ((65, 65), "", (32, 32, 3), "pictures of 65×65 pixels, cut to squares and scaled to 32×32 (set@64: to 64×64)"),
+        (
+            (65, 65),
+            "",
+            (32, 32, 3),
+            "pictures of 65×65 pixels, cut to squares and scaled to 32×32 (set@64: to 64×64, best with --recipe few64)",
+        ),
         ((90, 70), "@40", (40, 40, 3), "pictures of 90×70 pixels, cut to squares and scaled to 40×40"),
         ((40, 40), "@40", (40, 40, 3), ""),
         ((8, 8), "@40", (40, 40, 3), "pictures of 8×8 pixels, cut to squares and scaled to 40×40"),

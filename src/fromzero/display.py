@@ -31,6 +31,7 @@ from fromzero.training import Progress, Training
 NARROW_HIDES = ("began", "running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
 FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
 FEW_STEPS, FEW_BATCH = 8, 125  # an epoch; images a step
+LARGEST_OF_FEW = 48  # pixels; nearer to 64 than to 32 beyond
 NAMED_CLASSES = 10  # at the start of a training
 
 
@@ -74,6 +75,8 @@ def header(run: Training) -> str:
         lines.append(
             f"  note: {counted(count, 'validation image')} give an accuracy to within ± {points} at worst{more}"
         )
+    if recipe.name == "few" and min(run.images.image_shape[:2]) > LARGEST_OF_FEW:
+        lines.append("  note: --recipe few64 is laid out for images as large as these; few for 32×32")
     augmentation, timetable = recipe.augment, run.timetable
     if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
         lines.append(
