@@ -99,7 +99,7 @@ def test_a_training_imports_nothing_that_it_does_not_need(tmp_path, write_cifar)
     program = (
         "import sys\n"
         "from fromzero import cli, display\n"
-        "def watch(training, console):\n"
+        "def watch(training, console, after_epoch):\n"
         "    steps = iter(training)\n"
         "    next(steps)\n"
         "    next(steps)\n"

@@ -198,7 +198,7 @@ def test_masks_drawn_ahead_are_those_drawn_step_by_step(monkeypatch):
         kept = []
         for seed, step, images in places:
             masks.reseed(seed, step)
-            kept += [layer(torch.ones(images, 3, 5, 7)) for layer in layers]
+            kept += [layer(torch.ones(images, 3, 5, 7, dtype=torch.float64)) for layer in layers]  # by PyTorch
         assert not copy.deepcopy(masks).ahead
         return kept, masks.ahead
 
