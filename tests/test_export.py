@@ -77,12 +77,17 @@ def test_a_card_says_what_is_recorded_of_the_weights(copied, tiny_images, tmp_pa
     assert f"- Validation images: {copied.metrics()[-1]['val/accuracy']:.4f}.\n" in text
     assert f"output: {', '.join(f'`{name}`' for name in tiny_images.class_names)}." in text
     assert "Trained from scratch. Weights after epoch 3 of 3, at step" in text
-    assert "not looked at by `fromzero diagnose`" in text
+    assert "recipe `quick with epochs" not in text  # which are its own
+    assert "recipe `quick with batch_size = 50, network.channels = [[8], [8], [8]], validation.fraction = 0.2`" in text
+    assert "160 images to train on, 40 others for validation, 40 for the test." in text
+    assert "was not asked about these weights" in text
     assert cli.main(["diagnose", str(copied.path)]) == 0
-    (finding, *_), remarks = copied.diagnosis["findings"], copied.diagnosis["remarks"]
-    text = card(load_classifier(copied))
-    assert f"*{finding['name']}*: {finding['meaning']}" in text
-    assert all(remark in text for remark in remarks)
+    finding = copied.diagnosis["findings"][0]
+    assert f"`fromzero diagnose` found: {finding['meaning']} (*{finding['name']}*): " in card(load_classifier(copied))
+    changed(copied, "diagnosis.json", findings=[])
+    assert "found none of the problems that it could judge" in card(load_classifier(copied))
+    changed(copied, "diagnosis.json", epoch=2)
+    assert "was not asked about these weights" in card(load_classifier(copied))
     for wrong in (copied.path / "metrics.jsonl", copied.path / f"{copied.name}.onnx", tmp_path / "nowhere" / "card.md"):
         before = wrong.read_bytes() if wrong.exists() else None
         assert cli.main(["export", str(copied.path), "--card", str(wrong)]) == 2
@@ -100,8 +105,8 @@ def test_a_card_is_of_its_weights_and_no_others(copied):
 
     best = with_state("best", epoch=2)
     assert "epoch 2 of 3, the best on validation" in best
-    assert f"- Validation images: {rows[1]['val/accuracy']:.4f}." in best
-    assert "- Test images: not recorded." in best
+    assert f"- Validation images: {rows[1]['val/accuracy']:.4f}, by which these weights were chosen." in best
+    assert "- Test images: not recorded of these weights" in best
     for epoch in (2, 0):
         stopped = with_state(epoch=epoch, step=rows[1]["step"] + 1)
         assert "- Nothing is recorded of exactly these weights" in stopped
@@ -117,7 +122,7 @@ def test_a_card_tells_where_weights_come_from_and_what_test_images_have_seen(cop
     text = card(load_classifier(copied))
     assert "Trained on from the weights of another run, `` a`b c `` (`few`)." in text
     assert "from scratch" not in text
-    assert "they had been scored before, and the run was extended then" in text
+    assert "They were scored before, after epoch 3, and the run was extended then." in text
 
 
 @pytest.mark.parametrize("which", ["last", "best"])

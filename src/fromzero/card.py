@@ -8,6 +8,7 @@ import re
 from fromzero.data.pictures import PREPARED
 from fromzero.errors import counted
 from fromzero.networks import num_parameters
+from fromzero.recipe import in_words
 from fromzero.runs import Row
 from fromzero.stats import wilson_interval
 from fromzero.trained import Classifier
@@ -22,8 +23,8 @@ def card(classifier: Classifier) -> str:
     prepared = f": {PREPARED} to {width}×{height}" if channels == 3 else ""
     lines = [
         f"# {_plain(run.name)}",
-        f"An image classifier of {len(names)} classes by fromzero {version}: recipe"
-        f" {_code(recipe.name)}, seed {recipe.seed}; {parameters:,} parameters. {_origin(classifier)}",
+        f"An image classifier of {len(names)} classes, trained with fromzero {version} on {run.began:%Y-%m-%d}: recipe"
+        f" {_code(in_words(recipe))}, seed {recipe.seed}; {parameters:,} parameters. {_origin(classifier)}",
         "",
         f"Classes, in the order of its output: {', '.join(map(_code, names))}.",
         "",
@@ -31,16 +32,17 @@ def card(classifier: Classifier) -> str:
         *(f"- {line}" for line in _accuracies(classifier)),
         "",
         "## Input and output",
-        f"Pixels as bytes, (N, {height}, {width}, {channels}){prepared}. Probabilities out, float32 (N, {len(names)}).",
+        f"`pixels`, (N, {height}, {width}, {channels}), are bytes from 0 to 255; the model scales them itself{prepared}."
+        f" `probabilities`, (N, {len(names)}), are float32.",
         "",
         "## Trained on",
         _images(classifier),
         "",
         "## Before you use it",
-        "- It names one of its classes whatever a picture shows, and has no word for none of them.",
+        "- It always answers one of its classes, of a picture of anything else, too.",
         "- Its probabilities are the network's own, not how often it is right.",
-        "- The test images came with those that it was trained on. Pictures that were taken in another way or place may"
-        " well be recognised worse: measure it on such.",
+        "- The test images are of the same collection as those that it was trained on. Pictures that were taken in"
+        " another way or place may well be recognised worse: measure it on such.",
         *(f"- {line}" for line in _findings(classifier)),
     ]
     return "\n".join(lines) + "\n"
@@ -80,12 +82,14 @@ def _accuracies(classifier: Classifier) -> list[str]:
         if classifier.checkpoint.file.stem == "best":
             watched = "these weights were chosen by the same images, so it flatters"
         return [f"Test images: {_with_interval(row['val/accuracy'], count)}; {watched}.", train, seeds]
-    test = "not recorded"
+    test = "not recorded of these weights; `fromzero evaluate` scores them"
     if run.summary is not None and run.summary["epoch"] == row["epoch"]:
         test = _with_interval(run.summary["test/accuracy"], count)
-        if any(before.get("summary") for before in provenance["resumed"]):
-            test += "; they had been scored before, and the run was extended then"
-    return [f"Test images: {test}.", f"Validation images: {row['val/accuracy']:.4f}.", train, seeds]
+    ends = [str(before["summary"]["epoch"]) for before in provenance["resumed"] if before.get("summary")]
+    if ends:
+        test += f". They were scored before, after epoch {', '.join(ends)}, and the run was extended then"
+    chosen = ", by which these weights were chosen" if classifier.checkpoint.file.stem == "best" else ""
+    return [f"Test images: {test}.", f"Validation images: {row['val/accuracy']:.4f}{chosen}.", train, seeds]
 
 
 def _with_interval(accuracy: float, count: int | None) -> str:
@@ -99,22 +103,23 @@ def _with_interval(accuracy: float, count: int | None) -> str:
 def _images(classifier: Classifier) -> str:
     """What it was trained on, in words."""
     data, source = classifier.run.provenance["data"], classifier.run.recipe.validation.source
-    counts = data.get("images", {})
-    of = ", ".join(counted(count, f"{split} image") for split, count in counts.items()) or "images that are not counted"
-    held_out = ", a part of the train images held out" if source == "split" and "validation" not in counts else ""
-    validation = "the test images" if source == "test" else "validation images"
+    counts, of = data.get("subsets"), "images whose number was not recorded"
+    if counts:
+        watched = "" if source == "test" else f" {counted(counts['validation'], 'other')} for validation,"
+        of = f"{counted(counts['train'], 'image')} to train on,{watched} {counts['test']:,} for the test"
     prints = ", ".join(f"{split} {found[:12]}" for split, found in data["fingerprints"].items())
-    return f"{_code(data['name'])}: {of}; watched by {validation}{held_out}. fromzero's fingerprints: {prints}."
+    return f"{_code(data['name'])}: {of}. fromzero's fingerprints: {prints}."
 
 
 def _findings(classifier: Classifier) -> list[str]:
-    """What `fromzero diagnose` said, where it was asked."""
+    """What `fromzero diagnose` said of these weights, where it was asked."""
     diagnosis = classifier.run.diagnosis
-    if diagnosis is None:
-        return ["The training was not looked at by `fromzero diagnose`."]
-    of = f"`fromzero diagnose`, after epoch {diagnosis['epoch']}"
-    found = [f"{of}: *{one['name']}*: {one['meaning']}; {one['evidence']}." for one in diagnosis["findings"]]
-    return [*(found or [f"{of}: no finding."]), *(f"{of}: {_plain(remark)}" for remark in diagnosis["remarks"])]
+    if diagnosis is None or diagnosis["epoch"] != classifier.checkpoint.epochs or _row(classifier) is None:
+        return ["`fromzero diagnose` was not asked about these weights."]
+    found = [f"{one['meaning']} (*{one['name']}*): {one['evidence']}." for one in diagnosis["findings"]]
+    if not found:
+        return ["`fromzero diagnose` found none of the problems that it could judge."]
+    return [f"`fromzero diagnose` found: {one}" for one in found]
 
 
 def _plain(text: str) -> str:

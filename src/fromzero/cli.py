@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import DEFAULT_RECIPE, parse
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, some
-from fromzero.recipe import Recipe, field_types, load_recipe, parse_value, recipe_names, recipe_purpose
+from fromzero.recipe import Recipe, field_types, in_words, load_recipe, parse_value, recipe_names, recipe_purpose
 
 if TYPE_CHECKING:
     from fromzero.trained import Classifier, Trained
@@ -210,7 +210,7 @@ def _runs(arguments: argparse.Namespace) -> None:
     _check_tensorboard(arguments)
     from rich.console import Console
 
-    from fromzero.display import run_changes, run_columns, runs_table
+    from fromzero.display import run_columns, runs_table
     from fromzero.events import write_events
     from fromzero.runs import list_runs
 
@@ -226,7 +226,8 @@ def _runs(arguments: argparse.Namespace) -> None:
     for run in runs:
         try:
             shown.append(run_columns(run))
-            with_changes.setdefault(run_changes(run), []).append(run.name)
+            if (told := in_words(run.recipe, but=["epochs"])) != run.recipe.name:  # which the table shows
+                with_changes.setdefault(told, []).append(run.name)
             if arguments.tensorboard:
                 write_events(run)
                 with_events = True
@@ -239,11 +240,8 @@ def _runs(arguments: argparse.Namespace) -> None:
     console.print(table)
     if hidden:
         print(f"not shown, as the terminal is narrow: {', '.join(hidden)}")
-    print(
-        "train: evaluation mode, last epoch · running: during training, as Keras prints it · … not ended:"
-        " fromzero resume RUN"
-    )
-    with_changes.pop("", None)
+    unended = " · … not ended: fromzero resume RUN" if any("…" in line["epochs"] for line in shown) else ""
+    print(f"train: evaluation mode, last epoch · running: during training, as Keras prints it · best: of val{unended}")
     for changes, names in with_changes.items():
         print(f"{some(names, most=8)}: {changes}")
     if on_test:
@@ -359,7 +357,7 @@ def _export(arguments: argparse.Namespace) -> None:
         write_named(arguments.card, page.encode(errors="replace"))
         print(f"{arguments.card}: its card")
     if (trained_in := classifier.run.provenance["machine"]["precision"]) != "float32":
-        print(f"  predict and evaluate compute in {trained_in}, as it was trained; with --precision float32 in that")
+        print(f"  predict and evaluate compute in {trained_in}, as it was trained: --precision float32 to compare")
 
 
 def _trained(arguments: argparse.Namespace) -> Trained:

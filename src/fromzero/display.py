@@ -21,7 +21,6 @@ from fromzero import augment
 from fromzero.errors import FromzeroError, counted, some
 from fromzero.kernels import NONE
 from fromzero.networks import num_parameters
-from fromzero.recipe import differing_fields, load_recipe, recipe_names, short
 from fromzero.runs import Row, Run
 from fromzero.splits import validation_label
 from fromzero.stats import wilson_interval
@@ -286,17 +285,6 @@ def run_columns(run: Run) -> dict[str, str]:
         "test": f"{summary['test/accuracy']:.4f}" if summary else "–",
         "time": duration((summary or last)["time/seconds"]) if last else "–",
     }
-
-
-def run_changes(run: Run) -> str:
-    """A run's recipe as the one of its name that comes with fromzero now, with the fields in which they differ, but for
-    those that the table of runs shows anyway; empty where there are none, and of other recipes."""
-    recipe = run.recipe
-    if recipe.name not in recipe_names():
-        return ""
-    changes = differing_fields(load_recipe(recipe.name), recipe)
-    told = ", ".join(f"{k} = {short(v)}" for k, v in changes.items() if k not in ("dataset", "epochs"))
-    return f"{recipe.name} with {told}" if told else ""
 
 
 def _began(run: Run) -> str:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
@@ -413,6 +413,16 @@ def differing_fields(one: Recipe, two: Recipe) -> dict[str, Any]:
     aside."""
     before, now = one.fields(), two.fields()
     return {path: new for path, new in now.items() if before[path] != new and path not in ("name", "seed")}
+
+
+def in_words(recipe: Recipe, but: Sequence[str] = ()) -> str:
+    """A recipe as the one of its name that comes with fromzero now, with the fields in which they differ, but for some;
+    of another recipe its name alone."""
+    if recipe.name not in recipe_names():
+        return recipe.name
+    changes = differing_fields(load_recipe(recipe.name), recipe)
+    told = ", ".join(f"{path} = {short(value)}" for path, value in changes.items() if path not in ("dataset", *but))
+    return f"{recipe.name} with {told}" if told else recipe.name
 
 
 def short(value: object) -> str:

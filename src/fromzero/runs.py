@@ -76,6 +76,7 @@ class _Data(pydantic.BaseModel):
     normalise: _Normalise
     held_out: str | None = None
     images: dict[str, int] = {}
+    subsets: dict[str, int] = {}
 
 
 class _Resumed(pydantic.BaseModel):

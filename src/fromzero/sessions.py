@@ -97,6 +97,10 @@ def new_training(
         "source": images.source,
         "fingerprints": images.fingerprints,
         "images": images.counts,
+        "subsets": {
+            name: len(part.labels)
+            for name, part in (("train", data.train), ("validation", data.validation), ("test", data.test))
+        },
         "order": images.order_digest,
         "classes": list(images.class_names),
         "image_shape": list(images.image_shape),
