@@ -32,8 +32,8 @@ def card(classifier: Classifier) -> str:
         *(f"- {line}" for line in _accuracies(classifier)),
         "",
         "## Input and output",
-        f"`pixels`, (N, {height}, {width}, {channels}), are bytes from 0 to 255; the model scales them itself{prepared}."
-        f" `probabilities`, (N, {len(names)}), are float32.",
+        f"`pixels`, (N, {height}, {width}, {channels}), are bytes from 0 to 255; the model scales them"
+        f" itself{prepared}. `probabilities`, (N, {len(names)}), are float32.",
         "",
         "## Trained on",
         _images(classifier),
