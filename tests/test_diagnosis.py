@@ -657,6 +657,13 @@ def test_a_runs_study_survives_that_the_run_is_extended_and_its_images_are_moved
     assert cli.main([*command, "--data-dir", "moved"]) == 0
 
 
+@pytest.mark.parametrize(("val", "said"), [(0.82, ""), (0.72, "Train accuracy is 0.14 above validation accuracy.")])
+def test_a_gap_that_is_not_called_overfitting_is_said(run, val, said):
+    told = remarked(run, val=(0.6, 0.66, 0.7, val, val))
+    assert said in told
+    assert ("a gap of that size" in told) == bool(said)
+
+
 def test_labels_that_could_not_be_judged_are_not_called_right(run):
     by_heart = diagnose(evidence(measured={"train_accuracy": 0.99, "surest": Surest(20, 100, 0.97)}))
     assert by_heart == []

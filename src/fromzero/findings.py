@@ -25,7 +25,7 @@ from fromzero.diagnosis import (
     why_labels_cannot_be_judged,
 )
 from fromzero.errors import FromzeroError
-from fromzero.evidence import Evidence, Measures, late_gain
+from fromzero.evidence import SMALL_GAP, Evidence, Measures, late_gain
 from fromzero.files import write_atomically, write_json
 from fromzero.recipe import Recipe, load_recipe, recipe_names
 from fromzero.runs import Row, Run
@@ -66,6 +66,11 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     if origin := run.provenance["from"]:
         began = f"The run began with the weights of {origin['run']}:"
         said.append(f"{began} its first steps were not tried again, and a study begins anew.")
+    if "overfitting" in others and evidence.gap > SMALL_GAP:
+        said.append(
+            f"Train accuracy is {evidence.gap:.2f} above validation accuracy. Where the validation loss does not"
+            " rise, a gap of that size is not called overfitting; more images may narrow it."
+        )
     looked_for = ", ".join(others)
     if found:
         said.append(f"Not found, or explained by the above: {looked_for}.")
