@@ -165,7 +165,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
 
     export = add_of_run("export", "write a run's weights as an ONNX model, for other programs")
     export.add_argument("FILE", nargs="?", type=_path, help="the model's file (in the run's folder, called as the run)")
-    export.add_argument("--card", type=_path, metavar="FILE.md", help="write a model card, too, also into the model")
+    export.add_argument("--card", type=_path, metavar="FILE.md", help="write a model card there, and into the model")
     _add_checkpoint(export)
     _add_shared(export, "runs")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-from fromzero.data.pictures import PREPARED
+from fromzero.data.pictures import preparation
 from fromzero.errors import counted
 from fromzero.networks import num_parameters
 from fromzero.recipe import in_words
@@ -20,7 +20,7 @@ def card(classifier: Classifier) -> str:
     run, names, (height, width, channels) = classifier.run, classifier.class_names, classifier.image_shape
     recipe, version = run.recipe, run.provenance.get("versions", {}).get("fromzero", "")
     parameters = num_parameters(recipe.network, classifier.image_shape, len(names))
-    prepared = f": {PREPARED} to {width}×{height}" if channels == 3 else ""
+    prepared = f": {preparation(height, width)}" if channels == 3 else ""
     lines = [
         f"# {_plain(run.name)}",
         f"An image classifier of {len(names)} classes, trained with fromzero {version} on {run.began:%Y-%m-%d}: recipe"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fromzero import networks
-from fromzero.data.pictures import PREPARED
+from fromzero.data.pictures import preparation
 from fromzero.errors import FromzeroError, InputError
 from fromzero.runs import check_named, write_named
 from fromzero.trained import Classifier
@@ -84,7 +84,7 @@ def _model(classifier: Classifier) -> Any:
         "recipe_fingerprint": recipe.fingerprint(),
     }
     if shape[2] == 3:
-        described["pixels"] = f"{PREPARED} to {shape[1]}×{shape[0]}"
+        described["pixels"] = preparation(*shape[:2])
     helper.set_model_props(model, described)
     onnx.checker.check_model(model, full_check=True)
     return model

@@ -218,7 +218,7 @@ class Run:
         found = read_object(self.path / "summary.json")
         if wrong := [key for key in SUMMARY_KEYS if not _is_figure(key, found.get(key))]:
             raise FromzeroError(
-                f"{self.path}/summary.json: damaged: {', '.join(wrong)}: not such a number; remove it, then:"
+                f"{self.path}/summary.json: damaged: {', '.join(wrong)}: not a possible value; remove it, then:"
                 f" {self.resume_command}"
             )
         return found if found["epoch"] == self.recipe.epochs else None

@@ -445,7 +445,10 @@ def _size(path: Path) -> tuple[int, int] | None:
         return None
 
 
-PREPARED = "RGB, turned as EXIF says, on white where transparent, cut to the middle, scaled by Lanczos"
+def preparation(height: int, width: int) -> str:
+    """How pictures become pixels of that size, for those who prepare them elsewhere."""
+    steps = "RGB, turned as EXIF says, on white where transparent, cut to the middle, scaled by Lanczos"
+    return f"{steps} to {width}×{height}"
 
 
 def _decode(path: Path, width: int, height: int) -> _Outcome:
