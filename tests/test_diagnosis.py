@@ -160,6 +160,15 @@ def test_a_rule_finds_what_was_planted_and_its_study_tests_the_remedy(name, tmp_
         assert name in ("copies", "imbalance", "label-noise", "validation-too-small")
 
 
+def test_who_shortened_a_recipe_is_pointed_to_its_own_epochs():
+    def remedied(**changes):
+        (found,) = diagnose(evidence({"epochs": 5} | changes, {"fit_accuracy": 0.99, "train_accuracy": 0.6}, **FLAT))
+        return found.remedy, found.changes
+
+    assert remedied() == ("the 50 epochs that train2 has", {"epochs": 50})
+    assert remedied(name="own") == ("twice the epochs", {"epochs": 10})
+
+
 def test_augmentation_that_leaves_little_of_an_image_is_too_strong_where_nothing_is_learned():
     shifted = evidence({"augment.translate": 24, "augment.cutout": 8}, {"train_accuracy": 0.3})
     found = diagnose(shifted)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fromzero.evidence import SMALL_GAP, Evidence, best_factor, late_gain
-from fromzero.recipe import Recipe
+from fromzero.recipe import Recipe, usual_epochs
 from fromzero.stats import wilson_interval
 
 BY_HEART = 0.97  # clean train accuracy from which a network may have learned labels, right or wrong, one by one
@@ -479,12 +479,16 @@ def _stopped_early(e: Evidence) -> Finding | None:
     fit = e.measures.fit_accuracy
     if e.fitted or e.gap >= SMALL_GAP or fit is None or fit < FITS or _no_rate_works(e):
         return None
+    more, remedy = 2 * e.recipe.epochs, "twice the epochs"
+    if (usual := usual_epochs(e.recipe)) > more:
+        more, remedy = usual, f"the {usual} epochs that {e.recipe.name} has"
+    ended = e.last["epoch"] >= e.recipe.epochs
     return Finding(
         "stopped-early",
         "training ended before the network had learned its train images",
         f"{e.accuracies}; it can learn them: {fit:.2f} of a hundred, by steps on nothing else",
-        "twice the epochs" if e.last["epoch"] >= e.recipe.epochs else "the epochs that are left: fromzero resume",
-        {"epochs": 2 * e.recipe.epochs} if e.last["epoch"] >= e.recipe.epochs else {},
+        remedy if ended else "the epochs that are left: fromzero resume",
+        {"epochs": more} if ended else {},
     )
 
 

@@ -27,7 +27,7 @@ from fromzero.diagnosis import (
 from fromzero.errors import FromzeroError
 from fromzero.evidence import SMALL_GAP, Evidence, Measures, late_gain
 from fromzero.files import write_atomically, write_json
-from fromzero.recipe import Recipe, load_recipe, recipe_names
+from fromzero.recipe import Recipe, usual_epochs
 from fromzero.runs import Row, Run
 from fromzero.terminal import duration
 
@@ -88,8 +88,7 @@ def _other_recipe(run: Run, evidence: Evidence) -> str:
     recipe, rows = run.recipe, evidence.rows
     if rows[-1]["val/accuracy"] == 1:
         return ""
-    usual = load_recipe(recipe.name).epochs if recipe.name in recipe_names() else 0
-    if usual > recipe.epochs:
+    if (usual := usual_epochs(recipe)) > recipe.epochs:
         return f"{recipe.name} has {usual} epochs, where this run has {recipe.epochs}: more of them may reach more."
     rising = ""
     if recipe.schedule.name == "constant" and (gain := late_gain(rows)) > LATE_GAIN:

@@ -425,6 +425,11 @@ def in_words(recipe: Recipe, but: Sequence[str] = ()) -> str:
     return f"{recipe.name} with {told}" if told else recipe.name
 
 
+def usual_epochs(recipe: Recipe) -> int:
+    """The epochs of the recipe of its name that comes with fromzero; 0 where none does."""
+    return load_recipe(recipe.name).epochs if recipe.name in recipe_names() else 0
+
+
 def short(value: object) -> str:
     """A field's value as TOML has it, figures without needless digits."""
     if isinstance(value, tuple | list):
