@@ -80,6 +80,9 @@ def test_a_page_shows_the_pictures_whose_labels_are_wrong_and_no_test_picture(pi
     assert "<i>red" not in page
     assert "blue &amp; co" in page
     assert f"{run.summary['test/accuracy']:.4f}</td>" in page
+    assert 'class="quiet">train1 with epochs = 8, ' in page
+    assert "network.dense = [16], " in page
+    assert "was scored then, and extended" not in page
     assert f"{run.summary['val/accuracy']:.4f}</td>" in page
     assert f"{run.summary['train/accuracy']:.4f}</td>" in page
     assert "fromzero diagnose" in page
@@ -96,6 +99,7 @@ def test_a_page_shows_the_pictures_whose_labels_are_wrong_and_no_test_picture(pi
     assert cli.main(["resume", str(run.path), "--epochs", "9", "--threads", "1"]) == 0
     assert cli.main(["report", str(run.path), "--threads", "1"]) == 0
     page = (run.path / "report.html").read_text("utf-8")
+    assert "It had ended after epoch 8, was scored then, and extended." in page
     assert "Made after epoch 8, and not for these weights: <code>fromzero diagnose" in page
     assert not any(f"<b>{finding['name']}</b>" in page for finding in found)
 

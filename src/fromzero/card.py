@@ -85,9 +85,8 @@ def _accuracies(classifier: Classifier) -> list[str]:
     test = "not recorded of these weights; `fromzero evaluate` scores them"
     if run.summary is not None and run.summary["epoch"] == row["epoch"]:
         test = _with_interval(run.summary["test/accuracy"], count)
-    ends = [str(before["summary"]["epoch"]) for before in provenance["resumed"] if before.get("summary")]
-    if ends:
-        test += f". They were scored before, after epoch {', '.join(ends)}, and the run was extended then"
+    if ends := run.earlier_ends:
+        test += f". They were scored before, after epoch {', '.join(map(str, ends))}, and the run was extended then"
     chosen = ", by which these weights were chosen" if classifier.checkpoint.file.stem == "best" else ""
     return [f"Test images: {test}.", f"Validation images: {row['val/accuracy']:.4f}{chosen}.", train, seeds]
 

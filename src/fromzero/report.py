@@ -18,6 +18,7 @@ from fromzero.data import Images
 from fromzero.errors import FromzeroError, counted
 from fromzero.evaluate import predict
 from fromzero.findings import study_command
+from fromzero.recipe import in_words
 from fromzero.runs import Row
 from fromzero.splits import validation_label
 from fromzero.stats import wilson_interval
@@ -157,7 +158,9 @@ def page(
     parts = {"train": images.train, "val": images.validation or images.train}
     template = resources.files("fromzero").joinpath("report.html").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.globals.update(counted=counted, isnan=math.isnan, told=_told, quote=shlex.quote, zip=zip)
+    environment.globals.update(
+        counted=counted, in_words=in_words, isnan=math.isnan, told=_told, quote=shlex.quote, zip=zip
+    )
     environment.globals["study_command"] = study_command
     return environment.from_string(template).render(
         run=run,

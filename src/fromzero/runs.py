@@ -79,9 +79,14 @@ class _Data(pydantic.BaseModel):
     subsets: dict[str, int] = {}
 
 
+class _Ended(pydantic.BaseModel):
+    epoch: int
+
+
 class _Resumed(pydantic.BaseModel):
     machine: _Machine
     epochs: list[int] = []
+    summary: _Ended | None = None
 
 
 class _Origin(pydantic.BaseModel):
@@ -222,6 +227,11 @@ class Run:
                 f" {self.resume_command}"
             )
         return found if found["epoch"] == self.recipe.epochs else None
+
+    @property
+    def earlier_ends(self) -> list[int]:
+        """The epochs after which it had ended, and was scored on the test images, before it was extended."""
+        return [note["summary"]["epoch"] for note in self.provenance["resumed"] if note.get("summary")]
 
     @property
     def diagnosis(self) -> dict[str, Any] | None:
