@@ -2,7 +2,9 @@
 
 import io
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -118,6 +120,18 @@ def test_what_a_recipe_leaves_out_is_said_and_counted(tiny_images, tmp_path):
     says = "  25 % of a step's images are mixed with another one; running accuracy uses the label of the larger part"
     assert says in display.header(run).splitlines()
     run.close()
+
+
+@pytest.mark.parametrize(("name", "side", "other"), [("few", 32, ""), ("few", 64, "few64"), ("few64", 32, "few")])
+def test_a_recipe_for_few_pictures_of_another_size_is_named(name, side, other, tiny_images, tmp_path):
+    pixels = np.zeros((200, side, side, 3), np.uint8)
+    part = replace(tiny_images.train, pixels=pixels, labels=np.arange(200) % 2)
+    recipe = load_recipe(name).override({"network.channels": [[4]]})
+    run = new_training(recipe, replace(tiny_images, train=part, test=part), runs_dir=tmp_path)
+    run.close()
+    sizes = "few for 32×32, few64 for 64×64 (FOLDER@64)"
+    note = f"  note: --recipe {other} is laid out for images of about this size: {sizes}"
+    assert [line for line in display.header(run).splitlines() if "laid out" in line] == ([note] if other else [])
 
 
 @pytest.mark.parametrize(("batch_size", "said"), [(200, "1 step an epoch"), (150, "2 steps an epoch"), (50, None)])

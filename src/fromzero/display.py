@@ -74,14 +74,17 @@ def header(run: Training) -> str:
         lines.append(
             f"  note: {counted(count, 'validation image')} give an accuracy to within ± {points} at worst{more}"
         )
-    if recipe.name == "few" and min(run.images.image_shape[:2]) > LARGEST_OF_FEW:
-        lines.append("  note: --recipe few64 is laid out for images as large as these; few for 32×32")
+    laid_out_for = "few64" if min(run.images.image_shape[:2]) > LARGEST_OF_FEW else "few"
+    for_few = recipe.name in ("few", "few64")
+    if for_few and recipe.name != laid_out_for:
+        sizes = "few for 32×32, few64 for 64×64 (FOLDER@64)"
+        lines.append(f"  note: --recipe {laid_out_for} is laid out for images of about this size: {sizes}")
     augmentation, timetable = recipe.augment, run.timetable
     if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
         lines.append(
             f"  note: {counted(timetable.first_steps, 'step')} an epoch; with so few images"
-            f" {'' if recipe.name == 'few' else '--recipe few, with '}batches of {FEW_BATCH} and more epochs"
-            f"{'' if recipe.name == 'few' else ','} may reach a higher accuracy"
+            f" {'' if for_few else f'--recipe {laid_out_for}, with '}batches of {FEW_BATCH} and more epochs"
+            f"{'' if for_few else ','} may reach a higher accuracy"
         )
     if augmentation.flip != "none":
         lines.append("  images are mirrored half of the time; for digits, letters, road signs: --augment.flip none")
