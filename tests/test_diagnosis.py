@@ -169,6 +169,15 @@ def test_who_shortened_a_recipe_is_pointed_to_its_own_epochs():
     assert remedied(name="own") == ("twice the epochs", {"epochs": 10})
 
 
+def test_what_is_cut_out_against_overfitting_fits_what_is_trained_on(tmp_path):
+    """A remedy that the study of it would refuse is none."""
+    by_heart = {**PLANTED["overfitting"], "measured": {"train_accuracy": 1.0, "image_shape": (64, 64, 3)}}
+    augment = {"augment.translate": 1, "augment.flip": "random", "network.batch_norm": True, "network.head": "mean"}
+    for changes, size in (({}, 16), ({"augment.crop": 12}, 3), ({"augment.scale": 0.2, "augment.scale_epochs": 2}, 13)):
+        (found,) = diagnose(evidence(augment | changes | {"network.block_dropout": 0.1}, **by_heart))
+        assert found.changes == {"augment.cutout": size}
+
+
 def test_augmentation_that_leaves_little_of_an_image_is_too_strong_where_nothing_is_learned():
     shifted = evidence({"augment.translate": 24, "augment.cutout": 8}, {"train_accuracy": 0.3})
     found = diagnose(shifted)
@@ -845,7 +854,12 @@ def test_what_is_written_is_json(tiny_images, tmp_path):
     measures = replace(
         probe.evidence_of(found).measures, without_decay=Trial(float("inf"), 0.0), loss_error=float("nan")
     )
+    stale = found.run.path / f"{found.run.name}-overfitting.toml"
+    own = found.run.path / "overfitting.toml"
+    for file in (stale, own):
+        file.write_text("")
     write_findings(found.run, [], [], measures, tiny_images.source, 1)
+    assert (stale.exists(), own.exists()) == (False, True), "a study of an earlier diagnosis goes, the user's own stay"
     text = (found.run.path / "diagnosis.json").read_text("utf-8")
     assert "Infinity" not in text
     assert "NaN" not in text

@@ -87,6 +87,11 @@ def test_the_time_left_counts_nothing_that_comes_once(training, monkeypatch):
     assert (now.progress.counters.step, now.speed) == (2, (24, 11))
 
 
+def test_a_clock_that_stands_still_ends_no_training(training, monkeypatch):
+    monkeypatch.setattr(display.time, "monotonic", lambda: 5.0)
+    assert {now.speed for now in display._timed(training)} == {None}
+
+
 def test_the_result_is_printed_before_the_curves_are_drawn(training, monkeypatch):
     out, drawn = io.StringIO(), []
     draw = Training._draw

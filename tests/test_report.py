@@ -4,6 +4,7 @@ import json
 import os
 import re
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -196,8 +197,19 @@ def test_a_file_that_is_named_replaces_no_device_no_link_and_nothing_of_a_run(ti
     (tmp_path / "loop.html").symlink_to("loop.html")
     write_named(tmp_path / "loop.html", b"a page")
     assert (tmp_path / "loop.html").read_bytes() == b"a page"
+    with ProcessPoolExecutor(2) as pool:  # a reader finds one whole page or the other, and nothing else is left
+        writers = [pool.submit(_write_often, tmp_path / "page.html", letter) for letter in (b"a", b"b")]
+        while not all(writer.done() for writer in writers):
+            assert (tmp_path / "page.html").read_bytes() in (b"a page", b"a" * 100_000, b"b" * 100_000)
+    assert [writer.result() for writer in writers] == [None, None]
+    assert not list(tmp_path.glob("*.partial"))
     with pytest.raises(FromzeroError, match=r"none/page\.html: cannot be written: No such file or directory"):
         write_named(tmp_path / "none" / "page.html", b"a page")
+
+
+def _write_often(path, letter):
+    for _ in range(50):
+        write_named(path, letter * 100_000)
 
 
 def test_images_of_one_channel_have_a_page_and_no_predictions(tmp_path, capsys):

@@ -10,7 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -163,6 +166,26 @@ def test_the_easiest_images_are_left_out_after_the_first_epoch(small, tiny_image
     assert run.state.counters.step == run.timetable.start_of(4) == 4 + 3 * 3
     assert run.timetable.images_after(13) == 160 + 3 * 112
     assert [row["step"] for row in run.run.metrics()] == [4, 7, 10, 13]
+
+
+def test_images_that_the_proxy_never_chose_are_not_the_easiest(small, tiny_images, tmp_path):
+    """Their losses are not known. Taken for none at all, they would be skipped for ever, class by class, as of equal
+    losses the first images go."""
+    recipe = small.override(
+        {"skip_easy": 0.3, "hardest": 0.5, "epochs": 6, "batch_size": 40, "network.batch_norm": True}
+    )
+    run = new_training(recipe, tiny_images, runs_dir=tmp_path)
+    skipped = []
+    for progress in run:
+        if progress.row and not progress.ended and progress.counters.epoch < 6:
+            unknown = torch.isinf(run.state.losses)
+            assert not (run.state.skipped & unknown).any()
+            skipped.append(run.state.skipped.clone())
+    assert all(one.sum() == 48 for one in skipped)
+    assert any((one != skipped[0]).any() for one in skipped)
+    for changes, refused in (({"hardest": 0.2}, True), ({"hardest": 0.3}, False)):
+        with pytest.raises(InputError, match="lower skip_easy or raise hardest") if refused else nullcontext():
+            recipe.override(changes)
 
 
 def test_steps_are_made_of_the_images_that_are_hardest_for_the_proxy(small, tiny_images, tmp_path, monkeypatch):
@@ -698,9 +721,48 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(small, tiny_images, tmp_
     with pytest.raises(OSError, match="No space left") as caught:  # in which the system names no file
         run.run.write_recipe(run.recipe)
     assert caught.value.filename == str(run.run.path / "recipe.toml")
+    with pytest.raises(FromzeroError, match=r"summary\.json: No space left on device; .* fromzero resume"):
+        other.run.write_summary({})
     shutil.rmtree(other.run.checkpoints)
     with pytest.raises(FromzeroError, match=r"No space left on device; no checkpoint had been saved before; mend that"):
         other.save()
+
+
+@pytest.mark.parametrize(("kept", "asked", "left"), [(4, None, 4), (4, 2, 2), (1, None, 2)])
+def test_a_resume_keeps_as_many_checkpoints_as_are_there(kept, asked, left, small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path, keep=kept)
+    for _, _ in zip(range(5), run, strict=False):
+        run.save()
+    run.close()
+    assert checkpoint.num_kept(run.run.checkpoints) == kept
+    for _ in resumed_training(run.run, tiny_images, keep=asked):
+        pass
+    assert checkpoint.num_kept(run.run.checkpoints) == left
+
+
+def test_weights_and_views_that_there_are_not_are_refused(small, tiny_images, tmp_path):
+    run = fromzero.train(small, tiny_images, runs_dir=tmp_path)
+    for load in (lambda: load_trained(run, "bset", images=tiny_images), lambda: fromzero.load_classifier(run, "bset")):
+        with pytest.raises(InputError, match=r"no weights 'bset'; nearest: best"):
+            load()
+    classifier = fromzero.load_classifier(run)
+    with pytest.raises(InputError, match=r"no views 'mirrors'; nearest: mirror"):
+        classifier.predict(torch.from_numpy(tiny_images.test.pixels), "mirrors")
+
+
+def test_images_without_fingerprints_are_refused(small, tiny_images, tmp_path):
+    with pytest.raises(InputError, match=r"fingerprints has no test: Images\.fingerprint\(\)"):
+        new_training(small, replace(tiny_images, fingerprints={"train": "a"}), runs_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_files_cannot_be_locked_nothing_is_trained(small, tiny_images, tmp_path, monkeypatch):
+    def unsupported(self):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(type(filelock.FileLock(tmp_path / "lock")), "_acquire", unsupported)
+    with pytest.raises(FromzeroError, match=r"lies where files cannot be locked.*--runs-dir"):
+        new_training(small, tiny_images, runs_dir=tmp_path)
 
 
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(small, tiny_images, tmp_path):

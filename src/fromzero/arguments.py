@@ -281,7 +281,7 @@ def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
             metavar="M",
             help="save every M minutes (1, more where saving is slow)",
         )
-        command.add_argument("--keep", type=_count, default=2, metavar="N", help="checkpoints to keep (2)")
+        command.add_argument("--keep", type=_count, metavar="N", help="checkpoints to keep (2; of a run, as before)")
     if "tensorboard" in groups:
         command.add_argument(
             "--tensorboard", action="store_true", help="write curves into run folders as TensorBoard's event files"

@@ -176,6 +176,11 @@ def set_aside_newer_best(folder: Path, epoch: int) -> None:
             os.replace(folder / BEST, (folder / BEST).with_suffix(".abandoned"))
 
 
+def num_kept(folder: Path) -> int:
+    """How many checkpoints are there, the best on validation aside."""
+    return (folder / LAST).exists() + len(_older(folder))
+
+
 def _older(folder: Path) -> list[Path]:
     """The checkpoints before the last, newest first."""
     return sorted(folder.glob("step-*.safetensors"), reverse=True)

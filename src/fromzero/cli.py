@@ -576,7 +576,8 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
 
 def _machine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("device", "threads", "keep", "checkpoint_minutes")}
+    given = {name: getattr(arguments, name) for name in ("device", "threads", "keep", "checkpoint_minutes")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

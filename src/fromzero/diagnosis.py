@@ -463,7 +463,9 @@ def _overfitting(e: Evidence) -> Finding | None:
         changes["augment.flip"] = "random"
         remedy = "train images mirrored, where a mirrored one is still what its label says; or more images"
     else:
-        changes["augment.cutout"] = max(augment.cutout, min(e.measures.image_shape[:2]) // 4)
+        seen = augment.crop or min(e.measures.image_shape[:2])
+        smallest = round(seen * augment.scale) if augment.scales else seen
+        changes["augment.cutout"] = max(augment.cutout, min(seen // 4, smallest))
         remedy = "more images; or a square cut out of each"
         if changes["augment.cutout"] == augment.cutout:
             changes, remedy = {}, "more images"

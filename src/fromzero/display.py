@@ -189,7 +189,7 @@ def _timed(run: Training, after_epoch: Callable[[Run], None] | None = None) -> I
         step, now = progress.counters.step, time.monotonic()
         first_step, began = first = first or (step, now)
         speed = None
-        if step > first_step:
+        if step > first_step and now > began:  # some clocks stand still for several milliseconds
             images = timetable.images_after(step) - timetable.images_after(first_step)
             before, done, in_all = (_work(run, to) for to in (first_step, step, end))
             seconds = now - began

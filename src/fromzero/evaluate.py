@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fromzero import augment, kernels
-from fromzero.errors import NonFiniteError
+from fromzero.errors import InputError, NonFiniteError, nearest
 from fromzero.machine import Machine
 from fromzero.recipe import Recipe
 
@@ -148,6 +148,8 @@ def _batch_size(pixels: Tensor) -> int:
 
 def _logits(model: nn.Module, pixels: Tensor, normalise: Normalise, views: str) -> Tensor:
     """Outputs float32 (N, classes), averaged over the views."""
+    if views not in VIEWS:
+        raise InputError(f"no views {views!r}{nearest(views, VIEWS)}")
     seen = [weight * model(normalise(_seen(pixels, how))).float() for how, weight in VIEWS[views]]
     return torch.stack(seen).sum(0)
 

@@ -21,40 +21,34 @@ def home() -> Path:
     return Path(named) if named else Path(platformdirs.user_cache_dir("fromzero", appauthor=False))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`. Raises OSError, the old file whole, when the disk is full or fails."""
-    stage(path, data)
+def write_atomically(path: Path, data: bytes, *, alone: bool = True) -> None:
+    """Replace `path` by `data`. Raises OSError, the old file whole, when the disk is full or fails.
+
+    alone: no other process writes this file meanwhile. Else what is not whole yet has a name of this process's own,
+    which a kill leaves behind; the name that all have is written over by the next."""
+    partial = _partial(path) if alone else path.with_name(f"{path.name}.{os.getpid()}.partial")
+    _write(path, partial, data)
     try:
-        publish(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            _partial(path).unlink()
-        raise
-
-
-def write_json(path: Path, content: object) -> None:
-    """Replace `path` by a JSON text of `content`, as `write_atomically` does."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def stage(path: Path, data: bytes) -> None:
-    """Write `data` durably beside `path`, under the name that `publish` renames."""
-    partial = _partial(path)
-    try:
-        with _naming(path), open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _rename(partial, path)
     except OSError:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
 
 
+def write_json(path: Path, content: object, *, alone: bool = True) -> None:
+    """Replace `path` by a JSON text of `content`, as `write_atomically` does."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode(), alone=alone)
+
+
+def stage(path: Path, data: bytes) -> None:
+    """Write `data` durably beside `path`, under the name that `publish` renames."""
+    _write(path, _partial(path), data)
+
+
 def publish(path: Path) -> None:
     """Rename what `stage` wrote to `path`, durably."""
-    os.replace(_partial(path), path)
-    sync_folder(path.parent)
+    _rename(_partial(path), path)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -74,6 +68,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write(path: Path, partial: Path, data: bytes) -> None:
+    """Write `data` durably to `partial`, which is to become `path`."""
+    try:
+        with _naming(path), open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def _rename(partial: Path, path: Path) -> None:
+    os.replace(partial, path)
+    sync_folder(path.parent)
 
 
 @contextlib.contextmanager

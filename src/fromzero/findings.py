@@ -205,12 +205,14 @@ def write_findings(
         for finding in found:
             if finding.changes:
                 path = run.path / f"{run.name}-{finding.name}.toml"
-                write_atomically(path, study_text(finding, recipe, dataset).encode())
+                write_atomically(path, study_text(finding, recipe, dataset).encode(), alone=False)
                 studies[finding.name] = path
         findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
         content = {"epoch": epoch, "findings": findings, "remarks": list(said)}
         content["measures"] = _finite(known)
-        write_json(run.path / "diagnosis.json", content)
+        write_json(run.path / "diagnosis.json", content, alone=False)
+        for name in {*RULES} - studies.keys():  # of an earlier diagnosis, which this one replaces
+            (run.path / f"{run.name}-{name}.toml").unlink(missing_ok=True)
     except OSError as error:
         raise FromzeroError(
             f"{run.path}: cannot be written: {error.strerror}, so diagnosis.json was not; make room, or the folder"

@@ -126,7 +126,7 @@ def write_named(path: Path, data: bytes) -> None:
     be written, InputError where `check_named` does."""
     check_named(path)
     try:
-        write_atomically(Path(os.path.realpath(path)), data)
+        write_atomically(Path(os.path.realpath(path)), data, alone=False)
     except OSError as error:
         raise FromzeroError(f"{path}: cannot be written: {error.strerror}") from None
 
@@ -305,7 +305,11 @@ class Run:
         write_json(self.path / "provenance.json", provenance)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_json(self.path / "summary.json", summary)
+        """Write the outcome. Raises FromzeroError when the disk is full or fails."""
+        try:
+            write_json(self.path / "summary.json", summary)
+        except OSError as error:
+            raise FromzeroError(f"{self.path}/summary.json: {error.strerror}; {self.saved_before}") from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -325,6 +329,11 @@ class Run:
         except OSError as error:
             raise FromzeroError(
                 f"{self.path}: cannot be written: {error.strerror}; make the folder writable, or copy it to one that is"
+            ) from None
+        except NotImplementedError:  # of filelock, where files cannot be locked
+            raise FromzeroError(
+                f"{self.path}: lies where files cannot be locked, so nothing keeps two processes from writing to it;"
+                " name another folder by --runs-dir"
             ) from None
         if taken:
             raise FromzeroError(

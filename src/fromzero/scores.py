@@ -67,7 +67,7 @@ def _doubts(of: Trained | Classifier) -> list[str]:
         on_own_test = isinstance(of, Trained) and of.run.recipe.validation.source == "split"
         later = "; the test images are scored when it does, so that nothing is chosen by them" if on_own_test else ""
         found.append(f"the run has not ended{later}")
-    if of.checkpoint.state.get("step") == 0:
+    if isinstance(of, Trained) and of.checkpoint.state.get("step") == 0:  # a classifier has been warned of
         found.append("these are the weights it began with; none has been saved since")
     return found
 

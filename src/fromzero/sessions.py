@@ -67,7 +67,8 @@ def new_training(
 ) -> Training:
     """A training about to begin, its run folder made.
 
-    name: of the run folder, by default data set and parameter count. start_from: a run whose last weights to start
+    name: of the run folder, by default data set and parameter count. device: auto, cpu or cuda, perhaps with a number;
+    threads: by default one a core. start_from: a run whose last weights to start
     with ("save weights, then train again"); partial: take those that fit. checkpoint_minutes: how often to save, by
     default about every minute, at most 2.5 % of the time; keep: how many checkpoints to keep. Raises InputError before
     the folder is made when something does not fit.
@@ -185,13 +186,15 @@ def resumed_training(
     data_dir: str | Path | None = None,
     offline: bool = False,
     checkpoint_minutes: float | None = None,
-    keep: int = 2,
+    keep: int | None = None,
 ) -> Training:
     """A training that goes on where a run's last checkpoint stands, bit for bit.
 
-    epochs: a new total, to extend the run. Device and threads are by default the recorded ones. Raises FromzeroError
-    when the run has ended, when its recipe was edited, when the images differ from the recorded ones, or when the
-    machine differs and `allow_inexact` is not set.
+    epochs: a new total, to extend the run. Device and threads are by default the recorded ones. runs_dir: where a run
+    that is given by name lies; data_dir, offline: where its images are now, and whether they may be downloaded;
+    checkpoint_minutes: as in `new_training`; keep: how many checkpoints, by default as many as are there, two at least.
+    Raises FromzeroError when the run has ended, when its recipe was edited, when the images differ from the recorded
+    ones, or when the machine differs and `allow_inexact` is not set.
     """
     run = load_run(run, runs_dir)
     with contextlib.ExitStack() as lock:
@@ -214,6 +217,7 @@ def resumed_training(
                 f" result would not be the same to the bit; {leave}--allow-inexact goes on all the same"
             )
         data = recorded_data(run, images, here)
+        keep = keep or max(2, checkpoint.num_kept(run.checkpoints))
         _check_memory(recipe, data, here, f"{run.path} is left as it was, to go on where there is as much")
         state, found = _last_state(run, images, here)
         # Nothing can fail from here on but writing, so a run that cannot go on is left as it was.

@@ -121,6 +121,8 @@ def _check_arrays(part: Images, split: str, images: ImageSet) -> None:
 def check_image_set(recipe: Recipe, images: ImageSet) -> None:
     """Refuse what cannot be trained on. Raises InputError."""
     own = [("validation", images.validation)] if images.validation is not None else []
+    if missing := {"train", "test"} - images.fingerprints.keys():  # by which a resume knows them again
+        raise InputError(f"{images.name}: fingerprints has no {' and no '.join(sorted(missing))}: Images.fingerprint()")
     if images.num_classes < 2:
         raise InputError(f"{images.source}: expected two classes at least, found {images.num_classes}")
     for split, part in (("train", images.train), ("test", images.test), *own):

@@ -109,9 +109,10 @@ class State:
         torch._foreach_lerp_(list(average.values()), list(weights.values()), share)
 
     def watch_losses(self, num_images: int, device: str) -> None:
-        """Begin to keep the losses of so many train images, unless that is done already. The first epoch skips none."""
+        """Begin to keep the losses of so many train images, unless that is done already. The first epoch skips none.
+        What was not trained on yet counts as hard: as an easy one it never would be, where a part of each batch is."""
         if self.losses is None or self.skipped is None:
-            self.losses = torch.zeros(num_images, device=device)
+            self.losses = torch.full((num_images,), math.inf, device=device)
             self.skipped = torch.zeros(num_images, dtype=torch.bool, device=device)
 
     def skip_easiest(self, count: int) -> None:

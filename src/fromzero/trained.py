@@ -15,7 +15,7 @@ from torch import Tensor
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError, counted, some
+from fromzero.errors import FromzeroError, InputError, counted, nearest, some
 from fromzero.evaluate import Normalise, evaluate, predict
 from fromzero.machine import Machine
 from fromzero.modules import Network
@@ -28,6 +28,8 @@ from fromzero.timetable import Timetable
 
 if TYPE_CHECKING:
     from fromzero.data.pictures import Wrong
+
+WEIGHTS = ("last", "best")  # of which epoch: the last one that was saved, or the best on validation
 
 
 def check_unedited(run: Run) -> None:
@@ -263,6 +265,8 @@ def load_network(
 ) -> tuple[Network, Checkpoint]:
     """A run's network with its `last` or `best` weights, in evaluation mode, and the checkpoint they are from: an older
     one where the last is damaged. Raises FromzeroError also when its recipe was edited, which they might fit."""
+    if which not in WEIGHTS:
+        raise InputError(f"{run.path}: no weights {which!r}{nearest(which, WEIGHTS)}")
     check_unedited(run)
     path = run.checkpoints / checkpoint.BEST
     if which == "best" and not path.exists():

@@ -85,9 +85,10 @@ def load_cifar10(data_dir: str | Path | None = None, *, offline: bool = False) -
 
 def usual_places() -> list[Path]:
     """Folders where CIFAR-10 is looked for: fromzero's own, torchvision's usual ones, Keras's."""
-    keras = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "datasets"
+    own = Path(os.path.expanduser("~"))  # Path.home() raises where there is none, as in some containers
+    keras = Path(os.environ.get("KERAS_HOME") or own / ".keras") / "datasets"
     # Keras 3 unpacks into a folder named after its archive.
-    return [files.home(), Path("data"), Path.home() / "data", keras, keras / "cifar-10-batches-py-target"]
+    return [files.home(), Path("data"), own / "data", keras, keras / "cifar-10-batches-py-target"]
 
 
 def load_cifar(path: Path, name: str | None = None) -> ImageSet:

@@ -154,6 +154,8 @@ class Execution:
             raise FromzeroError(f"{self.folder}: another process carries this study out; wait for it") from None
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written: {error.strerror}") from None
+        except NotImplementedError:  # of filelock
+            raise InputError(f"{self.folder}: files cannot be locked there; name another --runs-dir") from None
         try:
             yield
         finally:
@@ -258,7 +260,7 @@ def prepare_study(
     jobs = jobs or (1 if on_gpu else max(1, cores // (threads or 1)))
     threads = threads or (max(1, cores // jobs) if on_gpu else 1)
     setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device, threads)
-    folder = runs_dir.resolve() / "studies" / f"{study.name}-{study.scale}{'-tuned' if tune else ''}"
+    folder = Path(os.path.realpath(runs_dir)) / "studies" / f"{study.name}-{study.scale}{'-tuned' if tune else ''}"
     return Execution(study, folder, images, setting, jobs, place, tune, keep_weights, tuple(options))
 
 

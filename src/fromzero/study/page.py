@@ -105,7 +105,7 @@ def draw_result(result: Result, path: Path) -> None:
         one.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     picture.savefig(buffer, dpi=80, metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue(), alone=False)
 
 
 def _draw_differences(axes: Axes, contrasts: Sequence[ContrastResult]) -> None:
