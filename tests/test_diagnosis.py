@@ -793,8 +793,23 @@ def test_images_that_all_look_alike_are_no_copies(tmp_path):
         return Images(np.clip(pixels, 0, 255).astype(np.uint8), labels)
 
     images = fromzero.ImageSet("parts", part(60), part(30), tuple("abc"), "made up", {"train": "a", "test": "b"})
-    m = probe.evidence_of(trained(images, tmp_path, {"validation.source": "test"})).measures
-    assert m.copies == Copies(0, 0, 30)
+    found = trained(images, tmp_path, {"validation.source": "test"})
+    evidence = probe.evidence_of(found)
+    assert evidence.measures.copies == Copies(0, 0, 30, by_looks=False)
+    assert "Only copies to the byte were looked for" in " ".join(remarks(found.run, evidence, []))
+
+
+def test_copies_with_another_label_do_not_hide_those_that_look_alike(tmp_path):
+    rng = np.random.default_rng(0)
+    train = Images(rng.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8), np.arange(60) % 2)
+    test = Images(rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8), np.arange(40) % 2)
+    test.pixels[:4] = train.pixels[1:5]  # of the other class
+    test.pixels[10:20] = train.pixels[10:20] // 2  # of the same, darker
+    images = fromzero.ImageSet("parts", train, test, tuple("ab"), "made up", {"train": "a", "test": "b"})
+    evidence = probe.evidence_of(trained(images, tmp_path, {"validation.source": "test"}))
+    assert evidence.measures.copies == Copies(4, 14, 40)
+    (found,) = (finding for finding in diagnose(evidence) if finding.name == "copies")
+    assert "in train to the byte: 4; more that look almost like one there: 10" in found.evidence
 
 
 def test_a_class_that_is_alike_all_over_has_no_copies(tmp_path):

@@ -63,6 +63,27 @@ def test_few_validation_images_are_said_to_be(training):
     training.close()
 
 
+def test_classes_with_few_images_are_named(tiny_images, tmp_path):
+    labels = np.array([0] * 150 + [1] * 12 + [2] * 2 + list(range(3, 10)) * 5)
+    part = replace(tiny_images.train, labels=labels, pixels=np.zeros((len(labels), 32, 32, 3), np.uint8))
+    recipe = load_recipe("train1").override({"validation.source": "split"})
+    run = new_training(recipe, replace(tiny_images, train=part), runs_dir=tmp_path)
+    run.close()
+    lines = display.header(run).splitlines()
+    assert lines[1].endswith("; 40 test images")
+    name = tiny_images.class_names[0]
+    note = (
+        f"135 train images of '{name}', 1 of '{tiny_images.class_names[2]}': to always say '{name}' is right for 77% of"
+    )
+    assert any(note in line for line in lines)
+    assert not any("no validation image" in line for line in lines)
+    own = replace(tiny_images, validation=tiny_images.test.take(np.flatnonzero(tiny_images.test.labels > 1)))
+    run = new_training(recipe, own, runs_dir=tmp_path)
+    run.close()
+    missing = ", ".join(tiny_images.class_names[:2])
+    assert f"  note: no validation image of {missing}" in display.header(run).splitlines()
+
+
 def test_smoothed_labels_are_said_to_be(tiny_images, tmp_path):
     for smoothing, said in ((0.0, False), (0.1, True)):
         recipe = load_recipe("train1").override({"label_smoothing": smoothing})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fromzero
-from fromzero import cli
+from fromzero import checkpoint, cli, export
 from fromzero.card import card
 from fromzero.data.images import Images, ImageSet
 from fromzero.recipe import load_recipe, recipe_names
@@ -156,6 +156,27 @@ def test_a_runtime_computes_the_same(tiny_images, tmp_path):
     ours = classifier.predict(torch.from_numpy(pixels)).numpy()
     (theirs,) = runtime.InferenceSession(tmp_path / "model.onnx").run(None, {"pixels": pixels})
     np.testing.assert_allclose(theirs, ours, atol=2e-5)
+
+
+def test_a_wrong_model_of_a_network_that_is_sure_of_everything_is_refused(copied, tmp_path, capsys, monkeypatch):
+    """Its probabilities are ones and zeros, right or wrong."""
+    last = copied.checkpoints / "last.safetensors"
+    found = checkpoint.load(last)
+    found.tensors["model/predictions.weight"] *= 1e5
+    checkpoint.save(last.parent, found, keep=1)
+    command = ["export", str(copied.path), str(tmp_path / "model.onnx")]
+    assert cli.main(command) == 0
+    (tmp_path / "model.onnx").unlink()
+    add = export._Graph.add
+    monkeypatch.setattr(
+        export._Graph,
+        "add",
+        lambda graph, kind, *rest, **options: add(graph, kind.replace("Gelu", "Relu"), *rest, **options),
+    )
+    capsys.readouterr()
+    assert cli.main(command) == 1
+    assert "its log-probabilities as ONNX would be off by" in capsys.readouterr().err
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_images_that_are_not_square_and_two_classes(tmp_path):

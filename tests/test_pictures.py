@@ -309,7 +309,13 @@ def test_what_is_left_out_is_said(tmp_path):
     for unseen in ("@eaDir", "__MACOSX", "red/.thumbnails"):
         (folder / unseen).mkdir()
         shutil.copy(folder / "red" / "000.png", folder / unseen)
-    assert [p.name for p in pictures.pictures_at([folder / "red"])] == ["000.png", "001.png", "002.png", "003.png"]
+    found, notes = pictures.pictures_at([folder / "red"])
+    assert [p.name for p in found] == ["000.png", "001.png", "002.png", "003.png"]
+    assert notes == [f"{folder}/red: not read, 1 of .heic: a.heic; as JPEG or PNG they would be"]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.CR2").write_bytes(b"")
+    with pytest.raises(InputError, match=r"no pictures .* in it; not read, 1 of \.cr2: a\.CR2"):
+        pictures.pictures_at([tmp_path / "raw"])
     unread, others = (note for note in load_images(folder).notes if note.startswith("not read"))
     assert unread == "not read, 1 of .heic: red/a.heic; as JPEG or PNG they would be"
     assert others == "not read, being no picture in a class folder: loose.png, red/linked"
@@ -429,7 +435,9 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     assert "  note: the run has not ended\n" in capsys.readouterr().out
     (others / "blue" / "second.png").write_bytes(b"")  # too many for a figure
     assert cli.main(command) == 2
-    assert "2 of 26 pictures cannot be read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2 of 26 pictures cannot be read" in said
+    assert said.endswith("; more than 5%, too many to leave out: repair or remove them\n")
     (others / "blue" / "second.png").unlink()
     few = "13 pictures in it, and in no class folder; expected a folder for each class"
     refused = {"nowhere": "no folder", "runs": "expected a folder for each class", str(others / "blue"): few}
@@ -544,6 +552,13 @@ def test_predictions_of_the_test_pictures_are_as_right_as_the_summary_says(tmp_p
     ):
         assert cli.main(["predict", "set-987", wrong]) == 2
         assert said in capsys.readouterr().err
+    (tmp_path / "new\x1b[31m\n").mkdir()
+    shutil.copy(one, tmp_path / "new\x1b[31m\n")
+    (tmp_path / "new\x1b[31m\n" / "b.HEIC").write_bytes(b"")
+    assert cli.main(["predict", "set-987", "new\x1b[31m\n", "--threads", "1"]) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines()[0].endswith(f"  new\\x1b[31m\\n/{one.name}")
+    assert "not read, 1 of .heic: b.HEIC" in told.err
     (tmp_path / "set" / "test" / "red" / "half.png").write_bytes(one.read_bytes()[:200])
     assert cli.main(["predict", "set-987", "set/test", "--threads", "1"]) == 2
     told = capsys.readouterr()

@@ -189,13 +189,28 @@ def test_a_file_that_is_named_replaces_no_device_no_link_and_nothing_of_a_run(ti
     assert "folder is a folder; name a file" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
     assert not list(tmp_path.glob("*-pictures"))
+    picture = tmp_path / "photo.jpg"
+    picture.write_bytes(b"a picture")
+    for command in (
+        ["report", run.path, picture],
+        ["export", run.path, picture],
+        ["export", run.path, tmp_path / "model.onnx", "--card", picture],
+        ["lessons", "--write", picture],
+    ):
+        assert cli.main([*map(str, command)]) == 2
+        assert re.match(r".*photo\.jpg is there already and no \.\w+ file; name another", capsys.readouterr().err)
+    assert picture.read_bytes() == b"a picture"
+    other = fromzero.train(RECIPE, tiny_images, runs_dir=tmp_path, threads=1)
+    assert cli.main(["report", str(run.path), str(other.path)]) == 2
+    assert f"{other.path} is another run; a page is about one: fromzero report" in capsys.readouterr().err
+    assert cli.main(["report", str(run.path), str(run.path), "--threads", "1"]) == 0
     (tmp_path / "link.html").symlink_to("page.html")
     for _ in range(2):
-        write_named(tmp_path / "link.html", b"a page")
+        write_named(tmp_path / "link.html", b"a page", ".html")
         assert (tmp_path / "link.html").is_symlink()
         assert (tmp_path / "page.html").read_bytes() == b"a page"
     (tmp_path / "loop.html").symlink_to("loop.html")
-    write_named(tmp_path / "loop.html", b"a page")
+    write_named(tmp_path / "loop.html", b"a page", ".html")
     assert (tmp_path / "loop.html").read_bytes() == b"a page"
     with ProcessPoolExecutor(2) as pool:  # a reader finds one whole page or the other, and nothing else is left
         writers = [pool.submit(_write_often, tmp_path / "page.html", letter) for letter in (b"a", b"b")]
@@ -204,12 +219,12 @@ def test_a_file_that_is_named_replaces_no_device_no_link_and_nothing_of_a_run(ti
     assert [writer.result() for writer in writers] == [None, None]
     assert not list(tmp_path.glob("*.partial"))
     with pytest.raises(FromzeroError, match=r"none/page\.html: cannot be written: No such file or directory"):
-        write_named(tmp_path / "none" / "page.html", b"a page")
+        write_named(tmp_path / "none" / "page.html", b"a page", ".html")
 
 
 def _write_often(path, letter):
     for _ in range(50):
-        write_named(path, letter * 100_000)
+        write_named(path, letter * 100_000, ".html")
 
 
 def test_images_of_one_channel_have_a_page_and_no_predictions(tmp_path, capsys):

@@ -23,6 +23,7 @@ from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, 
 from fromzero.recipe import Recipe, field_types, in_words, load_recipe, parse_value, recipe_names, recipe_purpose
 
 if TYPE_CHECKING:
+    from fromzero.runs import Run
     from fromzero.trained import Classifier, Trained
     from fromzero.training import Training
     from fromzero.verify import Verification
@@ -300,12 +301,19 @@ def _warn_of_views(recipe: Recipe, views: str) -> None:
         _warn(f"--tta {views} shows mirror images, and this run was trained without: it may well do worse by them")
 
 
+def _not_ended(run: Run) -> list[str]:
+    """What whoever uses its weights should know of a run that still goes on."""
+    return [] if run.summary is not None else [f"{run.path}: the run has not ended; its last epochs may change much"]
+
+
 def _predict(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.data.pictures import pictures_at, unreadable
 
-    paths = pictures_at(arguments.PICTURE)
+    paths, notes = pictures_at(arguments.PICTURE)
     classifier = _classifier(arguments)
+    for note in [*notes, *_not_ended(classifier.run)]:
+        _warn(note)
     names = classifier.class_names
     pixels, read, wrong = classifier.read(paths)
     if read:
@@ -323,9 +331,14 @@ def _predict(arguments: argparse.Namespace) -> None:
                 print(json.dumps({"picture": os.fsencode(paths[index]).decode(errors="replace"), "classes": classes}))
                 continue
             told = "  ".join(f"{name:<{longest}}  {probability:.4f}" for name, probability in says)
-            print(f"{told}  {paths[index]}")
+            print(f"{told}  {_printable(paths[index])}")
     if wrong:
         raise InputError(unreadable(paths, wrong))
+
+
+def _printable(path: Path) -> str:
+    """A file's name without what would move the terminal's cursor or colour it."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(path))
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -340,12 +353,14 @@ def _export(arguments: argparse.Namespace) -> None:
     path = arguments.FILE or classifier.run.path / f"{classifier.run.name}.onnx"
     page = ""
     if arguments.card is not None:
-        check_named(arguments.card)
+        check_named(arguments.card, ".md")
         if os.path.realpath(arguments.card) == os.path.realpath(path):
             raise InputError(f"{path} cannot be the model and its card; name two files")
         if not arguments.card.parent.is_dir():
             raise InputError(f"{arguments.card}: no folder {arguments.card.parent}")
         page = card(classifier)
+    for note in _not_ended(classifier.run):
+        _warn(note)
     difference = export(classifier, path, page)
     shape = ", ".join(map(str, classifier.image_shape))
     print(f"{path}: pixels uint8 (N, {shape}) → probabilities float32 (N, {len(classifier.class_names)})")
@@ -354,7 +369,7 @@ def _export(arguments: argparse.Namespace) -> None:
         " metadata list the classes and how to prepare pictures"
     )
     if page:
-        write_named(arguments.card, page.encode(errors="replace"))
+        write_named(arguments.card, page.encode(errors="replace"), ".md")
         print(f"{arguments.card}: its card")
     if (trained_in := classifier.run.provenance["machine"]["precision"]) != "float32":
         print(f"  predict and evaluate compute in {trained_in}, as it was trained: --precision float32 to compare")
@@ -430,15 +445,18 @@ def _diagnose(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.report import report
-        from fromzero.runs import write_named
+        from fromzero.runs import check_named, write_named
 
     trained = _trained(arguments)
     _check_saved(trained)
+    path = arguments.FILE or trained.run.path
+    if (path / "recipe.toml").is_file() and not path.samefile(trained.run.path):
+        raise InputError(f"{path} is another run; a page is about one: fromzero report {shlex.quote(str(path))}")
+    path = path / "report.html" if path.is_dir() else path
+    check_named(path, ".html", ".htm")
     with _proposing_other_weights(trained.checkpoint.file, arguments):
         page = report(trained)
-    path = arguments.FILE or trained.run.path
-    path = path / "report.html" if path.is_dir() else path
-    write_named(path, page.encode(errors="replace"))  # of file names that are no text
+    write_named(path, page.encode(errors="replace"), ".html", ".htm")  # of file names that are no text
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, to be opened in a browser")
 
 

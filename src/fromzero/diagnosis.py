@@ -83,8 +83,8 @@ def _copies(e: Evidence) -> Finding | None:
         "some validation or test images are train images, too, so accuracies are too high"
         if certain
         else "some validation or test images look almost like train ones: if they are copies, accuracies are too high",
-        f"of {copies.of:,} validation and test images {copies.exact:,} are in train to the byte, and"
-        f" {copies.near - copies.exact:,} more look almost like one there",
+        f"of {copies.of:,} validation and test images in train to the byte: {copies.exact:,}"
+        + (f"; more that look almost like one there: {copies.near - copies.exact:,}" if copies.by_looks else ""),
         "remove copies before splitting, or keep all copies of a picture in one split",
     )
 

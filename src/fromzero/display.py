@@ -18,6 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
 from fromzero import augment
+from fromzero.diagnosis import IMBALANCED
 from fromzero.errors import FromzeroError, counted, some
 from fromzero.kernels import NONE
 from fromzero.networks import num_parameters
@@ -54,10 +55,12 @@ def header(run: Training) -> str:
     counters = run.state.counters
     validation = validation_label(recipe, run.images)
     kernels = "" if here.kernels == NONE else " by its own kernels"
+    on_test = recipe.validation.source == "test"
+    scored_at_the_end = "" if on_test else f"; {counted(len(run.data.test.labels), 'test image')}"
     lines = [
         f"{run.run.path}: {recipe.name} on {run.images.name}, {parameters:,} parameters, seed {recipe.seed}",
         f"  {len(run.data.train.labels):,} train images from {run.images.source}; {validation}"
-        f" ({len(run.data.validation.labels):,})",
+        f" ({len(run.data.validation.labels):,}){scored_at_the_end}",
         f"  {run.images.num_classes} classes: {some(run.images.class_names, most=NAMED_CLASSES)}",
         f"  {here.device}, {counted(here.threads, 'thread')}, {here.precision}{kernels}; {recipe.optimizer.name} at"
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {counted(recipe.epochs, 'epoch')}",
@@ -65,6 +68,7 @@ def header(run: Training) -> str:
     if here.why_no_kernels:
         lines.append(f"  by PyTorch's kernels, which are slower: {here.why_no_kernels}")
     lines += [f"  note: {note}" for note in run.images.notes]
+    lines += [f"  note: {note}" for note in _of_classes(run)]
     if run.images.validation is not None and recipe.validation.source == "test":
         lines.append("  note: the data set's own validation images are not used; --validation.source split uses them")
     if (count := len(run.data.validation.labels)) < FEW_FOR_VALIDATION:
@@ -180,6 +184,23 @@ class Timed(NamedTuple):
     def running(self) -> float:
         """Running train accuracy of the epoch so far."""
         return self.progress.counters.running_correct / max(self.progress.counters.running_images, 1)
+
+
+def _of_classes(run: Training) -> Iterator[str]:
+    """Notes on classes that have few images, beside the others or at all."""
+    names = run.images.class_names
+    of_train, of_validation = (
+        part.labels.bincount(minlength=len(names)).tolist() for part in (run.data.train, run.data.validation)
+    )
+    fewest, most = (choose(range(len(names)), key=of_train.__getitem__) for choose in (min, max))
+    if of_train[most] >= IMBALANCED * of_train[fewest]:
+        share = of_train[most] / sum(of_train)
+        yield (
+            f"{of_train[most]:,} train images of {names[most]!r}, {of_train[fewest]:,} of {names[fewest]!r}: to always"
+            f" say {names[most]!r} is right for {share:.0%} of them"
+        )
+    if missing := [name for name, count in zip(names, of_validation, strict=True) if not count]:
+        yield f"no validation image of {some(missing)}"
 
 
 def _timed(run: Training, after_epoch: Callable[[Run], None] | None = None) -> Iterator[Timed]:

@@ -120,9 +120,13 @@ def predict(model: nn.Module, pixels: Tensor, normalise: Normalise, machine: Mac
     """The probabilities float32 (N, classes) that `model` gives to `pixels` uint8 (N, H, W, C), as `evaluate` looks at
     them. They are the network's own and not calibrated: label smoothing alone keeps them away from one. Raises
     NonFiniteError where they are no numbers."""
+    return outputs(model, pixels, normalise, machine, views).softmax(1)
+
+
+def outputs(model: nn.Module, pixels: Tensor, normalise: Normalise, machine: Machine, views: str = "none") -> Tensor:
+    """The outputs float32 (N, classes) of which `predict` makes probabilities. Raises NonFiniteError as it does."""
     with _evaluating(model, machine):
-        parts = pixels.split(_batch_size(pixels))
-        found = torch.cat([_logits(model, part, normalise, views).softmax(1) for part in parts])
+        found = torch.cat([_logits(model, part, normalise, views) for part in pixels.split(_batch_size(pixels))])
     if not found.isfinite().all():
         raise NonFiniteError("the network's outputs are no numbers: its weights are too large to compute with")
     return found

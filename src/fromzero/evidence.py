@@ -28,11 +28,12 @@ class LayerMeasures(NamedTuple):
 
 class Copies(NamedTuple):
     """How many of `of` validation and test images are train images too: `exact` to the byte, `near` those included that
-    look alike."""
+    look alike; by_looks: whether looks tell copies, as they do not where images of other classes look as alike."""
 
     exact: int
     near: int
     of: int
+    by_looks: bool = True
 
 
 class Surest(NamedTuple):

@@ -22,7 +22,7 @@ from fromzero.trained import Classifier
 
 OPSET, IR_VERSION = 20, 9  # the first with Gelu, and what runtimes of that time read
 CHECKED_IMAGES = 8
-TOLERANCE, SMALLEST = 1e-2, 1e-20  # of the logarithm of a probability, nats; the smallest that is looked at
+TOLERANCE, SHARE = 1e-2, 1e-3  # of the logarithm of a probability, nats; of the largest, where float32 rounds by more
 
 
 def export(classifier: Classifier, path: Path, documentation: str = "") -> float:
@@ -31,27 +31,41 @@ def export(classifier: Classifier, path: Path, documentation: str = "") -> float
     so, in Markdown.
 
     Returns the largest difference in nats between the logarithms of its probabilities and of `classifier`'s on random
-    images, as onnx's reference implementation computes them: of a network that is sure of everything, probabilities
-    alone would say nothing. Raises InputError without the package onnx, FromzeroError where the two differ by
-    more than TOLERANCE (nothing is written then) or where the file cannot be written."""
+    images, as onnx's reference implementation computes them, from what goes into the softmax: behind it a network that
+    is sure of everything has ones and zeros, which say nothing. Raises InputError without the package onnx,
+    FromzeroError where the two differ by more than TOLERANCE or SHARE (nothing is written then) or where the file
+    cannot be written."""
     try:
         from onnx.reference import ReferenceEvaluator
     except ImportError:
         raise InputError("export needs the package onnx: pip install onnx") from None
-    check_named(path)
+    check_named(path, ".onnx")
     model = _model(classifier)
     model.doc_string = _text(documentation)
     pixels = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, *classifier.image_shape), dtype=np.uint8)
-    (theirs,) = ReferenceEvaluator(model).run(None, {"pixels": pixels})
-    ours = classifier.predict(torch.from_numpy(pixels).to(classifier.machine.device)).cpu().numpy()
-    difference = float(np.abs(np.log(np.maximum(theirs, SMALLEST)) - np.log(np.maximum(ours, SMALLEST))).max())
-    if not difference <= TOLERANCE:
+    (theirs,) = ReferenceEvaluator(_up_to_softmax(model)).run(None, {"pixels": pixels})
+    own = classifier.outputs(torch.from_numpy(pixels).to(classifier.machine.device)).cpu()
+    ours, as_onnx = (outputs.double().log_softmax(1) for outputs in (own, torch.from_numpy(theirs)))
+    difference = float((as_onnx - ours).abs().max())
+    if not difference <= max(TOLERANCE, SHARE * float(ours.abs().max())):
         raise FromzeroError(
             f"{classifier.run.path}: its log-probabilities as ONNX would be off by {difference:.2g}; nothing was"
             " written"
         )
-    write_named(path, model.SerializeToString())
+    write_named(path, model.SerializeToString(), ".onnx")
     return difference
+
+
+def _up_to_softmax(model: Any) -> Any:
+    """The same model with what goes into its softmax for its output."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    part = onnx.ModelProto()
+    part.CopyFrom(model)
+    softmax = part.graph.node.pop()
+    part.graph.output[0].CopyFrom(helper.make_tensor_value_info(softmax.input[0], TensorProto.FLOAT, None))
+    return part
 
 
 def _model(classifier: Classifier) -> Any:
@@ -82,6 +96,7 @@ def _model(classifier: Classifier) -> Any:
         "run": _text(run.name),
         "recipe": recipe.name,
         "recipe_fingerprint": recipe.fingerprint(),
+        "weights": f"{classifier.checkpoint.file.stem}, after epoch {classifier.checkpoint.epochs} of {recipe.epochs}",
     }
     if shape[2] == 3:
         described["pixels"] = preparation(*shape[:2])

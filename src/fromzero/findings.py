@@ -58,6 +58,10 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         )
     if labels:
         said.append(f"{labels} The page of fromzero report has images to look at.")
+    if not evidence.measures.copies.by_looks:
+        said.append(
+            "Only copies to the byte were looked for: images of different classes look as alike as copies would."
+        )
     if skipped := [name for name in untried(evidence) if name in others]:
         others = [name for name in others if name not in skipped]
         said.append(

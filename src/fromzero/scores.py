@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fromzero.data.pictures import DAMAGED_SHARE, SPLITS, labelled_pictures, unreadable
+from fromzero.data.pictures import DAMAGED_SHARE, SPLITS, TOO_MANY, labelled_pictures, unreadable
 from fromzero.errors import InputError, counted
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.machine import Machine
@@ -42,7 +42,7 @@ def scores_on(folder: Path, classifier: Classifier, views: str = "none") -> dict
     paths, truth, notes = labelled_pictures(folder, names)
     pixels, read, wrong = classifier.read(paths)
     if len(wrong) > DAMAGED_SHARE * len(paths):
-        raise InputError(unreadable(paths, wrong))
+        raise InputError(f"{unreadable(paths, wrong)}; {TOO_MANY}: repair or remove them")
     if wrong:
         notes.append(f"left out: {unreadable(paths, wrong)}")
     source, asked = Path(run.provenance["data"]["source"]), folder.resolve()
@@ -67,7 +67,7 @@ def _doubts(of: Trained | Classifier) -> list[str]:
         on_own_test = isinstance(of, Trained) and of.run.recipe.validation.source == "split"
         later = "; the test images are scored when it does, so that nothing is chosen by them" if on_own_test else ""
         found.append(f"the run has not ended{later}")
-    if isinstance(of, Trained) and of.checkpoint.state.get("step") == 0:  # a classifier has been warned of
+    if of.checkpoint.state.get("step") == 0:
         found.append("these are the weights it began with; none has been saved since")
     return found
 

@@ -16,7 +16,7 @@ from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
 from fromzero.errors import FromzeroError, InputError, counted, nearest, some
-from fromzero.evaluate import Normalise, evaluate, predict
+from fromzero.evaluate import Normalise, evaluate, outputs, predict
 from fromzero.machine import Machine
 from fromzero.modules import Network
 from fromzero.networks import ImageShape
@@ -226,6 +226,10 @@ class Classifier(NamedTuple):
         pixels, _, wrong = read_pictures([Path(path) for path in paths], height, width, "reading")
         read = [index for index in range(len(paths)) if index not in wrong]
         return torch.from_numpy(pixels[read]).to(self.machine.device), read, wrong
+
+    def outputs(self, pixels: Tensor) -> Tensor:
+        """What `predict` makes probabilities of, float32 (N, classes). Raises NonFiniteError."""
+        return outputs(self.network, pixels, self.normalise, self.machine)
 
     def predict(self, pixels: Tensor, views: str = "none") -> Tensor:
         """Probabilities float32 (N, classes) of pixels uint8 (N, H, W, C), as `evaluate.predict` has them. Raises

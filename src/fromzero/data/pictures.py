@@ -36,6 +36,7 @@ UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".c
 USUAL_SIDE, LARGEST_AS_IT_IS, LARGEST_SIDE = 32, 64, 512  # pixels
 TEST_SHARE = 0.2
 DAMAGED_SHARE = 0.05  # of the pictures; more of them are no accident, but a folder that is not what it seems
+TOO_MANY = f"more than {DAMAGED_SHARE:.0%}, too many to leave out"
 KEPT_AS = "pictures-3"  # raised when the same files would give other arrays
 HIDDEN = (".", "__", "@", "Thumbs.db", "desktop.ini")  # how names begin that systems leave among pictures
 UNREADABLE_NAMED = 50  # so that all can be removed before the next try
@@ -165,19 +166,22 @@ def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path
     return list(paths), np.array(labels, np.int64), _not_read(left_out, path)
 
 
-def pictures_at(paths: Sequence[Path]) -> list[Path]:
-    """The pictures named, there or not, and those in and under the folders named. Raises InputError for a folder with
-    none."""
-    found = []
+def pictures_at(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The pictures named, there or not, and those in and under the folders named; and notes on what else is in those.
+    Raises InputError for a folder with none."""
+    found: list[Path] = []
+    notes: list[str] = []
     for path in paths:
         try:
-            pictures = _under(path)[0] if path.is_dir() else [path]
+            pictures, others, _ = _under(path) if path.is_dir() else ([path], [], [])
         except OSError as error:
             raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+        said = _not_read([entry for entry in others if entry.suffix.lower() in UNREAD], path)
         if not pictures:
-            raise InputError(f"{path}: no pictures ({', '.join(ENDINGS)}) in it")
+            raise InputError("; ".join([f"{path}: no pictures ({', '.join(ENDINGS)}) in it", *said]))
         found += pictures
-    return found
+        notes += [f"{path}: {note}" for note in said]
+    return found, notes
 
 
 def _listed(path: Path) -> tuple[tuple[str, ...], list[_File], list[str]]:
@@ -365,7 +369,7 @@ def _decoded(path: Path, listed: Sequence[_File], side: int | None) -> _Decoded:
         if not all(of.damaged for of in wrong.values()):
             too_many = "some could not be opened, which may be otherwise the next time"
         elif len(wrong) > DAMAGED_SHARE * len(paths):
-            too_many = f"more than {DAMAGED_SHARE:.0%}, too many to leave out"
+            too_many = TOO_MANY
         elif left != {file[:2] for file in listed}:
             too_many = "all pictures of a class, too many to leave out"
         if too_many:
@@ -447,8 +451,12 @@ def _size(path: Path) -> tuple[int, int] | None:
 
 def preparation(height: int, width: int) -> str:
     """How pictures become pixels of that size, for those who prepare them elsewhere."""
-    steps = "RGB, turned as EXIF says, on white where transparent, cut to the middle, scaled by Lanczos"
-    return f"{steps} to {width}×{height}"
+    draft = f"draft('RGB', ({2 * width}, {2 * height}))"
+    return (
+        f"RGB, a JPEG of {4 * width}×{4 * height} or more decoded smaller by Pillow's {draft}, turned as EXIF says, on"
+        " white where transparent, cut to the largest part in the middle of the same shape, scaled by Pillow's Lanczos"
+        f" to {width}×{height}"
+    )
 
 
 def _decode(path: Path, width: int, height: int) -> _Outcome:

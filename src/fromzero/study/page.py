@@ -60,7 +60,7 @@ claim names and in nothing else, on the same images, with the same seeds.
 def write_lessons(results: Sequence[Result], path: Path) -> None:
     """Write the page, and its pictures into a folder named after it beside it. Raises InputError when it cannot be
     written."""
-    check_named(path)
+    check_named(path, ".md")
     pictures = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-pictures")
     lessons = list(by_lesson(results))
     parts = ["# The notes' lessons as experiments\n\n" + HOW_TO_READ, _overview(lessons)]
@@ -69,7 +69,7 @@ def write_lessons(results: Sequence[Result], path: Path) -> None:
         parts += [_lesson(study, found, pictures) for study, found in lessons]
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    write_named(path, "\n".join(parts).encode())
+    write_named(path, "\n".join(parts).encode(), ".md")
 
 
 def draw_result(result: Result, path: Path) -> None:
