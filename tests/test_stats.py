@@ -39,6 +39,7 @@ def test_no_difference_at_all_is_no_evidence():
     assert same.p == 1
     assert stats.verdict(same.n, same.p, same.favourable) == "undecided"
     assert math.isnan(same.correlation)
+    assert math.isnan(stats.correlation([0.10104529616724739] * 6, range(6)))
 
 
 def test_beyond_sixteen_pairs_patterns_are_drawn_and_said_to_be():

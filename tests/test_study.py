@@ -116,7 +116,7 @@ def test_pairs_that_all_differ_alike_have_no_interval():
     contrast = Contrast("a", "b", "val/accuracy", "higher", 0.0, "claim")
     same = stats.compare([0.1] * 6, [0.1] * 6)
     assert stats.compare([0.4] * 7, [0.1] * 7).sd < 1e-12
-    said = sentence(ContrastResult(contrast, same, 1.0, "undecided", 0.0, None, None, {}), 1)
+    said = sentence(ContrastResult(contrast, same, 1.0, "undecided", 0.0, None, None, dict.fromkeys(range(6), 0), 6), 1)
     assert (
         said
         == "a against b, val/accuracy higher: undecided; its 6 pairs all differ by +0.00 points, so they tell no spread"
@@ -259,7 +259,7 @@ TUNED_DATA = '\n[tuning]\nfield = "validation.fraction"\nvalues = {narrow = [0.1
         ('base = "train1"', 'base = "train1"\ndirection = "up"', 3, "direction: 'up'"),
         ('base = "train1"', 'base = "train1"\nmarginn = 1', 3, "unknown key 'marginn'; nearest: margin"),
         ("seeds = 6", "seeds = 1", 21, "one run says nothing"),
-        ("seeds = 6", "", 20, "one run says nothing"),
+        ("seeds = 6", "", 20, "expected a number from 2 to 1,000, found None"),
         ("seeds = 6", "seeds = 6\nlearning_rat = 1", 22, "unknown recipe field 'learning_rat'"),
         ("seeds = 6", 'seeds = 6\nimages = "all"', 22, "expected a number of train images"),
         ("seeds = 6", "seeds = 6\narms.thin.epochs = 2", 22, "no arm 'thin'"),
@@ -293,7 +293,7 @@ def test_what_else_is_refused(tmp_path, text, data_folder):
         with pytest.raises(InputError, match=re.escape(says)):
             load_study(*arguments)
     for seeds in (1, 1001, 10**12):
-        with pytest.raises(InputError, match=f"--seeds: {seeds} is not from 2 to 1,000"):
+        with pytest.raises(InputError, match=f"--seeds: expected a number from 2 to 1,000, found {seeds}(: one run|$)"):
             load_study(path, seeds=seeds)
     path.write_text("\ufeff" + text)  # as some editors begin a file
     study = load_study(path)
@@ -461,15 +461,55 @@ def test_seeds_that_are_added_to_an_answer_are_said_to_be(tmp_path, text):
         list(execution)
         return read_result(execution.folder)
 
-    assert not answered(2).seen_before
-    assert not answered(2).seen_before
+    assert not answered(2).cautions
+    assert not answered(2).cautions
     more = answered(3)
-    assert "had been answered with 2 seeds; where an answer decides how many there are, p is too" in more.seen_before
-    assert f"  note: {more.seen_before}" in answer(more)
+    (caution,) = more.cautions
+    assert "had figures with 2 seeds; where those decide how many there are, p is too small" in caution
+    assert f"  note: {caution}" in answer(more)
     write_lessons([more], tmp_path / "page.md")
-    assert "This study had been answered with 2 seeds;" in (tmp_path / "page.md").read_text()
-    assert "answered with 2 and 3 seeds" in answered(4, text + "# seeds are better raised here?").seen_before
-    assert not answered(3, text.replace("dense = [2]", "dense = [3]")).seen_before  # another study
+    assert "This study had figures with 2 seeds;" in (tmp_path / "page.md").read_text()
+    assert "figures with 2 and 3 seeds" in answered(4, text + "# seeds are better raised here?").cautions[0]
+    assert not answered(3, text.replace("dense = [2]", "dense = [3]")).cautions  # another study
+
+
+def test_what_is_asked_anew_of_runs_that_were_seen_is_said_to_be(tmp_path, text):
+    third = text.replace("[scale.screen]", "[arms.wider]\nnetwork.dense = [48]\n\n[scale.screen]")
+
+    def carried_out(of, seeds=2, folder="runs"):
+        study = load_study(written(tmp_path, of), "half", seeds=seeds)
+        execution = prepare_study(study, runs_dir=tmp_path / folder, jobs=1)
+        list(execution)
+        return read_result(execution.folder).cautions
+
+    assert carried_out(text) == []
+    (caution,) = carried_out(text.replace("More units reach more.", "Fewer units reach less."))
+    assert "when this study had figures, its claim changed; where those decide what is asked, p is too small" in caution
+    (caution,) = carried_out(third)
+    assert "its claim and arms and comparisons changed" in caution
+    (caution,) = carried_out(text.replace('base = "train1"', 'base = "train1"\ndirection = "lower"'))
+    assert "its claim and arms and comparisons changed" in caution
+    assert carried_out(text, folder="others") == []
+
+
+def test_a_study_that_was_stopped_had_figures_too(tmp_path, text):
+    study = load_study(written(tmp_path, text), "half", seeds=3)
+    for event in prepare_study(study, runs_dir=tmp_path, jobs=1):
+        if event.kind == "finished":
+            break
+    execution = prepare_study(load_study(written(tmp_path, text), "half", seeds=2), runs_dir=tmp_path, jobs=1)
+    list(execution)
+    assert "had figures with 3 seeds" in read_result(execution.folder).cautions[0]
+
+
+def test_weights_that_are_gone_are_not_kept(tmp_path, text):
+    study = load_study(written(tmp_path, text), "half")
+    for keep, seeds, said in ((False, 2, ""), (True, 3, "of 4 runs that had ended before no weights are left to keep")):
+        study = load_study(written(tmp_path, text), "half", seeds=seeds)
+        execution = prepare_study(study, runs_dir=tmp_path, jobs=1, keep_weights=keep)
+        notes = " ".join(event.text for event in execution if event.kind == "note")
+        assert notes.startswith(said)
+        assert bool(notes) == bool(said)
 
 
 def test_an_arm_starts_from_weights_that_fit_only(tmp_path, text):
@@ -614,6 +654,28 @@ def test_a_failed_cell_is_reported_and_counted(tmp_path, text):
     assert "failed: wide-seed0: step" in said
     write_lessons([result], tmp_path / "page.md")
     assert "**wide: n = 0 of 2** (wide-seed0: step" in (tmp_path / "page.md").read_text()
+
+
+def test_where_runs_failed_or_are_missing_nothing_is_settled(finished, tmp_path):
+    """Runs fail because of what their arm is; those that are left are another sample, and may say the opposite."""
+    _, execution, _ = finished
+    folder = tmp_path / "studies" / "units-screen"
+    shutil.copytree(execution.folder, folder)
+    described = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(described | {"seeds": 7}))
+    result = read_result(folder)
+    (found,) = result.contrasts
+    assert (found.comparison.n, found.verdict, result.verdict) == (6, "undecided", "undecided")
+    assert found.adjusted_p <= 0.05
+    said = answer(result)
+    assert "n = 6 of 7" in said[1]
+    assert "undecided while pairs are missing" in said[1]
+    assert "to settle" not in said[1]
+    write_lessons([result], tmp_path / "page.md", ["units"])
+    page = (tmp_path / "page.md").read_text()
+    assert "### units, screen: undecided (12 of 14 runs)" in page
+    assert "screen: **undecided** (12 of 14 runs)" in page
+    assert "| 6 of 7 |" in page
 
 
 def test_a_worker_whose_gpu_fails_goes(monkeypatch):
@@ -779,6 +841,7 @@ def test_the_generalisation_gap_and_losses_are_metrics(finished, tmp_path, text)
 def test_the_page_is_written_from_the_folders(finished, tmp_path):
     _, _, runs_dir = finished
     results = list_results(runs_dir)
+    (tmp_path / "docs").mkdir()
     write_lessons(results, tmp_path / "docs" / "lessons.md")
     page = (tmp_path / "docs" / "lessons.md").read_text()
     for name in LESSONS:
@@ -798,8 +861,40 @@ def test_the_page_is_written_from_the_folders(finished, tmp_path):
     assert "](lessons-pictures/units-screen.png)" in (tmp_path / "lessons").read_text()
     blocked = tmp_path / "file"
     blocked.write_text("")
+    for place in (blocked, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=f"page.md: no folder {place}"):
+            write_lessons(results, place / "page.md")
+    (tmp_path / "own").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        write_lessons(results, blocked / "page.md")
+        write_lessons(results, tmp_path / "own.md")
+    write_lessons(results, tmp_path / "units.md", ["units"])
+    own = (tmp_path / "units.md").read_text()
+    assert own.startswith("# Studies\n")
+    assert "120 train images of tiny" in own or "200 train images of tiny" in own
+    assert "notes" not in own
+    assert "a quarter of the width" not in own
+    assert "padding" not in own
+    with pytest.raises(InputError, match=r"no study 'unit' comes with fromzero or was run here; nearest: units"):
+        write_lessons(results, tmp_path / "units.md", ["unit"])
+
+
+def test_what_a_study_found_is_there_for_programs(finished):
+    file, execution, runs_dir = finished
+    result = read_result(execution.folder)
+    subprocess.run(cli("study", file, "--runs-dir", runs_dir), check=True, capture_output=True, timeout=120)
+    found = json.loads((execution.folder / "result.json").read_text())
+    (comparison,) = found["comparisons"]
+    values = {
+        arm: [found["arms"][arm]["runs"][str(seed)]["val/accuracy"] for seed in range(6)] for arm in ("narrow", "wide")
+    }
+    differences = np.subtract(values["wide"], values["narrow"])
+    assert list(comparison["pairs"].values()) == pytest.approx(differences.tolist())
+    assert comparison["difference"]["mean"] == pytest.approx(differences.mean())
+    assert (comparison["p"], comparison["verdict"]) == (result.contrasts[0].comparison.p, "supported")
+    assert (found["verdict"], found["complete"], found["seeds"]) == ("supported", True, 6)
+    assert found["arms"]["narrow"]["changes"]["network.dense"] == [2]
+    assert found["arms"]["wide"]["changes"] == {"network.dense": [32]}
+    assert found["images"]["name"] == "tiny"
 
 
 def test_tuning_gives_every_arm_the_same_budget_and_shows_all_of_it(tmp_path, text):
@@ -843,6 +938,8 @@ def test_the_command_line(finished, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "wide: 1,794 parameters" in done.stdout
+    assert "M multiply-adds; train1 with network.channels = [[4], [8]], " in done.stdout
+    assert "200 train images, 30% of them for validation, 5 epochs, batches of 20" in done.stdout
     assert "units (screen): supported." in done.stdout
     assert "\x1b" not in done.stdout
     listed = subprocess.run(cli("lessons", "--runs-dir", runs_dir), capture_output=True, text=True)

@@ -199,7 +199,8 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     study.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of runs that have ended")
     _add_shared(study, "runs", "data", "machine")
 
-    lessons = add("lessons", "list the notes' lessons as studies, with their verdicts so far")
+    lessons = add("lessons", "list the notes' lessons and your own studies, with their verdicts so far")
+    lessons.add_argument("STUDY", nargs="*", help="only these, by name")
     lessons.add_argument(
         "--write", type=_path, metavar="FILE", help="write them as a page with pictures, from the runs"
     )

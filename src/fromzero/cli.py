@@ -219,7 +219,9 @@ def _runs(arguments: argparse.Namespace) -> None:
         raise InputError(f"no folder {arguments.runs_dir}; name the one that holds the runs by --runs-dir")
     runs = list_runs(arguments.runs_dir)
     if not runs:
-        print(f"no runs under {arguments.runs_dir}")
+        in_studies = next(iter(sorted(arguments.runs_dir.glob("studies/*/cells"))), None)
+        more = "" if in_studies is None else f"; those of studies lie in folders of their own: --runs-dir {in_studies}"
+        print(f"no runs under {arguments.runs_dir}{more}")
         return
     shown: list[dict[str, str]] = []
     with_changes: dict[str, list[str]] = {}
@@ -534,6 +536,7 @@ def _print_verification(found: Verification, wanted: int) -> None:
 
 
 def _study(arguments: argparse.Namespace) -> None:
+    from fromzero.files import finite, write_json
     from fromzero.study.definition import load_study
 
     study = load_study(arguments.STUDY, arguments.scale, seeds=arguments.seeds)
@@ -559,10 +562,14 @@ def _study(arguments: argparse.Namespace) -> None:
     watch_study(execution, console)
     result = results.read_result(execution.folder)
     page.draw_result(result, execution.folder / "result.png")
+    write_json(execution.folder / "result.json", finite(results.record(result)), alone=False)
     say(console, "\n".join(results.answer(result)))
-    say(console, f"runs and picture: {execution.folder}")
+    say(console, f"runs, picture and result.json: {execution.folder}")
     if not result.is_complete:
-        raise FromzeroError(f"{study.name}: some runs failed; the same command tries them again: {execution.command}")
+        raise FromzeroError(
+            f"{study.name}: some runs failed; the same command tries them again, though what overflowed will do so"
+            f" again: {execution.command}"
+        )
 
 
 def _lessons(arguments: argparse.Namespace) -> None:
@@ -573,14 +580,14 @@ def _lessons(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.runs_dir} is a file; name the folder that holds the runs by --runs-dir")
     results = list_results(arguments.runs_dir)
     if arguments.write is not None:
-        page.write_lessons(results, arguments.write)
+        page.write_lessons(results, arguments.write, arguments.STUDY)
         print(f"written: {arguments.write}")
         return
-    for study, found in by_lesson(results):
+    for study, found in by_lesson(results, arguments.STUDY):
         print(f"{study.name}: {study.claim}")
         for r in found:
             done = sum(len(arm.runs) for arm in r.arms.values())
-            said = f"{r.verdict if done else 'no verdict yet'} ({done} of {r.study.seeds * len(r.arms)} runs)"
+            said = f"{r.verdict if r.is_begun else 'no verdict yet'} ({done} of {r.study.seeds * len(r.arms)} runs)"
             print(f"  {r.title}: {said}{'' if r.is_complete else f', not finished: {r.way_on} goes on'}")
         if not found:
             print(f"  not run yet: fromzero study {study.name}")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -39,6 +41,17 @@ def write_atomically(path: Path, data: bytes, *, alone: bool = True) -> None:
 def write_json(path: Path, content: object, *, alone: bool = True) -> None:
     """Replace `path` by a JSON text of `content`, as `write_atomically` does."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode(), alone=alone)
+
+
+def finite(value: Any) -> Any:
+    """The same as plain lists and objects, with None for what is not finite, which JSON cannot say."""
+    if hasattr(value, "_asdict"):  # a NamedTuple keeps the names of its values
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def stage(path: Path, data: bytes) -> None:

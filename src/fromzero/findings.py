@@ -3,7 +3,6 @@ the study that tests it."""
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from fromzero.diagnosis import (
 )
 from fromzero.errors import FromzeroError
 from fromzero.evidence import SMALL_GAP, Evidence, Measures, late_gain
-from fromzero.files import write_atomically, write_json
+from fromzero.files import finite, write_atomically, write_json
 from fromzero.recipe import Recipe, usual_epochs
 from fromzero.runs import Row, Run
 from fromzero.terminal import duration
@@ -213,7 +212,7 @@ def write_findings(
                 studies[finding.name] = path
         findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
         content = {"epoch": epoch, "findings": findings, "remarks": list(said)}
-        content["measures"] = _finite(known)
+        content["measures"] = finite(known)
         write_json(run.path / "diagnosis.json", content, alone=False)
         for name in {*RULES} - studies.keys():  # of an earlier diagnosis, which this one replaces
             (run.path / f"{run.name}-{name}.toml").unlink(missing_ok=True)
@@ -223,14 +222,3 @@ def write_findings(
             " writable, or copy it to one that is"
         ) from None
     return studies
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for what is not finite, which JSON cannot say."""
-    if hasattr(value, "_asdict"):  # a NamedTuple keeps the names of its values
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

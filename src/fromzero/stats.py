@@ -147,9 +147,10 @@ def correlation(a: ArrayLike, b: ArrayLike) -> float:
     """Pearson's correlation of two arms over their common seeds; NaN where an arm does not vary. The standard
     deviation of a paired difference is √(2(1 - r)) times that of a run: at r = 0 pairing by seed bought nothing."""
     x, y = np.asarray(a, float), np.asarray(b, float)
+    if min(np.ptp(x), np.ptp(y)) < 1e-12:  # of equal values the mean is another by rounding
+        return math.nan
     x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt(float((x**2).sum() * (y**2).sum()))
-    return float((x * y).sum() / scale) if scale > 0 else math.nan
+    return float((x * y).sum() / math.sqrt(float((x**2).sum() * (y**2).sum())))
 
 
 def power(effect: float, n: int, level: float = LEVEL) -> float:
@@ -177,12 +178,12 @@ def detectable_effect(n: int, level: float = LEVEL) -> float:
     return float(optimize.bisect(lambda effect: power(effect, n, level) - POWER, 0.0, 50.0, xtol=1e-3))
 
 
-def pairs_needed(effect: float, level: float = LEVEL) -> int | None:
+def pairs_needed(effect: float, level: float = LEVEL, most: int = MOST_PAIRS) -> int | None:
     """How many pairs find a true difference of `effect` standard deviations four times out of five; None when more
-    than 10,000 would be needed."""
-    if not effect > 0 or detectable_effect(MOST_PAIRS, level) > effect:
+    than `most` would be needed."""
+    if not effect > 0 or detectable_effect(most, level) > effect:
         return None
-    low, high = 1, MOST_PAIRS  # low finds it too seldom, high often enough
+    low, high = 1, most  # low finds it too seldom, high often enough
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if detectable_effect(middle, level) <= effect else (middle, high)

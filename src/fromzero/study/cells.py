@@ -129,7 +129,7 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
     if (cell.path / "recipe.toml").is_file():
         _wait_for_writer(Run(cell.path))
         if reasons := _why_anew(cell, images):
-            note(f"{cell.name}: {'; '.join(reasons)}: trained anew, the old run is {_set_aside(cell).name}")
+            note(f"{cell.name}: {'; '.join(reasons)}: trained anew, the old run is {_set_aside(cell)}")
         else:
             try:
                 return sessions.resumed_training(Run(cell.path), images, keep=1)
@@ -139,11 +139,11 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
                 if Run(cell.path).has_ended():  # by a writer that was waited for
                     raise
                 why = str(error).removeprefix(f"{cell.path}: ").partition(", so the result")[0]
-                note(f"{cell.name}: {why}: begun again, what there was is {_set_aside(cell).name}")
+                note(f"{cell.name}: {why}: begun again, what there was is {_set_aside(cell)}")
     elif _never_began(cell.path):
         shutil.rmtree(cell.path)
     elif cell.path.exists():
-        note(f"{cell.name}: what was there is no run: it is {_set_aside(cell).name} now")
+        note(f"{cell.name}: what was there is no run: it is {_set_aside(cell)} now")
     if cell.after is not None and not ((cell.after / "recipe.toml").is_file() and Run(cell.after).summary):
         raise FromzeroError(f"{cell.after.name}, from whose weights it starts, has not ended")
     return sessions.new_training(
@@ -204,15 +204,15 @@ def _why_anew(cell: Cell, images: ImageSet) -> list[str]:
     return reasons
 
 
-def _set_aside(cell: Cell) -> Path:
-    """Move the cell's folder out of the way, to where nothing counts it; returns its new place."""
+def _set_aside(cell: Cell) -> str:
+    """Move the cell's folder out of the way, to where nothing counts it; returns its new place in the study's."""
     folder = cell.path.parent.with_name("set-aside")
     folder.mkdir(exist_ok=True)
     number = 1
     while (target := folder / f"{cell.name}-{number}").exists():
         number += 1
     cell.path.rename(target)
-    return target
+    return f"{folder.name}/{target.name}"
 
 
 def _wait_for_writer(run: Run) -> None:

@@ -31,6 +31,7 @@ METRICS = {  # what a row of metrics records, and what follows from it: key → 
     "generalisation_gap": True,  # train/accuracy - val/accuracy
 }
 DATA_FIELDS = ("dataset", "clean_train_images", "validation.source", "validation.fraction")
+SETTING = ("epochs", "batch_size", *DATA_FIELDS)
 CLAIM = "claim"
 Refuse = Callable[[tuple[str, ...], str], NoReturn]  # (where in the file, what is wrong there)
 TUNING_SEEDS_FROM = 1000  # beyond the seeds 0, 1, 2 … of the arms
@@ -87,6 +88,20 @@ class Study:
     base: Recipe
     text: str
     label: str
+
+    @property
+    def first_changes(self) -> dict[str, Any]:
+        """What study and scale change in the base for the first arm, but for what `setting` says."""
+        changes = differing_fields(self.base, next(iter(self.arms.values())).recipe)
+        return {path: value for path, value in changes.items() if path not in SETTING}
+
+    def setting(self, own_validation: bool) -> str:
+        """What arms that do not say otherwise have in common, in words; own_validation: the images have such."""
+        recipe = next(iter(self.arms.values())).recipe
+        held = "validation images of their own"
+        if not own_validation:
+            held = f"{recipe.validation.fraction:.0%} of them for validation"
+        return f"{held}, {recipe.epochs} epochs, batches of {recipe.batch_size}"
 
     def refuse(self, path: tuple[str, ...], message: str) -> NoReturn:
         """Raise the InputError that names the line where `path` stands in the file."""
@@ -172,16 +187,13 @@ def load_study(
     name = name or Path(source).stem
     settings = dict(file.scale[scale])
     images, scale_arms = settings.pop("images", None), settings.pop("arms", {})
+    given, expected = settings.pop("seeds", None), f"expected a number from 2 to {MOST_SEEDS:,}, found"
     if seeds is None:
-        seeds = settings.pop("seeds", None)
+        seeds = given
         if type(seeds) is not int or not 2 <= seeds <= MOST_SEEDS:
-            wrong(
-                ("scale", scale, "seeds"),
-                f"seeds: expected a number from 2 to {MOST_SEEDS:,}, found {seeds!r}: one run says nothing",
-            )
+            wrong(("scale", scale, "seeds"), f"seeds: {expected} {seeds!r}{': one run says nothing' * (seeds == 1)}")
     elif not 2 <= seeds <= MOST_SEEDS:
-        raise InputError(f"--seeds: {seeds} is not from 2 to {MOST_SEEDS:,}: one run says nothing")
-    settings.pop("seeds", None)
+        raise InputError(f"--seeds: {expected} {seeds}{': one run says nothing' * (seeds == 1)}")
     common = _overridden(base, file.recipe, ("recipe",), wrong)
     common = _overridden(common, settings, ("scale", scale), wrong)
     if images is not None:

@@ -33,11 +33,13 @@ def study_header(execution: Execution) -> str:
     for arm in study.arms.values():
         parameters = num_parameters(arm.recipe.network, shape, num_classes)
         cost = num_multiply_adds(arm.recipe.network, shape, num_classes)
-        changes = ", ".join(f"{path} = {short(value)}" for path, value in arm.changes.items())
-        if not changes:
-            changes = study.base.name
-        elif arm.like != next(iter(study.arms)):
-            changes = f"like {arm.like}, {changes}"
+        first = arm.name == next(iter(study.arms))
+        own = study.first_changes if first else arm.changes
+        changes = ", ".join(f"{path} = {short(value)}" for path, value in own.items())
+        if first:
+            changes = f"{study.base.name} with {changes}" if changes else study.base.name
+        elif not changes or arm.like != next(iter(study.arms)):
+            changes = f"like {arm.like}{', ' * bool(changes)}{changes}"
         after = f"; starts from the weights of {arm.after}" if arm.after else ""
         lines.append(f"  {arm.name}: {parameters:,} parameters, {cost / 1e6:.1f} M multiply-adds; {changes}{after}")
     runs = f"{len(study.arms)} arms × {study.seeds} seeds"
@@ -48,9 +50,8 @@ def study_header(execution: Execution) -> str:
         if execution.place == "ray"
         else f"{execution.jobs} at a time, {counted(setting.threads or 1, 'thread')} each"
     )
-    own = execution.images.validation is not None
-    validation = "validation images of their own" if own else "validation held out of them"
-    lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {validation}")
+    setting_in_words = study.setting(execution.images.validation is not None)
+    lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {setting_in_words}")
     lines += [f"  note: {note}" for note in execution.images.notes]
     for group in dict.fromkeys(c.group for c in study.contrasts):
         comparisons = sum(c.group == group for c in study.contrasts)

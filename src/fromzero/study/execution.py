@@ -6,6 +6,7 @@ runs/studies/NAME-SCALE/     -tuned added for a study whose arms were tuned firs
   cells/ARM-seedN/           an ordinary run for each arm and seed
   tuning/ARM-VALUE-seedN/    the runs of the sweep
   failures.json              cells that failed, and why
+  result.json, result.png    what it has found, for programs and as a picture
   set-aside/                 runs of earlier versions of the study; they count no more
 """
 
@@ -25,11 +26,11 @@ import numpy as np
 import pydantic
 
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError, StoppedError
+from fromzero.errors import FromzeroError, InputError, StoppedError, counted
 from fromzero.files import write_atomically, write_json
 from fromzero.machine import MAX_THREADS, chosen_device
 from fromzero.networks import build
-from fromzero.recipe import Recipe, load_recipe
+from fromzero.recipe import Recipe, differing_fields, load_recipe
 from fromzero.resources import num_threads
 from fromzero.runs import Run, damage, read_object
 from fromzero.splits import check_image_set
@@ -43,7 +44,8 @@ Sweep = dict[str, dict[float, list[float | None]]]  # arm → value → a valida
 
 class Description(pydantic.BaseModel):
     """What study.json says: of what a study was run last, with what options, on what images; `seconds`, how long it has
-    taken in all; `answered`, the numbers of seeds with which it has come to an answer."""
+    taken in all; `answered`, with how many seeds it had figures to look at; `changed`, what was changed of it when it
+    had such."""
 
     model_config = pydantic.ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -58,8 +60,11 @@ class Description(pydantic.BaseModel):
     num_classes: int
     fingerprints: dict[str, str]
     train_images: int
+    images: str = ""
+    notes: tuple[str, ...] = ()
     seconds: float = pydantic.Field(0.0, ge=0)
     answered: tuple[int, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 @dataclass
@@ -94,6 +99,7 @@ class Execution:
             before = self._before()
             self._describe(before)
             began, answered = time.monotonic(), before.answered
+            now = tuple(dict.fromkeys([*answered, self.study.seeds]))
             try:
                 yield from self._run(self.trials)
                 if self.tuned:
@@ -103,8 +109,14 @@ class Execution:
                             f"{self.folder}: with no value of the sweep did all runs of arm {left[0]!r} end; see"
                             " failures.json"
                         )
-                yield from self._run(self.cells)
-                answered = tuple(dict.fromkeys([*answered, self.study.seeds]))
+                for event in self._run(self.cells):
+                    if event.kind == "finished":
+                        answered = now
+                    yield event
+                if self.keep_weights and (gone := sum(not Run(c.path).checkpoints.exists() for c in self._ended())):
+                    text = f"of {counted(gone, 'run')} that had ended before no weights are left to keep; who needs"
+                    text += f" them removes their folders from {self.folder / 'cells'}, and does this again"
+                    yield Event("note", self.cells[0], text=text)
             except StoppedError as stopped:
                 number = stopped.exit_code - 128
                 message = f"stopped; every run is saved; the same command goes on: {self.command}"
@@ -175,15 +187,27 @@ class Execution:
             num_classes=self.images.num_classes,
             fingerprints=self.images.fingerprints,
             train_images=len(self.images.train),
+            images=self.images.name.partition(":")[0],
+            notes=self.images.notes,
         )
         with contextlib.suppress(FromzeroError, OSError, ValueError):  # not there, or damaged: written anew
             before = read_description(self.folder)
             described = described.model_copy(update={"seconds": before.seconds})
             then = recorded_study(self.folder, before)
-            is_same = (then.arms, then.contrasts) == (self.study.arms, self.study.contrasts)
-            if is_same and before.fingerprints == described.fingerprints:
-                described = described.model_copy(update={"answered": before.answered})
+            now = self.study
+            kept = [a for a in now.arms if a in then.arms and not differing_fields(*_recipes(a, then, now))]
+            if before.answered and len(kept) > 1 and before.fingerprints == described.fingerprints:
+                parts = {
+                    "claim": then.claim != now.claim,
+                    "arms": len(kept) < max(len(then.arms), len(now.arms)),
+                    "comparisons": then.contrasts != now.contrasts,
+                }
+                changed = dict.fromkeys([*before.changed, *(part for part, differs in parts.items() if differs)])
+                described = described.model_copy(update={"answered": before.answered, "changed": tuple(changed)})
         return described
+
+    def _ended(self) -> list[Cell]:
+        return [cell for cell in self.cells if Run(cell.path).summary is not None]
 
     def _describe(self, description: Description) -> None:
         write_atomically(self.folder / "study.toml", self.study.text.encode())
@@ -262,6 +286,10 @@ def prepare_study(
     setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device, threads)
     folder = Path(os.path.realpath(runs_dir)) / "studies" / f"{study.name}-{study.scale}{'-tuned' if tune else ''}"
     return Execution(study, folder, images, setting, jobs, place, tune, keep_weights, tuple(options))
+
+
+def _recipes(arm: str, *studies: Study) -> tuple[Recipe, ...]:
+    return tuple(study.arms[arm].recipe for study in studies)
 
 
 def _shapes(recipe: Recipe, images: ImageSet) -> dict[str, tuple[int, ...]]:

@@ -12,9 +12,9 @@ import numpy as np
 from fromzero import stats
 from fromzero.errors import InputError
 from fromzero.files import write_atomically
-from fromzero.recipe import differing_fields, short
+from fromzero.recipe import short
 from fromzero.runs import check_named, write_named
-from fromzero.study.definition import CLAIM, METRICS, TUNING_SEEDS_FROM, Study
+from fromzero.study.definition import CLAIM, METRICS, TUNING_SEEDS_FROM, Study, study_names
 from fromzero.study.results import (
     ArmResult,
     ContrastResult,
@@ -33,10 +33,18 @@ if TYPE_CHECKING:
 COLORS = ("#1f4e9c", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd")
 MOST_CURVES = len(COLORS)  # arms beyond which curves would only hide each other
 
-HOW_TO_READ = """\
+OF_LESSONS = """\
+# The notes' lessons as experiments
+
 Each lesson of the notes was seen once, in one run. Here each is a claim that could fail: arms that differ in what the
 claim names and in nothing else, on the same images, with the same seeds.
+"""
+OF_OTHERS = """\
+# Studies
 
+Each is a claim that could fail: arms that differ in named fields of a recipe, on the same images, with the same seeds.
+"""
+HOW_TO_READ = """\
 - **Figures** are of the last epoch, on validation images, held out of the train images unless a data set has its own.
   Best-epoch figures are chosen among many and flatter; they have a column of their own. Test figures decide nothing.
 - **±** is the standard deviation over seeds. A **difference** is the mean over pairs of runs with the same seed, with
@@ -47,6 +55,8 @@ claim names and in nothing else, on the same images, with the same seeds.
 - **Correlation** says what pairing by seed bought: at 0 nothing. **Seen** is the smallest true difference that so many
   pairs find four times out of five. **To settle** is how many seeds would find a difference of the size seen, in
   a study begun anew: seeds that are added because of an answer make its p too small.
+"""
+SCALES = """\
 - **Screen** is small and short: a quarter of the width, 4,000 train images, six to twenty epochs, about half of the
   dropout; the first line of each table says what else differs from the notes' training. Where the *train* column is far
   below 100, the networks have not yet learned their images by heart, and what pays only then, dropout above all, cannot
@@ -57,15 +67,18 @@ claim names and in nothing else, on the same images, with the same seeds.
 """
 
 
-def write_lessons(results: Sequence[Result], path: Path) -> None:
-    """Write the page, and its pictures into a folder named after it beside it. Raises InputError when it cannot be
-    written."""
+def write_lessons(results: Sequence[Result], path: Path, names: Sequence[str] = ()) -> None:
+    """Write the page of the studies of these names, by default of all, and its pictures into a folder named after it
+    beside it. Raises InputError when it cannot be written."""
     check_named(path, ".md")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: no folder {path.parent}")
     pictures = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-pictures")
-    lessons = list(by_lesson(results))
-    parts = ["# The notes' lessons as experiments\n\n" + HOW_TO_READ, _overview(lessons)]
+    lessons = list(by_lesson(results, names))
+    of_notes = any(study.name in study_names() for study, _ in lessons)
+    parts = [f"{OF_LESSONS if of_notes else OF_OTHERS}\n{HOW_TO_READ}{SCALES if of_notes else ''}", _overview(lessons)]
     try:
-        pictures.mkdir(parents=True, exist_ok=True)
+        pictures.mkdir(exist_ok=True)
         parts += [_lesson(study, found, pictures) for study, found in lessons]
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
@@ -136,7 +149,7 @@ def _draw_differences(axes: Axes, contrasts: Sequence[ContrastResult]) -> None:
 def _overview(lessons: Sequence[tuple[Study, list[Result]]]) -> str:
     lines = ["| lesson | claim | verdicts |", "|---|---|---|"]
     for study, found in lessons:
-        said = "; ".join(f"{r.title}: {_said(r)}" for r in found) or "not run yet"
+        said = "; ".join(f"{r.title}: {_said(r)}{_so_far(r)}" for r in found) or "not run yet"
         lines.append(_row([f"[{study.name}](#{study.name})", study.claim, said]))
     return "\n".join(lines) + "\n"
 
@@ -148,6 +161,13 @@ def _said(result: Result) -> str:
     if len({c.verdict for c in parts}) > 1:
         text += " (" + ", ".join(f"{c.contrast.arm} against {c.contrast.against}: {c.verdict}" for c in parts) + ")"
     return text
+
+
+def _so_far(result: Result) -> str:
+    """How many of its runs there are, where some are missing."""
+    if result.is_complete:
+        return ""
+    return f" ({sum(len(arm.runs) for arm in result.arms.values())} of {result.study.seeds * len(result.arms)} runs)"
 
 
 def _lesson(study: Study, results: Sequence[Result], pictures: Path) -> str:
@@ -168,14 +188,16 @@ def _lesson(study: Study, results: Sequence[Result], pictures: Path) -> str:
 def _section(result: Result) -> str:
     study = result.study
     minutes = f"{result.cell_seconds / 60:.0f} min of runs, {result.ran.seconds / 60:.0f} min by the clock"
+    of = f" of {result.ran.images}" if result.ran.images else ""
     lines = [
-        f"### {name_of(result)}: {result.verdict}\n",
-        f"`{result.command}` · n = {study.seeds} seeds · {result.ran.train_images:,} train images, "
-        f"{_common(result)} · {minutes} · {'; '.join(result.machines)} · fromzero at {', '.join(result.commits)}\n",
+        f"### {name_of(result)}: {result.verdict}{_so_far(result)}\n",
+        f"`{result.command}` · n = {study.seeds} seeds · {result.ran.train_images:,} train images{of}, "
+        f"{study.setting(result.ran.own_validation)} · {minutes} · {'; '.join(result.machines)} · fromzero at"
+        f" {', '.join(result.commits)}\n",
+        *(f"Of the images: {note}.\n" for note in result.ran.notes),
     ]
     lines += [_arms_table(result), _contrasts_table(result)]
-    if note := result.seen_before:
-        lines.append(f"{note[0].upper()}{note[1:]}.\n")
+    lines += [f"{caution[0].upper()}{caution[1:]}.\n" for caution in result.cautions]
     if result.ran.tuned:
         lines.append(_sweep_table(result))
     for arm in result.arms.values():
@@ -188,14 +210,6 @@ def _section(result: Result) -> str:
 def name_of(result: Result) -> str:
     """The heading of a result within its lesson."""
     return f"{result.study.name}, {result.title}"
-
-
-def _common(result: Result) -> str:
-    recipe = next(iter(result.study.arms.values())).recipe
-    held = f"{recipe.validation.fraction:.0%} of them for validation"
-    if result.ran.own_validation:
-        held = "validation images of their own"
-    return f"{held}, {recipe.epochs} epochs, batches of {recipe.batch_size}"
 
 
 def _arms_table(result: Result) -> str:
@@ -227,9 +241,7 @@ def _arms_table(result: Result) -> str:
 def _first(study: Study) -> str:
     """What the first arm is: the base, and what study and scale change in it, but for what the section's first line
     says."""
-    changes = differing_fields(study.base, next(iter(study.arms.values())).recipe)
-    said = ("dataset", "epochs", "batch_size", "validation.source", "validation.fraction", "clean_train_images")
-    fields = _fields({path: value for path, value in changes.items() if path not in said})
+    fields = _fields(study.first_changes)
     return study.base.name + (f" with {fields}" if fields else "")
 
 
@@ -272,7 +284,7 @@ def _contrasts_table(result: Result) -> str:
                 mean = "–"
                 if found.comparison is not None:
                     mean = figure(found.comparison.difference.mean, c.metric, sign=True) + " in every pair"
-                lines.append(_row([name, what, mean, "–", str(len(found.pairs)), "–", "–", "–", "–", found.verdict]))
+                lines.append(_row([name, what, mean, "–", found.n, "–", "–", "–", "–", found.verdict]))
                 continue
             p = f"{found.adjusted_p:.3g}" if x.exact else f"≈ {found.adjusted_p:.3g}"
             p += f" (one of {len(members)})" if len(members) > 1 else ""
@@ -281,16 +293,11 @@ def _contrasts_table(result: Result) -> str:
                 if np.isfinite(found.smallest)
                 else (f"nothing: {stats.fewest_pairs(len(members))} pairs at least")
             )
-            settle = (
-                "–"
-                if found.verdict != "undecided"
-                else ("over 10,000" if found.seeds_needed is None else f"{found.seeds_needed:,}")
-            )
             wide = "–" if found.new_images is None else _interval(*found.new_images[1:], c.metric)
             mean = figure(x.difference.mean, c.metric, sign=True)
             low_high = _interval(x.difference.low, x.difference.high, c.metric)
-            cells = [name, what, f"**{mean}** ({low_high})", wide, str(x.n), p, correlation(x), seen, settle]
-            lines.append(_row([*cells, f"**{found.verdict}**"]))
+            cells = [name, what, f"**{mean}** ({low_high})", wide, found.n, p, correlation(x), seen]
+            lines.append(_row([*cells, found.to_settle or "–", f"**{found.verdict}**"]))
     return "\n".join(lines) + "\n"
 
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fromzero import stats
-from fromzero.errors import FromzeroError, counted
+from fromzero.errors import FromzeroError, InputError, counted, nearest
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.runs import Row, Run, last_machine
 from fromzero.stats import Comparison, Interval, Verdict
 from fromzero.study.cells import Cell, cells_of, differences, read_outcomes
-from fromzero.study.definition import CLAIM, METRICS, Arm, Contrast, Study, load_study, study_names
+from fromzero.study.definition import CLAIM, METRICS, MOST_SEEDS, Arm, Contrast, Study, load_study, study_names
 from fromzero.study.execution import (
     Description,
     Sweep,
@@ -75,7 +75,9 @@ class ArmResult:
 class ContrastResult:
     """A comparison and what it says. Without two pairs there is no `comparison`. smallest: the true difference that
     this many runs find four times out of five; seeds_needed: how many would find the one seen, None when more than
-    10,000; new_images: the interval for new images as well."""
+    a study may have; new_images: the interval for new images as well; seeds: of the study, some of which may have no
+    pair. Then the verdict is undecided: runs that fail do so because of what is compared, and those that are left
+    are another sample."""
 
     contrast: Contrast
     comparison: Comparison | None
@@ -85,6 +87,27 @@ class ContrastResult:
     seeds_needed: int | None
     new_images: Interval | None
     pairs: dict[int, float]
+    seeds: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every seed has its pair."""
+        return len(self.pairs) == self.seeds
+
+    @property
+    def n(self) -> str:
+        """`6`, or `5 of 6` where pairs are missing."""
+        return f"{self.seeds}" if self.is_whole else f"{len(self.pairs)} of {self.seeds}"
+
+    @property
+    def to_settle(self) -> str:
+        """How many seeds would settle a difference of the size seen, two digits of it, as no more is known; empty where
+        nothing says."""
+        if self.verdict != "undecided" or self.telling is None or len(self.pairs) < stats.FEWEST_PAIRS:
+            return ""
+        if self.seeds_needed is None:
+            return f"over {MOST_SEEDS:,}"
+        return f"{float(f'{self.seeds_needed:.2g}'):,.0f}"
 
     @property
     def telling(self) -> Comparison | None:
@@ -138,15 +161,26 @@ class Result:
         return command(self.study.label, self.study.scale, self.study.seeds, self.ran.tuned, self.ran.options)
 
     @property
-    def seen_before(self) -> str:
-        """A note where the study had come to an answer with another number of seeds; empty where it had not."""
-        before = [str(seeds) for seeds in self.ran.answered if seeds != self.study.seeds]
-        if not before:
-            return ""
-        return (
-            f"this study had been answered with {' and '.join(before)} seeds; where an answer decides how many there"
-            " are, p is too small: for a claim begin anew, in another --runs-dir"
-        )
+    def cautions(self) -> list[str]:
+        """Why p may be too small: figures were there when it was decided how many seeds there are, or what is asked."""
+        anew, found = "for a claim begin anew, in another --runs-dir", []
+        if before := [str(seeds) for seeds in self.ran.answered if seeds != self.study.seeds]:
+            found.append(
+                f"this study had figures with {' and '.join(before)} seeds; where those decide how many there are, p is"
+                f" too small: {anew}"
+            )
+        if self.ran.changed:
+            parts = " and ".join(self.ran.changed)
+            found.append(
+                f"when this study had figures, its {parts} changed; where those decide what is asked, p is too small:"
+                f" {anew}"
+            )
+        return found
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run of it has ended."""
+        return any(arm.runs for arm in self.arms.values())
 
     @property
     def cell_seconds(self) -> float:
@@ -170,9 +204,13 @@ def list_results(runs_dir: Path) -> list[Result]:
     return found
 
 
-def by_lesson(results: Sequence[Result]) -> Iterator[tuple[Study, list[Result]]]:
-    """Each study that comes with fromzero, then the user's own, as last run, with its results."""
-    for name in dict.fromkeys([*study_names(), *(r.study.name for r in results)]):
+def by_lesson(results: Sequence[Result], names: Sequence[str] = ()) -> Iterator[tuple[Study, list[Result]]]:
+    """Each study that comes with fromzero, then the user's own, as last run, with its results; names: only these.
+    Raises InputError where there is none of a name."""
+    known = dict.fromkeys([*study_names(), *(r.study.name for r in results)])
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"no study {unknown[0]!r} comes with fromzero or was run here{nearest(unknown[0], known)}")
+    for name in names or known:
         found = [r for r in results if r.study.name == name]
         last = max(found, key=lambda r: (r.folder / "study.json").stat().st_mtime, default=None)
         yield last.study if last else load_study(name), found
@@ -215,7 +253,7 @@ def answer(result: Result) -> list[str]:
     study = result.study
     lines = [f"{study.name} ({result.title}): {result.verdict}. {study.claim}"]
     lines += [f"  {sentence(c, len(result.group(c.contrast.group)))}" for c in result.contrasts]
-    lines += [f"  note: {note}" for note in (result.seen_before,) if note]
+    lines += [f"  note: {caution}" for caution in result.cautions]
     for arm in result.arms.values():
         lines += [f"  failed: {cell}: {why}" for cell, why in arm.failures.items()]
         if len(arm.runs) < arm.seeds:
@@ -223,32 +261,91 @@ def answer(result: Result) -> list[str]:
     return lines
 
 
+def record(result: Result) -> dict[str, Any]:
+    """All that `answer` says and what it says it of, for programs: every run's figures after its last epoch, and every
+    comparison with its pairs, as JSON data. Shares are from 0 to 1."""
+    study, ran = result.study, result.ran
+    arms = {
+        name: {
+            "changes": arm.arm.changes if name != next(iter(result.arms)) else study.first_changes,
+            "like": arm.arm.like,
+            "starts_from": arm.arm.after,
+            "tuned_value": arm.value,
+            "parameters": arm.parameters,
+            "multiply_adds": arm.multiply_adds,
+            "failures": arm.failures,
+            "runs": {seed: _figures(run) for seed, run in arm.runs.items()},
+        }
+        for name, arm in result.arms.items()
+    }
+    return {
+        "study": study.name,
+        "scale": study.scale,
+        "tuned": ran.tuned,
+        "claim": study.claim,
+        "verdict": result.verdict,
+        "complete": result.is_complete,
+        "cautions": result.cautions,
+        "base": study.base.name,
+        "seeds": study.seeds,
+        "images": {"name": ran.images, "train": ran.train_images, "fingerprints": ran.fingerprints, "notes": ran.notes},
+        "command": result.command,
+        "machines": result.machines,
+        "commits": result.commits,
+        "arms": arms,
+        "comparisons": [
+            {
+                **c.contrast._asdict(),
+                "verdict": c.verdict,
+                "pairs": c.pairs,
+                **({} if c.comparison is None else c.comparison._asdict()),
+                "adjusted_p": c.adjusted_p,
+                "smallest": c.smallest,
+                "seeds_needed": c.seeds_needed,
+                "new_images": c.new_images,
+            }
+            for c in result.contrasts
+        ],
+    }
+
+
+def _figures(run: Run) -> dict[str, Any]:
+    last, summary = run.metrics()[-1], run.summary or {}
+    others = ("best/val/accuracy", "test/accuracy", "test/loss", "time/seconds")
+    return {key: metric_of(last, key) for key in METRICS} | {key: summary[key] for key in others}
+
+
 def sentence(found: ContrastResult, comparisons: int) -> str:
     """A comparison in one line."""
     c, x = found.contrast, found.comparison
     head = f"{c.arm} against {c.against}, {c.metric}{claimed(c)}: "
     if x is None:
-        return head + f"{found.verdict}; n = {len(found.pairs)} pairs, too few for an interval"
+        return head + f"{found.verdict}; n = {found.n} pairs, too few for an interval"
     if found.telling is None:
         mean = figure(x.difference.mean, c.metric, sign=True)
-        return head + f"{found.verdict}; its {x.n} pairs all differ by {mean} {unit(c.metric)}, so they tell no spread"
+        return (
+            head + f"{found.verdict}; its {found.n} pairs all differ by {mean} {unit(c.metric)}, so they tell no spread"
+        )
     low, high = figure(x.difference.low, c.metric, sign=True), figure(x.difference.high, c.metric, sign=True)
     approximately = "" if x.exact else "about "
     text = head + (
         f"{found.verdict}; {figure(x.difference.mean, c.metric, sign=True)} ({low} to {high}) {unit(c.metric)},"
-        f" n = {x.n}, p {approximately}{x.p:.3g}"
+        f" n = {found.n}, p {approximately}{x.p:.3g}"
     )
     if comparisons > 1:
         text += f" ({found.adjusted_p:.3g} among {comparisons}, Holm)"
-    if np.isfinite(x.correlation):  # not where an arm's runs are all equal
+    if np.isfinite(x.correlation) and x.n > 2:  # not where an arm's runs are all equal; that of two is one or minus one
         text += f", correlation of pairs {correlation(x)}"
     if np.isfinite(found.smallest):
         text += f"; {x.n} pairs find {figure(found.smallest, c.metric)} or more four times out of five"
     else:
         text += f"; {x.n} pairs can settle nothing: {stats.fewest_pairs(comparisons)} at least"
-    if found.verdict == "undecided":
-        needed = "more than 10,000" if found.seeds_needed is None else f"about {found.seeds_needed:,}"
-        text += f"; to settle a difference of this size: a study of {needed} seeds, begun anew"
+    if not found.is_whole:
+        return (
+            text + "; undecided while pairs are missing, as those that are left may be others than those that are not"
+        )
+    if found.to_settle:
+        text += f"; to settle a difference of this size: a study of about {found.to_settle} seeds, begun anew"
     return text
 
 
@@ -273,7 +370,7 @@ def figure(value: float, metric: str, *, sign: bool = False) -> str:
 
 def correlation(comparison: Comparison) -> str:
     """That of its pairs; a dash where an arm's runs are all equal."""
-    if not np.isfinite(comparison.correlation):
+    if not np.isfinite(comparison.correlation) or comparison.n < 3:
         return "–"
     return f"{comparison.correlation:z.2f}".replace("-", "−")
 
@@ -325,22 +422,24 @@ def _contrasts(study: Study, arms: dict[str, ArmResult]) -> tuple[ContrastResult
     for contrast, pairs, comparison in compared:
         group = [(c, x) for c, _, x in compared if c.group == contrast.group]
         if comparison is None:
-            found.append(ContrastResult(contrast, None, 1.0, "undecided", np.inf, None, None, pairs))
+            found.append(ContrastResult(contrast, None, 1.0, "undecided", np.inf, None, None, pairs, study.seeds))
             continue
         adjusted = stats.holm([1.0 if x is None else x.p for _, x in group])
         p = float(adjusted[[c for c, _ in group].index(contrast)])
         level = stats.LEVEL / len(group)
-        needed = stats.pairs_needed(comparison.effect, level)
+        needed = stats.pairs_needed(comparison.effect, level, MOST_SEEDS)
+        is_whole = comparison.n == study.seeds
         found.append(
             ContrastResult(
                 contrast=contrast,
                 comparison=comparison,
                 adjusted_p=p,
-                verdict=stats.verdict(comparison.n, p, comparison.favourable),
+                verdict=stats.verdict(comparison.n, p, comparison.favourable) if is_whole else "undecided",
                 smallest=stats.detectable_effect(comparison.n, level) * comparison.sd,
                 seeds_needed=None if needed is None else max(needed, comparison.n + 1),
                 new_images=_new_images(contrast, sorted(pairs), arms),
                 pairs=pairs,
+                seeds=study.seeds,
             )
         )
     return tuple(found)
