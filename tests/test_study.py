@@ -23,7 +23,7 @@ from fromzero.errors import FromzeroError, InputError, StoppedError, TooLargeErr
 from fromzero.recipe import load_recipe, recipe_names
 from fromzero.study import pools, worker
 from fromzero.study.cells import OUTCOMES, Cell, Setting, _begun, is_finished, read_outcomes, train_cell
-from fromzero.study.definition import Contrast, lines_of, load_study, study_names
+from fromzero.study.definition import METRICS, Contrast, _File, lines_of, load_study, study_names
 from fromzero.study.execution import best_values, prepare_study, sweep
 from fromzero.study.page import write_lessons
 from fromzero.study.results import ContrastResult, answer, list_results, read_result, sentence
@@ -206,6 +206,23 @@ def test_the_example_in_the_readme_is_a_study(tmp_path):
     assert (study.seeds, study.arms["one"].recipe.dataset) == (6, "cifar10:8000")
     with pytest.raises(InputError, match=r"line 5: unknown recipe field 'network\.dens'"):
         load_study(written(tmp_path, example.replace("two.network.dense", "two.network.dens")))
+
+
+def test_the_page_on_studies_has_every_key_and_an_example_of_each(tmp_path):
+    page = Path(__file__).parents[1].joinpath("docs/studies.md").read_text("utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    path = written(tmp_path, example)
+    for scale, (seeds, epochs) in {"screen": (8, 30), "quickly": (6, 10)}.items():
+        study = load_study(path, scale)
+        assert (study.seeds, study.arms["adam"].recipe.epochs) == (seeds, epochs)
+        assert study.arms["adam"].recipe.label_smoothing == 0.1
+        claims = [c for c in study.contrasts if c.group == "claim"]
+        assert study.seeds >= stats.fewest_pairs(len(claims)) or scale == "quickly"
+    table = "".join(line.partition(" | ")[0] for line in page.splitlines() if line.startswith("| `"))
+    keys = {re.sub(r"[\[\]]|\.NAME", "", key) for key in re.findall(r"`([^`]+)`", table)}
+    assert keys == {*_File.model_fields}
+    assert all(f"`{metric}`" in page for metric in METRICS)
+    assert [stats.fewest_pairs(n) for n in (1, 2, 3, 4, 6, 7)] == [6, 7, 7, 8, 8, 9]
 
 
 def test_lines_of_a_file():

@@ -49,9 +49,9 @@ HOW_TO_READ = """\
   Best-epoch figures are chosen among many and flatter; they have a column of their own. Test figures decide nothing.
 - **±** is the standard deviation over seeds. A **difference** is the mean over pairs of runs with the same seed, with
   Student's 95 % interval over seeds. *New images* is the interval for other seeds and other images of the same kind.
-- **p** is that of the exact two-sided sign-flip test, adjusted by Holm where a claim has several comparisons. The
-  verdict is *supported* or *contradicted*, by the sign, when that p is 0.05 or less, else *undecided*. With fewer than
-  six pairs it is always undecided; with six, only all six pairs on one side settle anything.
+- **p** is that of the exact two-sided sign-flip test (sampled beyond 16 pairs), adjusted by Holm where a claim has
+  several comparisons. The verdict is *supported* or *contradicted*, by the sign, when that p is 0.05 or less, else
+  *undecided*. With fewer than six pairs it is always undecided; with six, only all six on one side settle anything.
 - **Correlation** says what pairing by seed bought: at 0 nothing. **Seen** is the smallest true difference that so many
   pairs find four times out of five. **To settle** is how many seeds would find a difference of the size seen, in
   a study begun anew: seeds that are added because of an answer make its p too small.
