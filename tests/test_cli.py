@@ -301,12 +301,12 @@ def test_what_other_tools_call_it_is_called_something_here():
 
 
 def test_rates_that_another_optimizer_leaves_behind_are_named(tmp_path, capsys):
-    from fromzero.recipe import load_recipe
+    from fromzero.recipe import load_recipe, notes_on_changes
 
     def note(*changes):
         values = dict(zip(changes[::2], changes[1::2], strict=True))
         base = load_recipe("few")
-        return cli._rates_taken_over(base, base.override(values), values)
+        return " ".join(notes_on_changes(base, base.override(values), values))
 
     assert not note()
     assert not note("optimizer.name", "muon")

@@ -1,6 +1,7 @@
 """Recipes: complete, frozen, equal when read back, and refused in one line that says where and what instead."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,7 +11,15 @@ import pydantic
 import pytest
 
 from fromzero.errors import InputError
-from fromzero.recipe import Recipe, field_types, load_recipe, parse_value, recipe_names
+from fromzero.recipe import (
+    ACTS_WHERE,
+    Recipe,
+    field_types,
+    load_recipe,
+    notes_on_changes,
+    parse_value,
+    recipe_names,
+)
 
 NETWORK = "[network]\nchannels = [[32, 64], [128]]\n"
 BUILT_IN = pytest.mark.parametrize("name", ["train1", "train2", "train3"])
@@ -317,3 +326,28 @@ def test_recipes_need_neither_torch_nor_numpy():
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "fromzero.recipe" in modules
     assert not {"torch", "numpy"} & set(modules)
+
+
+def test_changes_that_do_nothing_are_named():
+    def said(base, **changes):
+        base, changes = load_recipe(base), {path.replace("__", "."): value for path, value in changes.items()}
+        return notes_on_changes(base, base.override(changes), changes)
+
+    assert said("few", optimizer__nesterov=True, optimizer__beta1=0.5, optimizer__beta2=0.9) == [
+        "--optimizer.nesterov has no effect here, only with --optimizer.name sgd",
+        "--optimizer.beta1 and --optimizer.beta2 have no effect here, only with --optimizer.name adam or adamw",
+    ]
+    assert said("few", network__dense_dropout=0.5, augment__scale=0.5, proxy_channels=[[8], [8], [8]]) == [
+        "--network.dense_dropout has no effect here, only behind hidden layers: --network.dense",
+        "--augment.scale has no effect here, only with --augment.scale_epochs",
+        "--proxy_channels has no effect here, only with --hardest",
+    ]
+    assert said("few", network__dense_dropout=0.0, augment__scale=1.0, optimizer__momentum=0.5) == []
+    assert said("train1", optimizer__beta1=0.5, network__dense_dropout=0.5, optimizer__momentum=0.9) == []
+    (one,) = said("train1", optimizer__name="sgd", optimizer__epsilon=1e-3, optimizer__learning_rate=0.1)
+    assert one.startswith("--optimizer.epsilon has no effect here")
+    for paths, acts, where in ACTS_WHERE:
+        assert {*paths} <= {*field_types()}
+        assert any(acts(load_recipe(name)) for name in recipe_names()) or paths == ("optimizer.nesterov",)
+        for option in re.findall(r"--([\w.]+)", where):
+            assert option in field_types()

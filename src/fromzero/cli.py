@@ -14,13 +14,22 @@ import shlex
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import DEFAULT_RECIPE, parse
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, some
-from fromzero.recipe import Recipe, field_types, in_words, load_recipe, parse_value, recipe_names, recipe_purpose
+from fromzero.recipe import (
+    Recipe,
+    field_types,
+    in_words,
+    load_recipe,
+    notes_on_changes,
+    parse_value,
+    recipe_names,
+    recipe_purpose,
+)
 
 if TYPE_CHECKING:
     from fromzero.runs import Run
@@ -29,7 +38,6 @@ if TYPE_CHECKING:
     from fromzero.verify import Verification
 
 DEMO_EPOCHS = 12
-USUAL_RATES = {"sgd": 0.01, "adam": 0.001, "adamw": 0.001, "muon": 0.1}  # as in Keras; about as recipes here
 NO_MEMORY = "out of memory|allocate memory|not enough memory|alloc(ation)?_failed"  # in what PyTorch says, by device
 # The notes' own figures: running train accuracy, validation accuracy, epochs.
 NOTES = {
@@ -138,20 +146,9 @@ def _train(arguments: argparse.Namespace) -> None:
     if left:
         of = len(training.state.model.state_dict())
         print(f"taken from it: {of - len(left)} of {of} tensors; drawn anew: {', '.join(left)}")
-    if note := _rates_taken_over(base, recipe, changes):
+    for note in notes_on_changes(base, recipe, changes):
         print(f"note: {note}")
     _watch(training, arguments.tensorboard)
-
-
-def _rates_taken_over(base: Recipe, recipe: Recipe, changes: Mapping[str, Any]) -> str:
-    """In words, the rates of another optimizer that one changed on the command line is left with; empty if none."""
-    before, now = base.optimizer, recipe.optimizer
-    names = ("learning_rate", "head_learning_rate", "bias_learning_rate")
-    rates = {name: getattr(now, name) for name in names if f"optimizer.{name}" not in changes and getattr(now, name)}
-    if now.name == before.name or not rates:
-        return ""
-    left = ", ".join(f"--optimizer.{name} {rate:g}" for name, rate in rates.items())
-    return f"{left} as {base.name} has for {before.name}; usual for {now.name}: {USUAL_RATES[now.name]}"
 
 
 def _check_tensorboard(arguments: argparse.Namespace) -> None:
