@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path, PureWindowsPath
 
 import pytest
 
 import fromzero as library
 from fromzero import arguments, cli
+from fromzero.errors import typed
 from fromzero.recipe import recipe_names
 from fromzero.verify import Verification
 
@@ -521,3 +523,8 @@ def test_recipes_are_listed_with_what_they_are_for(capsys):
         "strong   12 epochs  94 % on CIFAR-10, from scratch. The default."
     ]
     assert any("from scratch" in line and line.startswith("quick ") for line in lines)
+
+
+def test_commands_to_be_typed_have_paths_that_every_shell_takes():
+    assert typed("fromzero", "resume", Path("my runs") / "a") == "fromzero resume 'my runs/a'"
+    assert typed("fromzero", "resume", PureWindowsPath(r"runs\digits-1602058")) == "fromzero resume runs/digits-1602058"

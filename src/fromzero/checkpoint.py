@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import struct
 import warnings
 from pathlib import Path
@@ -22,7 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fromzero.errors import FromzeroError
+from fromzero.errors import FromzeroError, typed
 from fromzero.files import publish, stage, write_atomically
 
 FORMAT = "1"
@@ -155,8 +154,8 @@ def best_left(folder: Path) -> str:
         epoch = load(folder / BEST).state["epoch"]
     except (OSError, KeyError, DamagedCheckpointError):
         return ""
-    run = shlex.quote(str(folder.parent))
-    return f"; the weights of its best epoch, {epoch}, are: fromzero evaluate {run} --checkpoint best"
+    score = typed("fromzero", "evaluate", folder.parent, "--checkpoint", "best")
+    return f"; the weights of its best epoch, {epoch}, are: {score}"
 
 
 def set_aside_damaged(folder: Path, used: Checkpoint) -> None:

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import shlex
 import sys
 import threading
 import warnings
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import DEFAULT_RECIPE, parse
-from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, some
+from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, some, typed
 from fromzero.recipe import (
     Recipe,
     field_types,
@@ -247,7 +246,7 @@ def _runs(arguments: argparse.Namespace) -> None:
     if on_test:
         print("* validated on the test images; best is the best epoch on them, so it flatters")
     if with_events:
-        print(f"their curves: tensorboard --logdir {shlex.quote(str(arguments.runs_dir))}")
+        print(f"their curves: {typed('tensorboard', '--logdir', arguments.runs_dir)}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -450,7 +449,7 @@ def _report(arguments: argparse.Namespace) -> None:
     _check_saved(trained)
     path = arguments.FILE or trained.run.path
     if (path / "recipe.toml").is_file() and not path.samefile(trained.run.path):
-        raise InputError(f"{path} is another run; a page is about one: fromzero report {shlex.quote(str(path))}")
+        raise InputError(f"{path} is another run; a page is about one: {typed('fromzero', 'report', path)}")
     path = path / "report.html" if path.is_dir() else path
     check_named(path, ".html", ".htm")
     with _proposing_other_weights(trained.checkpoint.file, arguments):

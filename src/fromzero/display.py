@@ -4,7 +4,6 @@ runs."""
 from __future__ import annotations
 
 import math
-import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from rich.table import Column, Table
 
 from fromzero import augment
 from fromzero.diagnosis import IMBALANCED
-from fromzero.errors import FromzeroError, counted, some
+from fromzero.errors import FromzeroError, counted, some, typed
 from fromzero.kernels import NONE
 from fromzero.networks import num_parameters
 from fromzero.runs import Row, Run
@@ -142,7 +141,7 @@ def outcome(run: Training) -> str:
             f" {summary['best/epoch']}), test {summary['test/accuracy']:.4f}"
             f" in {duration(summary['time/seconds'])}" + ("; val is the test images" if is_test else ""),
             f"curves and metrics: {run.run.path}",
-            f"a page about it:    fromzero report {shlex.quote(str(run.run.path))}",
+            f"a page about it:    {typed('fromzero', 'report', run.run.path)}",
         ]
     )
 

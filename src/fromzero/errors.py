@@ -4,8 +4,10 @@ Every error here is one line that names what, where and what to do (a table may 
 leaves with `exit_code`; nothing else is ever shown for bad input. Imports nothing of fromzero.
 """
 
+import shlex
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import PurePath
 
 
 class FromzeroError(Exception):
@@ -52,6 +54,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 epoch`, `2 epochs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def typed(*words: str | PurePath) -> str:
+    """A command line to be typed. Paths have slashes, which Windows takes too: backslashes would need quotes, which its
+    own shell does not know."""
+    return shlex.join(word.as_posix() if isinstance(word, PurePath) else word for word in words)
 
 
 def some(names: Sequence[str], between: str = ", ", most: int = 3) -> str:

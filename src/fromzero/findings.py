@@ -3,7 +3,6 @@ the study that tests it."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from fromzero.diagnosis import (
     untried,
     why_labels_cannot_be_judged,
 )
-from fromzero.errors import FromzeroError
+from fromzero.errors import FromzeroError, typed
 from fromzero.evidence import SMALL_GAP, Evidence, Measures, late_gain
 from fromzero.files import finite, write_atomically, write_json
 from fromzero.recipe import Recipe, usual_epochs
@@ -166,10 +165,9 @@ def diagnosis_text(
 
 def study_command(run: Run, study: Path) -> str:
     """The command that carries out a study of the run, whose runs go where the run is."""
-    words = ["fromzero", "study", str(study)]
-    if run.path.parent.resolve() != Path("runs").resolve():
-        words += ["--runs-dir", str(run.path.parent)]
-    return shlex.join(words)
+    if run.path.parent.resolve() == Path("runs").resolve():
+        return typed("fromzero", "study", study)
+    return typed("fromzero", "study", study, "--runs-dir", run.path.parent)
 
 
 def study_text(finding: Finding, recipe: Recipe, dataset: str | None = None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -15,7 +14,7 @@ import numpy as np
 
 from fromzero.curves import curves_png
 from fromzero.data import Images
-from fromzero.errors import FromzeroError, counted
+from fromzero.errors import FromzeroError, counted, typed
 from fromzero.evaluate import predict
 from fromzero.findings import study_command
 from fromzero.recipe import in_words
@@ -158,9 +157,7 @@ def page(
     parts = {"train": images.train, "val": images.validation or images.train}
     template = resources.files("fromzero").joinpath("report.html").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.globals.update(
-        counted=counted, in_words=in_words, isnan=math.isnan, told=_told, quote=shlex.quote, zip=zip
-    )
+    environment.globals.update(counted=counted, in_words=in_words, isnan=math.isnan, told=_told, typed=typed, zip=zip)
     environment.globals["study_command"] = study_command
     return environment.from_string(template).render(
         run=run,

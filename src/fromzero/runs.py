@@ -35,7 +35,7 @@ from typing import Annotated, Any
 import filelock
 import pydantic
 
-from fromzero.errors import FromzeroError, InputError, nearest
+from fromzero.errors import FromzeroError, InputError, nearest, typed
 from fromzero.files import append_line, sync_folder, write_atomically, write_json
 from fromzero.recipe import Recipe, load_recipe
 
@@ -160,7 +160,7 @@ class Run:
     @property
     def resume_command(self) -> str:
         """What to type to go on with this run."""
-        return f"fromzero resume {shlex.quote(str(self.path))}"
+        return typed("fromzero", "resume", self.path)
 
     @property
     def start_command(self) -> str:
@@ -170,9 +170,7 @@ class Run:
     def start_on(self, dataset: str | None = None) -> str:
         """The same on other images."""
         words = [] if dataset is None else [dataset]
-        return shlex.join(
-            ["fromzero", "train", *words, "--recipe", str(self.path / "recipe.toml"), "--from", str(self.path)]
-        )
+        return typed("fromzero", "train", *words, "--recipe", self.path / "recipe.toml", "--from", self.path)
 
     @property
     def way_on(self) -> str:
@@ -244,7 +242,7 @@ class Run:
         try:
             _Diagnosis.model_validate(found, strict=True)
         except pydantic.ValidationError:
-            again = f"fromzero diagnose {shlex.quote(str(self.path))}"
+            again = typed("fromzero", "diagnose", self.path)
             raise FromzeroError(
                 f"{self.path}/diagnosis.json: damaged, or of an earlier fromzero; remove it, or: {again}"
             ) from None

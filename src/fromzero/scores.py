@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from fromzero.data.pictures import DAMAGED_SHARE, SPLITS, TOO_MANY, labelled_pictures, unreadable
-from fromzero.errors import InputError, counted
+from fromzero.errors import InputError, counted, typed
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.machine import Machine
 from fromzero.splits import Subset, validation_label
@@ -47,7 +46,7 @@ def scores_on(folder: Path, classifier: Classifier, views: str = "none") -> dict
         notes.append(f"left out: {unreadable(paths, wrong)}")
     source, asked = Path(run.provenance["data"]["source"]), folder.resolve()
     if asked == source or (asked.parent == source and asked.name.lower() in SPLITS["train"]):
-        apart = f"fromzero evaluate {shlex.quote(str(run.path))}"
+        apart = typed("fromzero", "evaluate", run.path)
         notes.append(f"the run was trained on pictures in it: this says little of new ones; its own test: {apart}")
     step = classifier.checkpoint.state.get("step")
     within = f" (step {step:,})" if step and run.summary is None else ""

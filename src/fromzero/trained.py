@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError, counted, nearest, some
+from fromzero.errors import FromzeroError, InputError, counted, nearest, some, typed
 from fromzero.evaluate import Normalise, evaluate, outputs, predict
 from fromzero.machine import Machine
 from fromzero.modules import Network
@@ -112,10 +111,10 @@ def recorded_data(run: Run, images: ImageSet, here: Machine) -> Data:
     if recorded is None and not data.by_contents:  # of before that was recorded; these splits have not changed
         return data
     if recorded != data.held_out:
-        recipe = shlex.quote(str(run.path / "recipe.toml"))
+        anew = typed("fromzero", "train", "--recipe", run.path / "recipe.toml")
         raise FromzeroError(
             f"{run.path}: an earlier fromzero held out other pictures for validation, so that this one would validate"
-            f" on some that it was trained on; start anew: fromzero train --recipe {recipe}"
+            f" on some that it was trained on; start anew: {anew}"
         )
     return data
 
