@@ -71,11 +71,9 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     """
     if side is not None and not 1 <= side <= LARGEST_SIDE:
         raise InputError(f"{path}@{side}: images are from 1 to {LARGEST_SIDE} pixels wide")
-    try:
+    with _readable(path):
         class_names, listed, notes = _listed(path)
         pixels, digests, whole, said = _kept_or_decoded(path, listed, side)
-    except OSError as error:
-        raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     listed = [listed[index] for index in whole]
     labels = np.array([file.label for file in listed], np.int64)
     splits = np.array([file.split for file in listed])
@@ -119,6 +117,15 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     )
 
 
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise InputError, naming the file, where something at `path` cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+
+
 def _contradictions(listed: Sequence[_File], digests: np.ndarray, path: Path) -> list[str]:
     """A note on pictures that are in two classes, if there are any: they cannot be right twice."""
     of: dict[int, list[_File]] = {}
@@ -142,7 +149,7 @@ def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path
     # Systems write the same letters in different ways.
     known = {unicodedata.normalize("NFC", name): label for label, name in enumerate(class_names)}
     listed = []
-    try:
+    with _readable(path):
         left_out = [entry for entry in _shown(path) if not entry.is_dir()]
         for folder in _folders(path):
             if (name := unicodedata.normalize("NFC", _class_name(folder))) not in known:
@@ -154,8 +161,6 @@ def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path
             pictures, others, _ = _under(folder)
             listed += [(picture, known[name]) for picture in pictures]
             left_out += others
-    except OSError as error:
-        raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     if not listed:
         loose = sum(_is_picture(entry) for entry in left_out)
         found = f"{counted(loose, 'picture')} in it, and in no class folder" if loose else "no pictures in it"
@@ -172,10 +177,8 @@ def pictures_at(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     found: list[Path] = []
     notes: list[str] = []
     for path in paths:
-        try:
+        with _readable(path):
             pictures, others, _ = _under(path) if path.is_dir() else ([path], [], [])
-        except OSError as error:
-            raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
         said = _not_read([entry for entry in others if entry.suffix.lower() in UNREAD], path)
         if not pictures:
             raise InputError("; ".join([f"{path}: no pictures ({', '.join(ENDINGS)}) in it", *said]))
