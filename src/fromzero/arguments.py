@@ -116,10 +116,10 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
         command.add_argument("RUN", type=_path, help="a run's folder or name")
         return command
 
-    train = add("train", "train a network from a recipe; leaves a run folder")
+    train = add("train", "train a network from a recipe into a run folder")
     train.usage = "%(prog)s [DATASET] [--recipe NAME|FILE] [--OPTION VALUE ...] [--FIELD VALUE ...]"  # there are dozens
     train.add_argument(
-        "DATASET", nargs="?", help="cifar10 (where none is named), digits, a folder of pictures, or CIFAR's files"
+        "DATASET", nargs="?", help="cifar10 (if none is named), digits, a folder of pictures, or CIFAR's files"
     )
     train.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"{', '.join(recipe_names())} or a TOML file (strong)")
     train.add_argument("--from", type=_path, metavar="RUN", help="start from the last weights of that run")
@@ -127,7 +127,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     _add_shared(train, "runs", "data", "machine", "saving", "tensorboard")
     shown = recipe.fields() if recipe else {}
     about = (
-        f"each overrides one field of the recipe; in brackets at the end: what {recipe.name if recipe else 'it'} has;"
+        f"each overrides one field of the recipe; in brackets: its value in {recipe.name if recipe else 'it'};"
         " - and _ are interchangeable"
     )
     sections = {"": train.add_argument_group("recipe fields", about)}
@@ -139,20 +139,18 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
         text = text.replace("%", "%%")
         sections[section].add_argument(f"--{path}", metavar="VALUE", default=argparse.SUPPRESS, help=text)
 
-    resume = add_of_run("resume", "go on with a stopped run, to the bit; or extend one with --epochs")
+    resume = add_of_run("resume", "continue a stopped run, bit for bit; or extend one with --epochs")
     resume.add_argument("--epochs", type=_count, help="a new total of epochs")
-    resume.add_argument("--allow-inexact", action="store_true", help="go on although the machine differs")
+    resume.add_argument("--allow-inexact", action="store_true", help="go on even if the machine differs")
     _add_shared(resume, "runs", "data", "machine", "saving", "tensorboard")
 
     evaluate = add_of_run("evaluate", "score a run's weights again, on its own images or on others")
-    evaluate.add_argument(
-        "FOLDER", nargs="?", type=_path, help="pictures to score it on, a folder for each of its classes"
-    )
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object in place of words")
+    evaluate.add_argument("FOLDER", nargs="?", type=_path, help="pictures to score it on, one folder for each class")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     _add_weights(evaluate)
     _add_shared(evaluate, "runs", "data", "machine")
 
-    predict = add_of_run("predict", "name what pictures show, by a run's weights")
+    predict = add_of_run("predict", "classify pictures with a run's weights")
     predict.add_argument("PICTURE", nargs="+", type=_path, help="a picture, or a folder of them")
     predict.add_argument("--top", type=_count, metavar="N", help="how many classes, likeliest first (1; --json: all)")
     predict.add_argument(
@@ -164,7 +162,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     _add_shared(predict, "runs", "machine")
 
     export = add_of_run("export", "write a run's weights as an ONNX model, for other programs")
-    export.add_argument("FILE", nargs="?", type=_path, help="the model's file (in the run's folder, called as the run)")
+    export.add_argument("FILE", nargs="?", type=_path, help="the model's file (in the run's folder, with its name)")
     export.add_argument("--card", type=_path, metavar="FILE.md", help="write a model card there, and into the model")
     _add_checkpoint(export)
     _add_shared(export, "runs")
@@ -191,11 +189,11 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
 
     study = add("study", "run a study: arms that differ in one thing, several seeds, an answer with an interval")
     study.add_argument("STUDY", help="a study that comes with fromzero (fromzero lessons lists them) or a TOML file")
-    study.add_argument("--scale", default="screen", help="one of the study's: screen, full, for some medium (screen)")
-    study.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (as the study's scale says)")
+    study.add_argument("--scale", default="screen", help="scale of the study: screen, full, in some medium (screen)")
+    study.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (as the scale says)")
     study.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (one a core; one on a GPU)")
     study.add_argument("--tune", action="store_true", help="first find each arm's best rate, with equal budgets")
-    study.add_argument("--on", choices=("local", "ray"), default="local", help="where the runs compute (local)")
+    study.add_argument("--on", choices=("local", "ray"), default="local", help="where the runs train (local)")
     study.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of runs that have ended")
     _add_shared(study, "runs", "data", "machine")
 
@@ -212,7 +210,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     verify.add_argument("recipe", nargs="?", default="train3", help=f"{', '.join(recipe_names())} or a file (train3)")
     verify.add_argument("--epochs", type=_count, default=4, help="epochs on the digits (4)")
     verify.add_argument("--interruptions", type=_count, default=4, help="how many times to interrupt (4)")
-    verify.add_argument("--seed", type=int, default=0, help="of the kinds and moments of interruption (0)")
+    verify.add_argument("--seed", type=int, default=0, help="for the kinds and times of interruption (0)")
     verify.add_argument("--threads", type=_count, help="CPU threads (one a core)")
 
     demo = add("demo", "train the notes' three networks on handwritten digits, in a minute or two")
@@ -282,8 +280,8 @@ def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
             metavar="M",
             help="save every M minutes (1, more where saving is slow)",
         )
-        command.add_argument("--keep", type=_count, metavar="N", help="checkpoints to keep (2; of a run, as before)")
+        command.add_argument("--keep", type=_count, metavar="N", help="checkpoints to keep (2; on resume as before)")
     if "tensorboard" in groups:
         command.add_argument(
-            "--tensorboard", action="store_true", help="write curves into run folders as TensorBoard's event files"
+            "--tensorboard", action="store_true", help="write curves to run folders as TensorBoard event files"
         )

@@ -39,10 +39,10 @@ def card(classifier: Classifier) -> str:
         _images(classifier),
         "",
         "## Before you use it",
-        "- It always answers one of its classes, of a picture of anything else, too.",
+        "- It always names one of its classes, even for pictures of something else.",
         "- Its probabilities are the network's own, not how often it is right.",
-        "- The test images are of the same collection as those that it was trained on. Pictures that were taken in"
-        " another way or place may well be recognised worse: measure it on such.",
+        "- The test images are from the same collection as those it was trained on. Pictures taken in another way or"
+        " place may well be recognised less well: measure it on some.",
         *(f"- {line}" for line in _findings(classifier)),
     ]
     return "\n".join(lines) + "\n"
@@ -76,7 +76,7 @@ def _accuracies(classifier: Classifier) -> list[str]:
         return ["Nothing is recorded of exactly these weights: `fromzero evaluate` scores them."]
     count = provenance["data"].get("images", {}).get("test")
     train = f"Train images, or a fixed part of them, without dropout and augmentation: {row['train/accuracy']:.4f}."
-    seeds = "Of one training: another seed has other figures."
+    seeds = "Of one training: another seed would differ."
     if run.recipe.validation.source == "test":
         watched = "training was watched by the same images"
         if classifier.checkpoint.file.stem == "best":

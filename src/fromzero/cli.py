@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fromzero: not enough memory for this network and batch size; make either smaller", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("fromzero: stopped at once; what was saved before is whole", file=sys.stderr)
+        print("fromzero: stopped at once; earlier saves are intact", file=sys.stderr)
         return 130
 
 
@@ -144,7 +144,7 @@ def _train(arguments: argparse.Namespace) -> None:
     left = origin.get("left")
     if left:
         of = len(training.state.model.state_dict())
-        print(f"taken from it: {of - len(left)} of {of} tensors; drawn anew: {', '.join(left)}")
+        print(f"loaded {of - len(left)} of {of} tensors; drawn at random: {', '.join(left)}")
     for note in notes_on_changes(base, recipe, changes):
         print(f"note: {note}")
     _watch(training, arguments.tensorboard)
@@ -216,7 +216,7 @@ def _runs(arguments: argparse.Namespace) -> None:
     runs = list_runs(arguments.runs_dir)
     if not runs:
         in_studies = next(iter(sorted(arguments.runs_dir.glob("studies/*/cells"))), None)
-        more = "" if in_studies is None else f"; those of studies lie in folders of their own: --runs-dir {in_studies}"
+        more = "" if in_studies is None else f"; the runs of studies are in other folders: --runs-dir {in_studies}"
         print(f"no runs under {arguments.runs_dir}{more}")
         return
     shown: list[dict[str, str]] = []
@@ -296,12 +296,12 @@ def _classifier(arguments: argparse.Namespace) -> Classifier:
 def _warn_of_views(recipe: Recipe, views: str) -> None:
     """Say that test-time augmentation shows mirror images where training showed none."""
     if views != "none" and recipe.augment.flip == "none":
-        _warn(f"--tta {views} shows mirror images, and this run was trained without: it may well do worse by them")
+        _warn(f"--tta {views} shows mirror images, and this run was trained without them: it may well do worse")
 
 
 def _not_ended(run: Run) -> list[str]:
     """What whoever uses its weights should know of a run that still goes on."""
-    return [] if run.summary is not None else [f"{run.path}: the run has not ended; its last epochs may change much"]
+    return [] if run.summary is not None else [f"{run.path}: the run has not ended; later epochs may change a lot"]
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -363,7 +363,7 @@ def _export(arguments: argparse.Namespace) -> None:
     shape = ", ".join(map(str, classifier.image_shape))
     print(f"{path}: pixels uint8 (N, {shape}) → probabilities float32 (N, {len(classifier.class_names)})")
     print(
-        f"  {path.stat().st_size / 1e6:.1f} MB; log-probabilities as here in float32 to {difference:.1g} nats; its"
+        f"  {path.stat().st_size / 1e6:.1f} MB; log-probabilities match float32 here to {difference:.1g} nats; its"
         " metadata list the classes and how to prepare pictures"
     )
     if page:
@@ -455,7 +455,7 @@ def _report(arguments: argparse.Namespace) -> None:
     with _proposing_other_weights(trained.checkpoint.file, arguments):
         page = report(trained)
     write_named(path, page.encode(errors="replace"), ".html", ".htm")  # of file names that are no text
-    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, to be opened in a browser")
+    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, to open in a browser")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

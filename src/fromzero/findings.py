@@ -216,7 +216,7 @@ def write_findings(
             (run.path / f"{run.name}-{name}.toml").unlink(missing_ok=True)
     except OSError as error:
         raise FromzeroError(
-            f"{run.path}: cannot be written: {error.strerror}, so diagnosis.json was not; make room, or the folder"
-            " writable, or copy it to one that is"
+            f"{run.path}: cannot be written: {error.strerror}, so diagnosis.json was not; free space, make the"
+            " folder writable, or copy it elsewhere"
         ) from None
     return studies

@@ -116,7 +116,7 @@ def scores_text(record: Mapping[str, Any]) -> str:
     """A record of scores in words; by class those of its last images."""
     lines = ["{run}: {recipe}, {checkpoint} weights, {what}, {device}, {precision}".format_map(record)]
     if record["tta"] != "none":
-        lines.append(f"  with test-time augmentation ({record['tta']}): not to be compared with figures without")
+        lines.append(f"  with test-time augmentation ({record['tta']}): not comparable with figures without")
     lines += [f"  note: {note}" for note in record["notes"]]
     for label, score in record["scores"].items():
         low, high = score["interval"]

@@ -214,7 +214,7 @@ def resumed_training(
             leave = f"leave {' and '.join(options)} out, or " if options else ""
             raise FromzeroError(
                 f"{run.path}: what it was trained with differs from this machine ({'; '.join(differences)}), so the"
-                f" result would not be the same to the bit; {leave}--allow-inexact goes on all the same"
+                f" result would not be bit-identical; {leave}--allow-inexact goes on anyway"
             )
         data = recorded_data(run, images, here)
         keep = keep or max(2, checkpoint.num_kept(run.checkpoints))
