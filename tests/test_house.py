@@ -135,7 +135,9 @@ def test_a_recipes_header_says_what_came_of_it(name):
 def test_the_commands_on_a_page_are_commands(page):
     """Those in blocks, written out in full; what their recipes' fields are given fits."""
     text = (ROOT / page).read_text("utf-8")
-    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL) + re.findall(r"^    (?=fromzero)(.*)", text, re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in fenced if not language]
+    blocks += re.findall(r"^    (?=fromzero)(.*)", text, re.MULTILINE)
     commands = re.findall(r"^fromzero [^…|\[\n]*$", "\n".join(blocks), re.MULTILINE)
     assert len(commands) > 4
     for command in commands:
