@@ -88,7 +88,7 @@ def test_smoothed_labels_are_said_to_be(tiny_images, tmp_path):
     for smoothing, said in ((0.0, False), (0.1, True)):
         recipe = load_recipe("train1").override({"label_smoothing": smoothing})
         run = new_training(recipe, tiny_images, runs_dir=tmp_path)
-        assert ("  labels are smoothed by 0.1 in the running loss, in no other" in display.header(run)) == said
+        assert ("  labels are smoothed by 0.1 in the running loss only" in display.header(run)) == said
 
 
 def test_mirrored_images_are_said_to_be(tiny_images, tmp_path):
@@ -156,8 +156,8 @@ def test_a_recipe_for_few_pictures_of_another_size_is_named(name, side, other, t
     run = new_training(recipe, replace(tiny_images, train=part, test=part), runs_dir=tmp_path)
     run.close()
     sizes = "few for 32×32, few64 for 64×64 (FOLDER@64)"
-    note = f"  note: --recipe {other} is laid out for images of about this size: {sizes}"
-    assert [line for line in display.header(run).splitlines() if "laid out" in line] == ([note] if other else [])
+    note = f"  note: --recipe {other} is made for images of about this size: {sizes}"
+    assert [line for line in display.header(run).splitlines() if "is made for" in line] == ([note] if other else [])
 
 
 @pytest.mark.parametrize(("batch_size", "said"), [(200, "1 step an epoch"), (150, "2 steps an epoch"), (50, None)])

@@ -49,72 +49,93 @@ def watch(run: Training, console: Console, after_epoch: Callable[[Run], None] | 
 
 def header(run: Training) -> str:
     """What is about to be trained, on what, and where it is kept."""
-    here, recipe = run.machine, run.recipe
-    parameters = num_parameters(run.recipe.network, run.images.image_shape, run.images.num_classes)
-    counters = run.state.counters
-    validation = validation_label(recipe, run.images)
+    here, recipe, images = run.machine, run.recipe, run.images
+    parameters = num_parameters(recipe.network, images.image_shape, images.num_classes)
     kernels = "" if here.kernels == NONE else " by its own kernels"
     on_test = recipe.validation.source == "test"
     scored_at_the_end = "" if on_test else f"; {counted(len(run.data.test.labels), 'test image')}"
     lines = [
-        f"{run.run.path}: {recipe.name} on {run.images.name}, {parameters:,} parameters, seed {recipe.seed}",
-        f"  {len(run.data.train.labels):,} train images from {run.images.source}; {validation}"
+        f"{run.run.path}: {recipe.name} on {images.name}, {parameters:,} parameters, seed {recipe.seed}",
+        f"  {len(run.data.train.labels):,} train images from {images.source}; {validation_label(recipe, images)}"
         f" ({len(run.data.validation.labels):,}){scored_at_the_end}",
-        f"  {run.images.num_classes} classes: {some(run.images.class_names, most=NAMED_CLASSES)}",
+        f"  {images.num_classes} classes: {some(images.class_names, most=NAMED_CLASSES)}",
         f"  {here.device}, {counted(here.threads, 'thread')}, {here.precision}{kernels}; {recipe.optimizer.name} at"
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {counted(recipe.epochs, 'epoch')}",
     ]
     if here.why_no_kernels:
         lines.append(f"  by PyTorch's kernels, which are slower: {here.why_no_kernels}")
-    lines += [f"  note: {note}" for note in run.images.notes]
-    lines += [f"  note: {note}" for note in _of_classes(run)]
-    if run.images.validation is not None and recipe.validation.source == "test":
-        lines.append("  note: the data set's own validation images are not used; --validation.source split uses them")
+    lines += [f"  note: {note}" for note in (*images.notes, *_of_classes(run), *_of_sizes(run))]
+    lines += [f"  {remark}" for remark in _of_recipe(run)]
+    if run.state.counters.step:
+        done = f"{run.state.counters.epoch} of {recipe.epochs} epochs done"
+        lines.append(f"  going on at step {run.state.counters.step:,}, {done}")
+    return "\n".join(lines)
+
+
+def _of_classes(run: Training) -> Iterator[str]:
+    """Notes on classes that have few images, beside the others or at all."""
+    names = run.images.class_names
+    of_train, of_validation = (
+        part.labels.bincount(minlength=len(names)).tolist() for part in (run.data.train, run.data.validation)
+    )
+    fewest, most = (choose(range(len(names)), key=of_train.__getitem__) for choose in (min, max))
+    if of_train[most] >= IMBALANCED * of_train[fewest]:
+        share = of_train[most] / sum(of_train)
+        yield (
+            f"{of_train[most]:,} train images of {names[most]!r}, {of_train[fewest]:,} of {names[fewest]!r}: to always"
+            f" say {names[most]!r} is right for {share:.0%} of them"
+        )
+    if missing := [name for name, count in zip(names, of_validation, strict=True) if not count]:
+        yield f"no validation image of {some(missing)}"
+
+
+def _of_sizes(run: Training) -> Iterator[str]:
+    """Notes on how many validation images, how large images and how many steps there are."""
+    recipe, images, timetable = run.recipe, run.images, run.timetable
+    if images.validation is not None and recipe.validation.source == "test":
+        yield "the data set's own validation images are not used; --validation.source split uses them"
     if (count := len(run.data.validation.labels)) < FEW_FOR_VALIDATION:
-        more = "; --validation.fraction holds out more" if len(run.data.train.labels) < len(run.images.train) else ""
+        more = "; --validation.fraction holds out more" if len(run.data.train.labels) < len(images.train) else ""
         low, high = wilson_interval(0.5, count)  # where it is widest
         points = f"{50 * (high - low):.0f} points"
-        lines.append(
-            f"  note: {counted(count, 'validation image')} give an accuracy to within ± {points} at worst{more}"
-        )
-    laid_out_for = "few64" if min(run.images.image_shape[:2]) > LARGEST_OF_FEW else "few"
+        yield f"{counted(count, 'validation image')} give an accuracy to within ± {points} at worst{more}"
+    made_for = "few64" if min(images.image_shape[:2]) > LARGEST_OF_FEW else "few"
     for_few = recipe.name in ("few", "few64")
-    if for_few and recipe.name != laid_out_for:
+    if for_few and recipe.name != made_for:
         sizes = "few for 32×32, few64 for 64×64 (FOLDER@64)"
-        lines.append(f"  note: --recipe {laid_out_for} is laid out for images of about this size: {sizes}")
-    augmentation, timetable = recipe.augment, run.timetable
+        yield f"--recipe {made_for} is made for images of about this size: {sizes}"
     if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
-        lines.append(
-            f"  note: {counted(timetable.first_steps, 'step')} an epoch; with so few images"
-            f" {'' if for_few else f'--recipe {laid_out_for}, with '}batches of {FEW_BATCH} and more epochs"
+        yield (
+            f"{counted(timetable.first_steps, 'step')} an epoch; with so few images"
+            f" {'' if for_few else f'--recipe {made_for}, with '}batches of {FEW_BATCH} and more epochs"
             f"{'' if for_few else ','} may reach a higher accuracy"
         )
+
+
+def _of_recipe(run: Training) -> Iterator[str]:
+    """What the recipe does to images, batches and labels that bears on the figures shown."""
+    recipe, augmentation, timetable = run.recipe, run.recipe.augment, run.timetable
     if augmentation.flip != "none":
-        lines.append("  images are mirrored half of the time; for digits, letters, road signs: --augment.flip none")
+        yield "images are mirrored half of the time; for digits, letters, road signs: --augment.flip none"
     if augmentation.scales:
         size = "×".join(map(str, reversed(augment.smallest_size(augmentation, *run.images.image_shape[:2]))))
-        lines.append(f"  up to epoch {augmentation.scale_epochs:g} on images of {size} pixels")
+        yield f"up to epoch {augmentation.scale_epochs:g} on images of {size} pixels"
     if recipe.skip_easy and recipe.epochs > 1:
         skipped = timetable.images - timetable.later_images
-        lines.append(
-            f"  epochs after the first skip the {skipped:,} easiest images; running accuracy covers only the rest"
-        )
+        yield f"epochs after the first skip the {skipped:,} easiest images; running accuracy covers only the rest"
     if run.state.proxy is not None:
         parameters = num_parameters(recipe.proxy_network(), run.images.image_shape, run.images.num_classes)
-        lines.append(
-            f"  each step trains on the hardest {100 * recipe.hardest:.4g} % of its batch, chosen by a proxy network of"
+        yield (
+            f"each step trains on the hardest {100 * recipe.hardest:.4g} % of its batch, chosen by a proxy network of"
             f" {parameters:,} parameters; running accuracy covers only those"
         )
     if augmentation.cutmix:
-        lines.append(
-            f"  {100 * augmentation.cutmix:.4g} % of a step's images are mixed with another one; running accuracy uses"
+        yield (
+            f"{100 * augmentation.cutmix:.4g} % of a step's images are mixed with another one; running accuracy uses"
             " the label of the larger part"
         )
     if recipe.label_smoothing:
-        lines.append(f"  labels are smoothed by {recipe.label_smoothing:g} in the running loss, in no other")
-    if counters.step:
-        lines.append(f"  going on at step {counters.step:,}, {counters.epoch} of {recipe.epochs} epochs done")
-    return "\n".join(lines)
+        yield f"labels are smoothed by {recipe.label_smoothing:g} in the running loss only"
 
 
 def epoch_line(now: Timed, *, narrow: bool = False) -> str:
@@ -183,23 +204,6 @@ class Timed(NamedTuple):
     def running(self) -> float:
         """Running train accuracy of the epoch so far."""
         return self.progress.counters.running_correct / max(self.progress.counters.running_images, 1)
-
-
-def _of_classes(run: Training) -> Iterator[str]:
-    """Notes on classes that have few images, beside the others or at all."""
-    names = run.images.class_names
-    of_train, of_validation = (
-        part.labels.bincount(minlength=len(names)).tolist() for part in (run.data.train, run.data.validation)
-    )
-    fewest, most = (choose(range(len(names)), key=of_train.__getitem__) for choose in (min, max))
-    if of_train[most] >= IMBALANCED * of_train[fewest]:
-        share = of_train[most] / sum(of_train)
-        yield (
-            f"{of_train[most]:,} train images of {names[most]!r}, {of_train[fewest]:,} of {names[fewest]!r}: to always"
-            f" say {names[most]!r} is right for {share:.0%} of them"
-        )
-    if missing := [name for name, count in zip(names, of_validation, strict=True) if not count]:
-        yield f"no validation image of {some(missing)}"
 
 
 def _timed(run: Training, after_epoch: Callable[[Run], None] | None = None) -> Iterator[Timed]:
