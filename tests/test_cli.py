@@ -15,7 +15,7 @@ import pytest
 
 import fromzero as library
 from fromzero import arguments, cli
-from fromzero.errors import typed
+from fromzero.errors import printable, typed
 from fromzero.recipe import recipe_names
 from fromzero.verify import Verification
 
@@ -523,6 +523,10 @@ def test_recipes_are_listed_with_what_they_are_for(capsys):
         "strong   12 epochs  94 % on CIFAR-10, from scratch. The default."
     ]
     assert any("from scratch" in line and line.startswith("quick ") for line in lines)
+
+
+def test_what_is_printed_moves_no_cursor():
+    assert printable("a\x1b[31mé\t\nb") == "a\\x1b[31mé\\t\nb"
 
 
 def test_commands_to_be_typed_have_paths_that_every_shell_takes():

@@ -77,6 +77,13 @@ def test_classes_with_few_images_are_named(tiny_images, tmp_path):
     )
     assert any(note in line for line in lines)
     assert not any("no validation image" in line for line in lines)
+    rest = replace(part, labels=np.where(labels < 3, 0, labels))
+    run = new_training(recipe, replace(tiny_images, train=rest), runs_dir=tmp_path)
+    run.close()
+    lines = display.header(run).splitlines()
+    missing = ", ".join(tiny_images.class_names[1:3])
+    assert f"  note: no train image of {missing}" in lines
+    assert not any(", 0 of" in line for line in lines)
     own = replace(tiny_images, validation=tiny_images.test.take(np.flatnonzero(tiny_images.test.labels > 1)))
     run = new_training(recipe, own, runs_dir=tmp_path)
     run.close()

@@ -189,6 +189,11 @@ def test_a_file_that_is_named_replaces_no_device_no_link_and_nothing_of_a_run(ti
     assert "folder is a folder; name a file" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
     assert not list(tmp_path.glob("*-pictures"))
+    assert cli.main(["report", str(run.path), "/dev/stdout"]) == 2
+    assert "/dev/stdout is no" in capsys.readouterr().err
+    (tmp_path / "README").write_text("mine")
+    assert cli.main(["lessons", "--write", str(tmp_path / "README")]) == 2
+    assert (tmp_path / "README").read_text() == "mine"
     picture = tmp_path / "photo.jpg"
     picture.write_bytes(b"a picture")
     for command in (
@@ -198,7 +203,7 @@ def test_a_file_that_is_named_replaces_no_device_no_link_and_nothing_of_a_run(ti
         ["lessons", "--write", picture],
     ):
         assert cli.main([*map(str, command)]) == 2
-        assert re.match(r".*photo\.jpg is there already and no \.\w+ file; name another", capsys.readouterr().err)
+        assert re.search(r"photo\.jpg is no \.\w+ file by its name; name another file", capsys.readouterr().err)
     assert picture.read_bytes() == b"a picture"
     other = fromzero.train(RECIPE, tiny_images, runs_dir=tmp_path, threads=1)
     assert cli.main(["report", str(run.path), str(other.path)]) == 2

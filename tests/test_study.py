@@ -20,13 +20,14 @@ import fromzero
 from fromzero import networks, stats
 from fromzero.data import cifar, load_images
 from fromzero.errors import FromzeroError, InputError, StoppedError, TooLargeError
+from fromzero.files import finite
 from fromzero.recipe import load_recipe, recipe_names
 from fromzero.study import pools, worker
 from fromzero.study.cells import OUTCOMES, Cell, Setting, _begun, is_finished, read_outcomes, train_cell
 from fromzero.study.definition import METRICS, Contrast, _File, lines_of, load_study, study_names
 from fromzero.study.execution import best_values, prepare_study, sweep
 from fromzero.study.page import write_lessons
-from fromzero.study.results import ContrastResult, answer, list_results, read_result, sentence
+from fromzero.study.results import ContrastResult, answer, list_results, read_result, record, sentence
 from fromzero.trained import last_checkpoint
 from fromzero.verify import first_difference
 
@@ -487,7 +488,9 @@ def test_seeds_that_are_added_to_an_answer_are_said_to_be(tmp_path, text):
     write_lessons([more], tmp_path / "page.md")
     assert "This study had figures with 2 seeds;" in (tmp_path / "page.md").read_text()
     assert "figures with 2 and 3 seeds" in answered(4, text + "# seeds are better raised here?").cautions[0]
-    assert not answered(3, text.replace("dense = [2]", "dense = [3]")).cautions  # another study
+    changed = answered(3, text.replace("dense = [2]", "dense = [3]")).cautions
+    assert "its arms changed" in changed[1], "those of the other arm were seen"
+    assert not answered(3, text.replace("dense = [2]", "dense = [5]").replace("dense = [32]", "dense = [4]")).cautions
 
 
 def test_what_is_asked_anew_of_runs_that_were_seen_is_said_to_be(tmp_path, text):
@@ -506,7 +509,15 @@ def test_what_is_asked_anew_of_runs_that_were_seen_is_said_to_be(tmp_path, text)
     assert "its claim and arms and comparisons changed" in caution
     (caution,) = carried_out(text.replace('base = "train1"', 'base = "train1"\ndirection = "lower"'))
     assert "its claim and arms and comparisons changed" in caution
-    assert carried_out(text, folder="others") == []
+    assert carried_out(third, folder="others") == []
+    assert carried_out(third, folder="others") == []
+    swapped = third.replace("[arms.wide]\nnetwork.dense = [32]\n\n", "").replace(
+        "[scale.screen]", "[arms.wide]\nnetwork.dense = [32]\n\n[scale.screen]"
+    )
+    assert list(load_study(written(tmp_path, swapped)).arms) == ["narrow", "wider", "wide"]
+    assert carried_out(swapped, folder="others") == []
+    (caution,) = carried_out(third.replace("dense = [48]", "dense = [48]\nepochs = 3"), folder="others")
+    assert "its arms changed" in caution
 
 
 def test_a_study_that_was_stopped_had_figures_too(tmp_path, text):
@@ -515,6 +526,19 @@ def test_a_study_that_was_stopped_had_figures_too(tmp_path, text):
         if event.kind == "finished":
             break
     execution = prepare_study(load_study(written(tmp_path, text), "half", seeds=2), runs_dir=tmp_path, jobs=1)
+    list(execution)
+    assert "had figures with 3 seeds" in read_result(execution.folder).cautions[0]
+
+
+def test_a_study_that_was_killed_had_figures_too(tmp_path, text):
+    """Nothing runs behind a kill, so what was there to look at is written down as soon as it is there."""
+    study = load_study(written(tmp_path, text), "half", seeds=3)
+    execution = prepare_study(study, runs_dir=tmp_path, jobs=1)
+    for event in execution:
+        if event.kind == "finished":
+            shutil.copytree(execution.folder, tmp_path / "then" / "studies" / "units-half")
+            break
+    execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path / "then", jobs=1)
     list(execution)
     assert "had figures with 3 seeds" in read_result(execution.folder).cautions[0]
 
@@ -693,6 +717,17 @@ def test_where_runs_failed_or_are_missing_nothing_is_settled(finished, tmp_path)
     assert "### units, screen: undecided (12 of 14 runs)" in page
     assert "screen: **undecided** (12 of 14 runs)" in page
     assert "| 6 of 7 |" in page
+
+
+def test_a_study_without_a_pair_has_a_record_of_the_same_shape(finished, tmp_path):
+    _, execution, _ = finished
+    folder = tmp_path / "units-screen"
+    shutil.copytree(execution.folder, folder, ignore=shutil.ignore_patterns("cells"))
+    found = json.loads(json.dumps(finite(record(read_result(folder)))))
+    (comparison,) = found["comparisons"]
+    assert (comparison["difference"], comparison["p"], comparison["pairs"]) == (None, None, {})
+    assert (found["setting"]["epochs"], found["setting"]["batch_size"]) == (5, 20)
+    assert not read_result(folder).is_begun
 
 
 def test_a_worker_whose_gpu_fails_goes(monkeypatch):
@@ -874,8 +909,8 @@ def test_the_page_is_written_from_the_folders(finished, tmp_path):
     assert "](lessons/units-screen.png)" in page
     assert "| narrow | train1 with `network.channels = [[4], [8]]`, `network.pool = 4`" in page
     assert f"fromzero at {results[0].commits[0]}" in page
-    write_lessons(results, tmp_path / "lessons")
-    assert "](lessons-pictures/units-screen.png)" in (tmp_path / "lessons").read_text()
+    with pytest.raises(InputError, match=r"lessons is no \.md file by its name"):
+        write_lessons(results, tmp_path / "lessons")
     blocked = tmp_path / "file"
     blocked.write_text("")
     for place in (blocked, tmp_path / "nowhere"):

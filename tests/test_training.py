@@ -185,7 +185,7 @@ def test_images_that_the_proxy_never_chose_are_not_the_easiest(small, tiny_image
     assert any((one != skipped[0]).any() for one in skipped)
     for changes, refused in (({"hardest": 0.2}, True), ({"hardest": 0.3}, False)):
         with pytest.raises(InputError, match="lower skip_easy or raise hardest") if refused else nullcontext():
-            recipe.override(changes)
+            new_training(recipe.override(changes), tiny_images, runs_dir=tmp_path).close()
 
 
 def test_steps_are_made_of_the_images_that_are_hardest_for_the_proxy(small, tiny_images, tmp_path, monkeypatch):

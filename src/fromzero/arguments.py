@@ -280,7 +280,9 @@ def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
             metavar="M",
             help="save every M minutes (1, more where saving is slow)",
         )
-        command.add_argument("--keep", type=_count, metavar="N", help="checkpoints to keep (2; on resume as before)")
+        command.add_argument(
+            "--keep", type=_count, metavar="N", help="checkpoints to keep (2; on resume as many as there are)"
+        )
     if "tensorboard" in groups:
         command.add_argument(
             "--tensorboard", action="store_true", help="write curves to run folders as TensorBoard event files"

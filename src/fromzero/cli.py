@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import DEFAULT_RECIPE, parse
-from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, some, typed
+from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, printable, some, typed
 from fromzero.recipe import (
     Recipe,
     field_types,
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except FromzeroError as error:
-        print(f"fromzero: {error}", file=sys.stderr)
+        print(printable(f"fromzero: {error}"), file=sys.stderr)
         return error.exit_code
     except OSError as error:
         from fromzero.terminal import print_no_more
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _warn(message: object) -> None:
     with contextlib.suppress(OSError):  # standard error may have gone, which ends no training
-        print(f"warning: {message}", file=sys.stderr)
+        print(printable(f"warning: {message}"), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -329,14 +329,10 @@ def _predict(arguments: argparse.Namespace) -> None:
                 print(json.dumps({"picture": os.fsencode(paths[index]).decode(errors="replace"), "classes": classes}))
                 continue
             told = "  ".join(f"{name:<{longest}}  {probability:.4f}" for name, probability in says)
-            print(f"{told}  {_printable(paths[index])}")
+            shown = printable(str(paths[index])).replace("\n", "\\n")
+            print(f"{told}  {shown}")
     if wrong:
         raise InputError(unreadable(paths, wrong))
-
-
-def _printable(path: Path) -> str:
-    """A file's name without what would move the terminal's cursor or colour it."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(path))
 
 
 def _export(arguments: argparse.Namespace) -> None:

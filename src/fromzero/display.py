@@ -18,7 +18,7 @@ from rich.table import Column, Table
 
 from fromzero import augment
 from fromzero.diagnosis import IMBALANCED
-from fromzero.errors import FromzeroError, counted, some, typed
+from fromzero.errors import FromzeroError, counted, printable, some, typed
 from fromzero.kernels import NONE
 from fromzero.networks import num_parameters
 from fromzero.runs import Row, Run
@@ -69,7 +69,7 @@ def header(run: Training) -> str:
     if run.state.counters.step:
         done = f"{run.state.counters.epoch} of {recipe.epochs} epochs done"
         lines.append(f"  going on at step {run.state.counters.step:,}, {done}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _of_classes(run: Training) -> Iterator[str]:
@@ -78,7 +78,10 @@ def _of_classes(run: Training) -> Iterator[str]:
     of_train, of_validation = (
         part.labels.bincount(minlength=len(names)).tolist() for part in (run.data.train, run.data.validation)
     )
-    fewest, most = (choose(range(len(names)), key=of_train.__getitem__) for choose in (min, max))
+    if missing := [name for name, count in zip(names, of_train, strict=True) if not count]:
+        yield f"no train image of {some(missing)}"
+    present = [label for label, count in enumerate(of_train) if count]
+    fewest, most = (choose(present, key=of_train.__getitem__) for choose in (min, max))
     if of_train[most] >= IMBALANCED * of_train[fewest]:
         share = of_train[most] / sum(of_train)
         yield (

@@ -62,6 +62,11 @@ def typed(*words: str | PurePath) -> str:
     return shlex.join(word.as_posix() if isinstance(word, PurePath) else word for word in words)
 
 
+def printable(text: str) -> str:
+    """Lines without what would move a terminal's cursor or colour it, as names of files can."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+
+
 def some(names: Sequence[str], between: str = ", ", most: int = 3) -> str:
     """The first of them, and how many more there are."""
     more = f"{'' if between == ', ' else between.rstrip()} and {len(names) - most} more" if len(names) > most else ""

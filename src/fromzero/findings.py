@@ -58,7 +58,7 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         said.append(f"{labels} The page of fromzero report has images to look at.")
     if not evidence.measures.copies.by_looks:
         said.append(
-            "Only copies to the byte were looked for: images of different classes look as alike as copies would."
+            "Only copies to the byte were looked for: many images look like one of another class, as copies would."
         )
     if skipped := [name for name in untried(evidence) if name in others]:
         others = [name for name in others if name not in skipped]
@@ -212,8 +212,6 @@ def write_findings(
         content = {"epoch": epoch, "findings": findings, "remarks": list(said)}
         content["measures"] = finite(known)
         write_json(run.path / "diagnosis.json", content, alone=False)
-        for name in {*RULES} - studies.keys():  # of an earlier diagnosis, which this one replaces
-            (run.path / f"{run.name}-{name}.toml").unlink(missing_ok=True)
     except OSError as error:
         raise FromzeroError(
             f"{run.path}: cannot be written: {error.strerror}, so diagnosis.json was not; free space, make the"

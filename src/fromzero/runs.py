@@ -133,15 +133,15 @@ def write_named(path: Path, data: bytes, ending: str, *others: str) -> None:
 
 def check_named(path: Path, ending: str, *others: str) -> None:
     """Refuse to put a file that the user named in the place of a folder, of a device, of a run's own records and
-    weights, or of one whose name has another ending than these, which may be a picture. Raises InputError."""
+    weights, or under a name with another ending than these, which may be a picture's. Raises InputError."""
     target = Path(os.path.realpath(path))  # unlike `resolve`, of a link to itself too
-    if target.exists() and not target.is_file():
+    if (path.exists() and not path.is_file()) or (target.exists() and not target.is_file()):
         raise InputError(f"{path} is {'a folder' if target.is_dir() else 'no file to write to'}; name a file")
     folder = target.parent.parent if target.parent.name == "checkpoints" else target.parent
     if (folder / "recipe.toml").is_file() and (folder != target.parent or target.name in OWN_FILES):
         raise InputError(f"{path} is where a run keeps its own records and weights; name another file")
-    if target.exists() and target.suffix and target.suffix.lower() not in (ending, *others):
-        raise InputError(f"{path} is there already and no {ending} file; name another, or remove it first")
+    if not {path.suffix.lower(), target.suffix.lower()} <= {ending, *others}:
+        raise InputError(f"{path} is no {ending} file by its name; name another file")
 
 
 class Run:

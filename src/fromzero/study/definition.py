@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import pydantic
 from pydantic import Field
 
-from fromzero.errors import InputError, nearest
+from fromzero.errors import InputError, counted, nearest
 from fromzero.recipe import Recipe, differing_fields, field_types, load_recipe
 from fromzero.shipped import names_of, text_of
 from fromzero.stats import Direction
@@ -101,7 +101,7 @@ class Study:
         held = "validation images of their own"
         if not own_validation:
             held = f"{recipe.validation.fraction:.0%} of them for validation"
-        return f"{held}, {recipe.epochs} epochs, batches of {recipe.batch_size}"
+        return f"{held}, {counted(recipe.epochs, 'epoch')}, batches of {recipe.batch_size}"
 
     def refuse(self, path: tuple[str, ...], message: str) -> NoReturn:
         """Raise the InputError that names the line where `path` stands in the file."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ import numpy as np
 import pydantic
 
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError, StoppedError, counted
+from fromzero.errors import FromzeroError, InputError, StoppedError, counted, typed
 from fromzero.files import write_atomically, write_json
 from fromzero.machine import MAX_THREADS, chosen_device
 from fromzero.networks import build
@@ -35,7 +34,7 @@ from fromzero.resources import num_threads
 from fromzero.runs import Run, damage, read_object
 from fromzero.splits import check_image_set
 from fromzero.study.cells import Cell, Setting, cells_of, differences, is_finished, trials_of
-from fromzero.study.definition import Study, load_study
+from fromzero.study.definition import Arm, Study, load_study
 from fromzero.study.pools import Event, on_ray, on_this_machine
 
 Place = Literal["local", "ray"]
@@ -110,8 +109,9 @@ class Execution:
                             " failures.json"
                         )
                 for event in self._run(self.cells):
-                    if event.kind == "finished":
+                    if event.kind == "finished" and answered != now:  # a kill leaves what was there to look at
                         answered = now
+                        self._describe(before.model_copy(update={"answered": answered}))
                     yield event
                 if self.keep_weights and (gone := sum(not Run(c.path).checkpoints.exists() for c in self._ended())):
                     text = f"of {counted(gone, 'run')} that had ended before no weights are left to keep; who needs"
@@ -195,12 +195,13 @@ class Execution:
             described = described.model_copy(update={"seconds": before.seconds})
             then = recorded_study(self.folder, before)
             now = self.study
-            kept = [a for a in now.arms if a in then.arms and not differing_fields(*_recipes(a, then, now))]
-            if before.answered and len(kept) > 1 and before.fingerprints == described.fingerprints:
+            kept = [arm for arm in now.arms if arm in then.arms and _is_same(then.arms[arm], now.arms[arm])]
+            if before.answered and kept and before.fingerprints == described.fingerprints:
                 parts = {
                     "claim": then.claim != now.claim,
                     "arms": len(kept) < max(len(then.arms), len(now.arms)),
-                    "comparisons": then.contrasts != now.contrasts,
+                    "comparisons": {*then.contrasts} != {*now.contrasts},
+                    "tuning": self.tuned and then.tuning != now.tuning,
                 }
                 changed = dict.fromkeys([*before.changed, *(part for part, differs in parts.items() if differs)])
                 described = described.model_copy(update={"answered": before.answered, "changed": tuple(changed)})
@@ -252,7 +253,12 @@ def prepare_study(
         "--device": None if device == "auto" else device,
         "--on": None if place == "local" else place,
     }
-    options = [word for option, value in given.items() if value is not None for word in (option, str(value))]
+    options = [
+        word
+        for option, value in given.items()
+        if value is not None
+        for word in (option, value.as_posix() if isinstance(value, Path) else str(value))
+    ]
     options += ["--offline"] * offline + ["--keep-weights"] * keep_weights
     dataset = next(iter(study.arms.values())).recipe.dataset
     stem, asked = split_name(dataset)
@@ -288,8 +294,9 @@ def prepare_study(
     return Execution(study, folder, images, setting, jobs, place, tune, keep_weights, tuple(options))
 
 
-def _recipes(arm: str, *studies: Study) -> tuple[Recipe, ...]:
-    return tuple(study.arms[arm].recipe for study in studies)
+def _is_same(one: Arm, other: Arm) -> bool:
+    """Whether the runs of one arm are those of the other."""
+    return one.after == other.after and not differing_fields(one.recipe, other.recipe)
 
 
 def _shapes(recipe: Recipe, images: ImageSet) -> dict[str, tuple[int, ...]]:
@@ -301,7 +308,7 @@ def _shapes(recipe: Recipe, images: ImageSet) -> dict[str, tuple[int, ...]]:
 def command(label: str, scale: str, seeds: int, tuned: bool, options: Sequence[str] = ()) -> str:
     """The command line that carries a study out."""
     words = ["fromzero", "study", label, "--scale", scale, "--seeds", str(seeds), *["--tune"] * tuned, *options]
-    return shlex.join(words)
+    return typed(*words)
 
 
 def sweep(study: Study, folder: Path, fingerprints: Mapping[str, str]) -> Sweep:

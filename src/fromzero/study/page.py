@@ -73,7 +73,7 @@ def write_lessons(results: Sequence[Result], path: Path, names: Sequence[str] = 
     check_named(path, ".md")
     if not path.parent.is_dir():
         raise InputError(f"{path}: no folder {path.parent}")
-    pictures = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}-pictures")
+    pictures = path.with_suffix("")
     lessons = list(by_lesson(results, names))
     of_notes = any(study.name in study_names() for study, _ in lessons)
     parts = [f"{OF_LESSONS if of_notes else OF_OTHERS}\n{HOW_TO_READ}{SCALES if of_notes else ''}", _overview(lessons)]
@@ -189,11 +189,11 @@ def _section(result: Result) -> str:
     study = result.study
     minutes = f"{result.cell_seconds / 60:.0f} min of runs, {result.ran.seconds / 60:.0f} min by the clock"
     of = f" of {result.ran.images}" if result.ran.images else ""
+    ran = f" · {'; '.join(result.machines)} · fromzero at {', '.join(result.commits)}" if result.is_begun else ""
     lines = [
         f"### {name_of(result)}: {result.verdict}{_so_far(result)}\n",
         f"`{result.command}` · n = {study.seeds} seeds · {result.ran.train_images:,} train images{of}, "
-        f"{study.setting(result.ran.own_validation)} · {minutes} · {'; '.join(result.machines)} · fromzero at"
-        f" {', '.join(result.commits)}\n",
+        f"{study.setting(result.ran.own_validation)} · {minutes}{ran}\n",
         *(f"Of the images: {note}.\n" for note in result.ran.notes),
     ]
     lines += [_arms_table(result), _contrasts_table(result)]

@@ -16,7 +16,7 @@ from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.runs import Row, Run, last_machine
 from fromzero.stats import Comparison, Interval, Verdict
 from fromzero.study.cells import Cell, cells_of, differences, read_outcomes
-from fromzero.study.definition import CLAIM, METRICS, MOST_SEEDS, Arm, Contrast, Study, load_study, study_names
+from fromzero.study.definition import CLAIM, METRICS, MOST_SEEDS, SETTING, Arm, Contrast, Study, load_study, study_names
 from fromzero.study.execution import (
     Description,
     Sweep,
@@ -140,8 +140,11 @@ class Result:
 
     @property
     def verdict(self) -> Verdict:
-        """Of the claim: supported when all its comparisons are, contradicted when one is."""
+        """Of the claim: supported when all its comparisons are, contradicted when one is; undecided while one has pairs
+        missing."""
         said = [c.verdict for c in self.group(CLAIM)]
+        if not all(c.is_whole for c in self.group(CLAIM)):
+            return "undecided"
         if "contradicted" in said:
             return "contradicted"
         return "supported" if all(v == "supported" for v in said) else "undecided"
@@ -287,6 +290,7 @@ def record(result: Result) -> dict[str, Any]:
         "complete": result.is_complete,
         "cautions": result.cautions,
         "base": study.base.name,
+        "setting": {path: next(iter(study.arms.values())).recipe.fields()[path] for path in SETTING},
         "seeds": study.seeds,
         "images": {"name": ran.images, "train": ran.train_images, "fingerprints": ran.fingerprints, "notes": ran.notes},
         "command": result.command,
@@ -298,7 +302,7 @@ def record(result: Result) -> dict[str, Any]:
                 **c.contrast._asdict(),
                 "verdict": c.verdict,
                 "pairs": c.pairs,
-                **({} if c.comparison is None else c.comparison._asdict()),
+                **(dict.fromkeys(Comparison._fields) if c.comparison is None else c.comparison._asdict()),
                 "adjusted_p": c.adjusted_p,
                 "smallest": c.smallest,
                 "seeds_needed": c.seeds_needed,
