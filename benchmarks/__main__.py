@@ -2,10 +2,10 @@
 
     python -m benchmarks [--parts steps lifetime cold] [--rounds 5] [--cold quick strong best] [--render]
 
-Prints medians, ratios with their spread and the processor's ceiling, and writes docs/benchmarks.md and
-docs/benchmarks.png. What was measured stays in build/benchmarks.json, and --render writes the page from it again; what
-a run measured that then failed is in build/benchmarks-unfinished.json. Keras runs in an environment of its own,
-.venv-bench, which the Makefile makes.
+Prints medians, ratios with their spread and the processor's ceiling, and writes docs/benchmarks.md, or the page that
+--output names, and a picture. What was measured stays in build/benchmarks.json, and --render writes the page from it
+again; what a run measured that then failed is in build/benchmarks-unfinished.json. Keras runs in an environment of its
+own, .venv-bench, which the Makefile makes.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from benchmarks.targets import GOALS, KERAS_FLOAT32, POLICIES, SIDES
 from benchmarks.timing import ROOT, WorkerError, default_data_dir, run_worker
 
 RESULTS = ROOT / "build" / "benchmarks.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
 UNFINISHED = RESULTS.with_name("benchmarks-unfinished.json")  # of a run under way, or of one that failed
 PEERS_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 RECIPES = ("train1", "train2", "train3")
@@ -250,7 +251,7 @@ def parse():
     parser.add_argument("--threads", type=int, help="CPU threads of every side, by default each side's own choice")
     parser.add_argument("--data-dir", default=default_data_dir(), help="where CIFAR-10 is")
     parser.add_argument("--peers-python", type=Path, default=PEERS_PYTHON, help="a Python with TensorFlow and Keras")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of benchmarks.md and its picture")
+    parser.add_argument("--output", type=Path, default=PAGE, help="the page; its picture lies beside it")
     parser.add_argument("--render", action="store_true", help="write the page from what the last run measured")
     return parser.parse_args()
 

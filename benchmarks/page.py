@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its picture, from the results of a run."""
+"""docs/benchmarks.md, or a page of another name, and its picture, from the results of a run."""
 
 import statistics
 
@@ -17,15 +17,14 @@ COLOURS = {
 }
 
 
-def write(results, folder):
-    """Write benchmarks.md and, when training steps were measured, benchmarks.png into `folder`; their paths."""
-    page, written = text(results), []
-    folder.mkdir(parents=True, exist_ok=True)
+def write(results, path):
+    """Write the page to `path` and, when training steps were measured, its picture beside it; their paths."""
+    picture, page = path.with_suffix(".png"), text(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if "steps" in results:
-        draw(results, folder / "benchmarks.png")
-        written.append(folder / "benchmarks.png")
-    (folder / "benchmarks.md").write_text(page, "utf-8")
-    return [*written, folder / "benchmarks.md"]
+        draw(results, picture)
+    path.write_text(page.replace("](benchmarks.png)", f"]({picture.name})"), "utf-8")
+    return [*([picture] if "steps" in results else []), path]
 
 
 def text(results):

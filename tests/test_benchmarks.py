@@ -133,7 +133,7 @@ RESULTS = {
 
 
 def test_the_page_shows_every_part_and_what_falls_short(tmp_path):
-    written = page.write(RESULTS, tmp_path)
+    written = page.write(RESULTS, tmp_path / "benchmarks.md")
     assert [path.name for path in written] == ["benchmarks.png", "benchmarks.md"]
     assert (tmp_path / "benchmarks.png").stat().st_size < 300_000
     lines = (tmp_path / "benchmarks.md").read_text("utf-8").splitlines()
@@ -167,7 +167,7 @@ def test_the_page_shows_every_part_and_what_falls_short(tmp_path):
 def test_the_page_does_with_the_parts_there_are(tmp_path):
     results = copy.deepcopy({key: RESULTS[key] for key in ("about", "lifetime")})
     results["lifetime"] = {"epochs": [], "not_measured": {"an epoch": "no CIFAR-10"}}
-    assert [path.name for path in page.write(results, tmp_path)] == ["benchmarks.md"]
+    assert [path.name for path in page.write(results, tmp_path / "benchmarks.md")] == ["benchmarks.md"]
     assert "Not measured in every round: an epoch: no CIFAR-10" in (tmp_path / "benchmarks.md").read_text("utf-8")
 
 
