@@ -59,7 +59,7 @@ def trained(base, case, seed, folder, data_dir):
 
 def is_of(run, recipe, images):
     """Whether a run that is there is of the case as it is planted now."""
-    from fromzero.recipe import differing_fields
+    from fromzero.changes import differing_fields
 
     same_recipe = differing_fields(run.recipe, recipe).keys() <= {"dataset"}
     return (

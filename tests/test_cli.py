@@ -303,7 +303,8 @@ def test_what_other_tools_call_it_is_called_something_here():
 
 
 def test_rates_that_another_optimizer_leaves_behind_are_named(tmp_path, capsys):
-    from fromzero.recipe import load_recipe, notes_on_changes
+    from fromzero.changes import notes_on_changes
+    from fromzero.recipe import load_recipe
 
     def note(*changes):
         values = dict(zip(changes[::2], changes[1::2], strict=True))

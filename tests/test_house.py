@@ -20,7 +20,7 @@ ORDER = [
     ["errors", "rng", "files", "stats", "terminal"],
     ["shipped", "resources"],
     ["recipe", "kernels", "signals"],
-    ["machine", "modules", "fused", "arguments", "timetable"],
+    ["machine", "modules", "fused", "arguments", "timetable", "changes"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],
     ["evaluate", "state", "curves", "evidence", "events"],
     ["splits", "diagnosis"],

@@ -10,13 +10,12 @@ import numpy as np
 import pydantic
 import pytest
 
+from fromzero.changes import ACTS_WHERE, notes_on_changes
 from fromzero.errors import InputError
 from fromzero.recipe import (
-    ACTS_WHERE,
     Recipe,
     field_types,
     load_recipe,
-    notes_on_changes,
     parse_value,
     recipe_names,
 )

@@ -23,11 +23,12 @@ from fromzero.errors import FromzeroError, InputError, StoppedError, TooLargeErr
 from fromzero.files import finite
 from fromzero.recipe import load_recipe, recipe_names
 from fromzero.study import pools, worker
+from fromzero.study.answers import answer, record, sentence
 from fromzero.study.cells import OUTCOMES, Cell, Setting, _begun, is_finished, read_outcomes, train_cell
 from fromzero.study.definition import METRICS, Contrast, _File, lines_of, load_study, study_names
 from fromzero.study.execution import best_values, prepare_study, sweep
 from fromzero.study.page import write_lessons
-from fromzero.study.results import ContrastResult, answer, list_results, read_result, record, sentence
+from fromzero.study.results import ContrastResult, list_results, read_result
 from fromzero.trained import last_checkpoint
 from fromzero.verify import first_difference
 

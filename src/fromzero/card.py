@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import re
 
+from fromzero.changes import in_words
 from fromzero.data.pictures import preparation
 from fromzero.errors import counted
 from fromzero.networks import num_parameters
-from fromzero.recipe import in_words
 from fromzero.runs import Row
 from fromzero.stats import wilson_interval
 from fromzero.trained import Classifier

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import DEFAULT_RECIPE, parse
+from fromzero.changes import in_words, notes_on_changes
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, printable, some, typed
 from fromzero.recipe import (
     Recipe,
     field_types,
-    in_words,
     load_recipe,
-    notes_on_changes,
     parse_value,
     recipe_names,
     recipe_purpose,
@@ -532,9 +531,11 @@ def _study(arguments: argparse.Namespace) -> None:
     from fromzero.study.definition import load_study
 
     study = load_study(arguments.STUDY, arguments.scale, seeds=arguments.seeds)
-    from fromzero.study import page, results
+    from fromzero.study import page
+    from fromzero.study.answers import answer, record
     from fromzero.study.display import study_header, watch_study
     from fromzero.study.execution import prepare_study
+    from fromzero.study.results import read_result
     from fromzero.terminal import lasting_console, say
 
     execution = prepare_study(
@@ -552,10 +553,10 @@ def _study(arguments: argparse.Namespace) -> None:
     console = lasting_console()
     say(console, study_header(execution))
     watch_study(execution, console)
-    result = results.read_result(execution.folder)
+    result = read_result(execution.folder)
     page.draw_result(result, execution.folder / "result.png")
-    write_json(execution.folder / "result.json", finite(results.record(result)), alone=False)
-    say(console, "\n".join(results.answer(result)))
+    write_json(execution.folder / "result.json", finite(record(result)), alone=False)
+    say(console, "\n".join(answer(result)))
     say(console, f"runs, picture and result.json: {execution.folder}")
     if not result.is_complete:
         raise FromzeroError(

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fromzero.changes import usual_epochs
 from fromzero.evidence import SMALL_GAP, Evidence, best_factor, late_gain
-from fromzero.recipe import Recipe, usual_epochs
+from fromzero.recipe import Recipe
 from fromzero.stats import wilson_interval
 
 BY_HEART = 0.97  # clean train accuracy from which a network may have learned labels, right or wrong, one by one

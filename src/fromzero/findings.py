@@ -11,6 +11,7 @@ from typing import Any
 
 import tomli_w
 
+from fromzero.changes import usual_epochs
 from fromzero.data import split_name
 from fromzero.diagnosis import (
     LATE_GAIN,
@@ -25,7 +26,7 @@ from fromzero.diagnosis import (
 from fromzero.errors import FromzeroError, typed
 from fromzero.evidence import SMALL_GAP, Evidence, Measures, late_gain
 from fromzero.files import finite, write_atomically, write_json
-from fromzero.recipe import Recipe, usual_epochs
+from fromzero.recipe import Recipe
 from fromzero.runs import Row, Run
 from fromzero.terminal import duration
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fromzero.changes import in_words
 from fromzero.curves import curves_png
 from fromzero.data import Images
 from fromzero.errors import FromzeroError, counted, typed
 from fromzero.evaluate import predict
 from fromzero.findings import study_command
-from fromzero.recipe import in_words
 from fromzero.runs import Row
 from fromzero.splits import validation_label
 from fromzero.stats import wilson_interval

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from fromzero import checkpoint, machine, sessions, trained
+from fromzero.changes import differing_fields, short
 from fromzero.data import ImageSet
 from fromzero.errors import FromzeroError, TooLargeError
 from fromzero.evaluate import evaluate
 from fromzero.files import write_atomically
-from fromzero.recipe import Recipe, differing_fields, short
+from fromzero.recipe import Recipe
 from fromzero.runs import OWN_FILES, Run
 from fromzero.splits import Data
 from fromzero.study.definition import TUNING_SEEDS_FROM, Study

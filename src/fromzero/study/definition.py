@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, NoReturn
 import pydantic
 from pydantic import Field
 
+from fromzero.changes import differing_fields
 from fromzero.errors import InputError, counted, nearest
-from fromzero.recipe import Recipe, differing_fields, field_types, load_recipe
+from fromzero.recipe import Recipe, field_types, load_recipe
 from fromzero.shipped import names_of, text_of
 from fromzero.stats import Direction
 

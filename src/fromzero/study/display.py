@@ -10,10 +10,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from fromzero.changes import short
 from fromzero.data import ImageSet
 from fromzero.errors import counted
 from fromzero.networks import num_multiply_adds, num_parameters
-from fromzero.recipe import Recipe, short
+from fromzero.recipe import Recipe
 from fromzero.runs import Run
 from fromzero.stats import fewest_pairs
 from fromzero.study.execution import Execution

@@ -24,12 +24,13 @@ import filelock
 import numpy as np
 import pydantic
 
+from fromzero.changes import differing_fields
 from fromzero.data import NAMED, ImageSet, load_images, split_name
 from fromzero.errors import FromzeroError, InputError, StoppedError, counted, typed
 from fromzero.files import write_atomically, write_json
 from fromzero.machine import MAX_THREADS, chosen_device
 from fromzero.networks import build
-from fromzero.recipe import Recipe, differing_fields, load_recipe
+from fromzero.recipe import Recipe, load_recipe
 from fromzero.resources import num_threads
 from fromzero.runs import Run, damage, read_object
 from fromzero.splits import check_image_set

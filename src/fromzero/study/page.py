@@ -10,22 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fromzero import stats
+from fromzero.changes import short
 from fromzero.errors import InputError
 from fromzero.files import write_atomically
-from fromzero.recipe import short
 from fromzero.runs import check_named, write_named
+from fromzero.study.answers import claimed, correlation, figure, unit
 from fromzero.study.definition import CLAIM, METRICS, TUNING_SEEDS_FROM, Study, study_names
-from fromzero.study.results import (
-    ArmResult,
-    ContrastResult,
-    Result,
-    Spread,
-    by_lesson,
-    claimed,
-    correlation,
-    figure,
-    unit,
-)
+from fromzero.study.results import ArmResult, ContrastResult, Result, Spread, by_lesson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

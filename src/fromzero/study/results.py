@@ -16,7 +16,7 @@ from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.runs import Row, Run, last_machine
 from fromzero.stats import Comparison, Interval, Verdict
 from fromzero.study.cells import Cell, cells_of, differences, read_outcomes
-from fromzero.study.definition import CLAIM, METRICS, MOST_SEEDS, SETTING, Arm, Contrast, Study, load_study, study_names
+from fromzero.study.definition import CLAIM, MOST_SEEDS, Arm, Contrast, Study, load_study, study_names
 from fromzero.study.execution import (
     Description,
     Sweep,
@@ -249,139 +249,6 @@ def metric_of(row: Row, metric: str) -> float:
     if metric == "generalisation_gap":
         return float(row["train/accuracy"] - row["val/accuracy"])
     return float(row[metric])
-
-
-def answer(result: Result) -> list[str]:
-    """What the study says, in words: a line for the verdict, one for each comparison, one for each failure."""
-    study = result.study
-    lines = [f"{study.name} ({result.title}): {result.verdict}. {study.claim}"]
-    lines += [f"  {sentence(c, len(result.group(c.contrast.group)))}" for c in result.contrasts]
-    lines += [f"  note: {caution}" for caution in result.cautions]
-    for arm in result.arms.values():
-        lines += [f"  failed: {cell}: {why}" for cell, why in arm.failures.items()]
-        if len(arm.runs) < arm.seeds:
-            lines.append(f"  arm {arm.arm.name}: n = {arm.n}")
-    return lines
-
-
-def record(result: Result) -> dict[str, Any]:
-    """All that `answer` says and what it says it of, for programs: every run's figures after its last epoch, and every
-    comparison with its pairs, as JSON data. Shares are from 0 to 1."""
-    study, ran = result.study, result.ran
-    arms = {
-        name: {
-            "changes": arm.arm.changes if name != next(iter(result.arms)) else study.first_changes,
-            "like": arm.arm.like,
-            "starts_from": arm.arm.after,
-            "tuned_value": arm.value,
-            "parameters": arm.parameters,
-            "multiply_adds": arm.multiply_adds,
-            "failures": arm.failures,
-            "runs": {seed: _figures(run) for seed, run in arm.runs.items()},
-        }
-        for name, arm in result.arms.items()
-    }
-    return {
-        "study": study.name,
-        "scale": study.scale,
-        "tuned": ran.tuned,
-        "claim": study.claim,
-        "verdict": result.verdict,
-        "complete": result.is_complete,
-        "cautions": result.cautions,
-        "base": study.base.name,
-        "setting": {path: next(iter(study.arms.values())).recipe.fields()[path] for path in SETTING},
-        "seeds": study.seeds,
-        "images": {"name": ran.images, "train": ran.train_images, "fingerprints": ran.fingerprints, "notes": ran.notes},
-        "command": result.command,
-        "machines": result.machines,
-        "commits": result.commits,
-        "arms": arms,
-        "comparisons": [
-            {
-                **c.contrast._asdict(),
-                "verdict": c.verdict,
-                "pairs": c.pairs,
-                **(dict.fromkeys(Comparison._fields) if c.comparison is None else c.comparison._asdict()),
-                "adjusted_p": c.adjusted_p,
-                "smallest": c.smallest,
-                "seeds_needed": c.seeds_needed,
-                "new_images": c.new_images,
-            }
-            for c in result.contrasts
-        ],
-    }
-
-
-def _figures(run: Run) -> dict[str, Any]:
-    last, summary = run.metrics()[-1], run.summary or {}
-    others = ("best/val/accuracy", "test/accuracy", "test/loss", "time/seconds")
-    return {key: metric_of(last, key) for key in METRICS} | {key: summary[key] for key in others}
-
-
-def sentence(found: ContrastResult, comparisons: int) -> str:
-    """A comparison in one line."""
-    c, x = found.contrast, found.comparison
-    head = f"{c.arm} against {c.against}, {c.metric}{claimed(c)}: "
-    if x is None:
-        return head + f"{found.verdict}; n = {found.n} pairs, too few for an interval"
-    if found.telling is None:
-        mean = figure(x.difference.mean, c.metric, sign=True)
-        return (
-            head + f"{found.verdict}; its {found.n} pairs all differ by {mean} {unit(c.metric)}, so they tell no spread"
-        )
-    low, high = figure(x.difference.low, c.metric, sign=True), figure(x.difference.high, c.metric, sign=True)
-    approximately = "" if x.exact else "about "
-    text = head + (
-        f"{found.verdict}; {figure(x.difference.mean, c.metric, sign=True)} ({low} to {high}) {unit(c.metric)},"
-        f" n = {found.n}, p {approximately}{x.p:.3g}"
-    )
-    if comparisons > 1:
-        text += f" ({found.adjusted_p:.3g} among {comparisons}, Holm)"
-    if np.isfinite(x.correlation) and x.n > 2:  # not where an arm's runs are all equal; that of two is one or minus one
-        text += f", correlation of pairs {correlation(x)}"
-    if np.isfinite(found.smallest):
-        text += f"; {x.n} pairs find {figure(found.smallest, c.metric)} or more four times out of five"
-    else:
-        text += f"; {x.n} pairs can settle nothing: {stats.fewest_pairs(comparisons)} at least"
-    if not found.is_whole:
-        return (
-            text + "; undecided while pairs are missing, as those that are left may be others than those that are not"
-        )
-    if found.to_settle:
-        text += f"; to settle a difference of this size: a study of about {found.to_settle} seeds, begun anew"
-    return text
-
-
-def claimed(contrast: Contrast) -> str:
-    """The direction claimed, in words."""
-    margin = figure(contrast.margin, contrast.metric)
-    match contrast.direction, contrast.margin > 0:
-        case "higher", True:
-            return f" not lower by {margin} or more"
-        case "lower", True:
-            return f" not higher by {margin} or more"
-        case "different", True:
-            return f" different by more than {margin}"
-    return f" {contrast.direction}"
-
-
-def figure(value: float, metric: str, *, sign: bool = False) -> str:
-    """A difference of that metric: shares in points, losses in nats."""
-    text = f"{100 * value:{'+' if sign else ''}.2f}" if METRICS[metric] else f"{value:{'+' if sign else ''}.4f}"
-    return text.replace("-", "−")
-
-
-def correlation(comparison: Comparison) -> str:
-    """That of its pairs; a dash where an arm's runs are all equal."""
-    if not np.isfinite(comparison.correlation) or comparison.n < 3:
-        return "–"
-    return f"{comparison.correlation:z.2f}".replace("-", "−")
-
-
-def unit(metric: str) -> str:
-    """In what `figure` shows that metric."""
-    return "points" if METRICS[metric] else "nats"
 
 
 def _arm_result(
