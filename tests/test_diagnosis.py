@@ -22,7 +22,7 @@ from fromzero.diagnosis import (
     why_labels_cannot_be_judged,
 )
 from fromzero.evidence import Cooldown, Copies, Evidence, LayerMeasures, Measures, Score, Surest, Trial, best_factor
-from fromzero.findings import diagnosis_text, remarks, study_text, write_findings
+from fromzero.findings import diagnosis_text, remarks, remedy_study, write_findings
 from fromzero.recipe import load_recipe
 from fromzero.sessions import new_training, resume
 from fromzero.splits import Data
@@ -149,7 +149,7 @@ def test_a_rule_finds_what_was_planted_and_its_study_tests_the_remedy(name, tmp_
     assert finding.remedy
     if finding.changes:
         (tmp_path / "recipe.toml").write_text(planted.recipe.to_toml())
-        (tmp_path / f"{name}.toml").write_text(study_text(finding, planted.recipe))
+        (tmp_path / f"{name}.toml").write_text(remedy_study(finding, planted.recipe))
         study = load_study(tmp_path / f"{name}.toml")
         assert list(study.arms) == ["as-it-is", "remedied"]
         assert study.arms["remedied"].recipe == planted.recipe.override(finding.changes).override(
@@ -364,7 +364,7 @@ def test_causes_hide_what_they_cause():
 
 def test_notes_recipes_are_tested_on_held_out_images():
     finding = diagnose(evidence(**PLANTED["overfitting"]))[0]
-    assert 'source = "split"' in study_text(finding, load_recipe("train2"))
+    assert 'source = "split"' in remedy_study(finding, load_recipe("train2"))
 
 
 # The measures.

@@ -26,7 +26,7 @@ ORDER = [
     ["splits", "diagnosis"],
     ["steps", "trained", "findings"],
     ["training", "probe", "card", "scores"],
-    ["sessions", "verify", "report", "export"],
+    ["sessions", "verify", "report", "export", "compare"],
     ["study", "display"],
     ["cli"],
 ]

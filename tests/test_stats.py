@@ -33,6 +33,29 @@ def test_an_accuracys_interval_is_wilsons(k, n):
     assert 0 <= found[0] < found[1] <= 1
 
 
+def test_two_networks_on_images_are_compared_by_where_they_differ():
+    first, second = np.zeros(100, bool), np.zeros(100, bool)
+    first[:60], second[:50], second[60:63] = True, True, True  # only the first: 10; only the second: 3
+    found = stats.compare_on_images(first, second)
+    assert (found.only_first, found.only_second) == (10, 3)
+    assert found.difference.mean == pytest.approx(-0.07)
+    as_or_more_uneven = [k for k in range(14) if abs(k - 6.5) >= 3.5]
+    assert found.p == pytest.approx(sum(math.comb(13, k) for k in as_or_more_uneven) / 2**13)
+    assert stats.compare_on_images(first, first).p == 1
+    with pytest.raises(ValueError, match="equally long"):
+        stats.compare_on_images(first, second[1:])
+
+
+@pytest.mark.parametrize(("n", "both", "only_first", "only_second"), [(40, 0.8, 0.1, 0.05), (500, 0.9, 0.03, 0.03)])
+def test_the_interval_of_two_networks_covers_what_is_true(n, both, only_first, only_second):
+    rng = np.random.default_rng(1)
+    shares = [both, only_first, only_second, 1 - both - only_first - only_second]
+    kinds = rng.choice(4, (4000, n), p=shares)
+    found = [stats.compare_on_images((k == 0) | (k == 1), (k == 0) | (k == 2)).difference for k in kinds]
+    covered = np.mean([low <= only_second - only_first <= high for _, low, high in found])
+    assert 0.94 <= covered <= 0.985
+
+
 def test_no_difference_at_all_is_no_evidence():
     assert stats.sign_flip_p(np.zeros(8)) == 1
     same = stats.compare([0.5] * 8, [0.5] * 8)

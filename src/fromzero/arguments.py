@@ -170,6 +170,13 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     diagnose = add_of_run("diagnose", "say what is wrong with a run: evidence, remedy, and the study that tests it")
     _add_shared(diagnose, "runs", "data", "machine")
 
+    compare = add_of_run("compare", "compare two runs image by image: what differs, what these images tell")
+    compare.add_argument("OTHER", type=_path, help="the run to compare it with")
+    compare.add_argument("FOLDER", nargs="?", type=_path, help="pictures to compare on (both runs' validation images)")
+    compare.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    _add_checkpoint(compare)
+    _add_shared(compare, "runs", "data", "machine")
+
     report = add_of_run("report", "write a page about a run: curves, findings, confusions, surest mistakes")
     report.add_argument(
         "FILE", nargs="?", type=_path, help="the page's file, or a folder for report.html (the run's folder)"

@@ -253,28 +253,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise InputError(f"--data-dir is where a run's own images are, and others are scored: {arguments.FOLDER}")
     with _importing():
         from fromzero import scores
+        from fromzero.trained import proposing_others
 
     if arguments.FOLDER is None:
         trained = _trained(arguments)
-        with _proposing_other_weights(trained.checkpoint.file, arguments):
+        with proposing_others(trained.checkpoint):
             _warn_of_views(trained.run.recipe, arguments.tta)
             record = scores.own_scores(trained, arguments.tta)
     else:
         classifier = _classifier(arguments)
-        with _proposing_other_weights(classifier.checkpoint.file, arguments):
+        with proposing_others(classifier.checkpoint):
             _warn_of_views(classifier.run.recipe, arguments.tta)
             record = scores.scores_on(arguments.FOLDER, classifier, arguments.tta)
     print(json.dumps(record) if arguments.json else scores.scores_text(record))
-
-
-@contextlib.contextmanager
-def _proposing_other_weights(weights: Path, arguments: argparse.Namespace) -> Iterator[None]:
-    """Where the weights that were asked for do not compute, say what to try."""
-    try:
-        yield
-    except NonFiniteError as error:
-        other = "best" if arguments.checkpoint == "last" else "last"
-        raise NonFiniteError(f"{weights}: {error}; try --checkpoint {other}") from None
 
 
 def _classifier(arguments: argparse.Namespace) -> Classifier:
@@ -306,6 +297,7 @@ def _not_ended(run: Run) -> list[str]:
 def _predict(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.data.pictures import pictures_at, unreadable
+        from fromzero.trained import proposing_others
 
     paths, notes = pictures_at(arguments.PICTURE)
     classifier = _classifier(arguments)
@@ -315,7 +307,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     pixels, read, wrong = classifier.read(paths)
     if read:
         _warn_of_views(classifier.run.recipe, arguments.tta)
-        with _proposing_other_weights(classifier.checkpoint.file, arguments):
+        with proposing_others(classifier.checkpoint):
             found = classifier.predict(pixels, arguments.tta)
         likeliest = found.topk(min(arguments.top or (len(names) if arguments.json else 1), len(names)))
         longest = max(map(len, names))
@@ -435,10 +427,31 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         raise failure
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    if arguments.FOLDER is not None and arguments.data_dir is not None:
+        raise InputError(f"--data-dir is where the runs' own images are, and others are scored: {arguments.FOLDER}")
+    with _importing():
+        from fromzero.compare import compare_runs, comparison_text
+        from fromzero.runs import load_run
+
+    record = compare_runs(
+        load_run(arguments.RUN, arguments.runs_dir),
+        load_run(arguments.OTHER, arguments.runs_dir),
+        arguments.FOLDER,
+        arguments.checkpoint,
+        data_dir=arguments.data_dir,
+        offline=arguments.offline,
+        device=arguments.device,
+        threads=arguments.threads,
+    )
+    print(json.dumps(record) if arguments.json else comparison_text(record))
+
+
 def _report(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.report import report
         from fromzero.runs import check_named, write_named
+        from fromzero.trained import proposing_others
 
     trained = _trained(arguments)
     _check_saved(trained)
@@ -447,7 +460,7 @@ def _report(arguments: argparse.Namespace) -> None:
         raise InputError(f"{path} is another run; a page is about one: {typed('fromzero', 'report', path)}")
     path = path / "report.html" if path.is_dir() else path
     check_named(path, ".html", ".htm")
-    with _proposing_other_weights(trained.checkpoint.file, arguments):
+    with proposing_others(trained.checkpoint):
         page = report(trained)
     write_named(path, page.encode(errors="replace"), ".html", ".htm")  # of file names that are no text
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, to open in a browser")
@@ -605,6 +618,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "predict": _predict,
     "export": _export,
     "diagnose": _diagnose,
+    "compare": _compare,
     "report": _report,
     "runs": _runs,
     "summary": _summary,

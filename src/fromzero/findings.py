@@ -171,9 +171,15 @@ def study_command(run: Run, study: Path) -> str:
     return typed("fromzero", "study", study, "--runs-dir", run.path.parent)
 
 
-def study_text(finding: Finding, recipe: Recipe, dataset: str | None = None) -> str:
-    """The study, as TOML beside the run's recipe, that tests a finding's remedy: the recipe as it is and remedied, with
-    the same seeds, on held-out train images. dataset: where they are, if not where the recipe says."""
+def remedy_study(finding: Finding, recipe: Recipe, dataset: str | None = None) -> str:
+    """The study that tests a finding's remedy, as `study_text` has it: the recipe as it is and remedied."""
+    claim = f"With {finding.changed} validation accuracy is higher than without (against {finding.name})."
+    return study_text(claim, recipe, {"as-it-is": {}, "remedied": finding.changes}, dataset)
+
+
+def study_text(claim: str, recipe: Recipe, arms: Mapping[str, Mapping[str, Any]], dataset: str | None = None) -> str:
+    """A study, as TOML beside the recipe of a run: arms that change it in these fields, with the same seeds, on
+    held-out train images. dataset: where they are, if not where the recipe says."""
     common: dict[str, Any] = {"epochs": recipe.epochs}  # which an extension changes in the run's recipe
     if dataset is not None:
         common["dataset"] = dataset
@@ -181,13 +187,21 @@ def study_text(finding: Finding, recipe: Recipe, dataset: str | None = None) -> 
         common["validation"] = {"source": "split"}
     return tomli_w.dumps(
         {
-            "claim": f"With {finding.changed} validation accuracy is higher than without (against {finding.name}).",
+            "claim": claim,
             "base": "recipe.toml",
             "recipe": common,
-            "arms": {"as-it-is": {}, "remedied": dict(finding.changes)},
+            "arms": {name: dict(changes) for name, changes in arms.items()},
             "scale": {"screen": {"seeds": STUDY_SEEDS}},
         }
     )
+
+
+def images_of(run: Run, source: str) -> str | None:
+    """What a study's recipe calls a run's images, which are at `source` now: by the whole path, as the run's recipe
+    names a folder from wherever it was begun, and CIFAR-10 may lie anywhere; None for digits, which come with a
+    library."""
+    name, options = split_name(run.provenance["data"]["name"])
+    return None if name == "digits" else source + options
 
 
 def write_findings(
@@ -196,18 +210,14 @@ def write_findings(
     """Write diagnosis.json into the run folder, and for each finding that a recipe field can mend the study that tests
     it: name → its file. said: the remarks; source: where the images are now; epoch: after which the run was looked at.
     Raises FromzeroError where the folder cannot be written."""
-    recipe, data = run.recipe, run.provenance["data"]
+    recipe, dataset = run.recipe, images_of(run, source)
     studies: dict[str, Path] = {}
-    name, options = split_name(data["name"])
-    # By the whole path: the recipe names a folder from wherever the run was begun, and CIFAR-10 may lie anywhere;
-    # digits come with a library, and lie nowhere.
-    dataset = None if name == "digits" else source + options
     known = asdict(measures) | {"trials": {f"{factor:g}": trial for factor, trial in measures.trials.items()}}
     try:
         for finding in found:
             if finding.changes:
                 path = run.path / f"{run.name}-{finding.name}.toml"
-                write_atomically(path, study_text(finding, recipe, dataset).encode(), alone=False)
+                write_atomically(path, remedy_study(finding, recipe, dataset).encode(), alone=False)
                 studies[finding.name] = path
         findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
         content = {"epoch": epoch, "findings": findings, "remarks": list(said)}

@@ -74,7 +74,7 @@ class _Data(pydantic.BaseModel):
     classes: list[str] = pydantic.Field(min_length=1)
     image_shape: list[Annotated[int, pydantic.Field(ge=1, le=10_000)]] = pydantic.Field(min_length=3, max_length=3)
     normalise: _Normalise
-    held_out: str | None = None
+    held_out: str
     images: dict[str, int] = {}
     subsets: dict[str, int] = {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def own_scores(trained: Trained, views: str = "none") -> dict[str, Any]:
     return {
         **_how(trained, f"of {trained.reached}", views),
         "validation": run.recipe.validation.source,
-        "notes": [*_doubts(trained), validation_label(run.recipe, images), *images.notes],
+        "notes": [*doubts(trained), validation_label(run.recipe, images), *images.notes],
         "scores": _scores(trained.network, subsets, data.normalise, trained.machine, views, images.class_names),
     }
 
@@ -37,8 +37,34 @@ def own_scores(trained: Trained, views: str = "none") -> dict[str, Any]:
 def scores_on(folder: Path, classifier: Classifier, views: str = "none") -> dict[str, Any]:
     """The scores on the pictures of a folder with a folder for each class, or some of them; those that cannot be read
     are noted. Raises InputError where these are more than DAMAGED_SHARE, as for training, and NonFiniteError."""
-    run, names, here = classifier.run, classifier.class_names, classifier.machine
-    paths, truth, notes = labelled_pictures(folder, names)
+    run = classifier.run
+    pictures = pictures_of(folder, classifier)
+    step = classifier.checkpoint.state.get("step")
+    within = f" (step {step:,})" if step and run.summary is None else ""
+    subsets, names = {"these": pictures.subset}, classifier.class_names
+    return {
+        **_how(classifier, f"of epoch {classifier.checkpoint.epochs}{within}, on {folder}", views),
+        "left_out": pictures.left_out,
+        "notes": [*doubts(classifier), *pictures.notes],
+        "scores": _scores(classifier.network, subsets, classifier.normalise, classifier.machine, views, names),
+    }
+
+
+class Pictures(NamedTuple):
+    """Labelled pictures of a folder, their files, how many could not be read and are left out, and what to know of
+    them."""
+
+    subset: Subset
+    paths: list[Path]
+    left_out: int
+    notes: list[str]
+
+
+def pictures_of(folder: Path, classifier: Classifier) -> Pictures:
+    """The pictures of a folder with a folder for each class, or some of them, prepared as the run's were. Raises
+    InputError where more than DAMAGED_SHARE of them cannot be read, as for training."""
+    run = classifier.run
+    paths, truth, notes = labelled_pictures(folder, classifier.class_names)
     pixels, read, wrong = classifier.read(paths)
     if len(wrong) > DAMAGED_SHARE * len(paths):
         raise InputError(f"{unreadable(paths, wrong)}; {TOO_MANY}: repair or remove them")
@@ -48,18 +74,11 @@ def scores_on(folder: Path, classifier: Classifier, views: str = "none") -> dict
     if asked == source or (asked.parent == source and asked.name.lower() in SPLITS["train"]):
         apart = typed("fromzero", "evaluate", run.path)
         notes.append(f"the run was trained on pictures in it: this says little of new ones; its own test: {apart}")
-    step = classifier.checkpoint.state.get("step")
-    within = f" (step {step:,})" if step and run.summary is None else ""
-    these = Subset(pixels, torch.from_numpy(truth[read]).to(here.device))
-    return {
-        **_how(classifier, f"of epoch {classifier.checkpoint.epochs}{within}, on {folder}", views),
-        "left_out": len(wrong),
-        "notes": [*_doubts(classifier), *notes],
-        "scores": _scores(classifier.network, {"these": these}, classifier.normalise, here, views, names),
-    }
+    these = Subset(pixels, torch.from_numpy(truth[read]).to(classifier.machine.device))
+    return Pictures(these, [paths[index] for index in read], len(wrong), notes)
 
 
-def _doubts(of: Trained | Classifier) -> list[str]:
+def doubts(of: Trained | Classifier) -> list[str]:
     """What speaks against taking these weights for the run's outcome."""
     found = []
     if of.run.summary is None:

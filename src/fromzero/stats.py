@@ -21,6 +21,7 @@ Direction = Literal["higher", "lower", "different"]
 Verdict = Literal["supported", "contradicted", "undecided"]
 
 LEVEL = 0.05  # two-sided
+Z = 1.959964  # standard deviations of a normal distribution on either side that leave so much outside
 POWER = 0.8
 FEWEST_PAIRS = 6  # below, no p can be 0.05 or less: the smallest is 2 / 2**n
 EXACT_PAIRS = 16  # up to here every pattern of signs is tried
@@ -35,6 +36,19 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+class ImageComparison(NamedTuple):
+    """What N images say about the accuracy of two networks, `second - first`.
+
+    difference: its mean and 95 % interval for these networks on other images; only_first, only_second: how many images
+    one of them alone has right; p: two-sided, that both are right equally often. It knows nothing of other seeds.
+    """
+
+    difference: Interval
+    only_first: int
+    only_second: int
+    p: float
 
 
 class Comparison(NamedTuple):
@@ -119,10 +133,29 @@ def sign_flip_p(differences: ArrayLike) -> np.ndarray:
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share of `count` (Wilson, 1927)."""
-    z = 1.959964
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    half = Z / (1 + Z * Z / count) * (share * (1 - share) / count + Z * Z / (4 * count * count)) ** 0.5
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def compare_on_images(first: ArrayLike, second: ArrayLike) -> ImageComparison:
+    """Compare two networks by whether each of N images was right, (N,) each, in the same order. The p is that of
+    McNemar's test (1947), exact; the interval Wald's as adjusted by Bonett and Price (2012) for pairs.
+    Raises ValueError without images."""
+    from scipy import stats
+
+    a, b = np.asarray(first, bool), np.asarray(second, bool)
+    if a.shape != b.shape or a.ndim != 1 or len(a) < 1:
+        raise ValueError(f"expected two equally long rows of outcomes, got {a.shape} and {b.shape}")
+    only_first, only_second, n = int((a & ~b).sum()), int((b & ~a).sum()), len(a)
+    differing = only_first + only_second
+    p = float(stats.binomtest(only_first, differing).pvalue) if differing else 1.0
+    ours, theirs = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
+    centre, half = theirs - ours, Z * math.sqrt((ours + theirs - (theirs - ours) ** 2) / (n + 2))
+    mean = (only_second - only_first) / n
+    return ImageComparison(
+        Interval(mean, max(centre - half, -1.0), min(centre + half, 1.0)), only_first, only_second, p
+    )
 
 
 def holm(p: ArrayLike) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError, counted, nearest, some, typed
+from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, nearest, some, typed
 from fromzero.evaluate import Normalise, evaluate, outputs, predict
 from fromzero.machine import Machine
 from fromzero.modules import Network
@@ -107,10 +107,7 @@ def recorded_data(run: Run, images: ImageSet, here: Machine) -> Data:
     """The images of a run, split as when it was begun. Raises FromzeroError where an earlier fromzero split them in
     another way: what it trained on would pass for validation."""
     data = Data.of(run.recipe, images, here.device)
-    recorded = run.provenance["data"].get("held_out")
-    if recorded is None and not data.by_contents:  # of before that was recorded; these splits have not changed
-        return data
-    if recorded != data.held_out:
+    if run.provenance["data"]["held_out"] != data.held_out:
         anew = typed("fromzero", "train", "--recipe", run.path / "recipe.toml")
         raise FromzeroError(
             f"{run.path}: an earlier fromzero held out other pictures for validation, so that this one would validate"
@@ -144,6 +141,16 @@ def naming(found: Checkpoint) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{found.path}: {error}") from None
+
+
+@contextlib.contextmanager
+def proposing_others(found: Checkpoint) -> Iterator[None]:
+    """Where these weights do not compute, say what to try."""
+    try:
+        yield
+    except NonFiniteError as error:
+        other = "last" if found.file.name == checkpoint.BEST else "best"
+        raise NonFiniteError(f"{found.file}: {error}; try --checkpoint {other}") from None
 
 
 class Trained(NamedTuple):

@@ -1,0 +1,147 @@
+"""Two runs compared image by image: what differs, what is counted, and what is not claimed."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fromzero
+from fromzero import cli
+from fromzero.compare import compare_runs, comparison_text
+from fromzero.errors import FromzeroError, InputError
+from fromzero.evaluate import evaluate
+from fromzero.study.definition import load_study
+from fromzero.trained import load_trained
+
+SMALL = {"epochs": 2, "network.channels": [[8], [8]], "batch_size": 50}
+
+
+def train(changes, images, folder):
+    recipe = fromzero.load_recipe("few").override(SMALL | changes)
+    return fromzero.train(recipe, images, runs_dir=folder, threads=1)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return fromzero.load_images("digits")
+
+
+@pytest.fixture(scope="module")
+def runs(digits, tmp_path_factory):
+    """Three runs on the digits: the first, with another seed, and with half of the validation images."""
+    folder = tmp_path_factory.mktemp("runs")
+    changes = ({}, {"seed": 1}, {"validation.fraction": 0.1, "label_smoothing": 0.0})
+    return [train(change, digits, folder) for change in changes]
+
+
+def correct(run, images):
+    side = load_trained(run, images=images)
+    found = evaluate(side.network, *side.data.validation, side.data.normalise, side.machine)
+    return (found.predictions == found.labels).numpy(), side.data.validation
+
+
+def test_what_is_counted_is_what_evaluating_says(runs, digits):
+    first, second = correct(runs[0], digits)[0], correct(runs[1], digits)[0]
+    record = compare_runs(runs[0], runs[1])
+    assert record["images"] == len(first)
+    assert [run["accuracy"] for run in record["runs"]] == pytest.approx([first.mean(), second.mean()])
+    assert record["only_first"] == (first & ~second).sum() > 0
+    assert record["only_second"] == (second & ~first).sum()
+    assert record["difference"]["mean"] == pytest.approx(second.mean() - first.mean())
+    assert record["recipe"] == {"seed": (0, 1)}
+    assert record["study"] is None
+    assert "Their recipes are the same" in comparison_text(record)
+    back = compare_runs(runs[1], runs[0])
+    assert back["difference"]["mean"] == -record["difference"]["mean"]
+    assert back["p"] == record["p"]
+
+
+def test_images_are_compared_that_both_held_out(runs, digits):
+    record = compare_runs(runs[0], runs[2])
+    (ours, larger), (theirs, smaller) = correct(runs[0], digits), correct(runs[2], digits)
+    of = {pixels.numpy().tobytes(): right for pixels, right in zip(larger.pixels, ours, strict=True)}
+    in_both = [i for i, pixels in enumerate(smaller.pixels) if pixels.numpy().tobytes() in of]
+    assert 2 <= record["images"] == len(in_both) < len(larger.labels)
+    assert record["runs"][1]["accuracy"] == pytest.approx(theirs[in_both].mean())
+    assert record["runs"][0]["accuracy"] == pytest.approx(
+        np.mean([of[smaller.pixels[i].numpy().tobytes()] for i in in_both])
+    )
+
+
+def test_the_study_that_decides_is_written_and_can_be_carried_out(runs):
+    record = compare_runs(runs[0], runs[2])
+    assert record["study"]["command"].startswith(f"fromzero study {record['study']['file']}")
+    study = load_study(record["study"]["file"])
+    first, second = study.arms.values()
+    assert first.recipe.label_smoothing == runs[0].recipe.label_smoothing
+    assert second.recipe.label_smoothing == 0
+    assert first.recipe.validation == second.recipe.validation == runs[0].recipe.validation
+    assert [contrast.direction for contrast in study.contrasts] == ["higher"]
+    text = comparison_text(record)
+    assert "Which way to train is better they cannot tell" in text
+    assert record["study"]["command"] in text
+
+
+def test_runs_without_common_images_are_refused(runs, tiny_images, digits, tmp_path):
+    other = train({}, tiny_images, tmp_path)
+    with pytest.raises(InputError, match="are the same run"):
+        compare_runs(runs[0], runs[0])
+    with pytest.raises(FromzeroError, match="no validation images in common"):
+        compare_runs_on({runs[0].path: digits, other.path: tiny_images}, runs[0], other)
+    on_test = train({"validation.source": "test"}, digits, tmp_path)
+    with pytest.raises(FromzeroError, match="no validation images in common"):
+        compare_runs(runs[0], on_test)
+
+
+def compare_runs_on(images, one, two):
+    """As `compare_runs`, of runs whose images cannot be loaded by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fromzero.compare.load_trained", lambda run, *_, **__: load_trained(run, images=images[run.path]))
+        return compare_runs(one, two)
+
+
+def test_equal_images_at_other_places_are_not_taken_for_common(runs, digits, tmp_path):
+    """Places mean something within one image set only."""
+    back = replace(digits, train=digits.train.take(np.arange(len(digits.train))[::-1].copy()))
+    other = train({}, back, tmp_path)
+    with pytest.raises(FromzeroError, match="no validation images in common"):
+        compare_runs_on({runs[0].path: digits, other.path: back}, runs[0], other)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of pictures with a folder for each of two classes, and one to score on."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 40), ("fresh", 10)):
+        for value, name in enumerate(("dark", "light")):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(60 * value, 140 + 60 * value, (40, 40, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+    return folder
+
+
+def test_pictures_of_another_size_are_the_same_pictures(photos, tmp_path, capsys):
+    sizes = [fromzero.load_images(f"{photos / 'train'}{size}") for size in ("", "@24")]
+    runs = [train({}, images, tmp_path) for images in sizes]
+    record = compare_runs(*runs)
+    assert record["images"] == 12  # a fifth of what is left by the test images
+    assert record["study"] is None  # whose arms have the same images
+    assert list(record["recipe"]) == ["dataset"]
+    assert "Which way to train is better they cannot tell: other seeds make other networks.\n" in (
+        comparison_text(record) + "\n"
+    )
+    (photos / "fresh" / "dark" / "broken.png").write_bytes(b"no picture")
+    assert cli.main(["compare", *(str(run.path) for run in runs), str(photos / "fresh"), "--json"]) == 0
+    fresh = json.loads(capsys.readouterr().out)
+    assert fresh["images"] == 20
+    assert any("broken.png" in note for note in fresh["notes"])
+
+
+def test_best_weights_and_unended_runs_are_said_to_be(runs, digits, tmp_path):
+    assert any("flatter" in note for note in compare_runs(*runs[:2], which="best")["notes"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(runs[1]), "summary", None)
+        assert "A: the run has not ended" in comparison_text(compare_runs(*runs[:2]))
