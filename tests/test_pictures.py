@@ -1,8 +1,10 @@
 """Folders of pictures: their shapes, what is refused, what is kept, and that a training takes them."""
 
+import csv
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,33 @@ def test_a_run_validated_on_another_split_is_refused(tmp_path):
     for load in (load_trained, resumed_training):
         with pytest.raises(FromzeroError, match="an earlier fromzero held out other pictures"):
             load(training.run, images=images)
+
+
+def test_a_run_lists_which_file_was_in_which_split(tmp_path):
+    folder = write(tmp_path / "a, b", count=20)
+    images = load_images(folder)
+    recipe = load_recipe("few").override({"epochs": 1})
+    training = new_training(recipe, images, runs_dir=tmp_path / "runs")
+    training.close()
+    with open(training.run.path / "splits.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(images.train) + len(images.test) == 60
+    by_split = {split: [row for row in rows if row["split"] == split] for split in ("train", "validation", "test")}
+    subsets = training.run.provenance["data"]["subsets"]
+    assert {split: len(found) for split, found in by_split.items()} == subsets
+    for split, subset in (("train", training.data.train), ("validation", training.data.validation)):
+        pixels = [np.asarray(Image.open(folder / row["file"]).convert("RGB")) for row in by_split[split]]
+        assert np.array_equal(np.stack(pixels), subset.pixels.numpy())
+        assert [images.class_names.index(row["class"]) for row in by_split[split]] == subset.labels.tolist()
+    assert all((folder / row["file"]).parent.name == row["class"] for row in rows)
+    own = write(tmp_path / "own" / "train", count=5).parent
+    write(own / "val", count=3, seed=1)
+    images = replace(load_images(own), validation=load_images(own).test)
+    for source, name in (("split", "validation"), ("test", "unused")):
+        changes = {"epochs": 1, "validation.source": source}
+        training = new_training(recipe.override(changes), images, runs_dir=tmp_path / "runs")
+        training.close()
+        assert (training.run.path / "splits.csv").read_text().count(f"{name},") == len(images.validation)
 
 
 def test_train_val_and_test_are_taken_as_they_are(tmp_path):

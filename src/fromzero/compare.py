@@ -14,6 +14,7 @@ import numpy as np
 
 from fromzero.changes import differing_fields, in_words, short
 from fromzero.checkpoint import BEST
+from fromzero.data.images import Images
 from fromzero.errors import FromzeroError, InputError, counted, typed
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.files import write_atomically
@@ -102,19 +103,21 @@ def _on_validation(a: Trained, b: Trained) -> _Seen:
     return _Seen((a, b), right, f"the validation images of both ({of})", notes)
 
 
-def _in_both(a: Trained, b: Trained) -> tuple[np.ndarray, np.ndarray]:
-    """Where in the validation images of each those lie that both have, int64 (n,) of each run: so neither was trained
-    on them. Pictures are known by their files, whatever size they were scaled to."""
-    files = all(side.images.train.file_digests is not None for side in (a, b))
-    sources = {side.run.recipe.validation.source for side in (a, b)}
-    if a.images.class_names != b.images.class_names or not (
-        files or (a.images.order_digest == b.images.order_digest and len(sources) == 1)
-    ):
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    _, *places = np.intersect1d(a.data.validation_keys, b.data.validation_keys, return_indices=True)
-    labels = [side.data.validation.labels.cpu().numpy()[these] for side, these in zip((a, b), places, strict=True)]
-    alike = labels[0] == labels[1]  # not where a picture has since been moved to another class
-    return places[0][alike], places[1][alike]
+def _in_both(a: Trained, b: Trained) -> tuple[list[int], list[int]]:
+    """Where in the validation images of each those lie that both have, so that neither was trained on them. Pictures
+    are known by their files, whatever size they were scaled to, other images by their pixels, both with their class."""
+    images = [side.validation_images for side in (a, b)]
+    by_file = all(part.file_digests is not None for part in images)
+
+    def places(part: Images) -> dict[object, int]:
+        keys = part.record_digests if part.file_digests is None or not by_file else part.file_digests.tolist()
+        return {key: place for place, key in enumerate(zip(part.labels.tolist(), keys, strict=True))}
+
+    if a.images.class_names != b.images.class_names:
+        return [], []
+    ours, theirs = map(places, images)
+    common = [key for key in ours if key in theirs]
+    return [ours[key] for key in common], [theirs[key] for key in common]
 
 
 def _on_pictures(folder: Path, a: Classifier, b: Classifier) -> _Seen:

@@ -2,6 +2,7 @@
 
     recipe.toml       the complete recipe
     provenance.json   versions, machine, command, commit, data fingerprint
+    splits.csv        of pictures: which file is in which split
     metrics.jsonl     one row an epoch
     summary.json      the outcome, flat, once the run has ended
     checkpoints/      last, the one before, best
@@ -40,7 +41,7 @@ from fromzero.files import append_line, sync_folder, write_atomically, write_jso
 from fromzero.recipe import Recipe, load_recipe
 
 Row = dict[str, Any]
-OWN_FILES = ("recipe.toml", "provenance.json", "metrics.jsonl", "summary.json", "lock", "writer.json")
+OWN_FILES = ("recipe.toml", "provenance.json", "splits.csv", "metrics.jsonl", "summary.json", "lock", "writer.json")
 
 # What is read of the files of a run, and so must be there and be of that type; whatever else they hold is kept.
 FIGURES = tuple(f"{curve}{what}" for curve in ("train/", "train/running_", "val/") for what in ("accuracy", "loss"))
@@ -468,7 +469,7 @@ def describe_program() -> dict[str, Any]:
 
 def _program() -> str:
     name = Path(sys.argv[0]).name
-    return "python -m fromzero" if name == "__main__.py" else name
+    return {"__main__.py": "python -m fromzero", "worker.py": "python -m fromzero.study.worker"}.get(name, name)
 
 
 def _commit() -> str | None:

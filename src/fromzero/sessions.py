@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import itertools
 import re
 import shutil
@@ -16,6 +18,7 @@ from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
 from fromzero.errors import FromzeroError, InputError, counted
+from fromzero.files import write_atomically
 from fromzero.machine import Machine
 from fromzero.optim import learning_rate_at
 from fromzero.recipe import Recipe, load_recipe
@@ -112,6 +115,8 @@ def new_training(
     run = create_run(Path(runs_dir), name or f"{re.sub('[@:]', '-', images.name)}-{total}")
     with contextlib.ExitStack() as undo:
         undo.callback(shutil.rmtree, run.path, ignore_errors=True)
+        if images.train.files:
+            write_atomically(run.path / "splits.csv", _splits(recipe, images, data).encode("utf-8", "surrogateescape"))
         run.write_provenance(
             {
                 **describe_program(),
@@ -129,6 +134,23 @@ def new_training(
         run.write_recipe(recipe)
         undo.pop_all()
     return training
+
+
+def _splits(recipe: Recipe, images: ImageSet, data: Data) -> str:
+    """Which file is in which split, as CSV: split, class, and the file under the images' source."""
+    held = set([] if data.held is None else data.held.tolist())
+    of_train = ["validation" if place in held else "train" for place in range(len(images.train))]
+    parts = [(images.train, of_train), (images.test, ["test"] * len(images.test))]
+    if images.validation is not None:
+        used = "validation" if recipe.validation.source == "split" else "unused"
+        parts.append((images.validation, [used] * len(images.validation)))
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("split", "class", "file"))
+    for part, splits in parts:
+        classes = [images.class_names[label] for label in part.labels]
+        writer.writerows(zip(splits, classes, part.files, strict=True))
+    return table.getvalue()
 
 
 def _check_memory(recipe: Recipe, data: Data, here: Machine, instead: str) -> None:

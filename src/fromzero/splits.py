@@ -41,8 +41,8 @@ class Subset(NamedTuple):
 @dataclass(frozen=True)
 class Data:
     """What a training reads: the images it learns from, a fixed part of them for the clean train accuracy, the
-    validation images, and the test images, which are scored once. validation_keys: of each validation image the digest
-    of its file, uint64 (N,), or its place among the images that it was taken from, int64 (N,)."""
+    validation images, and the test images, which are scored once. held: of each validation image its place among
+    the image set's train images, int64 (N,), where it was held out of them."""
 
     train: Subset
     clean_train: Subset
@@ -50,7 +50,7 @@ class Data:
     test: Subset
     normalise: Normalise
     num_classes: int
-    validation_keys: np.ndarray
+    held: np.ndarray | None = None
 
     @property
     def image_shape(self) -> ImageShape:
@@ -71,9 +71,9 @@ class Data:
         """Split as the recipe says. The splits depend on the images alone, not on the seed. Raises InputError where
         nothing can be held out."""
         train, test = Subset.of(images.train), Subset.of(images.test)
-        validation, keys = test, _keys(images.test)
+        validation, held = test, None
         if recipe.validation.source == "split" and images.validation is not None:
-            validation, keys = Subset.of(images.validation), _keys(images.validation)
+            validation = Subset.of(images.validation)
         elif recipe.validation.source == "split":
             # Of a folder that pictures are added to or taken from, few others move: a training that starts from the
             # weights of an earlier one has hardly seen what it is validated on.
@@ -85,7 +85,6 @@ class Data:
                     f" {counted(len(held), 'image')} can be held out for validation, where two are needed: add pictures"
                 )
             train, validation = train.take(kept), train.take(held)
-            keys = _keys(images.train)[held]
         clean = train
         if recipe.clean_train_images < len(train.labels):
             share = recipe.clean_train_images / len(train.labels)
@@ -95,12 +94,7 @@ class Data:
         there = {id(part): part.to(device) for part in parts}  # what is two of them is sent once
         train, clean, validation, test = (there[id(part)] for part in parts)
         normalise = Normalise.of(recipe, train.pixels)
-        return cls(train, clean, validation, test, normalise, images.num_classes, keys)
-
-
-def _keys(images: Images) -> np.ndarray:
-    """Of each image, as `Data.validation_keys` are."""
-    return np.arange(len(images)) if images.file_digests is None else images.file_digests
+        return cls(train, clean, validation, test, normalise, images.num_classes, held)
 
 
 def validation_label(recipe: Recipe, images: ImageSet) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
-from fromzero.data import NAMED, ImageSet, load_images, split_name
+from fromzero.data import NAMED, Images, ImageSet, load_images, split_name
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, nearest, some, typed
 from fromzero.evaluate import Normalise, evaluate, outputs, predict
 from fromzero.machine import Machine
@@ -171,6 +171,15 @@ class Trained(NamedTuple):
         steps = self.checkpoint.state.get("step", 0) - ended
         beyond = f" and {counted(steps, 'step')} of the next" if steps > 0 else ""
         return f"epoch {self.checkpoint.epochs}{beyond}"
+
+    @property
+    def validation_images(self) -> Images:
+        """The images that it validates on, with what is known of their files."""
+        if self.data.held is not None:
+            return self.images.train.take(self.data.held)
+        if self.run.recipe.validation.source == "split" and self.images.validation is not None:
+            return self.images.validation
+        return self.images.test
 
     def rows(self) -> list[Row]:
         """The rows of metrics up to these weights: the run may have gone on since. Of weights with no epoch behind

@@ -41,18 +41,18 @@ class Images:
         first. They are like random numbers, and do not depend on the size that pictures are scaled to."""
         assert self.file_digests is not None
         first: dict[bytes, int] = {}
-        keys = zip(self._record_digests, self.file_digests.tolist(), strict=True)
+        keys = zip(self.record_digests, self.file_digests.tolist(), strict=True)
         return np.array([first.setdefault(record, digest) for record, digest in keys], np.uint64)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian, from
         256 classes on) and the pixels in the order C, H, W. It does not depend on the order of the images or on the
         file format."""
-        return hashlib.sha256(b"".join(sorted(self._record_digests))).hexdigest()
+        return hashlib.sha256(b"".join(sorted(self.record_digests))).hexdigest()
 
     @cached_property
-    def _record_digests(self) -> list[bytes]:
-        """Of each image's record, as `fingerprint` says."""
+    def record_digests(self) -> list[bytes]:
+        """The SHA-256 of each image's record, which is what `fingerprint` says."""
         label_type = "u1" if self.labels.max() < 256 else "<u2"
         labels = self.labels.astype(label_type)[:, None].view(np.uint8)
         digests = []

@@ -106,7 +106,7 @@ class _Worker:
         self.cell: Cell | None = None
         with _pinned(cores):
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fromzero.study.worker"],
+                [sys.executable, "-m", "fromzero.study.worker", *sys.argv[1:]],  # for its runs to record, and ps
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
