@@ -1,7 +1,9 @@
 """Two runs compared image by image: what differs, what is counted, and what is not claimed."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ from PIL import Image
 
 import fromzero
 from fromzero import cli
+from fromzero.changes import differing_fields
 from fromzero.compare import compare_runs, comparison_text
 from fromzero.errors import FromzeroError, InputError
 from fromzero.evaluate import evaluate
+from fromzero.stats import compare_on_images
 from fromzero.study.definition import load_study
 from fromzero.trained import load_trained
 
@@ -52,7 +56,7 @@ def test_what_is_counted_is_what_evaluating_says(runs, digits):
     assert record["difference"]["mean"] == pytest.approx(second.mean() - first.mean())
     assert record["recipe"] == {"seed": (0, 1)}
     assert record["study"] is None
-    assert "Their recipes are the same" in comparison_text(record)
+    assert "Their recipes are the same, but for the seed." in comparison_text(record)
     back = compare_runs(runs[1], runs[0])
     assert back["difference"]["mean"] == -record["difference"]["mean"]
     assert back["p"] == record["p"]
@@ -88,8 +92,8 @@ def test_runs_without_common_images_are_refused(runs, tiny_images, digits, tmp_p
     other = train({}, tiny_images, tmp_path)
     with pytest.raises(InputError, match="are the same run"):
         compare_runs(runs[0], runs[0])
-    with pytest.raises(FromzeroError, match="no validation images in common"):
-        compare_runs_on({runs[0].path: digits, other.path: tiny_images}, runs[0], other)
+    with pytest.raises(FromzeroError, match="their classes differ"):
+        compare_runs(runs[0], other)
     on_test = train({"validation.source": "test"}, digits, tmp_path)
     with pytest.raises(FromzeroError, match="no validation images in common"):
         compare_runs(runs[0], on_test)
@@ -139,6 +143,80 @@ def test_pictures_of_another_size_are_the_same_pictures(photos, tmp_path, capsys
     fresh = json.loads(capsys.readouterr().out)
     assert fresh["images"] == 20
     assert any("broken.png" in note for note in fresh["notes"])
+
+
+def test_what_a_study_cannot_tell_is_said_beside_it(runs, digits, tmp_path):
+    onward = fromzero.new_training(
+        fromzero.load_recipe("few").override(SMALL | {"clean_train_images": 100, "label_smoothing": 0.0}),
+        digits,
+        runs_dir=tmp_path,
+        start_from=runs[1],
+        threads=1,
+    )
+    for _ in onward:
+        pass
+    record = compare_runs(runs[0], onward.run)
+    assert any("B: it began with the weights of" in note for note in record["notes"])
+    assert record["study_leaves_aside"] == ["clean_train_images", "begun with"]
+    assert "in which both are alike, unlike A and B: clean_train_images, begun with" in comparison_text(record)
+    study = load_study(record["study"]["file"])
+    assert study.claim == "With label_smoothing = 0 validation accuracy is higher than without."
+    first, second = (arm.recipe for arm in study.arms.values())
+    assert list(differing_fields(first, second)) == ["label_smoothing"]
+    measured = train({"clean_train_images": 100}, digits, tmp_path)
+    assert compare_runs(runs[0], measured)["study"] is None
+
+
+def test_another_study_of_that_name_is_left_alone(runs):
+    path = Path(compare_runs(runs[0], runs[2])["study"]["file"])
+    path.write_text("another one")
+    other = compare_runs(runs[0], runs[2])["study"]["file"]
+    assert other == str(path.with_name(f"{path.stem}-2.toml"))
+    assert path.read_text() == "another one"
+    assert compare_runs(runs[0], runs[2])["study"]["file"] == other
+
+
+def test_where_no_study_can_be_written_the_comparison_is_told_all_the_same(runs, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fromzero.compare.write_atomically", full)
+    for path in runs[0].path.glob("*against*"):
+        path.unlink()
+    record = compare_runs(runs[0], runs[2])
+    assert record["study"] is None
+    assert any("No space left on device" in note for note in record["notes"])
+    assert "cannot tell: other seeds make other networks.\n" in comparison_text(record) + "\n"
+
+
+def test_copies_count_once(photos, tmp_path):
+    images = fromzero.load_images(photos / "train")
+    runs = [train(changes, images, tmp_path) for changes in ({}, {"seed": 1})]
+    once = compare_runs(*runs, photos / "fresh")
+    for path in sorted((photos / "fresh" / "light").iterdir()):
+        for number in range(3):
+            shutil.copy(path, path.with_name(f"copy-{number}-{path.name}"))
+    again = compare_runs(*runs, photos / "fresh")
+    assert [again[key] for key in ("images", "only_first", "p")] == [once[key] for key in ("images", "only_first", "p")]
+    assert "30 images more are copies, to the byte; each picture counts once" in again["notes"]
+
+
+@pytest.mark.parametrize(
+    ("only", "of", "said"),
+    [
+        ((3, 0), 100, "They differ on too few images to be told apart: that takes 6 at least."),
+        ((6, 5), 100, "These images do not tell the two networks apart."),
+        ((3, 11), 1000, "These images do not quite tell the two networks apart."),
+        ((3, 12), 1000, "These images tell the two networks apart: B is right more often."),
+        ((12, 3), 1000, "These images tell the two networks apart: A is right more often."),
+    ],
+)
+def test_the_verdict_follows_p(runs, only, of, said):
+    first, second = np.zeros(of, bool), np.zeros(of, bool)
+    first[: only[0]], second[only[0] : sum(only)] = True, True
+    found = compare_on_images(first, second)
+    record = compare_runs(runs[0], runs[1]) | found._asdict() | {"difference": found.difference._asdict()}
+    assert said in comparison_text(record)
 
 
 def test_best_weights_and_unended_runs_are_said_to_be(runs, digits, tmp_path):

@@ -695,8 +695,10 @@ def test_labels_that_could_not_be_judged_are_not_called_right(run):
 
 def test_few_validation_images_show_many_wrong_labels_only(run):
     assert "Wrong labels" not in remarked(run, measured={"surest": Surest(1, 200, 0.97)})
-    said = remarked(run, measured={"surest": Surest(1, 33, 0.97)})
-    assert "Wrong labels show here where they are 15% or more: validation has only 33 images that" in said
+    said = remarked(run, measured={"surest": Surest(1, 33, 0.97), "num_validation": 330})
+    assert "With 330 validation images, wrong labels would be found where they are 15% or more." in said
+    said = remarked(run, measured={"surest": Surest(1, 14, 0.97), "num_validation": 140})
+    assert "that takes 250 validation images, and it has 140" in said
     for count, confidence, enough in ((33, 0.97, 5), (33, 0.85, 6), (100, 0.8, 23)):
         measured = [{"surest": Surest(wrong, count, confidence)} for wrong in (enough - 1, enough)]
         found = [[finding.name for finding in diagnose(evidence(measured=one))] for one in measured]
@@ -704,6 +706,18 @@ def test_few_validation_images_show_many_wrong_labels_only(run):
         share = share_of_wrong_labels_seen(evidence(measured=measured[0]))
         assert (enough - 1) / count < share <= enough / count + 1e-9
     assert "the network is not sure enough of any image" in remarked(run, measured={"surest": Surest(9, 33, 0.55)})
+
+
+def test_mirrored_images_are_not_cleared_where_nothing_could_show_their_cost(run):
+    flipped = run.recipe.override({"augment.flip": "random"})
+    right = (0.6, 0.8, 0.9, 0.98, 0.998)
+    for told, val, judged in ((0.9, right, False), (0.6, right, True)):
+        measured = {"mirror_accuracy": told, "train_accuracy": 1.0}
+        e = replace(evidence(measured=measured, train=right, val=val), recipe=flipped)
+        assert "mirrored-images" not in [finding.name for finding in diagnose(e)]
+        said = " ".join(remarks(run, e, []))
+        assert ("mirrored-images" in said) == judged
+        assert ("too few are mistaken to tell whether that costs anything" in said) != judged
 
 
 def test_a_network_that_is_hardly_ever_wrong_has_no_wrong_labels_to_find(run):

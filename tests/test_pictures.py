@@ -107,11 +107,43 @@ def test_a_run_validated_on_another_split_is_refused(tmp_path):
     training.close()
     load_trained(training.run, images=images)
     provenance = training.run.provenance
-    provenance["data"]["held_out"] = "0" * 64
-    training.run.write_provenance(provenance)
-    for load in (load_trained, resumed_training):
-        with pytest.raises(FromzeroError, match="an earlier fromzero held out other pictures"):
-            load(training.run, images=images)
+    for held_out in ("0" * 64, None):
+        provenance["data"]["held_out"] = held_out
+        training.run.write_provenance(provenance)
+        for load in (load_trained, resumed_training):
+            with pytest.raises(FromzeroError, match="an earlier fromzero held out other pictures"):
+                load(training.run, images=images)
+
+
+def test_copies_are_listed_by_file(tmp_path, capsys):
+    """To the byte, and pictures that were saved again, a little smaller."""
+    folder, fresh = write(tmp_path / "set" / "train", count=20), tmp_path / "set" / "test"
+    rng = np.random.default_rng(0)
+    for color in COLORS:
+        (fresh / color).mkdir(parents=True)
+        for place in (folder / color, fresh / color):
+            for n in range(20):  # in large squares, which JPEG keeps
+                pixels = rng.integers(0, 256, (8, 8, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+                Image.fromarray(pixels).save(place / f"{n:03}.png")
+    shutil.copy(folder / "red" / "003.png", fresh / "red" / "a, b.png")
+    for n in range(5):
+        with Image.open(folder / "blue" / f"{n:03}.png") as picture:
+            picture.save(fresh / "blue" / f"again-{n}.jpg", quality=98, subsampling=0)
+    assert cli.main(["train", str(tmp_path / "set"), *CHANGES, "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert "1 of the 66 test pictures are in train too, to the byte: test/red/a, b.png" in capsys.readouterr().out
+    (run,) = list_runs(tmp_path / "runs")
+    assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    with open(run.path / "copies.csv", newline="", encoding="utf-8") as file:
+        found = {row["file"]: (row["split"], row["train_file"], row["to_the_byte"]) for row in csv.DictReader(file)}
+    again = {f"test/blue/again-{n}.jpg": ("test", f"train/blue/{n:03}.png", "nearly") for n in range(5)}
+    kept = {row[2] for row in csv.reader((run.path / "splits.csv").read_text().splitlines()) if row[0] == "train"}
+    expected = again | {"test/red/a, b.png": ("test", "train/red/003.png", "yes")}
+    assert found == {file: (split, of, how) for file, (split, of, how) in expected.items() if of in kept}
+    assert len(found) > 2
+    assert "copies.csv" in told
+    assert all(file in told for file in list(found)[:1])
+    assert run.diagnosis["measures"]["copies"]["near"] == len(found)
 
 
 def test_a_run_lists_which_file_was_in_which_split(tmp_path):
@@ -177,7 +209,10 @@ def test_classes_that_a_part_has_no_picture_of_are_named(tmp_path):
 def test_pictures_in_two_parts_are_counted(tmp_path):
     write(tmp_path / "set" / "train", count=8)
     write(tmp_path / "set" / "test", count=3)
-    assert load_images(tmp_path / "set").notes == ("9 of the 9 test pictures are in train too, to the byte",)
+    assert load_images(tmp_path / "set").notes == (
+        "9 of the 9 test pictures are in train too, to the byte: test/blue/000.png, test/blue/001.png,"
+        " test/blue/002.png and 6 more",
+    )
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,9 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
 
     compare = add_of_run("compare", "compare two runs image by image: what differs, what these images tell")
     compare.add_argument("OTHER", type=_path, help="the run to compare it with")
-    compare.add_argument("FOLDER", nargs="?", type=_path, help="pictures to compare on (both runs' validation images)")
+    compare.add_argument(
+        "FOLDER", nargs="?", type=_path, help="pictures to compare on (else validation images of both)"
+    )
     compare.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     _add_checkpoint(compare)
     _add_shared(compare, "runs", "data", "machine")

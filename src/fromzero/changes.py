@@ -8,6 +8,7 @@ from typing import Any
 
 from fromzero.recipe import Recipe, default_of, load_recipe, recipe_names
 
+DATA_FIELDS = ("dataset", "clean_train_images", "validation.source", "validation.fraction")  # which images
 USUAL_RATES = {"sgd": 0.01, "adam": 0.001, "adamw": 0.001, "muon": 0.1}  # as in Keras; about as recipes here
 # Fields that are given for nothing in some recipes, when they act, and the same in words.
 ACTS_WHERE: tuple[tuple[tuple[str, ...], Callable[[Recipe], bool], str], ...] = (

@@ -6,37 +6,38 @@ several seeds can: it is written and named.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fromzero.changes import differing_fields, in_words, short
-from fromzero.checkpoint import BEST
-from fromzero.data.images import Images
-from fromzero.errors import FromzeroError, InputError, counted, typed
+from fromzero.changes import DATA_FIELDS, differing_fields, in_words, short
+from fromzero.errors import FromzeroError, InputError, counted, some, typed
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.files import write_atomically
 from fromzero.findings import STUDY_SEEDS, images_of, study_command, study_text
 from fromzero.runs import Run, last_machine
 from fromzero.scores import doubts, pictures_of
 from fromzero.splits import Subset, validation_label
-from fromzero.stats import LEVEL, compare_on_images, wilson_interval
+from fromzero.stats import FEWEST_PAIRS, LEVEL, compare_on_images, wilson_interval
 from fromzero.terminal import duration
 from fromzero.trained import Classifier, Trained, load_classifier, load_trained, proposing_others
 
-OF_ALL_ARMS = ("dataset", "validation.source", "validation.fraction")  # in which a study's arms cannot differ
-COMPUTING = ("device", "precision", "torch", "fromzero")  # of a machine, what may change more than the order of sums
+NAMES = ("A", "B")
+OF_MACHINES = ("device", "precision", "torch", "fromzero")  # that may change figures; other differences round otherwise
+
+Both = tuple[Any, Any]  # of the first run, and of the second
 
 
-class _Seen(NamedTuple):
-    """What both runs say of the same images: whether each is right, bool (N,) of each run."""
+class _Side(NamedTuple):
+    """What a run says of images: by a key that tells an image from others, whether it is right. Copies have one key."""
 
-    sides: Sequence[Trained | Classifier]
-    right: Sequence[np.ndarray]
-    on: str
-    notes: list[str]
+    of: Trained | Classifier
+    right: dict[object, bool]
+    images: int
+    notes: Sequence[str]
 
 
 def compare_runs(
@@ -54,127 +55,141 @@ def compare_runs(
     on, or on the pictures of a folder with a folder for each class, as JSON data. Where recipes differ, the study that
     can decide between them is written into the first one's folder.
 
-    Raises FromzeroError where they do not validate on the same images or that folder cannot be written, and as
-    `load_trained` and `load_classifier` do; NonFiniteError."""
+    Raises FromzeroError where they have no validation images in common, and as `load_trained` and `load_classifier`
+    do; NonFiniteError."""
     if one.path.samefile(two.path):
         raise InputError(f"{one.path} and {two.path} are the same run: name another one")
+    classes = [set(run.provenance["data"]["classes"]) for run in (one, two)]
     if folder is None:
+        if classes[0] != classes[1]:
+            apart = some(sorted(classes[0] ^ classes[1]))
+            raise FromzeroError(f"{one.path} and {two.path}: their classes differ ({apart}): no image is of both")
         a, b = (
             load_trained(run, which, device=device, threads=threads, data_dir=data_dir, offline=offline)
             for run in (one, two)
         )
-        seen, source = _on_validation(a, b), a.images.source
+        sides = _on_validation(a, b)
+        on, source = f"the validation images that both have ({_validation(a, b)})", a.images.source
     else:
-        c, d = (load_classifier(run, which, device=device, threads=threads) for run in (one, two))
-        seen, source = _on_pictures(folder, c, d), one.provenance["data"]["source"]
-    study = _write_study(one, two, source)
-    found = compare_on_images(*seen.right)
+        loaded = (load_classifier(run, which, device=device, threads=threads) for run in (one, two))
+        sides = [_on_pictures(folder, side) for side in loaded]
+        on, source = f"the pictures in {folder}", one.provenance["data"]["source"]
+    common = [key for key in sides[0].right if key in sides[1].right]
+    if not common:
+        raise FromzeroError(
+            f"{one.path} and {two.path} have no validation images in common, so they can only be compared on others, in"
+            f" a folder with a folder for each class: {typed('fromzero', 'compare', one.path, two.path)} FOLDER"
+        )
+    right = [np.array([side.right[key] for key in common]) for side in sides]
+    notes = [f"{name}: {note}" for name, side in zip(NAMES, sides, strict=True) for note in _doubts(side)]
+    if copies := max(side.images - len(side.right) for side in sides):
+        notes.append(f"{counted(copies, 'image')} more are copies, to the byte; each picture counts once")
+    if classes[0] != classes[1]:
+        notes.append(f"A chooses among {len(classes[0])} classes, B among {len(classes[1])}")
+    if which == "best" and folder is None:
+        notes.append("best weights were chosen by these images, so both accuracies flatter")
+    changes, others = _recipe_changes(one, two), _other_changes(sides[0].of, sides[1].of)
+    if "dataset" in changes:
+        others.pop("train images", None)  # said already
+    study, left_aside = None, [path for path in changes if path in DATA_FIELDS]
+    if len(left_aside) < len(changes.keys() - {"seed"}) and "dataset" not in changes:
+        try:
+            study = _write_study(one, two, changes, source)
+        except OSError as error:
+            notes.append(f"{one.path}: the study of both recipes cannot be written there: {error.strerror}")
+    found = compare_on_images(*right)
     return {
-        "runs": [_described(side, right) for side, right in zip(seen.sides, seen.right, strict=True)],
-        "recipe": _recipe_changes(one, two),
-        "machine": _machine_changes(one, two),
-        "on": seen.on,
-        "images": len(seen.right[0]),
-        "notes": list(dict.fromkeys([*_doubts(seen.sides), *seen.notes])),
+        "runs": [_described(side.of, outcomes) for side, outcomes in zip(sides, right, strict=True)],
+        "recipe": changes,
+        "others": others,
+        "on": on,
+        "images": len(common),
+        "notes": notes,
         **found._asdict(),
         "difference": found.difference._asdict(),
         "study": None if study is None else {"file": str(study), "command": study_command(one, study)},
+        "study_leaves_aside": [*left_aside, *others],
         "study_seconds": STUDY_SEEDS * (_seconds(one) + _seconds(two)),
     }
 
 
-def _on_validation(a: Trained, b: Trained) -> _Seen:
-    of_a, of_b = _validation(a), _validation(b)
-    places = _in_both(a, b)
-    if len(places[0]) < 2:
-        raise FromzeroError(
-            f"{a.run.path} and {b.run.path} have no validation images in common ({of_a}; {of_b}), so they can only be"
-            " compared on others, in a folder with a folder for each class:"
-            f" {typed('fromzero', 'compare', a.run.path, b.run.path)} FOLDER"
-        )
-    right = [
-        _are_right(side, side.data.validation, side.data.normalise)[these]
-        for side, these in zip((a, b), places, strict=True)
-    ]
-    notes = []
-    if a.checkpoint.file.name == BEST:
-        notes.append("best weights were chosen by these images, so both accuracies flatter")
-    of = of_a if of_a == of_b else f"A: {of_a}; B: {of_b}"
-    return _Seen((a, b), right, f"the validation images of both ({of})", notes)
-
-
-def _in_both(a: Trained, b: Trained) -> tuple[list[int], list[int]]:
-    """Where in the validation images of each those lie that both have, so that neither was trained on them. Pictures
-    are known by their files, whatever size they were scaled to, other images by their pixels, both with their class."""
-    images = [side.validation_images for side in (a, b)]
-    by_file = all(part.file_digests is not None for part in images)
-
-    def places(part: Images) -> dict[object, int]:
-        keys = part.record_digests if part.file_digests is None or not by_file else part.file_digests.tolist()
-        return {key: place for place, key in enumerate(zip(part.labels.tolist(), keys, strict=True))}
-
-    if a.images.class_names != b.images.class_names:
-        return [], []
-    ours, theirs = map(places, images)
-    common = [key for key in ours if key in theirs]
-    return [ours[key] for key in common], [theirs[key] for key in common]
-
-
-def _on_pictures(folder: Path, a: Classifier, b: Classifier) -> _Seen:
-    found, notes = [], []
-    for side in (a, b):
-        pictures = pictures_of(folder, side)
-        notes += pictures.notes
-        found.append(dict(zip(pictures.paths, _are_right(side, pictures.subset, side.normalise), strict=True)))
-    read_by_both = [path for path in found[0] if path in found[1]]
-    right = [np.array([outcomes[path] for path in read_by_both]) for outcomes in found]
-    return _Seen((a, b), right, f"the pictures in {folder}", notes)
-
-
 def comparison_text(record: Mapping[str, Any]) -> str:
     """The same in words."""
-    runs = record["runs"]
     lines = [
         f"{name}  {run['run']}: {run['recipe']}, seed {run['seed']}, {run['checkpoint']} weights (epoch {run['epoch']})"
-        for name, run in zip("AB", runs, strict=True)
+        for name, run in zip(NAMES, record["runs"], strict=True)
     ]
-    changes = record["recipe"] | record["machine"]
+    changes = record["recipe"] | record["others"]
     told = ", ".join(f"{path} {short(ours)} → {short(theirs)}" for path, (ours, theirs) in changes.items())
-    lines.append(f"  from A to B: {told or 'nothing differs in recipe, seed or precision'}")
+    lines.append(f"  from A to B: {told or 'nothing differs that is recorded'}")
     lines += [f"  note: {note}" for note in record["notes"]]
     lines.append(f"  on {record['on']}, {counted(record['images'], 'image')}:")
-    for name, run in zip("AB", runs, strict=True):
+    for name, run in zip(NAMES, record["runs"], strict=True):
         low, high = run["interval"]
         lines.append(f"    {name}      accuracy {run['accuracy']:.4f} ({low:.4f}–{high:.4f})")
-    difference = record["difference"]
+    difference, p = record["difference"], record["p"]
     mean, low, high = (f"{100 * difference[end]:+.2f}".replace("-", "−") for end in ("mean", "low", "high"))
+    only_a, only_b = record["only_first"], record["only_second"]
     lines += [
         f"    B − A  {mean} points ({low} to {high}, 95 % for these two networks on other such images)",
-        f"    only A is right on {record['only_first']:,}, only B on {record['only_second']:,} of them; p"
-        f" {'below 0.001' if record['p'] < 0.001 else format(record['p'], '.3g')} (McNemar's test, exact)",
+        f"    only A is right on {only_a:,}, only B on {only_b:,} of them; p"
+        f" {'below 0.001' if p < 0.001 else format(p, '.3g')} (McNemar's test, exact)",
     ]
-    if record["p"] <= LEVEL:
-        lines.append(f"  These images tell the two networks apart: {'B' if difference['mean'] > 0 else 'A'} is better.")
+    if p <= LEVEL:
+        lines.append(f"  These images tell the two networks apart: {NAMES[only_b > only_a]} is right more often.")
+    elif only_a + only_b < FEWEST_PAIRS:
+        lines.append(f"  They differ on too few images to be told apart: that takes {FEWEST_PAIRS} at least.")
     else:
-        lines.append("  These images do not tell the two networks apart.")
-    if set(record["recipe"]) <= {"seed"}:
-        lines.append("  Their recipes are the same: so much do seed, machine and first weights matter here.")
-    else:
-        can = " A study can:" if record["study"] else ""
-        lines.append(f"  Which way to train is better they cannot tell: other seeds make other networks.{can}")
+        quite = " quite" if difference["low"] > 0 or difference["high"] < 0 else ""
+        lines.append(f"  These images do not{quite} tell the two networks apart.")
+    if not record["recipe"].keys() - {"seed"}:
+        lines.append("  Their recipes are the same, but for the seed.")
+        return "\n".join(lines)
+    can = " A study can:" if record["study"] else ""
+    lines.append(f"  Which way to train is better they cannot tell: other seeds make other networks.{can}")
     if record["study"]:
-        lines += [
-            f"    {record['study']['command']}",
-            f"    {STUDY_SEEDS} pairs of runs, some {duration(record['study_seconds'])} in all",
-        ]
+        took = f", some {duration(record['study_seconds'])} in all" if record["study_seconds"] else ""
+        lines += [f"    {record['study']['command']}", f"    {STUDY_SEEDS} pairs of runs{took}"]
+        if record["study_leaves_aside"]:
+            lines.append(f"    in which both are alike, unlike A and B: {', '.join(record['study_leaves_aside'])}")
     return "\n".join(lines)
 
 
-def _are_right(side: Trained | Classifier, these: Subset, normalise: Normalise) -> np.ndarray:
-    """Whether each image is, bool (N,)."""
+def _on_validation(a: Trained, b: Trained) -> list[_Side]:
+    """Of the validation images, which a run is not trained on. Pictures are known by their files, whatever size they
+    were scaled to, other images by their pixels; both with their class."""
+    parts = [side.validation_images for side in (a, b)]
+    by_file = all(part.file_digests is not None for part in parts)
+    found = []
+    for side, part in zip((a, b), parts, strict=True):
+        keys = part.file_digests.tolist() if by_file and part.file_digests is not None else part.record_digests
+        names = [side.images.class_names[label] for label in part.labels]
+        right = _are_right(side, side.data.validation, side.data.normalise)
+        found.append(_Side(side, dict(zip(zip(names, keys, strict=True), right, strict=True)), len(part), ()))
+    return found
+
+
+def _on_pictures(folder: Path, side: Classifier) -> _Side:
+    pictures = pictures_of(folder, side)
+    names = [side.class_names[label] for label in pictures.subset.labels.tolist()]
+    keys = [hashlib.sha256(path.read_bytes()).digest() for path in pictures.paths]
+    right = _are_right(side, pictures.subset, side.normalise)
+    return _Side(side, dict(zip(zip(names, keys, strict=True), right, strict=True)), len(keys), pictures.notes)
+
+
+def _are_right(side: Trained | Classifier, these: Subset, normalise: Normalise) -> list[bool]:
     with proposing_others(side.checkpoint):
         outcomes = evaluate(side.network, *these, normalise, side.machine)
-    return np.asarray((outcomes.predictions == outcomes.labels).cpu())
+    right: list[bool] = (outcomes.predictions == outcomes.labels).tolist()
+    return right
+
+
+def _doubts(side: _Side) -> list[str]:
+    """What speaks against taking what a run says of these images for how well it was trained."""
+    found = [*doubts(side.of), *side.notes]
+    if origin := side.of.run.provenance["from"]:
+        found.append(f"it began with the weights of {origin['run']}, which may have been trained on these images")
+    return found
 
 
 def _described(side: Trained | Classifier, right: np.ndarray) -> dict[str, Any]:
@@ -191,46 +206,57 @@ def _described(side: Trained | Classifier, right: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _doubts(sides: Sequence[Trained | Classifier]) -> list[str]:
-    return [f"{name}: {doubt}" for name, side in zip("AB", sides, strict=True) for doubt in doubts(side)]
+def _validation(a: Trained, b: Trained) -> str:
+    """What the validation images of both are."""
+    labels = [f"{side.images.name}: {validation_label(side.run.recipe, side.images)}" for side in (a, b)]
+    return labels[0] if labels[0] == labels[1] else "; ".join(map(": ".join, zip(NAMES, labels, strict=True)))
 
 
-def _validation(side: Trained) -> str:
-    return f"{side.images.name}: {validation_label(side.run.recipe, side.images)}"
-
-
-def _recipe_changes(one: Run, two: Run) -> dict[str, tuple[Any, Any]]:
-    """Dotted path → both values, of the fields in which the recipes differ, seed included."""
+def _recipe_changes(one: Run, two: Run) -> dict[str, Both]:
+    """Dotted path → both values, of the fields in which the recipes differ, seed included. Not of what they call the
+    same images, nor of a precision that came to the same."""
     ours, theirs = one.recipe.fields(), two.recipe.fields()
     paths = [*differing_fields(one.recipe, two.recipe), *(["seed"] if ours["seed"] != theirs["seed"] else [])]
-    return {path: (ours[path], theirs[path]) for path in paths}
+    orders = {run.provenance["data"]["order"] for run in (one, two)}
+    precisions = {last_machine(run.provenance)["precision"] for run in (one, two)}
+    alike = [name for name, values in (("dataset", orders), ("precision", precisions)) if len(values) == 1]
+    return {path: (ours[path], theirs[path]) for path in paths if path not in alike}
 
 
-def _machine_changes(one: Run, two: Run) -> dict[str, tuple[Any, Any]]:
-    """The same of what they were computed with, and of the weights they began with."""
-    machines = [last_machine(run.provenance) for run in (one, two)]
-    found = {name: tuple(here.get(name, "?") for here in machines) for name in COMPUTING}
-    found["begun with"] = tuple((run.provenance["from"] or {"run": "random weights"})["run"] for run in (one, two))
-    return {name: (ours, theirs) for name, (ours, theirs) in found.items() if ours != theirs}
+def _other_changes(a: Trained | Classifier, b: Trained | Classifier) -> dict[str, Both]:
+    """The same of what else may make a difference: images, machine, first weights, and how far each has come."""
+
+    def of(side: Trained | Classifier) -> dict[str, Any]:
+        run, data = side.run, side.run.provenance["data"]
+        here = last_machine(run.provenance)
+        return {
+            "train images": data["fingerprints"]["train"][:12],
+            **{f"machine.{name}": here.get(name, "?") for name in OF_MACHINES},
+            "begun with": (run.provenance["from"] or {"run": "random weights"})["run"],
+            "extended after epoch": run.earlier_ends or "none",
+            "epochs to go": 0 if run.summary is not None else run.recipe.epochs - side.checkpoint.epochs,
+        }
+
+    ours, theirs = of(a), of(b)
+    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
 
-def _write_study(one: Run, two: Run, source: str) -> Path | None:
-    """The file of the study that tests the second recipe against the first, where a study can: both are of one data
-    set, and differ in something."""
-    changes = {path: b for path, (_, b) in _recipe_changes(one, two).items() if path not in (*OF_ALL_ARMS, "seed")}
-    if not changes or one.recipe.dataset != two.recipe.dataset:
-        return None
-    claim = f"Trained as {two.name}, validation accuracy is higher than as {one.name}."
-    text = study_text(claim, one.recipe, {"first": {}, "second": changes}, images_of(one, source))
-    path = one.path / f"{two.name}-against-{one.name}.toml"
-    try:
-        write_atomically(path, text.encode(), alone=False)
-    except OSError as error:
-        raise FromzeroError(f"{path}: cannot be written: {error.strerror}; make the folder writable") from None
+def _write_study(one: Run, two: Run, changes: Mapping[str, Both], source: str) -> Path:
+    """The file of the study that tests the second recipe against the first. Raises OSError."""
+    second = {path: theirs for path, (_, theirs) in changes.items() if path not in (*DATA_FIELDS, "seed")}
+    told = some([f"{path} = {short(value)}" for path, value in second.items()])
+    claim = f"With {told} validation accuracy is higher than without."
+    text = study_text(claim, one.recipe, {"first": {}, "second": second}, images_of(one, source)).encode()
+    name, number = f"{two.name}-against-{one.name}", 1
+    while (path := one.path / f"{name}{'' if number == 1 else f'-{number}'}.toml").exists():
+        if path.read_bytes() == text:
+            return path
+        number += 1  # of another run of that name, or of before one was extended
+    write_atomically(path, text, alone=False)
     return path
 
 
 def _seconds(run: Run) -> float:
-    """What all its epochs take, as the first ones say."""
+    """What all its epochs take, as those behind it say; 0 of a run without any."""
     rows = run.metrics()
     return run.recipe.epochs * rows[-1]["time/seconds"] / rows[-1]["epoch"] if rows else 0.0

@@ -20,6 +20,7 @@ from fromzero.recipe import Recipe
 from fromzero.stats import wilson_interval
 
 BY_HEART = 0.97  # clean train accuracy from which a network may have learned labels, right or wrong, one by one
+COPIES = "copies.csv"  # in the run folder: which images are copies of which
 COPIED = 0.05  # share; of CIFAR-10's own test images 0.003 are found
 IMBALANCED, RECALL_GAP = 8.0, 0.2  # images of the commonest class over those of the rarest; accuracy
 WRONG, SURE, OVERSURE = 0.06, 0.6, 0.03  # share of wrong ones among the surest; their mean probability; beyond that
@@ -79,13 +80,15 @@ def _copies(e: Evidence) -> Finding | None:
     if copies.near < COPIED * copies.of:
         return None
     certain = copies.exact >= COPIED * copies.of
+    example = copies.found[0] if copies.found else None
     return Finding(
         "copies",
         "some validation or test images are train images, too, so accuracies are too high"
         if certain
         else "some validation or test images look almost like train ones: if they are copies, accuracies are too high",
         f"of {copies.of:,} validation and test images in train to the byte: {copies.exact:,}"
-        + (f"; more that look almost like one there: {copies.near - copies.exact:,}" if copies.by_looks else ""),
+        + (f"; more that look almost like one there: {copies.near - copies.exact:,}" if copies.by_looks else "")
+        + (f"; such as {example.file} and {example.train_file}, all in {COPIES}" if example else ""),
         "remove copies before splitting, or keep all copies of a picture in one split",
     )
 
@@ -335,8 +338,7 @@ def _mirrored_images(e: Evidence) -> Finding | None:
     """Where images do not show which way round they are, a mirror image is one more of its class; where they do (visual
     chirality, Lin et al., CVPR 2020), half of what is learned is of images that are never scored. It may still help: of
     something that always faces one way a class may have more to show."""
-    wrong = round((1 - e.last["val/accuracy"]) * e.measures.num_validation)
-    if e.recipe.augment.flip == "none" or not _one_way_round(e) or wrong < FEWEST_WRONG:
+    if not mirrors_one_way_round(e) or few_are_wrong(e):
         return None
     return Finding(
         "mirrored-images",
@@ -347,6 +349,16 @@ def _mirrored_images(e: Evidence) -> Finding | None:
         " it away",
         {"augment.flip": "none"},
     )
+
+
+def mirrors_one_way_round(e: Evidence) -> bool:
+    """Whether train images are mirrored that show which way round they are."""
+    return e.recipe.augment.flip != "none" and _one_way_round(e)
+
+
+def few_are_wrong(e: Evidence) -> bool:
+    """Whether validation has too few mistakes for mirroring to be blamed."""
+    return round((1 - e.last["val/accuracy"]) * e.measures.num_validation) < FEWEST_WRONG
 
 
 def _one_way_round(e: Evidence) -> bool:
@@ -400,7 +412,7 @@ def hardly_mistaken(e: Evidence) -> bool:
 def why_labels_cannot_be_judged(e: Evidence) -> str:
     """Why nothing follows from what the network is sure of and wrong about; empty where something does."""
     if e.measures.surest.of < FEWEST_SURE:
-        return f"a tenth of the validation images is {e.measures.surest.of}, and {FEWEST_SURE} are needed"
+        return f"that takes {10 * FEWEST_SURE} validation images, and it has {e.measures.num_validation}"
     if e.measures.train_accuracy >= BY_HEART:
         return "the network knows its train images by heart, and is as sure where a label is wrong"
     if _large_gap(e):
@@ -538,15 +550,26 @@ def _rate_never_falls(e: Evidence) -> Finding | None:
 
 def _validation_too_small(e: Evidence) -> Finding | None:
     count, accuracy = e.measures.num_validation, e.last["val/accuracy"]
-    low, high = wilson_interval(accuracy, count)
-    if high - low < 2 * WIDE:
+    if _is_narrow(accuracy, count):
         return None
+    low, high = wilson_interval(accuracy, count)
     return Finding(
         "validation-too-small",
         "validation has too few images to tell better from worse",
         f"{count:,} images: an accuracy of {accuracy:.3f} may be {low:.3f} to {high:.3f} (95 %)",
-        "more validation images (a larger --validation.fraction where they are held out of train), or several seeds",
+        f"about {_enough_to_tell(accuracy):,} validation images (a larger --validation.fraction where they are held out"
+        " of train), or several seeds",
     )
+
+
+def _enough_to_tell(accuracy: float) -> int:
+    """The images of which an accuracy has an interval that is not too wide."""
+    return next(count for count in range(1, 1000) if _is_narrow(accuracy, count))
+
+
+def _is_narrow(accuracy: float, count: int) -> bool:
+    low, high = wilson_interval(accuracy, count)
+    return high - low < 2 * WIDE
 
 
 def untried(evidence: Evidence) -> list[str]:

@@ -26,14 +26,25 @@ class LayerMeasures(NamedTuple):
     inactive: float | None
 
 
+class Copy(NamedTuple):
+    """A file of the split `validation` or `test` whose picture a train file has too: to the byte, or nearly."""
+
+    split: str
+    file: str
+    train_file: str
+    exact: bool
+
+
 class Copies(NamedTuple):
     """How many of `of` validation and test images are train images too: `exact` to the byte, `near` those included that
-    look alike; by_looks: whether looks tell copies, as they do not where images of other classes look as alike."""
+    look alike; by_looks: whether looks tell copies, as they do not where images of other classes look as alike; found:
+    all of them, where images are files."""
 
     exact: int
     near: int
     of: int
     by_looks: bool = True
+    found: tuple[Copy, ...] = ()
 
 
 class Surest(NamedTuple):

@@ -7,10 +7,12 @@ survives a power loss; when it raises, the old content is untouched.
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,16 @@ def write_atomically(path: Path, data: bytes, *, alone: bool = True) -> None:
 def write_json(path: Path, content: object, *, alone: bool = True) -> None:
     """Replace `path` by a JSON text of `content`, as `write_atomically` does."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode(), alone=alone)
+
+
+def csv_text(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table as CSV, a row a line."""
+    table, rows = io.StringIO(), [list(row) for row in rows]
+    returns = any("\r" in value for row in rows for value in row)  # which csv does not quote by itself
+    writer = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return table.getvalue()
 
 
 def finite(value: Any) -> Any:

@@ -14,18 +14,21 @@ import tomli_w
 from fromzero.changes import usual_epochs
 from fromzero.data import split_name
 from fromzero.diagnosis import (
+    COPIES,
     LATE_GAIN,
     ON_VALIDATION,
     RULES,
     Finding,
+    few_are_wrong,
     hardly_mistaken,
+    mirrors_one_way_round,
     share_of_wrong_labels_seen,
     untried,
     why_labels_cannot_be_judged,
 )
 from fromzero.errors import FromzeroError, typed
-from fromzero.evidence import SMALL_GAP, Evidence, Measures, late_gain
-from fromzero.files import finite, write_atomically, write_json
+from fromzero.evidence import SMALL_GAP, Copies, Evidence, Measures, late_gain
+from fromzero.files import csv_text, finite, write_atomically, write_json
 from fromzero.recipe import Recipe
 from fromzero.runs import Row, Run
 from fromzero.terminal import duration
@@ -50,16 +53,25 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         others.remove("label-noise")
         labels = f"Wrong labels cannot be detected in this run: {why}."
     elif judged and (share := share_of_wrong_labels_seen(evidence)) > SHOWS_FEW:
-        count = evidence.measures.surest.of
-        labels = (
-            f"Wrong labels show here where they are {share:.0%} or more: validation has only {count} images that the"
-            " network is surest of."
-        )
+        count = evidence.measures.num_validation
+        labels = f"With {count:,} validation images, wrong labels would be found where they are {share:.0%} or more."
     if labels:
-        said.append(f"{labels} The page of fromzero report has images to look at.")
-    if not evidence.measures.copies.by_looks:
+        said.append(f"{labels} The page of fromzero report has the surest mistakes, to look at.")
+    copies = evidence.measures.copies
+    if copies.found and "copies" in others:
+        said.append(
+            f"{copies.near} of {copies.of:,} validation and test images may be train images, too: see {COPIES}."
+        )
+    if not copies.by_looks:
         said.append(
             "Only copies to the byte were looked for: many images look like one of another class, as copies would."
+        )
+    if "mirrored-images" in others and mirrors_one_way_round(evidence) and few_are_wrong(evidence):
+        others.remove("mirrored-images")
+        said.append(
+            f"Half of the train images are mirrored, and a small network tells {evidence.measures.mirror_accuracy:.0%}"
+            " of these images and their mirror images apart; but too few are mistaken to tell whether that costs"
+            " anything: --augment.flip none would say."
         )
     if skipped := [name for name in untried(evidence) if name in others]:
         others = [name for name in others if name not in skipped]
@@ -204,6 +216,12 @@ def images_of(run: Run, source: str) -> str | None:
     return None if name == "digits" else source + options
 
 
+def _copies_csv(copies: Copies) -> str:
+    """A line for each copy: its split, its file, the train file that it is a copy of, and whether to the byte."""
+    lines = ((copy.split, copy.file, copy.train_file, "yes" if copy.exact else "nearly") for copy in copies.found)
+    return csv_text(("split", "file", "train_file", "to_the_byte"), lines)
+
+
 def write_findings(
     run: Run, found: Sequence[Finding], said: Sequence[str], measures: Measures, source: str, epoch: int
 ) -> dict[str, Path]:
@@ -212,13 +230,17 @@ def write_findings(
     Raises FromzeroError where the folder cannot be written."""
     recipe, dataset = run.recipe, images_of(run, source)
     studies: dict[str, Path] = {}
+    copies = measures.copies
     known = asdict(measures) | {"trials": {f"{factor:g}": trial for factor, trial in measures.trials.items()}}
+    known["copies"] = {name: value for name, value in copies._asdict().items() if name != "found"}  # has its own file
     try:
         for finding in found:
             if finding.changes:
                 path = run.path / f"{run.name}-{finding.name}.toml"
                 write_atomically(path, remedy_study(finding, recipe, dataset).encode(), alone=False)
                 studies[finding.name] = path
+        if copies.found:
+            write_atomically(run.path / COPIES, _copies_csv(copies).encode("utf-8", "surrogateescape"), alone=False)
         findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
         content = {"epoch": epoch, "findings": findings, "remarks": list(said)}
         content["measures"] = finite(known)

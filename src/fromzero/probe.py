@@ -23,6 +23,7 @@ from fromzero.evidence import (
     SMALL_GAP,
     Cooldown,
     Copies,
+    Copy,
     Evidence,
     LayerMeasures,
     Measures,
@@ -84,7 +85,7 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
     say("gradients and units")
     plain, dropped, changed = _modes(network, data, recipe, here)
     say("copies")
-    copies = _copies(data, own_test=recipe.validation.source == "split")
+    copies = _copies(trained)
     measures = Measures(
         image_shape=data.image_shape,
         class_names=images.class_names,
@@ -278,26 +279,33 @@ def _map_sides(recipe: Recipe, data: Data) -> Iterator[int]:
             side = min(row.shape[:2])
 
 
-def _copies(data: Data, *, own_test: bool) -> Copies:
+def _copies(trained: Trained) -> Copies:
     """Validation images, and test images where those are others, that are among the train images: byte for byte, or
     nearly, mirrored ones too. Where images of other classes look as alike, looks say nothing and only bytes count; nor
     do they say anything of a class that is alike all over, where few of the classes are: copies are of all classes."""
-    parts = [data.validation, *([data.test] if own_test else [])]
-    chosen = [_spread(len(part.labels)).to(part.labels.device) for part in parts]
-    looked_at = torch.cat([part.pixels[places] for part, places in zip(parts, chosen, strict=True)]).cpu()
-    labels = torch.cat([part.labels[places] for part, places in zip(parts, chosen, strict=True)]).cpu()
-    sought = [hash(image.tobytes()) for image in looked_at.numpy()]
-    known: set[int] = set()
+    data, images = trained.data, trained.images
+    parts = {"validation": (data.validation, trained.validation_images.files)}
+    if trained.run.recipe.validation.source == "split":
+        parts["test"] = (data.test, images.test.files)
+    chosen = {split: _spread(len(part.labels)).to(part.labels.device) for split, (part, _) in parts.items()}
+    looked_at = torch.cat([part.pixels[chosen[split]] for split, (part, _) in parts.items()]).cpu()
+    labels = torch.cat([part.labels[chosen[split]] for split, (part, _) in parts.items()]).cpu()
+    known: dict[int, int] = {}  # what an image's bytes hash to → its place among the train images
     views = [_small(looked_at), _small(looked_at.flip(2))]
     same, other = torch.full((len(labels),), -1.0), torch.full((len(labels),), -1.0)
+    most_alike, begin = torch.zeros(len(labels), dtype=torch.int64), 0
     for pixels, theirs in zip(data.train.pixels.split(5000), data.train.labels.split(5000), strict=True):
         part = pixels.cpu()
-        known.update(hash(image.tobytes()) for image in part.numpy())
+        known |= {hash(image.tobytes()): place for place, image in enumerate(part.numpy(), begin)}
         alike = torch.maximum(*(view @ _small(part).T for view in views))
         is_same = labels[:, None] == theirs.cpu()[None, :]
-        same = torch.maximum(same, alike.masked_fill(~is_same, -1.0).amax(1))
+        here, places = alike.masked_fill(~is_same, -1.0).max(1)
+        most_alike = torch.where(here > same, places + begin, most_alike)
+        same = torch.maximum(same, here)
         other = torch.maximum(other, alike.masked_fill(is_same, -1.0).amax(1))
-    exact = np.array([image in known for image in sought])
+        begin += len(part)
+    of_bytes = [known.get(hash(image.tobytes())) for image in looked_at.numpy()]
+    exact = np.array([place is not None for place in of_bytes])
     near = exact | (same > MIN_CORRELATION).numpy()
     # A copy may have a wrong label: a few that look like one of another class say nothing beside many of their own.
     elsewhere = ((other > MIN_CORRELATION).numpy() & ~exact).mean()
@@ -308,7 +316,15 @@ def _copies(data: Data, *, own_test: bool) -> Copies:
     if np.median(list(shares.values())) <= TWINS:
         all_alike = [label for label, share in shares.items() if share > ALIKE]
         near = exact | (near & ~np.isin(labels.numpy(), all_alike))
-    return Copies(int(exact.sum()), int(near.sum()), len(labels), bool(by_looks))
+    found = []
+    if images.train.files:
+        kept = np.delete(np.arange(len(images.train)), [] if data.held is None else data.held)
+        files = [(split, names[place]) for split, (_, names) in parts.items() for place in chosen[split].tolist()]
+        for index in np.flatnonzero(near):
+            place = of_bytes[index]
+            train_file = images.train.files[kept[most_alike[index] if place is None else place]]
+            found.append(Copy(*files[index], train_file, place is not None))
+    return Copies(int(exact.sum()), int(near.sum()), len(labels), bool(by_looks), tuple(found))
 
 
 def _spread(count: int) -> Tensor:

@@ -75,7 +75,7 @@ class _Data(pydantic.BaseModel):
     classes: list[str] = pydantic.Field(min_length=1)
     image_shape: list[Annotated[int, pydantic.Field(ge=1, le=10_000)]] = pydantic.Field(min_length=3, max_length=3)
     normalise: _Normalise
-    held_out: str
+    held_out: str | None = None
     images: dict[str, int] = {}
     subsets: dict[str, int] = {}
 

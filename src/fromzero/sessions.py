@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import itertools
 import re
 import shutil
@@ -18,7 +16,7 @@ from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
 from fromzero.errors import FromzeroError, InputError, counted
-from fromzero.files import write_atomically
+from fromzero.files import csv_text, write_atomically
 from fromzero.machine import Machine
 from fromzero.optim import learning_rate_at
 from fromzero.recipe import Recipe, load_recipe
@@ -144,13 +142,14 @@ def _splits(recipe: Recipe, images: ImageSet, data: Data) -> str:
     if images.validation is not None:
         used = "validation" if recipe.validation.source == "split" else "unused"
         parts.append((images.validation, [used] * len(images.validation)))
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("split", "class", "file"))
-    for part, splits in parts:
-        classes = [images.class_names[label] for label in part.labels]
-        writer.writerows(zip(splits, classes, part.files, strict=True))
-    return table.getvalue()
+    return csv_text(
+        ("split", "class", "file"),
+        (
+            (split, images.class_names[label], file)
+            for part, splits in parts
+            for split, label, file in zip(splits, part.labels, part.files, strict=True)
+        ),
+    )
 
 
 def _check_memory(recipe: Recipe, data: Data, here: Machine, instead: str) -> None:

@@ -21,7 +21,7 @@ Direction = Literal["higher", "lower", "different"]
 Verdict = Literal["supported", "contradicted", "undecided"]
 
 LEVEL = 0.05  # two-sided
-Z = 1.959964  # standard deviations of a normal distribution on either side that leave so much outside
+Z = 1.959964  # of the normal distribution, for that level
 POWER = 0.8
 FEWEST_PAIRS = 6  # below, no p can be 0.05 or less: the smallest is 2 / 2**n
 EXACT_PAIRS = 16  # up to here every pattern of signs is tried

@@ -107,11 +107,11 @@ def recorded_data(run: Run, images: ImageSet, here: Machine) -> Data:
     """The images of a run, split as when it was begun. Raises FromzeroError where an earlier fromzero split them in
     another way: what it trained on would pass for validation."""
     data = Data.of(run.recipe, images, here.device)
-    if run.provenance["data"]["held_out"] != data.held_out:
+    if run.provenance["data"].get("held_out") != data.held_out:
         anew = typed("fromzero", "train", "--recipe", run.path / "recipe.toml")
         raise FromzeroError(
-            f"{run.path}: an earlier fromzero held out other pictures for validation, so that this one would validate"
-            f" on some that it was trained on; start anew: {anew}"
+            f"{run.path}: an earlier fromzero held out other pictures for validation, or did not record which, so that"
+            f" this one might validate on some that it was trained on; start anew: {anew}"
         )
     return data
 

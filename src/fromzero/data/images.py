@@ -52,7 +52,7 @@ class Images:
 
     @cached_property
     def record_digests(self) -> list[bytes]:
-        """The SHA-256 of each image's record, which is what `fingerprint` says."""
+        """SHA-256 of each image with its label, of which `fingerprint` is made."""
         label_type = "u1" if self.labels.max() < 256 else "<u2"
         labels = self.labels.astype(label_type)[:, None].view(np.uint8)
         digests = []

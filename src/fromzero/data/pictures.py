@@ -94,9 +94,13 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
         if absent := [name for label, name in enumerate(class_names) if label not in present]:
             notes.append(f"no {split} picture of {some(absent)}")
     for split, seen_in in (("validation", "train"), ("test", "train"), ("test", "validation")):
-        here, there = (digests[splits == name] for name in (split, seen_in))
-        if copies := int(np.isin(here, there).sum()):
-            notes.append(f"{copies} of the {len(here):,} {split} pictures are in {seen_in} too, to the byte")
+        here = np.flatnonzero(splits == split)
+        copies = here[np.isin(digests[here], digests[splits == seen_in])]
+        if len(copies):
+            named = some(_names([listed[index].path for index in copies], path))
+            notes.append(
+                f"{len(copies)} of the {len(here):,} {split} pictures are in {seen_in} too, to the byte: {named}"
+            )
 
     def part(split: str) -> Images:
         chosen = np.flatnonzero(splits == split)

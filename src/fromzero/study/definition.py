@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import pydantic
 from pydantic import Field
 
-from fromzero.changes import differing_fields
+from fromzero.changes import DATA_FIELDS, differing_fields
 from fromzero.errors import InputError, counted, nearest
 from fromzero.recipe import Recipe, field_types, load_recipe
 from fromzero.shipped import names_of, text_of
@@ -31,7 +31,6 @@ METRICS = {  # what a row of metrics records, and what follows from it: key → 
     "train/running_loss": False,
     "generalisation_gap": True,  # train/accuracy - val/accuracy
 }
-DATA_FIELDS = ("dataset", "clean_train_images", "validation.source", "validation.fraction")
 SETTING = ("epochs", "batch_size", *DATA_FIELDS)
 CLAIM = "claim"
 Refuse = Callable[[tuple[str, ...], str], NoReturn]  # (where in the file, what is wrong there)
