@@ -214,7 +214,7 @@ def test_the_page_on_studies_has_every_key_and_an_example_of_each(tmp_path):
     page = Path(__file__).parents[1].joinpath("docs/studies.md").read_text("utf-8")
     (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     path = written(tmp_path, example)
-    for scale, (seeds, epochs) in {"screen": (8, 30), "quickly": (6, 10)}.items():
+    for scale, (seeds, epochs) in {"screen": (8, 30), "quickly": (7, 10)}.items():
         study = load_study(path, scale)
         assert (study.seeds, study.arms["adam"].recipe.epochs) == (seeds, epochs)
         assert study.arms["adam"].recipe.label_smoothing == 0.1
@@ -793,7 +793,7 @@ def test_stopping_saves_every_cell(tmp_path, text):
     long = text.replace("epochs = 2", "epochs = 500")
     execution = prepare_study(load_study(written(tmp_path, long), "half"), runs_dir=tmp_path)
     seen = set()
-    with pytest.raises(StoppedError, match=r"every run is saved; the same command goes on: fromzero study") as caught:
+    with pytest.raises(StoppedError, match=r"every run is saved; go on with: fromzero study") as caught:
         for event in execution:
             if event.kind == "progress" and event.share > 0:
                 seen.add(event.cell.name)

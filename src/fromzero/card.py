@@ -107,7 +107,8 @@ def _images(classifier: Classifier) -> str:
         watched = "" if source == "test" else f" {counted(counts['validation'], 'other')} for validation,"
         of = f"{counted(counts['train'], 'image')} to train on,{watched} {counts['test']:,} for the test"
     prints = ", ".join(f"{split} {found[:12]}" for split, found in data["fingerprints"].items())
-    return f"{_code(data['name'])}: {of}. fromzero's fingerprints: {prints}."
+    said = [f"\n- {_plain(note)}" for note in data.get("notes", ())]
+    return f"{_code(data['name'])}: {of}. fromzero's fingerprints: {prints}.{''.join(said)}"
 
 
 def _findings(classifier: Classifier) -> list[str]:

@@ -33,7 +33,7 @@ def text_of(kind: Kind, source: str | Path) -> str:
             reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
             raise InputError(f"{kind} file {name!r}: {reason}") from None
     if kind == "recipe" and os.path.isfile(path / "recipe.toml"):
-        raise InputError(f"{name!r} is the folder of a run, whose recipe is {path / 'recipe.toml'}")
+        raise InputError(f"{name!r} is the folder of a run; for its recipe give {path / 'recipe.toml'}")
     raise InputError(f"unknown {kind} {name!r}{nearest(name, names_of(kind))} (or give a .toml file)")
 
 

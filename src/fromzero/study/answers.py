@@ -111,7 +111,8 @@ def sentence(found: ContrastResult, comparisons: int) -> str:
             text + "; undecided while pairs are missing, as those that are left may be others than those that are not"
         )
     if found.to_settle:
-        text += f"; to settle a difference of this size: a study of about {found.to_settle} seeds, begun anew"
+        about = "" if found.seeds_needed is None else "about "
+        text += f"; to settle a difference of this size: a study of {about}{found.to_settle} seeds, begun anew"
     return text
 
 

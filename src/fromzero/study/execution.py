@@ -120,7 +120,7 @@ class Execution:
                     yield Event("note", self.cells[0], text=text)
             except StoppedError as stopped:
                 number = stopped.exit_code - 128
-                message = f"stopped; every run is saved; the same command goes on: {self.command}"
+                message = f"stopped; every run is saved; go on with: {self.command}"
                 raise StoppedError(message, number) from None
             finally:
                 seconds = round(before.seconds + time.monotonic() - began, 1)
