@@ -158,7 +158,7 @@ def test_what_a_study_cannot_tell_is_said_beside_it(runs, digits, tmp_path):
     record = compare_runs(runs[0], onward.run)
     assert any("B: it began with the weights of" in note for note in record["notes"])
     assert record["study_leaves_aside"] == ["clean_train_images", "begun with"]
-    assert "in which both are alike, unlike A and B: clean_train_images, begun with" in comparison_text(record)
+    assert "its runs do not differ, as A and B do, in clean_train_images, begun with" in comparison_text(record)
     study = load_study(record["study"]["file"])
     assert study.claim == "With label_smoothing = 0 validation accuracy is higher than without."
     first, second = (arm.recipe for arm in study.arms.values())

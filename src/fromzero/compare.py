@@ -143,7 +143,7 @@ def comparison_text(record: Mapping[str, Any]) -> str:
         quite = " quite" if difference["low"] > 0 or difference["high"] < 0 else ""
         lines.append(f"  These images do not{quite} tell the two networks apart.")
     if not record["recipe"].keys() - {"seed"}:
-        lines.append("  Their recipes are the same, but for the seed.")
+        lines.append(f"  Their recipes are the same{', but for the seed' if 'seed' in record['recipe'] else ''}.")
         return "\n".join(lines)
     can = " A study can:" if record["study"] else ""
     lines.append(f"  Which way to train is better they cannot tell: other seeds make other networks.{can}")
@@ -151,7 +151,8 @@ def comparison_text(record: Mapping[str, Any]) -> str:
         took = f", some {duration(record['study_seconds'])} in all" if record["study_seconds"] else ""
         lines += [f"    {record['study']['command']}", f"    {STUDY_SEEDS} pairs of runs{took}"]
         if record["study_leaves_aside"]:
-            lines.append(f"    in which both are alike, unlike A and B: {', '.join(record['study_leaves_aside'])}")
+            aside = ", ".join(record["study_leaves_aside"])
+            lines.append(f"    its runs do not differ, as A and B do, in {aside}")
     return "\n".join(lines)
 
 
