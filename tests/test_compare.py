@@ -138,6 +138,8 @@ def test_pictures_of_another_size_are_the_same_pictures(photos, tmp_path, capsys
     assert "Which way to train is better they cannot tell: other seeds make other networks.\n" in (
         comparison_text(record) + "\n"
     )
+    smaller = train({"label_smoothing": 0.0}, sizes[1], tmp_path)
+    assert compare_runs(runs[0], smaller)["study"] is None
     (photos / "fresh" / "dark" / "broken.png").write_bytes(b"no picture")
     assert cli.main(["compare", *(str(run.path) for run in runs), str(photos / "fresh"), "--json"]) == 0
     fresh = json.loads(capsys.readouterr().out)
@@ -206,6 +208,7 @@ def test_copies_count_once(photos, tmp_path):
     [
         ((3, 0), 100, "They differ on too few images to be told apart: that takes 6 at least."),
         ((6, 5), 100, "These images do not tell the two networks apart."),
+        ((5, 1), 100, "These images do not tell the two networks apart."),
         ((3, 11), 1000, "These images do not quite tell the two networks apart."),
         ((3, 12), 1000, "These images tell the two networks apart: B is right more often."),
         ((12, 3), 1000, "These images tell the two networks apart: A is right more often."),
@@ -217,6 +220,31 @@ def test_the_verdict_follows_p(runs, only, of, said):
     found = compare_on_images(first, second)
     record = compare_runs(runs[0], runs[1]) | found._asdict() | {"difference": found.difference._asdict()}
     assert said in comparison_text(record)
+
+
+def test_a_picture_in_another_class_is_another_one(photos, tmp_path):
+    folders = [shutil.copytree(photos / "train", tmp_path / name / "photos") for name in ("before", "after")]
+    for path in sorted((folders[1] / "dark").iterdir()):
+        path.rename(folders[1] / "light" / f"moved-{path.name}")
+    for number in range(40):  # so that there is a class of that name
+        shutil.copy(photos / "train" / "light" / f"{number}.png", folders[1] / "dark" / f"{number}.png")
+    for path in sorted((folders[1] / "light").glob("[0-9]*")):
+        path.unlink()
+    runs = [train({}, fromzero.load_images(folder), tmp_path) for folder in folders]
+    with pytest.raises(FromzeroError, match="no validation images in common"):
+        compare_runs(*runs)
+
+
+def test_how_far_a_run_has_come_is_a_difference(runs, digits, tmp_path):
+    going = fromzero.new_training(runs[0].recipe, digits, runs_dir=tmp_path, threads=1)
+    for progress in going:
+        if progress.row:
+            going.save()
+            break
+    record = compare_runs(runs[0], going.run)
+    assert record["others"] == {"epochs to go": (0, 1)}
+    assert "from A to B: epochs to go 0 → 1" in comparison_text(record)
+    assert any(note.startswith("B: the run has not ended") for note in record["notes"])
 
 
 def test_best_weights_and_unended_runs_are_said_to_be(runs, digits, tmp_path):

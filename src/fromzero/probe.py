@@ -56,6 +56,7 @@ FITTED_IMAGES = 100  # whether the network can learn that few by heart
 MIRROR_IMAGES = 2000  # whether a small network can tell as many images from their mirror images, at most
 MIRROR_CHANNELS, MIRROR_BORDER = [[16], [32], [32]], 1 / 8  # its, of the recipe few; of a side, that it does not see
 COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
+AT_ONCE = 5000  # train images that these are compared with
 SIDE, MIN_CORRELATION = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
 TWINS = 0.01  # share of pictures with a likeness in another class, beyond which likeness says nothing
 ALIKE = 0.5  # share of a class's pictures that look like another of it, as ones do, where other classes have none
@@ -294,7 +295,7 @@ def _copies(trained: Trained) -> Copies:
     views = [_small(looked_at), _small(looked_at.flip(2))]
     same, other = torch.full((len(labels),), -1.0), torch.full((len(labels),), -1.0)
     most_alike, begin = torch.zeros(len(labels), dtype=torch.int64), 0
-    for pixels, theirs in zip(data.train.pixels.split(5000), data.train.labels.split(5000), strict=True):
+    for pixels, theirs in zip(*(part.split(AT_ONCE) for part in data.train), strict=True):
         part = pixels.cpu()
         known |= {hash(image.tobytes()): place for place, image in enumerate(part.numpy(), begin)}
         alike = torch.maximum(*(view @ _small(part).T for view in views))
