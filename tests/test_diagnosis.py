@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -21,11 +22,23 @@ from fromzero.diagnosis import (
     untried,
     why_labels_cannot_be_judged,
 )
-from fromzero.evidence import Cooldown, Copies, Evidence, LayerMeasures, Measures, Score, Surest, Trial, best_factor
+from fromzero.evidence import (
+    Cooldown,
+    Copies,
+    Copy,
+    Evidence,
+    LayerMeasures,
+    Measures,
+    Score,
+    Surest,
+    Trial,
+    best_factor,
+)
 from fromzero.findings import diagnosis_text, remarks, remedy_study, write_findings
 from fromzero.recipe import load_recipe
 from fromzero.sessions import new_training, resume
 from fromzero.splits import Data
+from fromzero.stats import wilson_interval
 from fromzero.study.definition import load_study
 from fromzero.trained import load_classifier, load_trained
 
@@ -708,6 +721,22 @@ def test_few_validation_images_show_many_wrong_labels_only(run):
     assert "the network is not sure enough of any image" in remarked(run, measured={"surest": Surest(9, 33, 0.55)})
 
 
+def test_a_few_copies_are_told_beside_the_findings(run):
+    found = (Copy("test", "test/a.png", "train/b.png", True),)
+    for copies, are_few in ((Copies(1, 1, 2000, found=found), True), (Copies(150, 150, 2000, found=found), False)):
+        e = replace(evidence(measured={"copies": copies}), recipe=run.recipe)
+        findings = diagnose(e)
+        assert [finding.name for finding in findings] == ([] if are_few else ["copies"])
+        assert ("images may be train images, too: see copies.csv" in " ".join(remarks(run, e, findings))) == are_few
+
+
+def test_as_many_validation_images_are_proposed_as_tell(run):
+    (found,) = diagnose(evidence(measured={"num_validation": 60}, val=(0.6, 0.68, 0.74, 0.77, 0.78)))
+    enough = int(re.search(r"about (\d+) validation images", found.remedy)[1])
+    widths = [high - low for low, high in (wilson_interval(0.78, count) for count in (enough - 1, enough))]
+    assert widths[0] >= 0.1 > widths[1]
+
+
 def test_mirrored_images_are_not_cleared_where_nothing_could_show_their_cost(run):
     flipped = run.recipe.override({"augment.flip": "random"})
     right = (0.6, 0.8, 0.9, 0.98, 0.998)
@@ -718,6 +747,11 @@ def test_mirrored_images_are_not_cleared_where_nothing_could_show_their_cost(run
         said = " ".join(remarks(run, e, []))
         assert ("mirrored-images" in said) == judged
         assert ("too few are mistaken to tell whether that costs anything" in said) != judged
+    measured = {"mirror_accuracy": 0.9, "seen_accuracies": (0.9, 0.5)}
+    explained = replace(evidence({"augment.translate": 8, "augment.flip": "random"}, measured))
+    found = diagnose(explained)
+    assert [finding.name for finding in found] == ["augmentation-too-strong"]
+    assert "too few are mistaken" not in " ".join(remarks(run, explained, found))
 
 
 def test_a_network_that_is_hardly_ever_wrong_has_no_wrong_labels_to_find(run):

@@ -16,6 +16,7 @@ from benchmarks.pictures import parts_of
 from fromzero import Run, checkpoint, cli, list_runs, load_images, load_recipe
 from fromzero.data import pictures, split_name, stratified_split
 from fromzero.errors import FromzeroError, InputError
+from fromzero.files import csv_text
 from fromzero.sessions import new_training, resumed_training
 from fromzero.splits import Data
 from fromzero.trained import load_trained
@@ -172,6 +173,16 @@ def test_a_run_lists_which_file_was_in_which_split(tmp_path):
         training = new_training(recipe.override(changes), images, runs_dir=tmp_path / "runs")
         training.close()
         assert (training.run.path / "splits.csv").read_text().count(f"{name},") == len(images.validation)
+        validated = load_trained(training.run, images=images).validation_images
+        assert validated is (images.validation if source == "split" else images.test)
+
+
+def test_tables_hold_whatever_files_are_called(tmp_path):
+    rows = [["a, b", "c\rd"], ["e\nf", 'g"h'], ["", "i"]]
+    for some in (rows, rows[1:]):
+        (tmp_path / "table.csv").write_bytes(csv_text(("one", "two"), some).encode())
+        with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
+            assert list(csv.reader(file)) == [["one", "two"], *some]
 
 
 def test_train_val_and_test_are_taken_as_they_are(tmp_path):
