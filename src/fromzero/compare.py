@@ -63,7 +63,10 @@ def compare_runs(
     if folder is None:
         if classes[0] != classes[1]:
             apart = some(sorted(classes[0] ^ classes[1]))
-            raise FromzeroError(f"{one.path} and {two.path}: their classes differ ({apart}): no image is of both")
+            raise FromzeroError(
+                f"{one.path} and {two.path}: their classes differ ({apart}), so they can only be compared on pictures"
+                f" of classes that both have: {typed('fromzero', 'compare', one.path, two.path)} FOLDER"
+            )
         a, b = (
             load_trained(run, which, device=device, threads=threads, data_dir=data_dir, offline=offline)
             for run in (one, two)

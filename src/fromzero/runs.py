@@ -431,8 +431,11 @@ def load_run(run: Run | str | Path, runs_dir: str | Path = "runs") -> Run:
             raise InputError(
                 f"{path}: its recipe.toml is not there; the fields that it held are listed in {path}/provenance.json"
             )
-    names = [r.name for r in list_runs(runs_dir)]
-    raise InputError(f"no run {str(run)!r}, neither as a path nor under {runs_dir}{nearest(str(run), names)}")
+    there = list_runs(runs_dir)
+    of_it = [r for r in there if r.name.startswith(f"{Path(run).name}-")]  # as of a folder of pictures
+    newest = max(of_it, key=lambda r: r.path.stat().st_mtime, default=None)
+    hint = f"; the newest on it: {newest.name}" if newest else nearest(str(run), [r.name for r in there])
+    raise InputError(f"no run {str(run)!r}, neither as a path nor under {runs_dir}{hint}")
 
 
 def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
