@@ -13,9 +13,9 @@ from PIL import Image
 import fromzero
 from fromzero import cli
 from fromzero.data import Images, ImageSet
-from fromzero.errors import FromzeroError
+from fromzero.errors import FromzeroError, InputError
 from fromzero.report import Scored, _mistakes, _told, calibration, page, report
-from fromzero.runs import write_named
+from fromzero.runs import check_named, write_named
 from fromzero.trained import load_trained
 
 ARGUMENTS = ["--recipe", "train1", "--epochs", "2", "--threads", "1", "--precision", "float32"]
@@ -246,3 +246,14 @@ def test_images_of_one_channel_have_a_page_and_no_predictions(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["predict", str(run.path), str(picture)]) == 2
     assert "its images have 1 channel; pictures are read as red, green, blue" in capsys.readouterr().err
+
+
+def test_a_runs_own_records_and_its_weights_folder_are_no_place_for_a_page(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.toml").touch()
+    (tmp_path / "link.html").symlink_to(tmp_path / "run" / "metrics.jsonl")
+    for path in ("run/checkpoints/page.html", "run/recipe.toml", "run/splits.csv", "link.html"):
+        with pytest.raises(InputError, match="keeps its own records and weights"):
+            check_named(tmp_path / path, ".html")
+    for path in ("run/page.html", "checkpoints/page.html"):
+        check_named(tmp_path / path, ".html")
