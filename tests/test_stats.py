@@ -60,6 +60,7 @@ def test_no_difference_at_all_is_no_evidence():
     assert stats.sign_flip_p(np.zeros(8)) == 1
     same = stats.compare([0.5] * 8, [0.5] * 8)
     assert same.p == 1
+    assert same.effect == 0
     assert stats.verdict(same.n, same.p, same.favourable) == "undecided"
     assert math.isnan(same.correlation)
     assert math.isnan(stats.correlation([0.10104529616724739] * 6, range(6)))

@@ -232,6 +232,20 @@ def test_steps_are_made_of_the_images_that_are_hardest_for_the_proxy(small, tiny
     assert run.timetable.images_after(12) == 3 * 160
 
 
+def test_of_a_small_last_batch_one_image_is_trained_on(small, tiny_images, tmp_path, monkeypatch):
+    recipe = small.override({"hardest": 0.2, "batch_size": 79, "epochs": 1})
+    run, chosen = new_training(recipe, tiny_images, runs_dir=tmp_path, threads=1), []
+
+    def choosing(*given):
+        chosen.append(hardest(*given))
+        return chosen[-1]
+
+    monkeypatch.setattr(training, "hardest", choosing)
+    for _ in run:
+        pass
+    assert [len(made) for made in chosen] == [16, 16, 1]  # of 79, 79 and 2
+
+
 def test_labels_are_mixed_as_pixels_are(small, tiny_images, tmp_path, monkeypatch):
     recipe = small.override({"augment.cutmix": 0.5, "hardest": 0.5, "label_smoothing": 0.1, "precision": "float32"})
     run = new_training(recipe, tiny_images, runs_dir=tmp_path, device="cpu", threads=1)
