@@ -729,6 +729,13 @@ def test_a_study_without_a_pair_has_a_record_of_the_same_shape(finished, tmp_pat
     assert (comparison["difference"], comparison["p"], comparison["pairs"]) == (None, None, {})
     assert (found["setting"]["epochs"], found["setting"]["batch_size"]) == (5, 20)
     assert not read_result(folder).is_begun
+    for seed, has_interval in ((0, False), (1, True)):
+        for cell in execution.cells:
+            if cell.seed == seed:
+                shutil.copytree(cell.path, folder / "cells" / cell.name)
+        (comparison,) = record(read_result(folder))["comparisons"]
+        assert len(comparison["pairs"]) == seed + 1
+        assert (comparison["difference"] is not None) == has_interval
 
 
 def test_a_worker_whose_gpu_fails_goes(monkeypatch):
