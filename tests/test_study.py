@@ -1,6 +1,7 @@
 """Studies: what a file may say, which cells run, that stopping changes no answer, and what the answers are."""
 
 import json
+import math
 import os
 import random
 import re
@@ -28,7 +29,7 @@ from fromzero.study.cells import OUTCOMES, Cell, Setting, _begun, is_finished, r
 from fromzero.study.definition import METRICS, Contrast, _File, lines_of, load_study, study_names
 from fromzero.study.execution import best_values, prepare_study, sweep
 from fromzero.study.page import write_lessons
-from fromzero.study.results import ContrastResult, list_results, read_result
+from fromzero.study.results import ContrastResult, Spread, list_results, read_result
 from fromzero.trained import last_checkpoint
 from fromzero.verify import first_difference
 
@@ -123,6 +124,12 @@ def test_pairs_that_all_differ_alike_have_no_interval():
         said
         == "a against b, val/accuracy higher: undecided; its 6 pairs all differ by +0.00 points, so they tell no spread"
     )
+
+
+def test_a_spread_is_of_a_sample():
+    assert Spread.of([1.0, 3.0]) == pytest.approx((2.0, math.sqrt(2)))
+    assert Spread.of([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert math.isnan(Spread.of([1.0]).sd)
 
 
 # ---- what a file may say

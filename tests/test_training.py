@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fromzero
-from fromzero import checkpoint, curves, machine, optim, training
+from fromzero import checkpoint, curves, kernels, machine, optim, training
 from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
 from fromzero.evaluate import Normalise, evaluate
@@ -1267,3 +1267,16 @@ def test_larger_images_are_evaluated_fewer_at_a_time():
         seen.clear()
         evaluate(Watched(), pixels, labels, as_bytes, here)
         assert seen == batches
+
+
+def test_a_run_goes_on_in_the_precision_that_was_chosen_for_it(small, tiny_images, tmp_path, monkeypatch):
+    """Whatever another machine would choose."""
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "_bfloat16_features", list)
+        begun = new_training(small, tiny_images, runs_dir=tmp_path, threads=1)
+        assert (begun.recipe.precision, begun.machine.precision) == ("auto", "float32")
+        begun.close()
+    monkeypatch.setattr(machine, "_bfloat16_features", lambda: ["avx512_bf16"])
+    monkeypatch.setattr(machine, "_kernels", lambda *_: kernels.Made(kernels.NONE, None))
+    assert resumed_training(begun.run, tiny_images, allow_inexact=True).machine.precision == "float32"
+    assert machine.prepare("auto", threads=1).precision == "bfloat16"
