@@ -863,6 +863,12 @@ def test_a_lock_whose_file_was_removed_is_still_held(small, tiny_images, tmp_pat
         (run.path / "writer.json").write_text(json.dumps({"host": socket.gethostname(), "pid": writer.pid}))
         with pytest.raises(FromzeroError, match=f"process {writer.pid} on"):
             resumed_training(run, tiny_images)
+        # Of another host its process says nothing here, nor does one of this host that is our own.
+        for host, pid in (("elsewhere", writer.pid), (socket.gethostname(), os.getpid())):
+            (run.path / "writer.json").write_text(json.dumps({"host": host, "pid": pid}))
+            (run.path / "lock").unlink(missing_ok=True)
+            with run.lock():
+                pass
     finally:
         writer.communicate()
     assert resumed_training(run, tiny_images)
