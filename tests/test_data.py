@@ -507,3 +507,9 @@ def test_a_split_depends_on_labels_fraction_and_purpose_alone():
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not np.array_equal(first[1], other[1])
     assert first[1][:5].tolist() == [5, 13, 23, 31, 34]
+
+
+def test_a_fingerprint_tells_labels_beyond_a_byte():
+    pixels = np.zeros((2, 2, 2, 3), np.uint8)
+    prints = {Images(pixels, np.array([0, label])).fingerprint() for label in (0, 1, 255, 256, 257, 511)}
+    assert len(prints) == 6

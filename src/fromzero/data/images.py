@@ -45,8 +45,8 @@ class Images:
         return np.array([first.setdefault(record, digest) for record, digest in keys], np.uint64)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian, from
-        256 classes on) and the pixels in the order C, H, W. It does not depend on the order of the images or on the
+        """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian,
+        where there are more than 256 classes) and the pixels in the order C, H, W. It does not depend on the order of the images or on the
         file format."""
         return hashlib.sha256(b"".join(sorted(self.record_digests))).hexdigest()
 
