@@ -46,8 +46,8 @@ class Images:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian,
-        where there are more than 256 classes) and the pixels in the order C, H, W. It does not depend on the order of the images or on the
-        file format."""
+        where there are more than 256 classes) and the pixels in the order C, H, W. It does not depend on the order of
+        the images or on the file format."""
         return hashlib.sha256(b"".join(sorted(self.record_digests))).hexdigest()
 
     @cached_property
