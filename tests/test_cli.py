@@ -535,11 +535,10 @@ def test_commands_to_be_typed_have_paths_that_every_shell_takes():
     assert typed("fromzero", "resume", PureWindowsPath(r"runs\digits-1602058")) == "fromzero resume runs/digits-1602058"
 
 
-def test_the_newest_run_on_a_folder_is_proposed_for_its_name(trained):
-    folder, _ = trained
-    (name,) = (run.name for run in library.list_runs(folder / "runs"))
-    assert f"; the newest on it: {name}" in fromzero("predict", "digits", "a.png", cwd=folder).stderr
-    shutil.copytree(folder / "runs" / name, folder / "runs" / f"{name}-2")
-    os.utime(folder / "runs" / name, (1, 1))
-    assert f"; the newest on it: {name}-2" in fromzero("evaluate", "digits/", cwd=folder).stderr
-    shutil.rmtree(folder / "runs" / f"{name}-2")
+def test_the_newest_run_on_a_folder_is_proposed_for_its_name(trained, tmp_path):
+    run = library.list_runs(trained[0] / "runs")[0]
+    shutil.copytree(run.path, tmp_path / "runs" / "digits-1")
+    assert "; the newest on it: digits-1\n" in fromzero("predict", "digits", "a.png", cwd=tmp_path).stderr
+    shutil.copytree(run.path, tmp_path / "runs" / "digits-2")
+    os.utime(tmp_path / "runs" / "digits-1", (1, 1))
+    assert "; the newest on it: digits-2\n" in fromzero("evaluate", "digits/", cwd=tmp_path).stderr
