@@ -727,7 +727,9 @@ def test_a_few_copies_are_told_beside_the_findings(run):
         e = replace(evidence(measured={"copies": copies}), recipe=run.recipe)
         findings = diagnose(e)
         assert [finding.name for finding in findings] == ([] if are_few else ["copies"])
-        assert ("images may be train images, too: see copies.csv" in " ".join(remarks(run, e, findings))) == are_few
+        assert (
+            "images may be train images, too: see the run's copies.csv" in " ".join(remarks(run, e, findings))
+        ) == are_few
 
 
 def test_as_many_validation_images_are_proposed_as_tell(run):

@@ -26,7 +26,8 @@ from fromzero.terminal import duration
 from fromzero.trained import Classifier, Trained, load_classifier, load_trained, proposing_others
 
 NAMES = ("A", "B")
-OF_MACHINES = ("device", "precision", "torch", "fromzero")  # that may change figures; other differences round otherwise
+# Of a machine, what can move figures: threads and kernels only change how sums are rounded.
+OF_MACHINES = ("device", "precision", "torch", "fromzero")
 
 Both = tuple[Any, Any]  # of the first run, and of the second
 
@@ -38,6 +39,23 @@ class _Side(NamedTuple):
     right: dict[object, bool]
     images: int
     notes: Sequence[str]
+
+    @classmethod
+    def scored(
+        cls,
+        of: Trained | Classifier,
+        these: Subset,
+        normalise: Normalise,
+        class_names: Sequence[str],
+        contents: Sequence[object],
+        notes: Sequence[str] = (),
+    ) -> _Side:
+        """Of images with these contents; an image's key has its class, too. Raises NonFiniteError."""
+        with proposing_others(of.checkpoint):
+            outcomes = evaluate(of.network, *these, normalise, of.machine)
+        right = (outcomes.predictions == outcomes.labels).tolist()
+        keys = zip((class_names[label] for label in these.labels.tolist()), contents, strict=True)
+        return cls(of, dict(zip(keys, right, strict=True)), len(right), notes)
 
 
 def compare_runs(
@@ -161,31 +179,20 @@ def comparison_text(record: Mapping[str, Any]) -> str:
 
 def _on_validation(a: Trained, b: Trained) -> list[_Side]:
     """Of the validation images, which a run is not trained on. Pictures are known by their files, whatever size they
-    were scaled to, other images by their pixels; both with their class."""
+    were scaled to, other images by their pixels."""
     parts = [side.validation_images for side in (a, b)]
-    by_file = all(part.file_digests is not None for part in parts)
-    found = []
-    for side, part in zip((a, b), parts, strict=True):
-        keys = part.file_digests.tolist() if by_file and part.file_digests is not None else part.record_digests
-        names = [side.images.class_names[label] for label in part.labels]
-        right = _are_right(side, side.data.validation, side.data.normalise)
-        found.append(_Side(side, dict(zip(zip(names, keys, strict=True), right, strict=True)), len(part), ()))
-    return found
+    files = [part.file_digests.tolist() for part in parts if part.file_digests is not None]
+    contents = files if len(files) == len(parts) else [part.record_digests for part in parts]
+    return [
+        _Side.scored(side, side.data.validation, side.data.normalise, side.images.class_names, keys)
+        for side, keys in zip((a, b), contents, strict=True)
+    ]
 
 
 def _on_pictures(folder: Path, side: Classifier) -> _Side:
     pictures = pictures_of(folder, side)
-    names = [side.class_names[label] for label in pictures.subset.labels.tolist()]
-    keys = [hashlib.sha256(path.read_bytes()).digest() for path in pictures.paths]
-    right = _are_right(side, pictures.subset, side.normalise)
-    return _Side(side, dict(zip(zip(names, keys, strict=True), right, strict=True)), len(keys), pictures.notes)
-
-
-def _are_right(side: Trained | Classifier, these: Subset, normalise: Normalise) -> list[bool]:
-    with proposing_others(side.checkpoint):
-        outcomes = evaluate(side.network, *these, normalise, side.machine)
-    right: list[bool] = (outcomes.predictions == outcomes.labels).tolist()
-    return right
+    contents = [hashlib.sha256(path.read_bytes()).digest() for path in pictures.paths]
+    return _Side.scored(side, pictures.subset, side.normalise, side.class_names, contents, pictures.notes)
 
 
 def _doubts(side: _Side) -> list[str]:

@@ -88,7 +88,7 @@ def _copies(e: Evidence) -> Finding | None:
         else "some validation or test images look almost like train ones: if they are copies, accuracies are too high",
         f"of {copies.of:,} validation and test images in train to the byte: {copies.exact:,}"
         + (f"; more that look almost like one there: {copies.near - copies.exact:,}" if copies.by_looks else "")
-        + (f"; such as {example.file} and {example.train_file}, all in {COPIES}" if example else ""),
+        + (f"; such as {example.file} and {example.train_file}, all in the run's {COPIES}" if example else ""),
         "remove copies before splitting, or keep all copies of a picture in one split",
     )
 

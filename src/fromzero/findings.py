@@ -60,7 +60,8 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     copies = evidence.measures.copies
     if copies.found and "copies" in others:
         said.append(
-            f"{copies.near} of {copies.of:,} validation and test images may be train images, too: see {COPIES}."
+            f"{copies.near} of {copies.of:,} validation and test images may be train images, too: see the run's"
+            f" {COPIES}."
         )
     if not copies.by_looks:
         said.append(
