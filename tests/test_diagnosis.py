@@ -521,7 +521,7 @@ def test_the_surest_are_a_tenth_and_their_labels_are_looked_at():
     sure = torch.linspace(0.99, 0.51, 40)
     probabilities = torch.stack([sure, 1 - sure], 1)
     labels = torch.tensor([1, 0, 0, 1] + [1] * 36)
-    assert probe._surest(probabilities, labels) == Surest(2, 4, pytest.approx(float(sure[:4].mean())))
+    assert probe.surest_of(probabilities, labels) == Surest(2, 4, pytest.approx(float(sure[:4].mean())))
 
 
 COOLED = {

@@ -103,7 +103,8 @@ OTHER = {
     "optimizer.learning_rate": 0.1, "optimizer.head_learning_rate": 0.2, "optimizer.bias_learning_rate": 0.3,
     "optimizer.momentum": 0.8, "optimizer.muon_momentum": 0.7, "optimizer.nesterov": True, "optimizer.beta1": 0.8,
     "optimizer.beta2": 0.9, "optimizer.epsilon": 1e-8, "optimizer.weight_decay": 1e-4, "schedule.name": "cosine",
-    "schedule.warmup_epochs": 1.5, "validation.source": "split", "validation.fraction": 0.2,
+    "schedule.warmup_epochs": 1.5, "validation.source": "split", "validation.fraction": 0.2, "validation.folds": 4,
+    "validation.fold": 3,
 }  # fmt: skip
 
 
@@ -347,6 +348,9 @@ def test_changes_that_do_nothing_are_named():
     assert one.startswith("--optimizer.epsilon has no effect here")
     for paths, acts, where in ACTS_WHERE:
         assert {*paths} <= {*field_types()}
-        assert any(acts(load_recipe(name)) for name in recipe_names()) or paths == ("optimizer.nesterov",)
+        assert any(acts(load_recipe(name)) for name in recipe_names()) or paths[0] in (
+            "optimizer.nesterov",
+            "validation.folds",
+        )
         for option in re.findall(r"--([\w.]+)", where):
             assert option in field_types()

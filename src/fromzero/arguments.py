@@ -179,6 +179,13 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     _add_checkpoint(compare)
     _add_shared(compare, "runs", "data", "machine")
 
+    cross_validate = add_of_run(
+        "cross-validate", "judge every train image by a network that has not seen it: accuracy, doubtful labels"
+    )
+    cross_validate.add_argument("--folds", type=_count, default=5, metavar="K", help="as many parts and networks (5)")
+    cross_validate.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (one a core; one on a GPU)")
+    _add_shared(cross_validate, "runs", "data", "machine")
+
     report = add_of_run("report", "write a page about a run: curves, findings, confusions, surest mistakes")
     report.add_argument(
         "FILE", nargs="?", type=_path, help="the page's file, or a folder for report.html (the run's folder)"
@@ -280,7 +287,7 @@ def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
             default=None if of_old else "auto",
             help=f"cpu, cuda or cuda:N ({default.format('cuda where there is one')})",
         )
-        threads = "one a run" if command.prog.endswith("study") else default.format("one a core")
+        threads = "one a run" if command.prog.endswith(("study", "cross-validate")) else default.format("one a core")
         command.add_argument("--threads", type=_count, help=f"CPU threads ({threads})")
     if "saving" in groups:
         command.add_argument(

@@ -8,7 +8,11 @@ from typing import Any
 
 from fromzero.recipe import Recipe, default_of, load_recipe, recipe_names
 
-DATA_FIELDS = ("dataset", "clean_train_images", "validation.source", "validation.fraction")  # which images
+DATA_FIELDS = (  # which images
+    "dataset",
+    "clean_train_images",
+    *(f"validation.{field}" for field in ("source", "fraction", "folds", "fold")),
+)
 USUAL_RATES = {"sgd": 0.01, "adam": 0.001, "adamw": 0.001, "muon": 0.1}  # as in Keras; about as recipes here
 # Fields that are given for nothing in some recipes, when they act, and the same in words.
 ACTS_WHERE: tuple[tuple[tuple[str, ...], Callable[[Recipe], bool], str], ...] = (
@@ -29,6 +33,11 @@ ACTS_WHERE: tuple[tuple[tuple[str, ...], Callable[[Recipe], bool], str], ...] = 
     (("augment.scale",), lambda r: r.augment.scale_epochs > 0, "with --augment.scale_epochs"),
     (("augment.scale_epochs",), lambda r: r.augment.scale < 1, "with --augment.scale"),
     (("proxy_channels",), lambda r: r.hardest < 1, "with --hardest"),
+    (
+        ("validation.folds", "validation.fold"),
+        lambda r: r.validation.source == "fold",
+        "with --validation.source fold",
+    ),
 )
 
 

@@ -107,9 +107,9 @@ def _train(arguments: argparse.Namespace) -> None:
         changes["dataset"] = arguments.DATASET
     base = load_recipe(arguments.recipe)
     recipe = base.override(changes)
-    if "validation.fraction" in changes and recipe.validation.source == "test":
+    if "validation.fraction" in changes and (source := recipe.validation.source) != "split":
         raise InputError(
-            "--validation.fraction has no effect with --validation.source test; use --validation.source split"
+            f"--validation.fraction has no effect with --validation.source {source}; use --validation.source split"
         )
     with _importing():
         from fromzero.data import load_images, split_name
@@ -599,6 +599,28 @@ def _lessons(arguments: argparse.Namespace) -> None:
             print(f"  not run yet: fromzero study {study.name}")
 
 
+def _cross_validate(arguments: argparse.Namespace) -> None:
+    with _importing():
+        from fromzero.runs import load_run
+        from fromzero.study import folds
+        from fromzero.study.display import watch_cells
+        from fromzero.terminal import lasting_console, say
+
+    found = folds.prepare_folds(
+        load_run(arguments.RUN, arguments.runs_dir),
+        arguments.folds,
+        jobs=arguments.jobs,
+        threads=arguments.threads,
+        device=arguments.device,
+        data_dir=arguments.data_dir,
+        offline=arguments.offline,
+    )
+    console = lasting_console()
+    say(console, folds.fold_header(found))
+    watch_cells("folds", found.cells, found.images, found, console)
+    say(console, folds.fold_text(found, folds.fold_result(found)))
+
+
 def _recipes(arguments: argparse.Namespace) -> None:
     for name in recipe_names():
         default = " The default." if name == DEFAULT_RECIPE else ""
@@ -619,6 +641,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "export": _export,
     "diagnose": _diagnose,
     "compare": _compare,
+    "cross-validate": _cross_validate,
     "report": _report,
     "runs": _runs,
     "summary": _summary,

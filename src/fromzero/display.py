@@ -95,10 +95,11 @@ def _of_classes(run: Training) -> Iterator[str]:
 def _of_sizes(run: Training) -> Iterator[str]:
     """Notes on how many validation images, how large images and how many steps there are."""
     recipe, images, timetable = run.recipe, run.images, run.timetable
-    if images.validation is not None and recipe.validation.source == "test":
+    if images.validation is not None and recipe.validation.source != "split":
         yield "the data set's own validation images are not used; --validation.source split uses them"
     if (count := len(run.data.validation.labels)) < FEW_FOR_VALIDATION:
-        more = "; --validation.fraction holds out more" if len(run.data.train.labels) < len(images.train) else ""
+        held_out = recipe.validation.source == "split" and run.data.held is not None
+        more = "; --validation.fraction holds out more" if held_out else ""
         low, high = wilson_interval(0.5, count)  # where it is widest
         points = f"{50 * (high - low):.0f} points"
         yield f"{counted(count, 'validation image')} give an accuracy to within ± {points} at worst{more}"

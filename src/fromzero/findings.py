@@ -56,7 +56,7 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         count = evidence.measures.num_validation
         labels = f"With {count:,} validation images, wrong labels would be found where they are {share:.0%} or more."
     if labels:
-        said.append(f"{labels} The page of fromzero report has the surest mistakes, to look at.")
+        said.append(f"{labels} {typed('fromzero', 'cross-validate', run.path)} looks for them in all train images.")
     copies = evidence.measures.copies
     if copies.found and "copies" in others:
         said.append(

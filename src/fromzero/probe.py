@@ -94,7 +94,7 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
         num_validation=len(data.validation.labels),
         recalls=tuple(None if math.isnan(r) else r for r in validation.recalls(data.num_classes)),
         loss_error=_standard_error(validation),
-        surest=_surest(probabilities, data.validation.labels),
+        surest=surest_of(probabilities, data.validation.labels),
         copies=copies,
         plain_loss=plain,
         dropout_loss=dropped,
@@ -133,8 +133,9 @@ def _standard_error(outcomes: Outcomes) -> float:
     return float(outcomes.losses.double().std() / math.sqrt(len(outcomes.losses)))
 
 
-def _surest(probabilities: Tensor, labels: Tensor) -> Surest:
-    """Of the validation images, those that the network is surest of."""
+def surest_of(probabilities: Tensor, labels: Tensor) -> Surest:
+    """Of images with these labels, int64 (N,), those that a network is surest of which gives them these probabilities,
+    (N, classes)."""
     confidence, predictions = probabilities.max(1)
     count = max(round(SUREST_SHARE * len(labels)), 1)
     chosen = confidence.argsort(descending=True, stable=True)[:count]
@@ -286,7 +287,7 @@ def _copies(trained: Trained) -> Copies:
     do they say anything of a class that is alike all over, where few of the classes are: copies are of all classes."""
     data, images = trained.data, trained.images
     parts = {"validation": (data.validation, trained.validation_images.files)}
-    if trained.run.recipe.validation.source == "split":
+    if trained.run.recipe.validation.source != "test":
         parts["test"] = (data.test, images.test.files)
     chosen = {split: _spread(len(part.labels)).to(part.labels.device) for split, (part, _) in parts.items()}
     looked_at = torch.cat([part.pixels[chosen[split]] for split, (part, _) in parts.items()]).cpu()

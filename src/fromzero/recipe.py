@@ -240,11 +240,20 @@ class ScheduleRecipe(_Part):
 class ValidationRecipe(_Part):
     """Which images the validation figures come from."""
 
-    source: Literal["split", "test"] = Field(
+    source: Literal["split", "test", "fold"] = Field(
         "split",
-        description="split: the data set's own, or a stratified part of the train images; test: the test images",
+        description="split: the data set's own, or a stratified part of the train images; test: the test images; fold:"
+        " one of several such parts, which fromzero cross-validate holds out in turn",
     )
     fraction: float = Field(0.1, gt=0, lt=1, description="share of each class that `split` holds out")
+    folds: int = Field(5, ge=2, le=1000, description="how many parts `fold` makes of the train images")
+    fold: int = Field(1, ge=1, description="which of them it holds out, from 1")
+
+    @pydantic.model_validator(mode="after")
+    def _is_one_of_them(self) -> ValidationRecipe:
+        if self.fold > self.folds:
+            raise ValueError(f"fold {self.fold} is not one of {self.folds} folds: they are numbered from 1")
+        return self
 
 
 class Recipe(_Part):

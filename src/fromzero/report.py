@@ -14,7 +14,7 @@ import numpy as np
 
 from fromzero.changes import in_words
 from fromzero.curves import curves_png
-from fromzero.data import Images
+from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, counted, typed
 from fromzero.evaluate import predict
 from fromzero.findings import study_command
@@ -113,9 +113,10 @@ def report(trained: Trained) -> str:
     images only: who looks at test images one by one and changes something for it has no test set left. Raises
     NonFiniteError where the weights do not compute."""
     run, data = trained.run, trained.data
-    diagnosis = None
+    diagnosis = folds = None
     try:
         diagnosis = run.diagnosis
+        folds = run.cross_validation
     except FromzeroError as error:
         warnings.warn(str(error), stacklevel=2)
     rows = trained.rows()
@@ -129,7 +130,7 @@ def report(trained: Trained) -> str:
         )
         for split, part in parts.items()
     }
-    return page(trained, rows, scored, diagnosis)
+    return page(trained, rows, scored, diagnosis, folds)
 
 
 def page(
@@ -137,9 +138,10 @@ def page(
     rows: Sequence[Row],
     scored: Mapping[str, Scored],
     diagnosis: Mapping[str, Any] | None,
+    folds: Mapping[str, Any] | None = None,
 ) -> str:
     """The page of `report`, from rows up to the weights, what the network says of each split (a part of the train
-    images), and what diagnosis.json holds."""
+    images), and what diagnosis.json and the cross-validation hold."""
     import jinja2
 
     run, images = trained.run, trained.images
@@ -154,7 +156,7 @@ def page(
     bins, error = calibration(scored[judged])
     validation = validation_label(run.recipe, images)
     # Files are those of the split's own images: a copy may have other names in other splits.
-    parts = {"train": images.train, "val": images.validation or images.train}
+    parts = {"train": images.train, "val": trained.validation_images}
     template = resources.files("fromzero").joinpath("report.html").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.globals.update(counted=counted, in_words=in_words, isnan=math.isnan, told=_told, typed=typed, zip=zip)
@@ -179,6 +181,8 @@ def page(
         bins=[one for one in bins if one.images],
         calibration_error=error,
         source=images.source if images.train.files else None,
+        folds=folds,
+        doubtful=[] if folds is None else _doubtful(folds["doubtful"][:MOST_MISTAKES], images),
         mistakes={
             split: _mistakes(scored[split], part) for split, part in parts.items() if split == "train" or not on_test
         },
@@ -218,6 +222,21 @@ def _mistakes(scored: Scored, images: Images) -> list[dict[str, Any]]:
             "file": files.get(_key(scored, index)),
         }
         for index in chosen
+    ]
+
+
+def _doubtful(rows: Sequence[Mapping[str, Any]], images: ImageSet) -> list[dict[str, Any]]:
+    """The same of train images whose labels a cross-validation doubts, in its order."""
+    return [
+        {
+            "picture": _embedded(_png(images.train.pixels[row["image"]])),
+            "label": images.class_names.index(row["label"]),
+            "said": images.class_names.index(row["looks_like"]),
+            "confidence": row["looks_like_probability"],
+            "file": row["file"],
+        }
+        for row in rows
+        if row["image"] < len(images.train) and {row["label"], row["looks_like"]} <= {*images.class_names}
     ]
 
 

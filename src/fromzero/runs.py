@@ -43,6 +43,8 @@ from fromzero.recipe import Recipe, load_recipe
 Row = dict[str, Any]
 OWN_FILES = ("recipe.toml", "provenance.json", "splits.csv", "metrics.jsonl", "summary.json", "lock", "writer.json")
 
+FOLDS = "folds"  # in the run folder: its cross-validation
+
 # What is read of the files of a run, and so must be there and be of that type; whatever else they hold is kept.
 FIGURES = tuple(f"{curve}{what}" for curve in ("train/", "train/running_", "val/") for what in ("accuracy", "loss"))
 ROW_KEYS = ("epoch", "step", "learning_rate", *FIGURES, "time/seconds")
@@ -120,6 +122,26 @@ class _Diagnosis(pydantic.BaseModel):
     epoch: int
     findings: list[_Finding]
     remarks: list[str]
+
+
+class _Doubtful(pydantic.BaseModel):
+    image: int = pydantic.Field(ge=0)
+    file: str | None
+    label: str
+    label_probability: float
+    looks_like: str
+    looks_like_probability: float
+
+
+class _CrossValidation(pydantic.BaseModel):
+    recipe: str
+    epochs: int
+    folds: int
+    images: int
+    accuracy: float
+    interval: list[float]
+    said_of_labels: str
+    doubtful: list[_Doubtful]
 
 
 def write_named(path: Path, data: bytes, ending: str, *others: str) -> None:
@@ -247,6 +269,20 @@ class Run:
             raise FromzeroError(
                 f"{self.path}/diagnosis.json: damaged, or of an earlier fromzero; remove it, or: {again}"
             ) from None
+        return found
+
+    @property
+    def cross_validation(self) -> dict[str, Any] | None:
+        """What `cross-validate` last said of the run's recipe and images; None where it has not been asked."""
+        path = self.path / FOLDS / "result.json"
+        if not path.exists():
+            return None
+        found = read_object(path)
+        try:
+            _CrossValidation.model_validate(found, strict=True)
+        except pydantic.ValidationError as error:
+            again = typed("fromzero", "cross-validate", self.path)
+            raise FromzeroError(f"{path}: {damage(error)}; remove it, or write it anew: {again}") from None
         return found
 
     def check(self) -> None:

@@ -82,7 +82,7 @@ def doubts(of: Trained | Classifier) -> list[str]:
     """What speaks against taking these weights for the run's outcome."""
     found = []
     if of.run.summary is None:
-        on_own_test = isinstance(of, Trained) and of.run.recipe.validation.source == "split"
+        on_own_test = isinstance(of, Trained) and of.run.recipe.validation.source != "test"
         later = "; the test images are scored when it does, so that nothing is chosen by them" if on_own_test else ""
         found.append(f"the run has not ended{later}")
     if of.checkpoint.state.get("step") == 0:

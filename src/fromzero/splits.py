@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fromzero import augment
-from fromzero.data import Images, ImageSet, stratified_split
+from fromzero.data import Images, ImageSet, stratified_folds, stratified_split
 from fromzero.errors import InputError, counted
 from fromzero.evaluate import Normalise
 from fromzero.networks import ImageShape, layers
@@ -74,11 +74,8 @@ class Data:
         validation, held = test, None
         if recipe.validation.source == "split" and images.validation is not None:
             validation = Subset.of(images.validation)
-        elif recipe.validation.source == "split":
-            # Of a folder that pictures are added to or taken from, few others move: a training that starts from the
-            # weights of an earlier one has hardly seen what it is validated on.
-            by = "validation" if images.train.file_digests is None else images.train.content_keys()
-            kept, held = stratified_split(images.train.labels, recipe.validation.fraction, by)
+        elif recipe.validation.source != "test":
+            kept, held = _held_out(recipe, images)
             if len(held) < 2:  # of one, no spread can be told
                 raise InputError(
                     f"{images.source}: copies within a class stay together, and so only"
@@ -97,10 +94,24 @@ class Data:
         return cls(train, clean, validation, test, normalise, images.num_classes, held)
 
 
+def _held_out(recipe: Recipe, images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+    """Which train images a training keeps, and which it is validated on, int64 indices in ascending order."""
+    labels, validation = images.train.labels, recipe.validation
+    # Of a folder that pictures are added to or taken from, few others move: a training that starts from the weights of
+    # an earlier one has hardly seen what it is validated on.
+    by = "validation" if images.train.file_digests is None else images.train.content_keys()
+    if validation.source == "split":
+        return stratified_split(labels, validation.fraction, by)
+    held_out = stratified_folds(labels, validation.folds, by) == validation.fold - 1
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
 def validation_label(recipe: Recipe, images: ImageSet) -> str:
     """What the validation figures of a run on these images are, to be said wherever they appear."""
     if recipe.validation.source == "test":
         return "validation = the test images"
+    if recipe.validation.source == "fold":
+        return f"validation = fold {recipe.validation.fold} of {recipe.validation.folds} of the train images, held out"
     if images.validation is not None:
         return "validation = the data set's own validation images"
     return f"validation = {100 * recipe.validation.fraction:.4g}% of the train images, held out"
@@ -154,7 +165,7 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
             raise
         sizes = f"{width}×{height} images are trained on as {smallest[1]}×{smallest[0]}"
         raise InputError(f"{error}; {sizes}: see augment.scale and augment.crop") from None
-    if recipe.validation.source == "split" and images.validation is None:
+    if recipe.validation.source == "fold" or (recipe.validation.source == "split" and images.validation is None):
         present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
         if (counts < 2).any():
             name = images.class_names[int(present[counts < 2][0])]

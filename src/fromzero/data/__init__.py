@@ -12,10 +12,10 @@ from pathlib import Path
 
 from fromzero.data.cifar import is_cifar, load_cifar, load_cifar10
 from fromzero.data.digits import load_digits
-from fromzero.data.images import NAMED, Images, ImageSet, stratified_split
+from fromzero.data.images import NAMED, Images, ImageSet, stratified_folds, stratified_split
 from fromzero.errors import InputError, nearest
 
-__all__ = ["NAMED", "ImageSet", "Images", "load_images", "stratified_split"]
+__all__ = ["NAMED", "ImageSet", "Images", "load_images", "stratified_folds", "stratified_split"]
 
 
 def split_name(name: str) -> tuple[str, str]:

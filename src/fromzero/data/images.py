@@ -138,7 +138,7 @@ def stratified_split(labels: np.ndarray, fraction: float, by: str | np.ndarray) 
 
     by: a purpose, from which a fixed order is drawn; or a key for each image (N,), of which the lowest are held out.
     Images of one key are counted once and stay together; of a class that has one key only, none is held out."""
-    keys = np.argsort(permutation(len(labels), 0, by)) if isinstance(by, str) else by
+    keys = _keys(labels, by)
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = labels == label
@@ -146,3 +146,22 @@ def stratified_split(labels: np.ndarray, fraction: float, by: str | np.ndarray) 
         count = min(max(round(fraction * len(different)), 1), len(different) - 1)
         held_out |= members & np.isin(keys, different[:count])
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def stratified_folds(labels: np.ndarray, count: int, by: str | np.ndarray) -> np.ndarray:
+    """Of each image to which of `count` folds it belongs, int64 (N,), from 0: they are of the same size, and each class
+    is spread evenly over them. -1, in none, are the images of a class that has one key only, as whoever trains without
+    its fold would not know that class. by: as in `stratified_split`; images of one key stay together."""
+    keys, folds, dealt = _keys(labels, by), np.full(len(labels), -1, np.int64), 0
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        different, places = np.unique(keys[members], return_inverse=True)
+        if len(different) > 1:
+            folds[members] = (dealt + places) % count
+            dealt += len(different)
+    return folds
+
+
+def _keys(labels: np.ndarray, by: str | np.ndarray) -> np.ndarray:
+    """A key for each image (N,): those given, or ranks in a fixed order."""
+    return np.argsort(permutation(len(labels), 0, by)) if isinstance(by, str) else by

@@ -34,15 +34,15 @@ LOCK_SECONDS = 60.0  # how long a writer whose study was killed may take to save
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm with one seed. `after`: the cell whose last weights it starts from; `is_start`: whether others start from
-    its own; `keep_weights`: whether its checkpoints stay all the same once it has ended."""
+    """One arm with one seed. `after`: the cell whose last weights it starts from; `needs_weights`: whether something is
+    done with its own, so that it is trained anew where they are gone; `keep_weights`: whether they stay anyway."""
 
     arm: str
     seed: int
     path: Path
     recipe: Recipe
     after: Path | None = None
-    is_start: bool = False
+    needs_weights: bool = False
     keep_weights: bool = False
 
     @property
@@ -106,7 +106,7 @@ def train_cell(
                 yield min(progress.counters.step / steps, 0.999)
     if not (cell.path / OUTCOMES).exists():
         _record_outcomes(cell, images)
-    if not (cell.keep_weights or cell.is_start):
+    if not (cell.keep_weights or cell.needs_weights):
         shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
     yield 1.0
 
@@ -200,8 +200,8 @@ def differences(cell: Cell, fingerprints: Mapping[str, str]) -> list[str]:
 def _why_anew(cell: Cell, images: ImageSet) -> list[str]:
     """Why what is in the cell's folder cannot be gone on with or counted on; empty when it can."""
     reasons = differences(cell, images.fingerprints)
-    if cell.is_start and not (cell.path / "checkpoints" / checkpoint.LAST).exists():
-        reasons.append("its weights, from which another arm starts, are gone")
+    if cell.needs_weights and not (cell.path / "checkpoints" / checkpoint.LAST).exists():
+        reasons.append("its weights, which are needed, are gone")
     return reasons
 
 

@@ -98,9 +98,11 @@ class Study:
     def setting(self, own_validation: bool) -> str:
         """What arms that do not say otherwise have in common, in words; own_validation: the images have such."""
         recipe = next(iter(self.arms.values())).recipe
-        held = "validation images of their own"
-        if not own_validation:
-            held = f"{recipe.validation.fraction:.0%} of them for validation"
+        validation, held = recipe.validation, "validation images of their own"
+        if validation.source == "fold":
+            held = f"fold {validation.fold} of {validation.folds} for validation"
+        elif not own_validation:
+            held = f"{validation.fraction:.0%} of them for validation"
         return f"{held}, {counted(recipe.epochs, 'epoch')}, batches of {recipe.batch_size}"
 
     def refuse(self, path: tuple[str, ...], message: str) -> NoReturn:

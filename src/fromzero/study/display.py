@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.recipe import Recipe
 from fromzero.runs import Run
 from fromzero.stats import fewest_pairs
+from fromzero.study.cells import Cell
 from fromzero.study.execution import Execution
 from fromzero.study.pools import Event
 from fromzero.terminal import REFRESH_SECONDS, can_redraw, duration
@@ -67,9 +69,14 @@ def study_header(execution: Execution) -> str:
 
 def watch_study(execution: Execution, console: Console) -> None:
     """Carry a study out, showing how it goes. Raises what carrying it out raises."""
-    progress = _StudyProgress(execution)
+    watch_cells(execution.study.name, [*execution.trials, *execution.cells], execution.images, execution, console)
+
+
+def watch_cells(name: str, cells: Sequence[Cell], images: ImageSet, events: Iterable[Event], console: Console) -> None:
+    """Show what happens to cells. Raises what `events` raises."""
+    progress = _Progress(cells, images)
     if not can_redraw(console):
-        for event in execution:
+        for event in events:
             if line := progress.take(event):
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
         return
@@ -79,9 +86,9 @@ def watch_study(execution: Execution, console: Console) -> None:
         TextColumn("{task.fields[info]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as bars:
-        task = bars.add_task(execution.study.name, total=1.0, info="")
+        task = bars.add_task(name, total=1.0, info="")
         shown = 0.0
-        for event in execution:
+        for event in events:
             if line := progress.take(event):
                 bars.console.print(line, highlight=False, soft_wrap=True, markup=False)
             if line or time.monotonic() - shown >= REFRESH_SECONDS:
@@ -89,13 +96,12 @@ def watch_study(execution: Execution, console: Console) -> None:
                 bars.update(task, completed=progress.share, info=escape(progress.info), refresh=True)
 
 
-class _StudyProgress:
-    """How far a study is, and how long it will take, from the events of its cells. The rest takes as long as its work
-    at the speed of what was done since this process began."""
+class _Progress:
+    """How far all cells are, and how long they will take, from their events. The rest takes as long as its work at the
+    speed of what was done since this process began."""
 
-    def __init__(self, execution: Execution):
-        cells = [*execution.trials, *execution.cells]
-        self.work = {cell.path: _work(cell.recipe, execution.images) for cell in cells}
+    def __init__(self, cells: Sequence[Cell], images: ImageSet):
+        self.work = {cell.path: _work(cell.recipe, images) for cell in cells}
         self.shares = dict.fromkeys(self.work, 0.0)
         self.before: dict[Path, float] = {}  # what was done when this process first heard of a cell
         self.running: dict[Path, str] = {}
@@ -148,9 +154,10 @@ class _StudyProgress:
 
 def _work(recipe: Recipe, images: ImageSet) -> float:
     """Roughly what a cell of that recipe takes, in multiply-adds."""
-    train = len(images.train)
-    held_out = round(recipe.validation.fraction * train) if images.validation is None else 0
-    validation = held_out if images.validation is None else len(images.validation)
+    train, held_out, validation = len(images.train), 0, len(images.validation or ())
+    if recipe.validation.source == "fold" or images.validation is None:
+        share = 1 / recipe.validation.folds if recipe.validation.source == "fold" else recipe.validation.fraction
+        validation = held_out = round(share * train)
     train -= held_out
     timetable = Timetable.of(recipe, train)
     # A backward pass costs two forward.

@@ -95,7 +95,7 @@ class Execution:
         return trials_of(self.study, self.folder) if self.tuned else []
 
     def __iter__(self) -> Iterator[Event]:
-        with self._alone():
+        with alone_in(self.folder, "carries this study out"):
             before = self._before()
             self._describe(before)
             began, answered = time.monotonic(), before.answered
@@ -155,24 +155,6 @@ class Execution:
             if cell.after in found or not is_finished(cell, self.images):
                 found.add(cell.path)
         return [cell for cell in cells if cell.path in found]
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the right to write to the study's folder."""
-        lock = filelock.FileLock(self.folder / "lock", timeout=0)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except filelock.Timeout:
-            raise FromzeroError(f"{self.folder}: another process carries this study out; wait for it") from None
-        except OSError as error:
-            raise InputError(f"{self.folder}: cannot be written: {error.strerror}") from None
-        except NotImplementedError:  # of filelock
-            raise InputError(f"{self.folder}: files cannot be locked there; name another --runs-dir") from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _before(self) -> Description:
         """The description of this study, with what an earlier one says of the same has taken and answered."""
@@ -243,9 +225,8 @@ def prepare_study(
     """
     if tune and study.tuning is None:
         raise InputError(f"{study.label}: --tune needs a [tuning] table, and it has none")
-    for option, value, most in (("--jobs", jobs, 1024), ("--threads", threads, MAX_THREADS)):
-        if value is not None and not 1 <= value <= most:
-            raise InputError(f"{option}: {value} is not from 1 to {most}")
+    on_gpu = place == "local" and chosen_device(device).type == "cuda"
+    num_jobs, num_threads_each = jobs_and_threads(jobs, threads, on_gpu)
     given = {
         "--runs-dir": None if runs_dir == Path("runs") else runs_dir,
         "--data-dir": data_dir,
@@ -286,13 +267,39 @@ def prepare_study(
                 )
     if place == "ray" and device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device: {device}: on Ray it is auto, cpu or cuda, of the cluster's machines")
-    on_gpu = place == "local" and chosen_device(device).type == "cuda"
+    setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device, num_threads_each)
+    folder = Path(os.path.realpath(runs_dir)) / "studies" / f"{study.name}-{study.scale}{'-tuned' if tune else ''}"
+    return Execution(study, folder, images, setting, num_jobs, place, tune, keep_weights, tuple(options))
+
+
+def jobs_and_threads(jobs: int | None, threads: int | None, on_gpu: bool) -> tuple[int, int]:
+    """How many cells to train at a time, and with how many threads each. Raises InputError."""
+    for option, value, most in (("--jobs", jobs, 1024), ("--threads", threads, MAX_THREADS)):
+        if value is not None and not 1 <= value <= most:
+            raise InputError(f"{option}: {value} is not from 1 to {most}")
     cores = num_threads()
     jobs = jobs or (1 if on_gpu else max(1, cores // (threads or 1)))
-    threads = threads or (max(1, cores // jobs) if on_gpu else 1)
-    setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device, threads)
-    folder = Path(os.path.realpath(runs_dir)) / "studies" / f"{study.name}-{study.scale}{'-tuned' if tune else ''}"
-    return Execution(study, folder, images, setting, jobs, place, tune, keep_weights, tuple(options))
+    return jobs, threads or (max(1, cores // jobs) if on_gpu else 1)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, doing: str) -> Iterator[None]:
+    """Make that folder and hold the right to write to it. Raises FromzeroError where another process holds it, which is
+    said to be `doing` that."""
+    lock = filelock.FileLock(folder / "lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise FromzeroError(f"{folder}: another process {doing}; wait for it") from None
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+    except NotImplementedError:  # of filelock
+        raise InputError(f"{folder}: files cannot be locked there; name another --runs-dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_same(one: Arm, other: Arm) -> bool:
