@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fromzero.changes import usual_epochs
-from fromzero.evidence import SMALL_GAP, Evidence, Surest, best_factor, late_gain
+from fromzero.evidence import SMALL_GAP, Evidence, best_factor, late_gain
 from fromzero.recipe import Recipe
 from fromzero.stats import wilson_interval
 
@@ -384,7 +384,9 @@ def _label_noise(e: Evidence) -> Finding | None:
     nothing."""
     wrong, count, confidence = e.measures.surest
     low, high = wilson_interval(wrong / count, count)
-    if why_labels_cannot_be_judged(e) or not contradicts_labels(e.measures.surest):
+    if why_labels_cannot_be_judged(e):
+        return None
+    if low < WRONG or wrong / count < 1 - confidence + OVERSURE:
         return None
     return Finding(
         "label-noise",
@@ -394,12 +396,6 @@ def _label_noise(e: Evidence) -> Finding | None:
         "look at the images that it is sure of and wrong about (fromzero report shows them, fromzero"
         " cross-validate lists those of train, too), and mend the labels",
     )
-
-
-def contradicts_labels(surest: Surest) -> bool:
-    """Whether a network is sure of and wrong about more images than a clean set has, and than it says itself."""
-    wrong, count, confidence = surest
-    return wilson_interval(wrong / count, count)[0] >= WRONG and wrong / count >= 1 - confidence + OVERSURE
 
 
 def share_of_wrong_labels_seen(e: Evidence) -> float:

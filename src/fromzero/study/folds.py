@@ -20,7 +20,7 @@ import torch
 
 from fromzero.changes import in_words
 from fromzero.data import ImageSet
-from fromzero.diagnosis import FEWEST_SURE, SURE, contradicts_labels
+from fromzero.diagnosis import FEWEST_SURE, SURE
 from fromzero.errors import FromzeroError, InputError, StoppedError, counted, printable, some, typed
 from fromzero.evaluate import predict
 from fromzero.evidence import Surest
@@ -139,7 +139,7 @@ def fold_result(found: CrossValidation) -> dict[str, Any]:
     own = probabilities[np.arange(len(labels)), labels]
     said = probabilities.argmax(1)
     right = said == labels
-    # Of several ways to find the labels that had been made wrong, this one found most (docs/diagnosis.md).
+    # Of several ways to find the labels that had been made wrong, this one found most (docs/results.md).
     by_doubt = judged[np.argsort(own[judged], kind="stable")]
     surest = surest_of(torch.from_numpy(probabilities[judged]), torch.from_numpy(labels[judged]))
     rows = [
@@ -163,7 +163,7 @@ def fold_result(found: CrossValidation) -> dict[str, Any]:
         "by_class": {name: _accuracy(right[judged[labels[judged] == label]]) for label, name in enumerate(names)},
         "left_out": len(labels) - len(judged),
         "surest": surest._asdict(),
-        "said_of_labels": _of_labels(surest),
+        "said_of_labels": _of_labels(surest, float(probabilities[judged].max(1).mean()), right[judged].mean()),
         "doubtful": [row for row in rows if row["label"] != row["looks_like"]][:LISTED],
     }
     write_json(found.folder / "result.json", result)
@@ -214,21 +214,26 @@ def _own_validation(run: Run) -> list[str]:
     return [f"  the run  {share:.4f} ({low:.4f}–{high:.4f}) on its own {counted(count, 'validation image')}"]
 
 
-def _of_labels(surest: Surest) -> str:
-    """What the images that networks are surest of say about all labels."""
-    wrong, of, confidence = surest
-    if of < FEWEST_SURE:
-        return f"how many labels are wrong takes {10 * FEWEST_SURE} images to say"
-    if confidence < SURE:
-        return "the networks are not sure enough of any image to say how many labels are wrong"
-    low, high = wilson_interval(wrong / of, of)
+def _of_labels(surest: Surest, confidence: float, accuracy: float) -> str:
+    """What the images that networks are surest of say about all labels; confidence, accuracy: of all of them.
+
+    Networks err, too, so it is an upper bound; and far from the truth where they are surer than they are right, as
+    those are that have learned their images by heart."""
+    if surest.of < FEWEST_SURE:
+        return f"how many are wrong takes {10 * FEWEST_SURE} images to say"
+    if surest.confidence < SURE:
+        return "the networks are not sure enough of any image to say how many are wrong"
+    low, high = wilson_interval(surest.wrong / surest.of, surest.of)
     said = (
-        f"of the {of:,} images that the networks are surest of (probability {confidence:.2f}), {wrong:,} are labelled"
-        f" otherwise: {low:.1%} to {high:.1%} (95 %)"
+        f"of the {surest.of:,} images that the networks are surest of (probability {surest.confidence:.2f}),"
+        f" {surest.wrong:,} are labelled otherwise: {low:.1%} to {high:.1%} (95 %)"
     )
-    if contradicts_labels(surest):
-        return f"{said}; about that share of all labels may be wrong, or classes overlap"
-    return f"{said}; these labels may be wrong, or the networks" if wrong else f"{said}; no sign of wrong labels"
+    if not surest.wrong:
+        return f"{said}; no sign of wrong labels"
+    if confidence > accuracy:
+        too_sure = f"these networks are too sure: {confidence:.2f} on average, right {accuracy:.2f}"
+        return f"{said}; fewer labels may be wrong, as {too_sure}"
+    return f"{said}; about that share of all labels is wrong, or less"
 
 
 def _accuracy(right: np.ndarray) -> dict[str, Any]:
