@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from benchmarks.pictures import parts_of
 from fromzero import Run, checkpoint, cli, list_runs, load_images, load_recipe
-from fromzero.data import pictures, split_name, stratified_split
+from fromzero.data import decoding, listing, split_name, stratified_split
 from fromzero.errors import FromzeroError, InputError
 from fromzero.files import csv_text
 from fromzero.sessions import new_training, resumed_training
@@ -281,8 +281,8 @@ def test_decoded_pictures_are_kept_until_a_file_changes(tmp_path, monkeypatch):
     folder = write(tmp_path / "set", count=5)
     first = load_images(folder)
     decoded = []
-    decode = pictures._decode
-    monkeypatch.setattr(pictures, "_decode", lambda *given: decoded.append(given[0]) or decode(*given))
+    decode = decoding._decode
+    monkeypatch.setattr(decoding, "_decode", lambda *given: decoded.append(given[0]) or decode(*given))
     assert load_images(folder).order_digest == first.order_digest
     assert not decoded
     os.utime(folder / "red" / "000.png", (1, 1))
@@ -384,13 +384,13 @@ def test_what_is_left_out_is_said(tmp_path):
     for unseen in ("@eaDir", "__MACOSX", "red/.thumbnails"):
         (folder / unseen).mkdir()
         shutil.copy(folder / "red" / "000.png", folder / unseen)
-    found, notes = pictures.pictures_at([folder / "red"])
+    found, notes = listing.pictures_at([folder / "red"])
     assert [p.name for p in found] == ["000.png", "001.png", "002.png", "003.png"]
     assert notes == [f"{folder}/red: not read, 1 of .heic: a.heic; as JPEG or PNG they would be"]
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.CR2").write_bytes(b"")
     with pytest.raises(InputError, match=r"no pictures .* in it; not read, 1 of \.cr2: a\.CR2"):
-        pictures.pictures_at([tmp_path / "raw"])
+        listing.pictures_at([tmp_path / "raw"])
     unread, others = (note for note in load_images(folder).notes if note.startswith("not read"))
     assert unread == "not read, 1 of .heic: red/a.heic; as JPEG or PNG they would be"
     assert others == "not read, being no picture in a class folder: loose.png, red/linked"

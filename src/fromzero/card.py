@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 from fromzero.changes import in_words
-from fromzero.data.pictures import preparation
+from fromzero.data.decoding import preparation
 from fromzero.errors import counted
 from fromzero.networks import num_parameters
 from fromzero.runs import Row

@@ -296,7 +296,8 @@ def _not_ended(run: Run) -> list[str]:
 
 def _predict(arguments: argparse.Namespace) -> None:
     with _importing():
-        from fromzero.data.pictures import pictures_at, unreadable
+        from fromzero.data.decoding import unreadable
+        from fromzero.data.listing import pictures_at
         from fromzero.trained import proposing_others
 
     paths, notes = pictures_at(arguments.PICTURE)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fromzero import networks
-from fromzero.data.pictures import preparation
+from fromzero.data.decoding import preparation
 from fromzero.errors import FromzeroError, InputError
 from fromzero.runs import check_named, write_named
 from fromzero.trained import Classifier

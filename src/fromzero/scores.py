@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fromzero.data.pictures import DAMAGED_SHARE, SPLITS, TOO_MANY, labelled_pictures, unreadable
+from fromzero.data.decoding import unreadable
+from fromzero.data.listing import SPLITS, labelled_pictures
+from fromzero.data.pictures import DAMAGED_SHARE, TOO_MANY
 from fromzero.errors import InputError, counted, typed
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.machine import Machine

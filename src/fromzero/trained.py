@@ -26,7 +26,7 @@ from fromzero.state import load_weights, model_weights
 from fromzero.timetable import Timetable
 
 if TYPE_CHECKING:
-    from fromzero.data.pictures import Wrong
+    from fromzero.data.decoding import Wrong
 
 WEIGHTS = ("last", "best")  # of which epoch: the last one that was saved, or the best on validation
 
@@ -232,7 +232,7 @@ class Classifier(NamedTuple):
         """Pictures prepared as the run's were: pixels uint8 (N, H, W, 3) on its device, the places among `paths` that
         these are of, and what is wrong with the files at other places. Raises InputError where its images have other
         channels."""
-        from fromzero.data.pictures import read_pictures  # with Pillow, which few need
+        from fromzero.data.decoding import read_pictures  # with Pillow, which few need
 
         height, width, channels = self.image_shape
         if channels != 3:
