@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.timing import ENVIRONMENT, ROOT, WorkerError, main_of_worker
 
 RECIPE = "train3"
-RESULT = re.compile(r"\btest 0\.\d+ in ")  # the line that says how a run has ended
+RESULT = re.compile(r"\btest [01]\.\d+ \(")  # the line that says how a run has ended
 LINEAR_RECIPE, LINEAR_IMAGES, LINEAR_STEPS = "train1", (3_200, 6_400, 12_800), 25
 # How old two runs are whose steps are compared: past an epoch of CIFAR-10 and what comes at its end, and hardly begun.
 LATE_STEPS, WARM_UP_STEPS = 411, 20

@@ -253,6 +253,8 @@ BAD = [
     (["train", "digits", "--keep", "0"], "--keep: 0"),
     (["train", "digits", "--dataset", "cifar10"], "two data sets, digits and --dataset cifar10: give one"),
     (["train", "digits", "more"], "unexpected argument 'more'"),
+    (["train", "--epochs", "1", "digits", "more"], "unexpected argument 'more'"),
+    (["evaluate", "nothing", "--checkpoint", "best", "folder", "more"], "unexpected argument 'more'"),
     (["train", "--data-dir", "nowhere"], "data folder nowhere"),
     (["train", "digits", "--data-dir", "."], "data folder .: digits come with scikit-learn"),
     (["train", ".", "--data-dir", "x"], "data folder x: where . is, its own path says; leave it out"),
@@ -542,3 +544,19 @@ def test_the_newest_run_on_a_folder_is_proposed_for_its_name(trained, tmp_path):
     shutil.copytree(run.path, tmp_path / "runs" / "digits-2")
     os.utime(tmp_path / "runs" / "digits-1", (1, 1))
     assert "; the newest on it: digits-2\n" in fromzero("evaluate", "digits/", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        (["evaluate", "R", "--checkpoint", "best", "F"], {"RUN": Path("R"), "FOLDER": Path("F"), "checkpoint": "best"}),
+        (["compare", "R", "O", "--checkpoint", "best", "F"], {"OTHER": Path("O"), "FOLDER": Path("F")}),
+        (["compare", "R", "--json", "O", "F"], {"OTHER": Path("O"), "FOLDER": Path("F"), "json": True}),
+        (["compare", "R", "O"], {"FOLDER": None}),
+        (["train", "--epochs", "3", "photos"], {"DATASET": "photos", "epochs": "3"}),
+        (["report", "R", "--checkpoint", "best", "page.html"], {"RUN": Path("R"), "FILE": Path("page.html")}),
+    ],
+)
+def test_words_may_stand_behind_options(words, given):
+    found = vars(arguments.parse(words))
+    assert {name: found[name] for name in given} == given

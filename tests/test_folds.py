@@ -1,6 +1,8 @@
 """Cross-validation: each train image judged once, by a network that has not seen it; and the labels it doubts."""
 
 import csv
+import html
+import json
 import os
 import shutil
 import signal
@@ -29,13 +31,13 @@ CLASSES, WRONG = 4, 20  # wrong labels planted among the train pictures
 def test_folds_are_a_partition_and_each_class_is_spread_evenly():
     labels = np.repeat(np.arange(4), (10, 41, 100, 3))
     labels = labels[np.random.default_rng(0).permutation(len(labels))]
-    found = stratified_folds(labels, 5, "validation")
-    assert found.tolist() == stratified_folds(labels, 5, "validation").tolist()
+    keys = np.random.default_rng(1).permutation(len(labels))
+    found = stratified_folds(labels, 5, keys)
     counts = np.array([np.bincount(found[labels == label], minlength=5) for label in range(4)])
     assert (counts.max(1) - counts.min(1) <= 1).all()
     assert counts.sum(0).max() - counts.sum(0).min() <= 1
     assert counts.sum() == len(labels)
-    assert found.tolist() != stratified_folds(labels, 5, "another purpose").tolist()
+    assert found.tolist() != stratified_folds(labels, 5, keys[::-1]).tolist()
 
 
 def test_copies_share_a_fold_and_a_class_of_one_picture_is_in_none():
@@ -127,7 +129,7 @@ def test_what_is_said_is_said_by_networks_that_did_not_see_it(done, pictures):
     rows = {int(row["image"]): row for row in labels_csv(run)}
     right = 0
     for fold in (1, 2, 3):
-        trained = load_trained(Run(run.path / "folds" / "runs" / f"fold-{fold}"), images=images, threads=1)
+        trained = load_trained(Run(run.path / "folds" / "of-3" / f"fold-{fold}"), images=images, threads=1)
         data = trained.data
         said = predict(trained.network, data.validation.pixels, data.normalise, trained.machine)
         accuracy = (said.argmax(1) == data.validation.labels).double().mean().item()
@@ -145,7 +147,7 @@ def test_what_is_said_is_said_by_networks_that_did_not_see_it(done, pictures):
 
 
 def test_a_folds_run_is_an_ordinary_run(done, pictures, tmp_path):
-    run = Run(done[0].path / "folds" / "runs" / "fold-2")
+    run = Run(done[0].path / "folds" / "of-3" / "fold-2")
     by_hand = fromzero.train(run.recipe, fromzero.load_images(str(pictures[0])), runs_dir=tmp_path, threads=1)
     assert [row["val/loss"] for row in by_hand.metrics()] == [row["val/loss"] for row in run.metrics()]
     assert run.recipe.validation.fold == 2
@@ -158,24 +160,59 @@ def test_again_nothing_is_trained_but_what_is_missing(done, tmp_path):
     again = folds.prepare_folds(run, 3, jobs=1)
     assert [event.kind for event in again] == ["finished"] * 3
     assert folds.fold_result(again) == done[2]
-    shutil.rmtree(run.path / "folds" / "runs" / "fold-3" / "checkpoints")
+    weights = run.path / "folds" / "of-3" / "fold-3" / "checkpoints" / "last.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
     happened = [event for event in again if event.kind != "progress"]
     assert [event.text for event in happened if event.kind == "note"] == [
-        "fold-3: its weights, which are needed, are gone: trained anew, the old run is set-aside/fold-3-1"
+        "fold-3: its weights, which are needed, are gone or damaged: trained anew, the old run is set-aside/fold-3-1"
     ]
     assert [event.cell.name for event in happened if event.kind == "finished"] == ["fold-1", "fold-2", "fold-3"]
     assert folds.fold_result(again) == done[2]
 
 
-def test_another_number_of_folds_is_another_cross_validation(done, tmp_path):
+def test_another_number_of_folds_leaves_the_others_alone(done, tmp_path):
     shutil.copytree(done[0].path, tmp_path / "run")
-    two = folds.prepare_folds(Run(tmp_path / "run"), 2, jobs=2)
-    notes = [event.text for event in two if event.kind == "note"]
-    assert len(notes) == 2
-    assert all("its recipe has changed (validation.folds is 2)" in note for note in notes)
+    run = Run(tmp_path / "run")
+    two = folds.prepare_folds(run, 2, jobs=16)
+    assert two.jobs == 2
+    assert not [event.text for event in two if event.kind in ("note", "failed")]
     result = folds.fold_result(two)
     assert len(result["by_fold"]) == result["folds"] == 2
     assert result["images"] == done[2]["images"]
+    assert run.cross_validation == result
+    three = folds.prepare_folds(run, 3)
+    assert [event.kind for event in three] == ["finished"] * 3
+    assert folds.fold_result(three) == done[2] == run.cross_validation
+
+
+def test_copies_and_a_class_of_one_picture(digits, tmp_path):
+    """Copies share a fold whatever the images come from; what cannot be held out is not judged."""
+    twice = np.concatenate([np.arange(200), np.arange(200)])
+    train = digits.train.take(twice)
+    recipe = fromzero.load_recipe("few").override(SMALL | {"validation.source": "fold", "validation.folds": 4})
+    images = replace(digits, train=train, fingerprints={"train": "a", "test": "b"})
+    for fold in range(1, 5):
+        data = Data.of(recipe.override({"validation.fold": fold}), images, "cpu")
+        trained_on = {image.tobytes() for image in data.train.pixels.numpy()}
+        assert not trained_on & {image.tobytes() for image in data.validation.pixels.numpy()}
+    one = np.append(np.flatnonzero(digits.train.labels != 7)[:300], np.flatnonzero(digits.train.labels == 7)[:1])
+    folder = tmp_path / "pictures"
+    for split, part, chosen in (
+        ("train", digits.train, one),
+        ("val", digits.test, range(99)),
+        ("test", digits.test, one[:99]),
+    ):
+        for index in chosen:
+            path = folder / split / str(part.labels[index]) / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(part.pixels[index]).save(path)
+    own = fromzero.load_recipe("few").override(SMALL | {"epochs": 1, "dataset": str(folder)})
+    run = fromzero.train(own, runs_dir=tmp_path / "runs", threads=1)
+    found = folds.prepare_folds(run, 2)
+    assert list(found)[-1].kind == "finished"
+    result = folds.fold_result(found)
+    assert (result["images"], result["left_out"]) == (300, 1)
+    assert "  1 image not judged: their class has no other picture" in folds.fold_text(found, result)
 
 
 def test_it_is_stopped_and_gone_on_with(done, tmp_path):
@@ -197,32 +234,23 @@ def test_the_words_say_what_the_figures_are(done):
     low, high = result["interval"]
     assert f"accuracy {result['accuracy']:.4f} ({low:.4f}–{high:.4f}, 95 % for {result['images']} images;" in text
     assert f"the run  {run.summary['val/accuracy']:.4f}" in text
-    assert len([line for line in text.splitlines() if line.startswith("    labelled ")]) == folds.SHOWN
+    assert len([line for line in text.splitlines() if line.startswith("    labelled ")]) == folds.NAMED
     first = result["doubtful"][0]
     assert f"    labelled {first['label']} ({first['label_probability']:.3f}), looks like {first['looks_like']}" in text
     header = folds.fold_header(found)
     assert "in 3 folds; 3 runs" in header
 
 
-@pytest.mark.parametrize(
-    ("surest", "accuracy", "said"),
-    [
-        (Surest(3, 24, 0.9), 0.8, "how many are wrong takes 250 images to say"),
-        (Surest(9, 100, 0.5), 0.8, "the networks are not sure enough of any image to say how many are wrong"),
-        (Surest(0, 100, 0.9), 0.5, ": 0.0% to 3.7% (95 %); no sign of wrong labels"),
-        (Surest(5, 100, 0.9), 0.8, ": 2.2% to 11.2% (95 %); about that share of all labels is wrong, or less"),
-        (
-            Surest(5, 100, 0.9),
-            0.5,
-            "; fewer labels may be wrong, as these networks are too sure: 0.70 on average, right 0.50",
-        ),
-    ],
-)
-def test_what_is_said_of_labels(surest, accuracy, said):
-    text = folds._of_labels(surest, 0.7, accuracy)
-    assert text.endswith(said)
-    if surest.of >= 25 and surest.confidence >= 0.6:
-        assert f"of the 100 images that the networks are surest of (probability {surest.confidence:.2f})" in text
+def test_what_is_said_of_labels():
+    rows = [{"label": label, "looks_like": other} for label, other in ("ab", "ab", "ba", "ca", "cb", "cb", "cb")]
+    assert folds._of_labels(rows, Surest(1, 20, 0.9)) == (
+        "7 images look like another class than the label's (c like b (3), a like b (2), b like a (1)), by wrong labels"
+        " or networks' mistakes; 1 of the 20 that the networks are surest of"
+    )
+    assert folds._of_labels(rows[:1], Surest(0, 20, 0.9)).startswith(
+        "1 image looks like another class than the label's"
+    )
+    assert folds._of_labels([], Surest(0, 20, 0.9)) == "each image looks like its label's class"
 
 
 def test_the_report_shows_the_doubtful(done, pictures, tmp_path):
@@ -233,11 +261,19 @@ def test_the_report_shows_the_doubtful(done, pictures, tmp_path):
     part = text.split("<h2>Doubtful labels</h2>")[1].split("<h2>")[0]
     assert part.count("<figure>") == min(24, len(result["doubtful"]))
     assert result["doubtful"][0]["file"] in part
-    assert result["said_of_labels"] in part
+    assert result["said_of_labels"] in html.unescape(part)
     shutil.copytree(run.path, tmp_path / "run")
     (tmp_path / "run" / "folds" / "result.json").write_text('{"folds": 3}')
     with pytest.warns(UserWarning, match=r"result.json: damaged: recipe: field required; remove it, or write it anew"):
-        assert fromzero_page(tmp_path / "run")
+        assert "Doubtful labels" not in fromzero_page(tmp_path / "run")
+    (tmp_path / "run" / "folds" / "result.json").write_text(json.dumps(result | {"interval": [0.5]}))
+    with pytest.warns(UserWarning, match=r"result.json: damaged: interval: list should have at least 2 items"):
+        assert "Doubtful labels" not in fromzero_page(tmp_path / "run")
+    (tmp_path / "run" / "folds" / "result.json").write_text(json.dumps(result))
+    (tmp_path / "run" / "diagnosis.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"diagnosis.json: damaged"):
+        assert "Doubtful labels" in fromzero_page(tmp_path / "run")
+    (tmp_path / "run" / "diagnosis.json").unlink()
     shutil.rmtree(tmp_path / "run" / "folds")
     assert "Doubtful labels" not in fromzero_page(tmp_path / "run")
 
@@ -252,7 +288,10 @@ def test_bad_input_gets_one_line(done, pictures, tmp_path, capsys):
     run = done[0]
     for arguments, says in (
         (["--folds", "1"], "validation.folds: 1: input should be greater than or equal to 2"),
-        (["--folds", "300"], "300 folds of 576 train images: ask for fewer"),
+        (
+            ["--folds", "300"],
+            "of 300 folds of 576 train images, copies together, one would have 1 image: ask for fewer",
+        ),
         (["--folds", "0"], "0 is not a whole number"),
         (["--jobs", "2000"], "--jobs: 2000 is not from 1 to 1024"),
         (["--data-dir", str(tmp_path / "none")], "is not there"),

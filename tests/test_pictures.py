@@ -70,7 +70,7 @@ def test_the_fifth_goes_by_contents_and_copies_stay_together(tmp_path):
         for n in range(4):
             shutil.copy(next((folder / color).iterdir()), folder / color / f"copy{n}.png")
     images = load_images(folder)
-    assert not [note for note in images.notes if "to the byte" in note]
+    assert not [note for note in images.notes if "too, to the byte" in note]
 
 
 def test_few_pictures_change_sides_when_some_are_taken_away(tmp_path):
@@ -446,6 +446,16 @@ def test_pictures_in_two_classes_are_named(tmp_path):
     assert "1 picture is in two classes, to the byte: blue/same.png and red/002.png" in load_images(folder).notes
 
 
+def test_copies_in_a_class_are_named(tmp_path):
+    folder = write(tmp_path / "set", count=6)
+    assert not [note for note in load_images(folder).notes if "to the byte" in note]
+    shutil.copy(folder / "red" / "002.png", folder / "red" / "again.png")
+    said = "of others in their class, to the byte: red/002.png and red/again.png"
+    assert f"1 picture is a copy {said}" in load_images(folder).notes
+    shutil.copy(folder / "red" / "002.png", folder / "red" / "more.png")
+    assert f"2 pictures are copies {said} and 1 more" in load_images(folder).notes
+
+
 def test_a_class_may_be_called_train_and_a_run_may_lie_in_the_folder(tmp_path, monkeypatch):
     write(tmp_path / "vehicles", count=4)
     (tmp_path / "vehicles" / "red").rename(tmp_path / "vehicles" / "train")
@@ -529,7 +539,7 @@ def test_many_copies_do_not_fill_the_test_set(tmp_path):
         images = load_images(folder)
         assert np.bincount(images.test.labels).tolist()[:2] == [6, 6]
         assert 8 <= np.bincount(images.test.labels)[2] <= 10
-        assert not [note for note in images.notes if "to the byte" in note]
+        assert not [note for note in images.notes if "too, to the byte" in note]
     for path in list((folder / "blue").iterdir())[1:]:
         shutil.copy(next((folder / "blue").iterdir()), path)
     assert np.bincount(load_images(folder).test.labels, minlength=3)[0] in (0, 1)

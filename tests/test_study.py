@@ -677,7 +677,7 @@ def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_fol
     (execution.cells[0].path / "checkpoints" / "last.safetensors").unlink()
     assert not is_finished(execution.cells[0], images)
     notes = [e.text for e in prepare_study(load_study(path, "half"), runs_dir=tmp_path, jobs=1) if e.kind == "note"]
-    assert "half-seed0: its weights, which are needed, are gone: trained anew" in notes[0]
+    assert "half-seed0: its weights, which are needed, are gone or damaged: trained anew" in notes[0]
     assert "again-seed0: half-seed0, from which it starts, is newer: trained anew" in notes[1]
     assert all(is_finished(cell, images) for cell in execution.cells)
 

@@ -57,6 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise InputError(f"unknown command {argv[0]!r}; here it is: fromzero {COMMANDS_ELSEWHERE[argv[0]]}")
         raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], commands) or '; see: fromzero --help'}")
     arguments, left = parser.parse_known_args(_with_known_spelling(argv, commands))
+    left = _late_positionals(commands[argv[0]], arguments, left) if left else left
     if left:
         known = [s for action in commands[argv[0]]._actions for s in action.option_strings if s.startswith("--")]
         word = left[0].partition("=")[0]
@@ -74,6 +75,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.print_help()
         raise SystemExit(0)
     return arguments
+
+
+def _late_positionals(command: argparse.ArgumentParser, arguments: argparse.Namespace, left: list[str]) -> list[str]:
+    """Give words that stand behind options to arguments that may be left out, which argparse takes for left out by
+    then; returns the words that are still left."""
+    optional = [a for a in command._actions if a.nargs == "?" and not a.option_strings]
+    for action in (a for a in optional if getattr(arguments, a.dest) is None):
+        if left and not left[0].startswith("-"):
+            setattr(arguments, action.dest, command._get_value(action, left[0]))
+            left = left[1:]
+    return left
 
 
 def _with_known_spelling(argv: list[str], commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:

@@ -164,7 +164,10 @@ def comparison_text(record: Mapping[str, Any]) -> str:
         quite = " quite" if difference["low"] > 0 or difference["high"] < 0 else ""
         lines.append(f"  These images do not{quite} tell the two networks apart.")
     if not record["recipe"].keys() - {"seed"}:
-        lines.append(f"  Their recipes are the same{', but for the seed' if 'seed' in record['recipe'] else ''}.")
+        same = f"  Their recipes are the same{', but for the seed' if 'seed' in record['recipe'] else ''}."
+        if "train images" in record["others"]:
+            same += " Which train images are better takes several seeds of each, and images that none was trained on."
+        lines.append(same)
         return "\n".join(lines)
     can = " A study can:" if record["study"] else ""
     lines.append(f"  Which way to train is better they cannot tell: other seeds make other networks.{can}")

@@ -558,8 +558,8 @@ def _validation_too_small(e: Evidence) -> Finding | None:
         "validation-too-small",
         "validation has too few images to tell better from worse",
         f"{count:,} images: an accuracy of {accuracy:.3f} may be {low:.3f} to {high:.3f} (95 %)",
-        f"about {_enough_to_tell(accuracy):,} validation images (a larger --validation.fraction where they are held out"
-        " of train), or several seeds",
+        f"about {_enough_to_tell(accuracy):,} validation images (a larger --validation.fraction where some of train are"
+        " held out), or fromzero cross-validate, which judges all train images",
     )
 
 

@@ -159,11 +159,12 @@ def outcome(run: Training) -> str:
     """The end of a run in words."""
     summary = run.run.summary or {}
     is_test = summary["val/source"] == "test"
+    low, high = wilson_interval(summary["test/accuracy"], len(run.data.test.labels))
     return "\n".join(
         [
             f"train {summary['train/accuracy']:.4f} (running {summary['train/running_accuracy']:.4f}),"
             f" val {summary['val/accuracy']:.4f} (best {summary['best/val/accuracy']:.4f} at epoch"
-            f" {summary['best/epoch']}), test {summary['test/accuracy']:.4f}"
+            f" {summary['best/epoch']}), test {summary['test/accuracy']:.4f} ({low:.4f}–{high:.4f}, 95 %)"
             f" in {duration(summary['time/seconds'])}" + ("; val is the test images" if is_test else ""),
             f"curves and metrics: {run.run.path}",
             f"a page about it:    {typed('fromzero', 'report', run.run.path)}",

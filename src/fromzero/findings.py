@@ -43,12 +43,12 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     why, which were looked for and not found, and what may reach more where no fault is found."""
     said: list[str] = []
     others = [name for name in RULES if name not in {finding.name for finding in found}]
+    judged = "label-noise" in others and not hardly_mistaken(evidence)  # else wrong ones are too few for a problem
     if "validation-too-small" not in others:
-        hidden = [name for name in others if name in ON_VALIDATION]
+        hidden = [name for name in others if name in ON_VALIDATION and not (judged and name == "label-noise")]
         others = [name for name in others if name not in hidden]
         said.append(f"With so few validation images these could not be judged: {', '.join(hidden)}.")
     labels = ""
-    judged = "label-noise" in others and not hardly_mistaken(evidence)  # else wrong ones are too few for a problem
     if judged and (why := why_labels_cannot_be_judged(evidence)):
         others.remove("label-noise")
         labels = f"Wrong labels cannot be detected in this run: {why}."
@@ -125,9 +125,10 @@ def _other_recipe(run: Run, evidence: Evidence) -> str:
 def diagnosis_header(run: Run, rows: Sequence[Row]) -> str:
     """What is being looked at."""
     row = rows[-1]
+    notes = "".join(f"\n  note: {note}" for note in run.provenance["data"].get("notes", ()))
     return (
         f"{run.path}: {run.recipe.name}, after epoch {row['epoch']}: train {row['train/accuracy']:.4f} (running"
-        f" {row['train/running_accuracy']:.4f}), val {row['val/accuracy']:.4f}"
+        f" {row['train/running_accuracy']:.4f}), val {row['val/accuracy']:.4f}{notes}"
     )
 
 

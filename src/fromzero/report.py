@@ -18,7 +18,7 @@ from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, counted, typed
 from fromzero.evaluate import predict
 from fromzero.findings import study_command
-from fromzero.runs import Row
+from fromzero.runs import Row, Run
 from fromzero.splits import validation_label
 from fromzero.stats import wilson_interval
 from fromzero.trained import Trained
@@ -113,12 +113,7 @@ def report(trained: Trained) -> str:
     images only: who looks at test images one by one and changes something for it has no test set left. Raises
     NonFiniteError where the weights do not compute."""
     run, data = trained.run, trained.data
-    diagnosis = folds = None
-    try:
-        diagnosis = run.diagnosis
-        folds = run.cross_validation
-    except FromzeroError as error:
-        warnings.warn(str(error), stacklevel=2)
+    diagnosis, folds = (_recorded(run, what) for what in ("diagnosis", "cross_validation"))
     rows = trained.rows()
     ended = run.summary is not None
     parts = {"train": data.clean_train, "val": data.validation} | ({"test": data.test} if ended else {})
@@ -131,6 +126,16 @@ def report(trained: Trained) -> str:
         for split, part in parts.items()
     }
     return page(trained, rows, scored, diagnosis, folds)
+
+
+def _recorded(run: Run, what: str) -> Mapping[str, Any] | None:
+    """What a run has recorded under that name; None, after a warning, where that is damaged."""
+    try:
+        found: Mapping[str, Any] | None = getattr(run, what)
+        return found
+    except FromzeroError as error:
+        warnings.warn(str(error), stacklevel=3)
+        return None
 
 
 def page(
@@ -209,17 +214,20 @@ def _share(part: int, whole: int) -> float:
 
 def _mistakes(scored: Scored, images: Images) -> list[dict[str, Any]]:
     """The surest mistakes: the picture, what it is labelled, what the network says and how surely, and its file among
-    `images`. Splits keep no names, so that is found by what is in it; copies of a picture in one class are as good."""
+    `images`. Splits keep no names, so that is found by what is in it; copies in a class are named together."""
     chosen = scored.mistakes()[:MOST_MISTAKES].tolist()
     wanted = {_key(scored, index) for index in chosen}
-    files = {key: file for index, file in enumerate(images.files) if (key := _key(images, index)) in wanted}
+    files: dict[tuple[int, bytes], list[str]] = {}
+    for index, file in enumerate(images.files):
+        if (key := _key(images, index)) in wanted:
+            files.setdefault(key, []).append(file)
     return [
         {
             "picture": _embedded(_png(scored.pixels[index])),
             "label": int(scored.labels[index]),
             "said": int(scored.predictions[index]),
             "confidence": float(scored.confidence[index]),
-            "file": files.get(_key(scored, index)),
+            "file": " and ".join(files.get(_key(scored, index), [])) or None,
         }
         for index in chosen
     ]

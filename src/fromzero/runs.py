@@ -134,12 +134,14 @@ class _Doubtful(pydantic.BaseModel):
 
 
 class _CrossValidation(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(allow_inf_nan=False)
+
     recipe: str
     epochs: int
     folds: int
     images: int
     accuracy: float
-    interval: list[float]
+    interval: list[float] = pydantic.Field(min_length=2, max_length=2)
     said_of_labels: str
     doubtful: list[_Doubtful]
 

@@ -96,14 +96,14 @@ class Data:
 
 def _held_out(recipe: Recipe, images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     """Which train images a training keeps, and which it is validated on, int64 indices in ascending order."""
-    labels, validation = images.train.labels, recipe.validation
+    train, validation = images.train, recipe.validation
+    if validation.source == "fold":
+        held_out = stratified_folds(train.labels, validation.folds, train.content_keys()) == validation.fold - 1
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
     # Of a folder that pictures are added to or taken from, few others move: a training that starts from the weights of
     # an earlier one has hardly seen what it is validated on.
-    by = "validation" if images.train.file_digests is None else images.train.content_keys()
-    if validation.source == "split":
-        return stratified_split(labels, validation.fraction, by)
-    held_out = stratified_folds(labels, validation.folds, by) == validation.fold - 1
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    by = "validation" if train.file_digests is None else train.content_keys()
+    return stratified_split(train.labels, validation.fraction, by)
 
 
 def validation_label(recipe: Recipe, images: ImageSet) -> str:
@@ -165,7 +165,7 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
             raise
         sizes = f"{width}×{height} images are trained on as {smallest[1]}×{smallest[0]}"
         raise InputError(f"{error}; {sizes}: see augment.scale and augment.crop") from None
-    if recipe.validation.source == "fold" or (recipe.validation.source == "split" and images.validation is None):
+    if recipe.validation.source == "split" and images.validation is None:
         present, counts = torch.from_numpy(images.train.labels).unique(return_counts=True)
         if (counts < 2).any():
             name = images.class_names[int(present[counts < 2][0])]

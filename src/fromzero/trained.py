@@ -87,7 +87,7 @@ def recorded_images(
             f"{run.path}: the {' and '.join(changed)} images at {images.source} are not those it was trained on"
             f" ({split}: {many + ', ' if many else ''}fingerprint {now}…, recorded {before}…); put them back as they"
             f" were, or start anew from its weights: {anew}; other pictures are scored by fromzero"
-            " evaluate RUN FOLDER"
+            " evaluate RUN FOLDER and fromzero compare RUN OTHER FOLDER"
         )
     if images.order_digest != recorded["order"]:
         raise FromzeroError(

@@ -37,11 +37,13 @@ class Images:
         return Images(self.pixels[indices], self.labels[indices], files, digests)
 
     def content_keys(self) -> np.ndarray:
-        """uint64 (N,), of each image its file's digest; of those of a class that have the same pixels that of the
-        first. They are like random numbers, and do not depend on the size that pictures are scaled to."""
-        assert self.file_digests is not None
+        """uint64 (N,), of each image its file's digest, where it has one, else that of its pixels; of those of a class
+        that have the same pixels that of the first. They are like random numbers, and of pictures do not depend on the
+        size that they are scaled to."""
         first: dict[bytes, int] = {}
-        keys = zip(self.record_digests, self.file_digests.tolist(), strict=True)
+        records, of_files = self.record_digests, self.file_digests
+        digests = [int.from_bytes(r[:8], "little") for r in records] if of_files is None else of_files.tolist()
+        keys = zip(records, digests, strict=True)
         return np.array([first.setdefault(record, digest) for record, digest in keys], np.uint64)
 
     def fingerprint(self) -> str:
@@ -138,7 +140,7 @@ def stratified_split(labels: np.ndarray, fraction: float, by: str | np.ndarray) 
 
     by: a purpose, from which a fixed order is drawn; or a key for each image (N,), of which the lowest are held out.
     Images of one key are counted once and stay together; of a class that has one key only, none is held out."""
-    keys = _keys(labels, by)
+    keys = np.argsort(permutation(len(labels), 0, by)) if isinstance(by, str) else by
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = labels == label
@@ -148,11 +150,11 @@ def stratified_split(labels: np.ndarray, fraction: float, by: str | np.ndarray) 
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def stratified_folds(labels: np.ndarray, count: int, by: str | np.ndarray) -> np.ndarray:
-    """Of each image to which of `count` folds it belongs, int64 (N,), from 0: they are of the same size, and each class
-    is spread evenly over them. -1, in none, are the images of a class that has one key only, as whoever trains without
-    its fold would not know that class. by: as in `stratified_split`; images of one key stay together."""
-    keys, folds, dealt = _keys(labels, by), np.full(len(labels), -1, np.int64), 0
+def stratified_folds(labels: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
+    """Of each image to which of `count` folds it belongs, int64 (N,), from 0: each class is spread evenly over them.
+    -1, in none, are the images of a class that has one key only, as whoever trains without its fold would not know that
+    class. keys (N,): by which they are dealt; images of a class with one key count once and stay together."""
+    folds, dealt = np.full(len(labels), -1, np.int64), 0
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         different, places = np.unique(keys[members], return_inverse=True)
@@ -160,8 +162,3 @@ def stratified_folds(labels: np.ndarray, count: int, by: str | np.ndarray) -> np
             folds[members] = (dealt + places) % count
             dealt += len(different)
     return folds
-
-
-def _keys(labels: np.ndarray, by: str | np.ndarray) -> np.ndarray:
-    """A key for each image (N,): those given, or ranks in a fixed order."""
-    return np.argsort(permutation(len(labels), 0, by)) if isinstance(by, str) else by

@@ -47,7 +47,7 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
     listed = [listed[index] for index in whole]
     labels = np.array([file.label for file in listed], np.int64)
     splits = np.array([file.split for file in listed])
-    notes = said + notes + _contradictions(listed, digests, path)
+    notes = said + notes + _contradictions(listed, digests, path) + _doubles(listed, digests, path)
     if "test" not in splits:
         if "validation" in splits:
             splits[splits == "validation"] = "test"
@@ -89,6 +89,23 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
         fingerprints={split: images.fingerprint() for split, images in parts.items()},
         notes=tuple(notes),
     )
+
+
+def _doubles(listed: Sequence[File], digests: np.ndarray, path: Path) -> list[str]:
+    """A note on pictures that are twice in a class of a split, if there are any: they count twice."""
+    of: dict[tuple[str, int, int], list[Path]] = {}
+    for file, digest in zip(listed, digests.tolist(), strict=True):
+        of.setdefault((file.split, file.label, digest), []).append(file.path)
+    double = [paths for paths in of.values() if len(paths) > 1]
+    if not double:
+        return []
+    more = sum(len(paths) - 1 for paths in double)
+    named = []
+    for paths in double:
+        first, second, *others = names_under(paths, path)
+        named.append(f"{first} and {second}{f' and {len(others)} more' if others else ''}")
+    are = f"{more:,} pictures are copies" if more > 1 else "1 picture is a copy"
+    return [f"{are} of others in their class, to the byte: {some(named, between='; ')}"]
 
 
 def _contradictions(listed: Sequence[File], digests: np.ndarray, path: Path) -> list[str]:

@@ -200,9 +200,16 @@ def differences(cell: Cell, fingerprints: Mapping[str, str]) -> list[str]:
 def _why_anew(cell: Cell, images: ImageSet) -> list[str]:
     """Why what is in the cell's folder cannot be gone on with or counted on; empty when it can."""
     reasons = differences(cell, images.fingerprints)
-    if cell.needs_weights and not (cell.path / "checkpoints" / checkpoint.LAST).exists():
-        reasons.append("its weights, which are needed, are gone")
+    if cell.needs_weights and not _has_weights(cell):
+        reasons.append("its weights, which are needed, are gone or damaged")
     return reasons
+
+
+def _has_weights(cell: Cell) -> bool:
+    with contextlib.suppress(FromzeroError, OSError):
+        checkpoint.load(cell.path / "checkpoints" / checkpoint.LAST)
+        return True
+    return False
 
 
 def _set_aside(cell: Cell) -> str:

@@ -38,6 +38,8 @@ from fromzero.study.cells import Cell, Setting, cells_of, differences, is_finish
 from fromzero.study.definition import Arm, Study, load_study
 from fromzero.study.pools import Event, on_ray, on_this_machine
 
+MOST_JOBS = 1024
+
 Place = Literal["local", "ray"]
 Sweep = dict[str, dict[float, list[float | None]]]  # arm → value → a validation accuracy for each tuning seed
 
@@ -272,14 +274,15 @@ def prepare_study(
     return Execution(study, folder, images, setting, num_jobs, place, tune, keep_weights, tuple(options))
 
 
-def jobs_and_threads(jobs: int | None, threads: int | None, on_gpu: bool) -> tuple[int, int]:
-    """How many cells to train at a time, and with how many threads each. Raises InputError."""
-    for option, value, most in (("--jobs", jobs, 1024), ("--threads", threads, MAX_THREADS)):
+def jobs_and_threads(jobs: int | None, threads: int | None, on_gpu: bool, cells: int | None = None) -> tuple[int, int]:
+    """How many cells to train at a time, no more than there are where that is said, and with how many threads each.
+    Raises InputError."""
+    for option, value, most in (("--jobs", jobs, MOST_JOBS), ("--threads", threads, MAX_THREADS)):
         if value is not None and not 1 <= value <= most:
             raise InputError(f"{option}: {value} is not from 1 to {most}")
     cores = num_threads()
-    jobs = jobs or (1 if on_gpu else max(1, cores // (threads or 1)))
-    return jobs, threads or (max(1, cores // jobs) if on_gpu else 1)
+    jobs = min(jobs or (1 if on_gpu else max(1, cores // (threads or 1))), cells or MOST_JOBS)
+    return jobs, threads or (max(1, cores // jobs) if on_gpu or cells == jobs else 1)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,16 @@
 was trained on the others. So every train image is judged by one that has never seen it.
 
 RUN/folds/
-  runs/fold-1 …      an ordinary run for each fold, with its weights
+  of-5/fold-1 …      an ordinary run for each of five folds, with its weights
   result.json        what they say of all these images
   labels.csv         every image with its label's probability, the most doubtful label first
-  set-aside/         runs of other recipes or other numbers of folds; they count no more
+  set-aside/         runs of another recipe, or damaged ones; they count no more
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fromzero.changes import in_words
-from fromzero.data import ImageSet
-from fromzero.diagnosis import FEWEST_SURE, SURE
+from fromzero.changes import DATA_FIELDS, in_words
+from fromzero.data import ImageSet, stratified_folds
 from fromzero.errors import FromzeroError, InputError, StoppedError, counted, printable, some, typed
 from fromzero.evaluate import predict
 from fromzero.evidence import Surest
@@ -28,16 +28,15 @@ from fromzero.files import csv_text, write_atomically, write_json
 from fromzero.findings import images_of
 from fromzero.machine import chosen_device
 from fromzero.probe import surest_of
-from fromzero.runs import FOLDS, Run, last_machine
+from fromzero.runs import FOLDS, Run
 from fromzero.splits import check_image_set
 from fromzero.stats import wilson_interval
 from fromzero.study.cells import Cell, Setting, is_finished
 from fromzero.study.execution import alone_in, jobs_and_threads
 from fromzero.study.pools import Event, on_this_machine
-from fromzero.trained import check_unedited, load_trained, recorded_images
+from fromzero.trained import check_unedited, load_trained, proposing_others, recorded_images
 
-SHOWN, LISTED = 10, 100  # doubtful labels: as text, in result.json
-NAMED_CLASSES = 10
+NAMED, PAIRS, LISTED = 10, 3, 100  # classes and labels in the text, pairs of classes, labels in result.json
 
 
 @dataclass
@@ -52,6 +51,7 @@ class CrossValidation:
     setting: Setting
     jobs: int
     command: str
+    data_dir: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -65,7 +65,7 @@ class CrossValidation:
                     yield Event("finished", cell, 1.0, "done before")
                 else:
                     waiting.append(cell)
-            (self.folder / "runs").mkdir(exist_ok=True)
+            self.cells[0].path.parent.mkdir(exist_ok=True)
             try:
                 for event in on_this_machine(waiting, self.setting, self.jobs, self.folder / "workers.log"):
                     failed += [event.cell.name] * (event.kind == "failed")
@@ -90,72 +90,105 @@ def prepare_folds(
     """Check all that can be checked before anything is trained. jobs, threads: as of a study. Raises FromzeroError."""
     check_unedited(run)
     on_gpu = chosen_device(device).type == "cuda"
-    num_jobs, threads_each = jobs_and_threads(jobs, threads, on_gpu)
+    num_jobs, threads_each = jobs_and_threads(jobs, threads, on_gpu, folds)
     images = recorded_images(run, data_dir=data_dir, offline=offline)
     changes = {"dataset": images_of(run, images.source) or run.recipe.dataset, "validation.source": "fold"}
+    recipe = run.recipe.override(changes | {"validation.folds": folds, "validation.fold": 1})
+    check_image_set(recipe, images)
+    dealt = stratified_folds(images.train.labels, folds, images.train.content_keys())
+    if (least := int(np.bincount(dealt[dealt >= 0], minlength=folds).min())) < 2:
+        raise InputError(
+            f"{run.path}: of {folds} folds of {counted(len(images.train), 'train image')}, copies together, one would"
+            f" have {counted(least, 'image')}: ask for fewer folds"
+        )
     cells = []
     for fold in range(1, folds + 1):
-        recipe = run.recipe.override(changes | {"validation.folds": folds, "validation.fold": fold})
-        path = (run.path / FOLDS / "runs" / f"fold-{fold}").resolve()
-        cells.append(Cell(f"fold {fold}", recipe.seed, path, recipe, needs_weights=True))
-    check_image_set(cells[0].recipe, images)
-    if len(images.train) < 2 * folds:
-        raise InputError(f"{run.path}: {folds} folds of {counted(len(images.train), 'train image')}: ask for fewer")
+        path = (run.path / FOLDS / f"of-{folds}" / f"fold-{fold}").resolve()
+        of_fold = recipe.override({"validation.fold": fold})
+        cells.append(Cell(f"fold {fold}", recipe.seed, path, of_fold, needs_weights=True))
     options = {"--jobs": jobs, "--threads": threads, "--device": device * (device != "auto"), "--data-dir": data_dir}
     given = [str(word) for option, value in options.items() if value for word in (option, value)]
     command = typed("fromzero", "cross-validate", run.path, "--folds", str(folds), *given, *["--offline"] * offline)
-    setting = Setting(cells[0].recipe.dataset, None, offline, device, threads_each)
-    return CrossValidation(run, images, cells, setting, num_jobs, command)
+    setting = Setting(recipe.dataset, None, offline, device, threads_each)
+    return CrossValidation(run, images, cells, setting, num_jobs, command, data_dir)
 
 
 def fold_header(found: CrossValidation) -> str:
     """What is about to be trained."""
     threads = counted(found.setting.threads or 1, "thread")
-    recipe, train = found.cells[0].recipe, len(found.images.train)
-    count = len(found.cells)
-    return printable(
-        f"{found.folder}: {in_words(found.run.recipe)}, {counted(recipe.epochs, 'epoch')}, seed {recipe.seed}\n"
+    recipe, train, count = found.cells[0].recipe, len(found.images.train), len(found.cells)
+    lines = [
+        f"{found.folder}: {in_words(found.run.recipe, but=DATA_FIELDS)}, {counted(recipe.epochs, 'epoch')}, seed"
+        f" {recipe.seed}",
         f"  {train:,} train images in {count} folds; {count} runs, each on about {train - round(train / count):,} of"
-        f" them, {found.jobs} at a time, {threads} each"
-    )
+        f" them, {found.jobs} at a time, {threads} each; test images are left alone",
+        *(f"  note: {note}" for note in found.images.notes),
+    ]
+    if found.run.provenance["from"]:
+        lines.append("  note: the run began with the weights of another one, and these begin with random ones")
+    if found.run.earlier_ends:
+        lines.append(f"  note: the run was extended; these train {recipe.epochs} epochs at once")
+    return printable("\n".join(lines))
 
 
 def fold_result(found: CrossValidation) -> dict[str, Any]:
     """What the folds' networks say of the images that they were not trained on, as JSON data, written to result.json
     and, image by image, to labels.csv. Raises FromzeroError where a run is not there, and NonFiniteError."""
-    images = found.images
-    labels, names = images.train.labels, images.class_names
-    fold = np.zeros(len(labels), np.int64)
-    probabilities = np.zeros((len(labels), len(names)), np.float32)
+    with alone_in(found.folder, "cross-validates this run"):
+        fold, probabilities = _judged(found)
+        rows = _rows(found.images, fold, probabilities)
+        result = _result(found, fold, probabilities, rows)
+        text = csv_text(rows[0], (["" if value is None else str(value) for value in row.values()] for row in rows))
+        write_atomically(found.folder / "labels.csv", text.encode("utf-8", "surrogateescape"))
+        write_json(found.folder / "result.json", result)
+    return result
+
+
+def _judged(found: CrossValidation) -> tuple[np.ndarray, np.ndarray]:
+    """Of each train image the fold that it was in, int64 (N,), 0 where in none, and what the network says that was not
+    trained on it: probabilities float32 (N, classes)."""
+    images, setting = found.images, found.setting
+    fold = np.zeros(len(images.train), np.int64)
+    probabilities = np.zeros((len(images.train), images.num_classes), np.float32)
     for number, cell in enumerate(found.cells, 1):
-        run = Run(cell.path)
-        where = {key: last_machine(run.provenance)[key] for key in ("device", "threads")}
-        trained = load_trained(run, images=images, **where)
+        trained = load_trained(Run(cell.path), images=images, device=setting.device, threads=setting.threads)
         data = trained.data
         assert data.held is not None
-        said = predict(trained.network, data.validation.pixels, data.normalise, trained.machine)
+        with proposing_others(trained.checkpoint):
+            said = predict(trained.network, data.validation.pixels, data.normalise, trained.machine)
         fold[data.held], probabilities[data.held] = number, said.cpu().numpy()
+    return fold, probabilities
+
+
+def _rows(images: ImageSet, fold: np.ndarray, probabilities: np.ndarray) -> list[dict[str, Any]]:
+    """Each judged image and what is said of it, the least likely label first. Of several ways to find labels that had
+    been made wrong this order found most (docs/results.md)."""
+    labels, names = images.train.labels, images.class_names
+    own, likeliest = probabilities[np.arange(len(labels)), labels], probabilities.argmax(1)
     judged = np.flatnonzero(fold)
-    own = probabilities[np.arange(len(labels)), labels]
-    said = probabilities.argmax(1)
-    right = said == labels
-    # Of several ways to find the labels that had been made wrong, this one found most (docs/results.md).
-    by_doubt = judged[np.argsort(own[judged], kind="stable")]
-    surest = surest_of(torch.from_numpy(probabilities[judged]), torch.from_numpy(labels[judged]))
-    rows = [
+    return [
         {
             "image": index,
             "file": images.train.files[index] if images.train.files else None,
             "label": names[labels[index]],
             "label_probability": float(own[index]),
-            "looks_like": names[said[index]],
-            "looks_like_probability": float(probabilities[index, said[index]]),
+            "looks_like": names[likeliest[index]],
+            "looks_like_probability": float(probabilities[index, likeliest[index]]),
             "fold": int(fold[index]),
         }
-        for index in by_doubt.tolist()
+        for index in judged[np.argsort(own[judged], kind="stable")].tolist()
     ]
-    result = {
-        "recipe": in_words(found.run.recipe),
+
+
+def _result(
+    found: CrossValidation, fold: np.ndarray, probabilities: np.ndarray, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    labels, names, judged = found.images.train.labels, found.images.class_names, np.flatnonzero(fold)
+    right = probabilities.argmax(1) == labels
+    doubtful = [row for row in rows if row["label"] != row["looks_like"]]
+    surest = surest_of(torch.from_numpy(probabilities[judged]), torch.from_numpy(labels[judged]))
+    return {
+        "recipe": in_words(found.run.recipe, but=DATA_FIELDS),
         "epochs": found.run.recipe.epochs,
         "folds": len(found.cells),
         **_accuracy(right[judged]),
@@ -163,13 +196,9 @@ def fold_result(found: CrossValidation) -> dict[str, Any]:
         "by_class": {name: _accuracy(right[judged[labels[judged] == label]]) for label, name in enumerate(names)},
         "left_out": len(labels) - len(judged),
         "surest": surest._asdict(),
-        "said_of_labels": _of_labels(surest, float(probabilities[judged].max(1).mean()), right[judged].mean()),
-        "doubtful": [row for row in rows if row["label"] != row["looks_like"]][:LISTED],
+        "said_of_labels": _of_labels(doubtful, surest),
+        "doubtful": doubtful[:LISTED],
     }
-    write_json(found.folder / "result.json", result)
-    text = csv_text(rows[0], (["" if value is None else str(value) for value in row.values()] for row in rows))
-    write_atomically(found.folder / "labels.csv", text.encode("utf-8", "surrogateescape"))
-    return result
 
 
 def fold_text(found: CrossValidation, result: Mapping[str, Any]) -> str:
@@ -185,24 +214,22 @@ def fold_text(found: CrossValidation, result: Mapping[str, Any]) -> str:
         " another seed moves it, too)",
         f"  by fold  {min(by_fold):.4f} to {max(by_fold):.4f}: {', '.join(f'{one:.4f}' for one in by_fold)}",
         *_own_validation(found.run),
-        f"  by class, lowest first: {some(told, most=NAMED_CLASSES)}",
+        f"  by class, lowest first: {some(told, most=NAMED)}",
     ]
     if result["left_out"]:
         lines.append(f"  {counted(result['left_out'], 'image')} not judged: their class has no other picture")
-    if found.run.provenance["from"]:
-        lines.append("  note: the run began with the weights of another one, and these networks did not")
-    shown = result["doubtful"][:SHOWN]
-    lines.append(f"  labels: {result['said_of_labels']}{'; the most doubtful:' * bool(shown)}")
+    shown = result["doubtful"][:NAMED]
+    lines.append(f"  labels: {result['said_of_labels']}{'; the least likely labels:' * bool(shown)}")
     for row in shown:
-        named = row["file"] or f"train image {row['image']}"
         lines.append(
             f"    labelled {row['label']} ({row['label_probability']:.3f}), looks like {row['looks_like']}"
-            f" ({row['looks_like_probability']:.3f}): {named}"
+            f" ({row['looks_like_probability']:.3f}): {row['file'] or 'train image ' + str(row['image'])}"
         )
-    lines.append(f"  all images, most doubtful first: {found.folder / 'labels.csv'}")
+    lines.append(f"  all images, least likely labels first: {found.folder / 'labels.csv'}")
     if shown:
-        lines.append(f"  pictures of these:               {typed('fromzero', 'report', found.run.path)}")
-    return printable("\n".join(lines))
+        moved = [] if found.data_dir is None else ["--data-dir", str(found.data_dir)]
+        lines.append(f"  pictures of these: {typed('fromzero', 'report', found.run.path, *moved)}")
+    return printable("\n".join(line.replace("\n", "\\n") for line in lines))
 
 
 def _own_validation(run: Run) -> list[str]:
@@ -214,26 +241,18 @@ def _own_validation(run: Run) -> list[str]:
     return [f"  the run  {share:.4f} ({low:.4f}–{high:.4f}) on its own {counted(count, 'validation image')}"]
 
 
-def _of_labels(surest: Surest, confidence: float, accuracy: float) -> str:
-    """What the images that networks are surest of say about all labels; confidence, accuracy: of all of them.
-
-    Networks err, too, so it is an upper bound; and far from the truth where they are surer than they are right, as
-    those are that have learned their images by heart."""
-    if surest.of < FEWEST_SURE:
-        return f"how many are wrong takes {10 * FEWEST_SURE} images to say"
-    if surest.confidence < SURE:
-        return "the networks are not sure enough of any image to say how many are wrong"
-    low, high = wilson_interval(surest.wrong / surest.of, surest.of)
-    said = (
-        f"of the {surest.of:,} images that the networks are surest of (probability {surest.confidence:.2f}),"
-        f" {surest.wrong:,} are labelled otherwise: {low:.1%} to {high:.1%} (95 %)"
+def _of_labels(doubtful: Sequence[Mapping[str, Any]], surest: Surest) -> str:
+    """How many images look like another class than their label's. How many labels are wrong does not follow: networks
+    err, most where classes are easily confused, and there labels are most easily wrong."""
+    if not doubtful:
+        return "each image looks like its label's class"
+    pairs = Counter((row["label"], row["looks_like"]) for row in doubtful)
+    most = [f"{label} like {other} ({count:,})" for (label, other), count in pairs.most_common(PAIRS)]
+    look = "images look" if len(doubtful) > 1 else "image looks"
+    return (
+        f"{len(doubtful):,} {look} like another class than the label's ({some(most, most=PAIRS)}), by wrong labels or"
+        f" networks' mistakes; {surest.wrong:,} of the {surest.of:,} that the networks are surest of"
     )
-    if not surest.wrong:
-        return f"{said}; no sign of wrong labels"
-    if confidence > accuracy:
-        too_sure = f"these networks are too sure: {confidence:.2f} on average, right {accuracy:.2f}"
-        return f"{said}; fewer labels may be wrong, as {too_sure}"
-    return f"{said}; about that share of all labels is wrong, or less"
 
 
 def _accuracy(right: np.ndarray) -> dict[str, Any]:
