@@ -20,7 +20,6 @@ import fromzero
 from fromzero.data import split_name
 from fromzero.study.folds import fold_result, prepare_folds
 
-
 # Classes that are easily taken for each other, by their places in the image set's names.
 CONFUSED = {"cifar10": ((0, 8), (1, 9), (2, 6), (3, 5), (4, 7)), "digits": ((3, 8), (4, 9), (1, 7), (5, 6), (0, 2))}
 
