@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,8 +239,43 @@ def test_the_words_say_what_the_figures_are(done):
     assert len([line for line in text.splitlines() if line.startswith("    labelled ")]) == folds.NAMED
     first = result["doubtful"][0]
     assert f"    labelled {first['label']} ({first['label_probability']:.3f}), looks like {first['looks_like']}" in text
+    recalls = [one["accuracy"] for one in sorted(result["by_class"].values(), key=lambda one: one["accuracy"])]
+    (line,) = (line for line in text.splitlines() if "by class, lowest first: " in line)
+    assert [float(share) for share in line.split()[5::2] for share in [share.strip(",")]] == pytest.approx(
+        recalls, abs=1e-3
+    )
+    assert text.splitlines()[-1] == f"  pictures of these: fromzero report {run.path}"
+    odd = result | {"doubtful": [first | {"file": "a\nb.png"}], "left_out": 2}
+    odd_text = folds.fold_text(replace(found, data_dir=Path("there")), odd)
+    assert "a\\nb.png" in odd_text
+    assert "  2 images not judged: their class has no other picture" in odd_text
+    assert odd_text.splitlines()[-1] == f"  pictures of these: fromzero report {run.path} --data-dir there"
+
+
+def test_the_header_says_what_whoever_reads_the_answer_should_know(done):
+    run = done[0]
+    found = folds.prepare_folds(run, 3, device="cpu", jobs=2, threads=1)
     header = folds.fold_header(found)
-    assert "in 3 folds; 3 runs" in header
+    assert header.splitlines()[0].endswith(
+        "folds: few with epochs = 8, batch_size = 50, network.channels = [[16], [32]], augment.flip = none, 8 epochs,"
+        " seed 0"
+    )
+    assert "in 3 folds; 3 runs, each on about 384 of them, 2 at a time, 1 thread each; test images are left" in header
+    assert "note: the run" not in header
+    assert found.command.endswith("--folds 3 --jobs 2 --threads 1 --device cpu")
+    other = SimpleNamespace(path=run.path, recipe=run.recipe, provenance={"from": {"run": "other"}}, earlier_ends=[3])
+    noted = folds.fold_header(replace(found, run=other, images=replace(found.images, notes=("one is broken",))))
+    assert "\n  note: one is broken\n" in noted
+    assert "note: the run began with the weights of another one, and these begin with random ones" in noted
+    assert "note: the run was extended; these train 8 epochs at once" in noted
+
+
+def test_of_a_run_validated_on_the_test_images_nothing_is_set_beside_it(digits, tmp_path):
+    recipe = fromzero.load_recipe("few").override(
+        SMALL | {"epochs": 1, "validation.source": "test", "dataset": "digits"}
+    )
+    run = fromzero.train(recipe, digits, runs_dir=tmp_path, threads=1)
+    assert folds._own_validation(run) == []
 
 
 def test_what_is_said_of_labels():
