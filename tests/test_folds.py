@@ -22,7 +22,7 @@ from fromzero.evaluate import predict
 from fromzero.evidence import Surest
 from fromzero.runs import Run
 from fromzero.splits import Data, validation_label
-from fromzero.study import folds
+from fromzero.study import display, execution, folds
 from fromzero.study.pools import Event
 from fromzero.trained import load_trained
 
@@ -319,6 +319,24 @@ def fromzero_page(run):
     from fromzero.report import report
 
     return report(load_trained(run, threads=1))
+
+
+def test_cores_that_folds_leave_idle_go_to_their_threads(monkeypatch):
+    monkeypatch.setattr(execution, "num_threads", lambda: 16)
+    assert execution.jobs_and_threads(None, None, False, 5) == (5, 3)
+    assert execution.jobs_and_threads(3, None, False, 5) == (3, 1)
+    assert execution.jobs_and_threads(16, 2, False, 5) == (5, 2)
+    assert execution.jobs_and_threads(None, None, False) == (16, 1)
+    assert execution.jobs_and_threads(None, None, True, 5) == (1, 16)
+
+
+def test_a_fold_is_as_much_work_as_a_split_of_its_size(digits):
+    recipe = fromzero.load_recipe("few").override(SMALL | {"validation.fraction": 0.2})
+    of_split = display._work(recipe, digits)
+    fold = recipe.override({"validation.source": "fold", "validation.fraction": 0.5})
+    assert display._work(fold, digits) == of_split
+    own = replace(digits, validation=digits.test)
+    assert display._work(fold, own) == of_split != display._work(recipe, own)
 
 
 def test_bad_input_gets_one_line(done, pictures, tmp_path, capsys):

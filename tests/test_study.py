@@ -380,6 +380,14 @@ def test_a_run_on_a_part_is_resumed_by_its_folder_alone(data_folder, tmp_path):
 # ---- cells
 
 
+def test_a_study_may_validate_on_a_fold(tmp_path, text):
+    on_fold = text.replace('source = "split"', 'source = "fold"\nvalidation.fold = 2')
+    study = load_study(written(tmp_path, on_fold), "half")
+    for own in (False, True):
+        assert study.setting(own).startswith("fold 2 of 5 for validation, ")
+    assert load_study(written(tmp_path, text), "half").setting(False).startswith("30% of them for validation, ")
+
+
 def test_a_cell_in_a_lasting_worker_is_the_run_that_the_command_line_trains(finished, tmp_path):
     """To the bit: weights, optimizer, metrics. Seed 5's cells come last, after others in the same processes."""
     _, execution, _ = finished
