@@ -739,6 +739,16 @@ def test_as_many_validation_images_are_proposed_as_tell(run):
     assert widths[0] >= 0.1 > widths[1]
 
 
+def test_few_validation_images_with_hardly_a_mistake_say_nothing_of_labels(run):
+    nearly = (0.6, 0.8, 0.9, 0.97, 0.98)
+    measured = {"num_validation": 40, "surest": Surest(0, 4, 0.9)}
+    for val, said in ((nearly, "could not be judged: imbalance, label-noise"), ((0.5,) * 5, "cross-validate")):
+        few = replace(evidence(measured=measured, train=nearly, val=val), recipe=run.recipe)
+        told = " ".join(remarks(run, few, diagnose(few)))
+        assert said in told
+        assert ("label-noise" in told) == (val is nearly)
+
+
 def test_mirrored_images_are_not_cleared_where_nothing_could_show_their_cost(run):
     flipped = run.recipe.override({"augment.flip": "random"})
     right = (0.6, 0.8, 0.9, 0.98, 0.998)
