@@ -238,6 +238,10 @@ BAD = [
         ["train", "digits", "--recipe", "train1", "--validation.fraction", "0.5"],
         "has no effect with --validation.source test",
     ),
+    (
+        ["train", "digits", "--recipe", "few", "--validation.source", "fold", "--validation.fraction", "0.5"],
+        "has no effect with --validation.source fold",
+    ),
     (["train", "digits", "--recipe", "trian2"], "unknown recipe 'trian2'; nearest: train2"),
     (["train", "digits", "--optimizer.name", "adm"], "'adm' is not one of sgd, adam, adamw, muon; nearest: adam"),
     (["train", "digits", "--epochs", "many"], "epochs: 'many'"),

@@ -74,6 +74,13 @@ def test_images_are_compared_that_both_held_out(runs, digits):
     )
 
 
+def test_of_other_train_images_is_said_what_would_tell(runs, digits):
+    record = compare_runs(runs[0], runs[1])
+    said = "Which train images are better takes several seeds of each"
+    assert said not in comparison_text(record)
+    assert said in comparison_text(record | {"others": {"train images": ("a", "b")}})
+
+
 def test_the_study_that_decides_is_written_and_can_be_carried_out(runs):
     record = compare_runs(runs[0], runs[2])
     assert record["study"]["command"].startswith(f"fromzero study {record['study']['file']}")

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from fromzero.evidence import (
     Trial,
     best_factor,
 )
-from fromzero.findings import diagnosis_text, remarks, remedy_study, write_findings
+from fromzero.findings import diagnosis_header, diagnosis_text, remarks, remedy_study, write_findings
 from fromzero.recipe import load_recipe
 from fromzero.sessions import new_training, resume
 from fromzero.splits import Data
@@ -737,6 +738,15 @@ def test_as_many_validation_images_are_proposed_as_tell(run):
     enough = int(re.search(r"about (\d+) validation images", found.remedy)[1])
     widths = [high - low for low, high in (wilson_interval(0.78, count) for count in (enough - 1, enough))]
     assert widths[0] >= 0.1 > widths[1]
+
+
+def test_notes_on_the_images_stand_at_a_diagnosis_head(run):
+    provenance = run.provenance
+    noted = provenance | {"data": provenance["data"] | {"notes": ["2 pictures are in two classes"]}}
+    other = SimpleNamespace(path=run.path, recipe=run.recipe, provenance=noted)
+    header = diagnosis_header(run, rows())
+    assert header.count("\n") == len(provenance["data"]["notes"])
+    assert diagnosis_header(other, rows()).endswith("\n  note: 2 pictures are in two classes")
 
 
 def test_few_validation_images_with_hardly_a_mistake_say_nothing_of_labels(run):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fromzero import display, load_recipe
 from fromzero.sessions import new_training
+from fromzero.stats import wilson_interval
 from fromzero.training import Training
 
 
@@ -61,6 +62,22 @@ def test_few_validation_images_are_said_to_be(training):
     says = "  note: 20 validation images give an accuracy to within ± 20 points at worst"
     assert f"{says}; --validation.fraction holds out more" in display.header(training).splitlines()
     training.close()
+
+
+def test_of_a_fold_no_larger_fraction_is_advised(tiny_images, tmp_path):
+    changes = {"network.channels": [[4], [8]], "network.pool": 4, "validation.source": "fold"}
+    training = new_training(load_recipe("train1").override(changes), tiny_images, runs_dir=tmp_path, threads=1)
+    said = display.header(training)
+    training.close()
+    assert "40 validation images give an accuracy" in said
+    assert "--validation.fraction" not in said
+
+
+def test_the_test_accuracy_has_its_interval(training):
+    *_, result, _, _ = lines(training)
+    share = training.run.summary["test/accuracy"]
+    low, high = wilson_interval(share, 40)
+    assert f", test {share:.4f} ({low:.4f}–{high:.4f}, 95 %) in " in result
 
 
 def test_classes_with_few_images_are_named(tiny_images, tmp_path):
