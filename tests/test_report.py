@@ -14,7 +14,7 @@ import fromzero
 from fromzero import cli
 from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, InputError
-from fromzero.report import Scored, _mistakes, _told, calibration, page, report
+from fromzero.report import Scored, _doubtful, _mistakes, _told, calibration, page, report
 from fromzero.runs import check_named, write_named
 from fromzero.trained import load_trained
 
@@ -257,3 +257,18 @@ def test_a_runs_own_records_and_its_weights_folder_are_no_place_for_a_page(tmp_p
             check_named(tmp_path / path, ".html")
     for path in ("run/page.html", "checkpoints/page.html"):
         check_named(tmp_path / path, ".html")
+
+
+def test_copies_among_the_mistakes_are_named_together():
+    pixels, labels = np.zeros((3, 4, 4, 3), np.uint8), np.zeros(3, np.int64)
+    pixels[2] = 9
+    scored = Scored(pixels, labels, np.array([[0.1, 0.9], [0.1, 0.9], [0.2, 0.8]], np.float32))
+    found = _mistakes(scored, Images(pixels, labels, ("a.png", "b.png", "c.png")))
+    assert [one["file"] for one in found] == ["a.png and b.png", "a.png and b.png", "c.png"]
+
+
+def test_doubtful_labels_that_are_not_of_these_images_are_left_out(tiny_images):
+    name = tiny_images.class_names[0]
+    row = {"image": 0, "file": None, "label": name, "looks_like": name, "looks_like_probability": 0.9}
+    wrong = [{"image": len(tiny_images.train)}, {"label": "none such"}]
+    assert len(_doubtful([row, *({**row, **one} for one in wrong)], tiny_images)) == 1
