@@ -34,7 +34,7 @@ from fromzero.stats import wilson_interval
 from fromzero.study.cells import Cell, Setting, is_finished
 from fromzero.study.execution import alone_in, jobs_and_threads
 from fromzero.study.pools import Event, on_this_machine
-from fromzero.trained import check_unedited, load_trained, proposing_others, recorded_images
+from fromzero.trained import check_unedited, load_trained, recorded_images
 
 NAMED, PAIRS, LISTED = 10, 3, 100  # classes and labels in the text, pairs of classes, labels in result.json
 
@@ -154,15 +154,14 @@ def _judged(found: CrossValidation) -> tuple[np.ndarray, np.ndarray]:
         trained = load_trained(Run(cell.path), images=images, device=setting.device, threads=setting.threads)
         data = trained.data
         assert data.held is not None
-        with proposing_others(trained.checkpoint):
-            said = predict(trained.network, data.validation.pixels, data.normalise, trained.machine)
+        said = predict(trained.network, data.validation.pixels, data.normalise, trained.machine)
         fold[data.held], probabilities[data.held] = number, said.cpu().numpy()
     return fold, probabilities
 
 
 def _rows(images: ImageSet, fold: np.ndarray, probabilities: np.ndarray) -> list[dict[str, Any]]:
     """Each judged image and what is said of it, the least likely label first. Of several ways to find labels that had
-    been made wrong this order found most (docs/results.md)."""
+    been made wrong this order found most (docs/log.md)."""
     labels, names = images.train.labels, images.class_names
     own, likeliest = probabilities[np.arange(len(labels)), labels], probabilities.argmax(1)
     judged = np.flatnonzero(fold)
