@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -215,6 +216,8 @@ def test_copies_and_a_class_of_one_picture(digits, tmp_path):
     result = folds.fold_result(found)
     assert (result["images"], result["left_out"]) == (300, 1)
     assert "  1 image not judged: their class has no other picture" in folds.fold_text(found, result)
+    named = set(re.findall(r">(\w+)/\d/\d+\.png<", fromzero_page(run.path)))
+    assert named == {"train", "val"}
 
 
 def test_it_is_stopped_and_gone_on_with(done, tmp_path):
