@@ -8,7 +8,8 @@
     checkpoints/      last, the one before, best
     curves.png        the learning curves
     lock              held by the process that trains; writer.json says which one, while it does
-    diagnosis.json, copies.csv, a study for each remedy, report.html, the exported model, an event file: when asked for
+    diagnosis.json, copies.csv, a study for each remedy, report.html, folds/ (its cross-validation), the exported model,
+                      an event file: when asked for
 
 A folder is never overwritten, and one process at a time trains in it.
 """

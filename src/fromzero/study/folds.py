@@ -121,7 +121,7 @@ def fold_header(found: CrossValidation) -> str:
         f"{found.folder}: {in_words(found.run.recipe, but=DATA_FIELDS)}, {counted(recipe.epochs, 'epoch')}, seed"
         f" {recipe.seed}",
         f"  {train:,} train images in {count} folds; {count} runs, each on about {train - round(train / count):,} of"
-        f" them, {found.jobs} at a time, {threads} each; test images are left alone",
+        f" them, {found.jobs} at a time, {threads} each; test images are not judged",
         *(f"  note: {note}" for note in found.images.notes),
     ]
     if found.run.provenance["from"]:
