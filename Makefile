@@ -21,7 +21,7 @@ test: .venv/.test ## install what tests need and run them
 test-keras: .venv/.test .venv/.keras ## compare the networks with Keras itself, layer by layer
 	KERAS_BACKEND=torch $(BIN)/python -m pytest tests/test_keras.py $(PYTEST)
 
-soak: .venv/.test ## the reliability tests to their full numbers, about half an hour; writes docs/reliability.md
+soak: .venv/.test ## the reliability tests to their full numbers, some five minutes; writes docs/reliability.md
 	$(BIN)/python -m tests.soak --output docs/reliability.md
 
 check: .venv/.check ## linter, formatter and type checker

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import sys
 import time
 from functools import partial
@@ -19,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks import figures, lifetime, networks, page, precision
-from benchmarks.targets import GOALS, KERAS_FLOAT32, POLICIES, SIDES
+from benchmarks.targets import GOALS, IDLE, KERAS_FLOAT32, POLICIES, SIDES
 from benchmarks.timing import ROOT, WorkerError, default_data_dir, run_worker
 
 RESULTS = ROOT / "build" / "benchmarks.json"
@@ -29,7 +30,7 @@ PEERS_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 RECIPES = ("train1", "train2", "train3")
 WAYS = ("fit", "train_on_batch", "fit, XLA", "train_on_batch, XLA")  # of steps_keras, which needs TensorFlow to import
 PATHS = ("--data-dir", "--peers-python", "--output")
-IDLE = 0.5  # the load average up to which nothing else runs
+KERAS_TRIES = 3  # of each way to train
 OPTIMIZER = {"learning_rate": 0.01, "momentum": 0.9}  # SGD, on all sides
 
 
@@ -83,23 +84,24 @@ def run_steps(arguments, results):
     results["ways"] = {name: {} for name in descriptions}
     results["steps"] = {name: {side: [] for side in arguments.sides} for name in descriptions}
     results["ceiling"] = []
-    say("which way of training is fastest for Keras, each tried once")
+    say("which way of training is fastest for Keras")
     for name, description in descriptions.items():
         for side in arguments.sides:
             if side in POLICIES:
-                tried = {way: keras_rate(arguments, description, side, way) for way in arguments.keras_ways}
-                results["ways"][name][side] = tried
-                say(f"  {name}, {side}: " + ", ".join(f"{way} {rate:,.0f}" for way, rate in tried.items()))
+                results["ways"][name][side] = keras_ways(arguments, description, side)
     for number in range(1, arguments.rounds + 1):
         say(f"round {number} of {arguments.rounds}, images a second")
         results["ceiling"].append(run_worker("ceiling", {"threads": arguments.threads}))
         for name, description in descriptions.items():
-            for side in arguments.sides:
+            for side in arguments.sides[:: 1 if number % 2 else -1]:  # a place in the order favours none
                 if side in POLICIES:
-                    rate = keras_rate(arguments, description, side, fastest(results["ways"][name][side]), results)
+                    found = keras_steps(arguments, description, side, fastest(results["ways"][name][side]))
+                    results["about"]["versions"] |= found["versions"]
                 else:
-                    rate = torch_rate(arguments, name, description, side)
-                results["steps"][name][side].append(rate)
+                    found = torch_steps(arguments, name, description, side)
+                if found["parameters"] != (expected := results["work"][name]["parameters"]):
+                    raise WorkerError(f"{side} has {found['parameters']:,} parameters in {name}, not {expected:,}")
+                results["steps"][name][side].append(found["images_per_second"])
             say(f"  {name}: " + ", ".join(f"{side} {rates[-1]:,.0f}" for side, rates in results["steps"][name].items()))
     for line in page.step_lines(results):
         print(line, flush=True)
@@ -146,11 +148,13 @@ def run_cold(arguments, results):
     from fromzero.recipe import recipe_names
 
     description = networks.describe(load_recipe("train3").network)
-    way = fastest(results.get("ways", {}).get("train3", {}).get(KERAS_FLOAT32) or {"fit": 1.0})
-    results["cold"] = {}
+    tried = results.get("ways", {}).get("train3", {}).get(KERAS_FLOAT32)
+    way = fastest(tried or keras_ways(arguments, description, KERAS_FLOAT32))
+    results["cold"], results["cold_failed"] = {}, {}
 
     def keras_epoch_seconds():
-        return figures.epoch_seconds(keras_rate(arguments, description, KERAS_FLOAT32, way))
+        found = keras_steps(arguments, description, KERAS_FLOAT32, way)
+        return figures.epoch_seconds(found["images_per_second"])
 
     for name in arguments.cold:
         if name not in recipe_names():
@@ -165,7 +169,8 @@ def run_cold(arguments, results):
                 runs.append(run)
                 say(f"  {runs[-1]['seconds']:.1f} s, test accuracy {runs[-1]['accuracy']:.4f}")
         except WorkerError as error:  # the runs before it stand
-            say(f"  failed in run {len(runs) + 1}: {str(error).splitlines()[-1]}")
+            results["cold_failed"][name] = str(error).splitlines()[-1]
+            say(f"  failed in run {len(runs) + 1}: {results['cold_failed'][name]}")
         if not runs:
             continue
         results["cold"][name] = {
@@ -177,17 +182,25 @@ def run_cold(arguments, results):
         }
 
 
-def keras_rate(arguments, description, side, way, results=None):
+def keras_ways(arguments, description, side):
+    """Images a second of each way to train that network, the median of KERAS_TRIES in turn."""
+    tried = {way: [] for way in arguments.keras_ways}
+    for _ in range(KERAS_TRIES if len(tried) > 1 else 1):
+        for way, rates in tried.items():
+            rates.append(keras_steps(arguments, description, side, way)["images_per_second"])
+    medians = {way: statistics.median(rates) for way, rates in tried.items()}
+    say(f"  {side}: " + ", ".join(f"{way} {rate:,.0f}" for way, rate in medians.items()))
+    return medians
+
+
+def keras_steps(arguments, description, side, way):
     task = {"description": description, "policy": POLICIES[side], "way": way, **common(arguments)}
-    found = run_worker("steps_keras", task, arguments.peers_python)
-    if results is not None:
-        results["about"]["versions"] |= found["versions"]
-    return found["images_per_second"]
+    return run_worker("steps_keras", task, arguments.peers_python)
 
 
-def torch_rate(arguments, name, description, side):
+def torch_steps(arguments, name, description, side):
     task = {"side": side, "recipe": name, "description": description, **common(arguments)}
-    return run_worker("steps_torch", task)["images_per_second"]
+    return run_worker("steps_torch", task)
 
 
 def common(arguments):

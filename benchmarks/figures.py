@@ -25,7 +25,7 @@ class Spread(NamedTuple):
 
 
 def ratios(ours, theirs):
-    """ours / theirs for each pair: the n-th of both were measured one after the other."""
+    """ours / theirs for each pair: the n-th of both are of one round."""
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 

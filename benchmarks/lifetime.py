@@ -17,6 +17,7 @@ LINEAR_RECIPE, LINEAR_IMAGES, LINEAR_STEPS = "train1", (3_200, 6_400, 12_800), 2
 # How old two runs are whose steps are compared: past an epoch of CIFAR-10 and what comes at its end, and hardly begun.
 LATE_STEPS, WARM_UP_STEPS = 411, 20
 BLOCKS, BLOCK_STEPS = 10, 10
+NO_CHECKPOINT = 10_000  # minutes: one would count as the steps that it falls between
 
 
 def measure(what, **task):
@@ -38,7 +39,7 @@ def epoch(data_dir, threads):
     """An epoch on CIFAR-10 as a run: what its steps take, what evaluating 10,000 images takes (with the row of metrics
     that it ends in), the memory that the run says it needed."""
     with tempfile.TemporaryDirectory() as folder:
-        training = new_training_of(cifar10(data_dir), folder, threads)
+        training = new_training_of(cifar10(data_dir), folder, threads, checkpoint_minutes=NO_CHECKPOINT)
         ends, evaluated = [], 0.0
         for progress in training:
             if progress.row is None:
@@ -113,8 +114,7 @@ def on_demand(recipe, threads, images=None, data_dir=None):
     from benchmarks.steps_torch import random_images
 
     with tempfile.TemporaryDirectory() as folder:
-        # A checkpoint would count as the steps that it falls between: none is due.
-        options = {"recipe": recipe, "epochs": 1000, "checkpoint_minutes": 10_000}
+        options = {"recipe": recipe, "epochs": 1000, "checkpoint_minutes": NO_CHECKPOINT}
         training = new_training_of(random_images(images) if images else cifar10(data_dir), folder, threads, **options)
         progresses = iter(training)
         for line in sys.stdin:
@@ -149,7 +149,7 @@ def seconds_of(ends):
     return (ends[-1] - ends[0]) * len(ends) / (len(ends) - 1)
 
 
-def cold_run(recipe, seed, data_dir=None, threads=None, dataset="cifar10"):
+def cold_run(recipe, seed, data_dir=None, threads=None, dataset="cifar10", environment=ENVIRONMENT):
     """`fromzero train DATASET --recipe RECIPE --seed SEED` as a user types it: seconds from the start of its process
     until the test accuracy is printed and until its end, and that accuracy (as its summary has it)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ def cold_run(recipe, seed, data_dir=None, threads=None, dataset="cifar10"):
         command += ["--threads", str(threads)] if threads else []
         began, printed, seconds = time.perf_counter(), [], None
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes) as process:
+        with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
             for line in process.stdout:
                 printed.append(line)
                 if RESULT.search(line):

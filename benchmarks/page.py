@@ -46,7 +46,8 @@ def text(results):
 
 
 def about_lines(results):
-    about, verdicts = results["about"], all_verdicts(results)
+    about, verdicts, missing = results["about"], all_verdicts(results), targets.not_measured(results)
+    busy = about["load_before"] > targets.IDLE
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     short = [v for v in verdicts if not v.met]
     commit = about["commit"] or "unknown"
@@ -58,16 +59,20 @@ def about_lines(results):
         f"{about['processor']}, {about['instructions']}; {about['cores']} cores, {about['threads']} threads; fromzero's"
         f" kernels: {about.get('kernels', 'none')}; Python"
         f" {about['python']}; {versions}. Load average when it began {about['load_before']:.2f} (what else ran), when"
-        f" it ended {about.get('load_after', 0):.2f}.",
+        f" it ended {about.get('load_after', 0):.2f}."
+        + " **Other work ran when it began, so these figures are not to be trusted.**"
+        * busy,
         "",
         "Every measurement is a process of its own, the sides in turn (A B A B …), as times on shared machines drift."
         f" Rounds: {about['rounds']}; figures are medians (lowest–highest), ratios are taken pair by pair within a"
-        " round. Absolute figures move by tens of per cent between machines and hours: only the ratios say something.",
+        " round, whose order is turned round in every other one. Absolute figures move by tens of per cent between"
+        " machines and hours, and ratios between runs, too: what stands in brackets is the spread within this one.",
         "",
         f"**{len(verdicts) - len(short)} of {len(verdicts)} targets are met**"
         + (":" if not short else f"; {len(short)} {'falls' if len(short) == 1 else 'fall'} short:"),
         "",
         *(f"- {'**' + v.line() + '**' if not v.met else v.line()}" for v in verdicts),
+        *([f"- Not measured in this run: {'; '.join(missing)}"] if missing else []),
     ]
 
 
@@ -104,10 +109,10 @@ def steps_section(results):
         ways = list(tried[0][2])
         lines += [
             "",
-            "How Keras was trained, each way tried once in the same run, the fastest taken for the rounds (images a"
-            " second)"
-            + ("" if len(ways) > 1 else ": one way only, no other was compared here (single measurements: docs/log.md)")
-            + ". Without XLA is what `compile` chooses on a machine without a GPU.",
+            "How Keras was trained, "
+            + ("the median of several tries of each way, in turn" if len(ways) > 1 else "one way only")
+            + " (images a second). The fastest was taken for the rounds. Without XLA is what `compile` chooses on a"
+            " machine without a GPU.",
             "",
             row(["", "", *ways]),
             row(["---"] * 2 + ["---:"] * len(ways)),
@@ -231,7 +236,7 @@ def cold_section(results):
     lines = [
         "`fromzero train cifar10 --recipe NAME --seed N`, N from 0, from the start of its process until it has printed"
         " its test accuracy: interpreter, imports, reading the images, training, checkpoints, scoring the test images"
-        " once. To its end it also draws its curves."
+        " once; fromzero's kernels had been compiled before. To its end it also draws its curves."
         " In turn with Keras float32's training steps of train 3, whose epoch is 50,000 images at the rate measured"
         " before and after each run; Keras's own start is not counted.",
         "",
@@ -261,7 +266,10 @@ def cold_section(results):
         ]
         accuracy = Spread.of(found["accuracy"]).text(".4f")
         lines.append(row([name, str(len(found["seconds"])), *times, epochs.text(".3f"), target, accuracy]))
-    return lines
+    ways = sorted({found["keras_way"] for found in results["cold"].values() if "keras_way" in found})
+    failed = [f"{name} failed: {why}." for name, why in results.get("cold_failed", {}).items()]
+    said = [*(f"Keras was trained by `{way}`." for way in ways), *failed]
+    return [*lines, *(["", " ".join(said)] if said else [])]
 
 
 def lifetime_section(results):
@@ -331,6 +339,8 @@ def precision_lines(name, pairs):
     else:
         outcome = "is higher" if mean > 0 else FALLS_SHORT
         verdict = "within seed noise" if low <= 0 <= high else f"NOT within seed noise: bfloat16 {outcome}"
+        if low <= 0 <= high:
+            verdict += f", which leaves open what is smaller than {100 * max(-low, high):.1f} points"
     return [
         f"{name}, bfloat16 − float32 in points: {each}; mean {100 * mean:+.2f} ± {100 * (high - mean):.2f}"
         f" (95 % t interval, n = {len(pairs['seeds'])}); float32's seeds deviate by"

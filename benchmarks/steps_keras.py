@@ -16,7 +16,7 @@ import tensorflow as tf
 from benchmarks import networks
 from benchmarks.timing import Stopwatch, main_of_worker
 
-# How a Keras user can train: what to call, and whether XLA compiles it (compile's own default, "auto", is yes).
+# How a Keras user can train: what to call, and whether XLA compiles it, which compile's default leaves on a processor.
 WAYS = {
     "fit, XLA": ("fit", True),
     "fit": ("fit", False),

@@ -28,6 +28,7 @@ class Goal(NamedTuple):
 
 
 GOALS = {"quick": Goal(0.1, 0.84), "strong": Goal(1.5, 0.94), "best": Goal(12, 0.96)}
+IDLE = 0.5  # the load average up to which nothing else runs
 EVEN = 0.1  # a step's time, and an image's, may differ by this share and still count as the same
 
 
@@ -99,6 +100,23 @@ def lifetime_verdicts(lifetime):
     if starts := lifetime.get("start_seconds"):
         verdicts.append(_at_most("train3 on CIFAR-10, process start to first step", starts, 8.0, "s"))
     return verdicts
+
+
+def not_measured(results):
+    """What has a target and no verdict, as a part was left out or failed."""
+    steps, lifetime = results.get("steps", {}), results.get("lifetime", {})
+    missing = []
+    for side, least in SPEEDUPS.items():
+        names = [name for name in least if not {side, FROMZERO} <= steps.get(name, {}).keys()]
+        missing += [f"{', '.join(names)} ÷ {side}"] if names else []
+    missing += [f"{name} (time and accuracy)" for name in GOALS if name not in results.get("cold", {})]
+    known = {
+        "linear": "time a step with more images",
+        "epochs": "memory and evaluation",
+        "late_by_early": "time a step after an epoch",
+        "start_seconds": "start to first step",
+    }
+    return missing + [what for key, what in known.items() if not lifetime.get(key)]
 
 
 def _at_most(what, values, target, unit):

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# As it was before this process imports fromzero, which sets a variable for torch's threads: peers start without it.
-ENVIRONMENT = dict(os.environ)
+# For all sides: how long torch's threads spin before they sleep, which fromzero sets itself. By default so long that
+# other work on the machine slows plain PyTorch far more than fromzero.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", **os.environ}
 
 WARM_UP_SECONDS, MEASURE_SECONDS, MIN_STEPS = 2.0, 5.0, 5
 

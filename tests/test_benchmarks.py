@@ -113,7 +113,11 @@ RESULTS = {
         }
         | {"copy_gigabytes_per_second": 10.0}
     ] * 2,
-    "cold": {"quick": {"seconds": [30.0], "end_seconds": [30.5], "keras_epoch_seconds": [200.0], "accuracy": [0.85]}},
+    "cold": {
+        "quick": {"seconds": [30.0], "end_seconds": [30.5], "keras_epoch_seconds": [200.0], "accuracy": [0.85],
+                  "keras_way": "fit"},
+    },
+    "cold_failed": {"best": "no memory"},
     "lifetime": {
         "linear": [{"recipe": "train1", "block_steps": 10, "seconds": {"100": [1.0, 1.1], "200": [1.0, 1.1]}}] * 2,
         "start_seconds": [4.0, 5.0],
@@ -151,6 +155,12 @@ def test_the_page_shows_every_part_and_what_falls_short(tmp_path):
     assert "train3, fromzero ÷ Keras mixed_bfloat16: 2.50 ×, target at least 2: met" in text
     assert "0.150 epochs of Keras float32, train 3, target at most 0.1: FALLS SHORT" in text
     assert "6.00 (4.00–9.00) %, target at most 5: FALLS SHORT" in text
+    assert "- Not measured in this run: train1, train2 ÷ Keras mixed_bfloat16; train1 ÷ Keras float32; " in text
+    assert "; strong (time and accuracy); best (time and accuracy)" in text
+    assert "Keras was trained by `fit`. best failed: no memory." in text
+    assert "not to be trusted" not in text
+    busy = RESULTS | {"about": RESULTS["about"] | {"load_before": 0.9}}
+    assert "**Other work ran when it began, so these figures are not to be trusted.**" in page.text(busy)
     # A slow block in three is no growing cost; the rounds' medians are 1.1, 1.2 and 1.3.
     assert (
         "a step after an epoch ÷ one of a run just begun, in turn: 1.20 (1.10–1.30) ×, target at most 1.1: FALLS"
