@@ -1,4 +1,4 @@
-"""Every promise of docs/reliability.md to its full number; writes that page. About half an hour: make soak.
+"""Every promise of docs/reliability.md to its full number; writes that page. Some five minutes: make soak.
 
     python -m tests.soak [--scale 1.0] [--seed 0] [--only PART …] [--output docs/reliability.md]
 

@@ -19,6 +19,9 @@ import pytest
 from fromzero.data import Images, cifar, load_images, stratified_split
 from fromzero.data.images import own_name
 from fromzero.errors import InputError
+from fromzero.recipe import load_recipe
+from fromzero.sessions import new_training
+from fromzero.trained import recorded_images
 from tests.conftest import CIFAR10_NAMES
 
 TEST_BATCH = {"binary": "test_batch.bin", "python": "test_batch"}
@@ -151,6 +154,23 @@ def test_cifar10_in_another_order_or_with_another_pixel_is_looked_at_image_by_im
     second.unlink()
     second.write_bytes(content)
     assert "the train images are not CIFAR-10's" in refused("cifar10", data_dir=tmp_path)
+
+
+def test_a_run_finds_cifar10_again_in_an_archive_of_any_name(cifar10_dir, tmp_path, tar_cifar):
+    place = tmp_path / "mine (1).tar"
+    with tarfile.open(place, "w") as tar:
+        tar.add(cifar10_dir / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    images = load_images(f"{place}:100")
+    changes = {"dataset": f"{place}:100", "epochs": 1, "network.channels": [[4]], "network.pool": 4}
+    recipe = load_recipe("train1").override(changes | {"network.dense": [], "validation.source": "split"})
+    training = new_training(recipe, images, runs_dir=tmp_path / "runs", threads=1)
+    training.close()
+    run = training.run
+    assert run.provenance["data"]["name"] == "cifar10:100"
+    assert recorded_images(run).fingerprints == images.fingerprints
+    moved = place.rename(tmp_path / "moved")
+    assert recorded_images(run, data_dir=moved).fingerprints == images.fingerprints
+    assert recorded_images(run, data_dir=cifar10_dir).fingerprints == images.fingerprints
 
 
 def test_other_images_are_not_taken_for_cifar10(tmp_path, write_cifar):

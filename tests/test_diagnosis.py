@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fromzero
 from fromzero import cli, load_images, machine, probe
@@ -25,6 +26,7 @@ from fromzero.diagnosis import (
 )
 from fromzero.evidence import (
     Cooldown,
+    Copied,
     Copies,
     Copy,
     Evidence,
@@ -41,7 +43,7 @@ from fromzero.sessions import new_training, resume
 from fromzero.splits import Data
 from fromzero.stats import wilson_interval
 from fromzero.study.definition import load_study
-from fromzero.trained import load_classifier, load_trained
+from fromzero.trained import load_trained
 
 RECIPE = load_recipe("train2").override({"validation.source": "split", "schedule.name": "linear"})
 
@@ -58,7 +60,7 @@ HEALTHY = Measures(
     recalls=(0.8, 0.82),
     loss_error=0.02,
     surest=Surest(2, 100, 0.97),
-    copies=Copies(0, 3, 2000),
+    copies=Copies({"validation": Copied(0, 3, 1000), "test": Copied(0, 0, 1000)}),
     plain_loss=0.4,
     dropout_loss=0.6,
     changed_by_batch_norm=0.0,
@@ -101,7 +103,7 @@ LOWER = trials(0.69, 0.69, 0.6, 0.5, 0.3)
 LAYERS = [LayerMeasures("conv2d_1", 1e-7, 5.0, 0.1), LayerMeasures("predictions", 0.5, 4.0, None)]
 FLAT = {"train": (0.5, 0.58, 0.6, 0.6, 0.6), "val": (0.5, 0.57, 0.58, 0.58, 0.58)}
 PLANTED = {
-    "copies": {"measured": {"copies": Copies(90, 130, 2000)}},
+    "copies": {"measured": {"copies": Copies({"validation": Copied(40, 60, 1000), "test": Copied(0, 0, 10_000)})}},
     "imbalance": {"measured": {"train_counts": (900, 30), "recalls": (0.95, 0.3)}},
     "decay-too-strong": {
         "changes": {"optimizer.weight_decay": 0.1},
@@ -623,9 +625,10 @@ def test_copies_are_found(how, tiny_images, tmp_path):
     planted = replace(tiny_images, test=Images(test, tiny_images.test.labels), fingerprints={"train": "a", "test": "b"})
     before = probe.evidence_of(trained(tiny_images, tmp_path / "a", {"validation.source": "test"})).measures
     after = probe.evidence_of(trained(planted, tmp_path / "b", {"validation.source": "test"})).measures
-    assert after.copies.of == before.copies.of == 40
-    assert after.copies.exact == before.copies.exact + (10 if how == "same" else 0)
-    assert after.copies.near == before.copies.near + 10
+    before, after = (measures.copies.splits["validation"] for measures in (before, after))
+    assert after.of == before.of == 40
+    assert after.exact == before.exact + (10 if how == "same" else 0)
+    assert after.near == before.near + 10
 
 
 # The command.
@@ -724,7 +727,8 @@ def test_few_validation_images_show_many_wrong_labels_only(run):
 
 def test_a_few_copies_are_told_beside_the_findings(run):
     found = (Copy("test", "test/a.png", "train/b.png", True),)
-    for copies, are_few in ((Copies(1, 1, 2000, found=found), True), (Copies(150, 150, 2000, found=found), False)):
+    for count, are_few in ((1, True), (150, False)):
+        copies = Copies({"test": Copied(count, count, 2000)}, found=found)
         e = replace(evidence(measured={"copies": copies}), recipe=run.recipe)
         findings = diagnose(e)
         assert [finding.name for finding in findings] == ([] if are_few else ["copies"])
@@ -813,7 +817,10 @@ def test_rows_after_the_checkpoint_do_not_count(run, capsys):
     assert f"after epoch {len(rows)}: " in capsys.readouterr().out
 
 
-def test_a_run_of_which_no_epoch_is_saved_is_judged_by_nothing(run, capsys):
+def test_a_run_of_which_no_epoch_is_saved_is_judged_by_nothing(run, capsys, tmp_path):
+    picture = tmp_path / "new" / "cat" / "a.png"
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(picture)
     for path in run.checkpoints.iterdir():  # as an early kill leaves it
         if "step-0" not in path.name:
             path.unlink()
@@ -824,8 +831,10 @@ def test_a_run_of_which_no_epoch_is_saved_is_judged_by_nothing(run, capsys):
     assert not (run.path / "diagnosis.json").exists()
     assert cli.main(["evaluate", str(run.path), "--threads", "1"]) == 0
     assert " weights, of epoch 0," in capsys.readouterr().out
-    with pytest.warns(UserWarning, match="these are the weights it began with; none has been saved since"):
-        load_classifier(run, threads=1)
+    for command, these in (("predict", picture), ("evaluate", tmp_path / "new")):
+        assert cli.main([command, str(run.path), str(these), "--threads", "1"]) == 0
+        told = "".join(capsys.readouterr())
+        assert told.count("these are the weights it began with; none has been saved since") == 1
     rows = len(run.metrics())
     assert cli.main(["resume", str(run.path), "--threads", "1"]) == 0
     assert f"{rows} epochs since the last checkpoint come again" in capsys.readouterr().out
@@ -835,8 +844,9 @@ def test_an_edited_recipe_and_missing_rows_are_refused(run, capsys):
     rows = (run.path / "metrics.jsonl").read_text()
     for damage, said in (("", "rows are missing"), (rows.replace('"val/accuracy": 0', '"val/accuracy": 7'), "damaged")):
         (run.path / "metrics.jsonl").write_text(damage)
-        assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 1
-        assert said in capsys.readouterr().err
+        for command in ("diagnose", "report"):
+            assert cli.main([command, str(run.path), "--threads", "1"]) == 1
+            assert said in capsys.readouterr().err
     (run.path / "metrics.jsonl").write_text(rows)
     (run.path / "recipe.toml").write_text(run.recipe.override({"augment.translate": 9}).to_toml())
     assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 1
@@ -849,6 +859,19 @@ def test_findings_are_told_where_the_folder_cannot_be_written(run, capsys):
     told = capsys.readouterr()
     assert "1. rate-too-high: " in told.out
     assert "cannot be written" in told.err
+
+
+def test_all_images_are_looked_for_among_the_train_images(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (3000, 32, 32, 3), np.uint8)
+    labels = np.arange(1500) % 2
+    train, test = Images(pixels[:1500], labels), Images(np.concatenate([pixels[:300], pixels[1800:]]), labels)
+    files = [tuple(f"{split}-{n}" for n in range(1500)) for split in ("train", "test")]
+    train, test = (replace(part, files=names) for part, names in zip((train, test), files, strict=True))
+    images = fromzero.ImageSet("squares", train, test, ("a", "b"), "made up", {"train": "a", "test": "b"})
+    copies = probe._copies(trained(images, tmp_path, {"validation.source": "test"}))
+    assert copies.splits == {"validation": Copied(300, 300, 1500)}
+    assert [(one.file, one.train_file) for one in copies.found] == [(f"test-{n}", f"train-{n}") for n in range(300)]
 
 
 def test_images_that_all_look_alike_are_no_copies(tmp_path):
@@ -865,7 +888,7 @@ def test_images_that_all_look_alike_are_no_copies(tmp_path):
     images = fromzero.ImageSet("parts", part(60), part(30), tuple("abc"), "made up", {"train": "a", "test": "b"})
     found = trained(images, tmp_path, {"validation.source": "test"})
     evidence = probe.evidence_of(found)
-    assert evidence.measures.copies == Copies(0, 0, 30, by_looks=False)
+    assert evidence.measures.copies == Copies({"validation": Copied(0, 0, 30)}, by_looks=False)
     assert "Only copies to the byte were looked for" in " ".join(remarks(found.run, evidence, []))
 
 
@@ -877,13 +900,13 @@ def test_copies_with_another_label_do_not_hide_those_that_look_alike(tmp_path):
     test.pixels[10:20] = train.pixels[10:20] // 2  # of the same, darker
     images = fromzero.ImageSet("parts", train, test, tuple("ab"), "made up", {"train": "a", "test": "b"})
     evidence = probe.evidence_of(trained(images, tmp_path, {"validation.source": "test"}))
-    assert evidence.measures.copies == Copies(4, 14, 40)
+    assert evidence.measures.copies == Copies({"validation": Copied(4, 14, 40)})
     test.pixels[:4] = rng.integers(0, 256, (4, 32, 32, 3))
     test.pixels[:2] = train.pixels[1:3] // 2  # nor do a few that look alike
     found = trained(images, tmp_path / "near", {"validation.source": "test"})
-    assert probe.evidence_of(found).measures.copies == Copies(0, 10, 40)
+    assert probe.evidence_of(found).measures.copies == Copies({"validation": Copied(0, 10, 40)})
     (found,) = (finding for finding in diagnose(evidence) if finding.name == "copies")
-    assert "in train to the byte: 4; more that look almost like one there: 10" in found.evidence
+    assert "in train to the byte: 4, more that look almost like one there: 10" in found.evidence
 
 
 def test_a_class_that_is_alike_all_over_has_no_copies(tmp_path):
@@ -901,7 +924,7 @@ def test_a_class_that_is_alike_all_over_has_no_copies(tmp_path):
     test.pixels[1] = train.pixels[1]
     images = fromzero.ImageSet("parts", train, test, tuple("abc"), "made up", {"train": "a", "test": "b"})
     m = probe.evidence_of(trained(images, tmp_path, {"validation.source": "test"})).measures
-    assert m.copies == Copies(1, 1, 30)
+    assert m.copies == Copies({"validation": Copied(1, 1, 30)})
 
 
 def test_measures_do_not_depend_on_the_order_of_the_images(tiny_images, tmp_path):
@@ -928,8 +951,21 @@ def test_dropout_that_was_never_on_a_flat_curve_and_dead_units_are_not_misread()
 
 
 def test_a_remedy_that_changes_nothing_has_no_study():
-    pooled = evidence({"network.pool": [1, 2, 2, 2]}, {"map_sides": (32, 4, 2)})
+    pooled = evidence({"network.pool": [1, 1, 1, 1]}, {"map_sides": (32, 4, 2)})
     assert [(finding.name, finding.changes) for finding in diagnose(pooled)] == [("pooling-too-early", {})]
+
+
+@pytest.mark.parametrize(
+    ("pool", "remedy", "milder"),
+    [
+        ([2, 2, 2, 2], "no pooling in block 1", [1, 2, 2, 2]),
+        ([1, 2, 2, 2], "no pooling in block 2", [1, 1, 2, 2]),
+        ([4, 2, 1, 3], "windows of 2 pixels", [2, 2, 1, 2]),
+    ],
+)
+def test_what_pools_less_is_proposed(pool, remedy, milder):
+    (found,) = diagnose(evidence({"network.pool": pool}, {"map_sides": (32, 4, 2)}))
+    assert (found.remedy, found.changes) == (remedy, {"network.pool": milder})
 
 
 def test_train_images_unlike_those_that_are_scored():

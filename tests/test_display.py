@@ -11,6 +11,7 @@ from rich.console import Console
 from fromzero import display, load_recipe
 from fromzero.sessions import new_training
 from fromzero.stats import wilson_interval
+from fromzero.terminal import lasting_console, say
 from fromzero.training import Training
 
 
@@ -42,6 +43,11 @@ def test_without_a_terminal_the_first_step_and_every_epoch_have_a_line(training)
     assert result.startswith("train 0.")
     assert place == f"curves and metrics: {training.run.path}"
     assert page == f"a page about it:    fromzero report {training.run.path}"
+
+
+def test_names_are_printed_as_they_are(capsys):
+    say(lasting_console(), "photos:100:50 [bold] :dog:")
+    assert capsys.readouterr().out == "photos:100:50 [bold] :dog:\n"
 
 
 def test_without_a_terminal_a_long_epoch_has_lines_between(training, monkeypatch):

@@ -81,6 +81,13 @@ def test_a_card_says_what_is_recorded_of_the_weights(copied, tiny_images, tmp_pa
     assert "recipe `quick with batch_size = 50, network.channels = [[8], [8], [8]], validation.fraction = 0.2`" in text
     assert "160 images to train on, 40 others for validation, 40 for the test." in text
     assert "was not asked about these weights" in text
+    assert "judged by one of" not in text
+    assert cli.main(["cross-validate", str(copied.path), "--folds", "3", "--jobs", "1"]) == 0
+    folds = copied.cross_validation
+    said = f"one of 3 other networks, trained by the same recipe without it: **{folds['accuracy']:.4f}** ("
+    assert said in card(load_classifier(copied))
+    changed(copied, "folds/result.json", epochs=9)  # as where the run was extended since
+    assert said not in card(load_classifier(copied))
     assert cli.main(["diagnose", str(copied.path)]) == 0
     finding = copied.diagnosis["findings"][0]
     assert f"`fromzero diagnose` found: {finding['meaning']} (*{finding['name']}*): " in card(load_classifier(copied))

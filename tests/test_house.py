@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import modules of the lines above its own, and of its own line where that is said.
 ORDER = [
-    ["errors", "rng", "files", "stats", "terminal"],
-    ["shipped", "resources"],
+    ["errors", "rng", "files", "stats"],
+    ["shipped", "resources", "terminal"],
     ["recipe", "kernels", "signals"],
     ["machine", "modules", "fused", "arguments", "timetable", "changes"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],

@@ -5,6 +5,8 @@ import platform
 import shutil
 import subprocess
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 
 from fromzero import FromzeroError, kernels, load_recipe, machine, modules, networks, new_training, rng
 from fromzero.display import header
+from fromzero.evaluate import Normalise
 from fromzero.kernels import building
 
 ELEMENTS = [torch.float32, torch.bfloat16]
@@ -303,6 +306,19 @@ def test_what_is_not_finite_stays_so(made):
     assert made.channel_sums(x).isnan().nonzero().tolist() == [[3]]
     assert made.forward_pooled(x, torch.ones(16, 3, 3, 16), None, 1, True)[0][1].isnan().any()
     assert all(moment.isnan().nonzero().tolist() == [[3]] for moment in made.moments(x))
+    zero, one = torch.zeros(1), torch.ones(1)
+    for infinity in (torch.inf, -torch.inf):
+        lone = torch.full((1, 1), infinity, dtype=made.element)
+        assert not made.normalise(lone, zero, one, zero, "gelu").isfinite().any()
+
+
+def test_each_threads_scratch_memory_begins_where_vectors_are_aligned(made):
+    """In any Python thread, as each has its own."""
+    with ThreadPoolExecutor(1) as pool:
+        begin, floats = pool.submit(made._own, 193 * 24 + 1).result()
+        assert floats >= 193 * 24 + 1
+        assert floats % 16 == 0
+        assert pool.submit(made._own, 5).result() == (begin, floats)
 
 
 @pytest.mark.parametrize("name", ["train1", "train3", "quick"])
@@ -447,6 +463,32 @@ def test_another_compiler_is_tried_and_what_it_made_is_kept(tmp_path, monkeypatc
         pytest.skip("no gcc on this machine")
     assert agree_twice(lambda: building.made.__wrapped__(torch.float32).name)
     assert (tmp_path / "asked").read_text().count("\n") == 1
+
+
+def test_where_the_folder_of_kernels_cannot_be_written_they_are_compiled_elsewhere(tmp_path, monkeypatch):
+    if kernels.find(torch.float32).kernels is None:
+        pytest.skip("no kernels on this machine")
+    monkeypatch.setenv("FROMZERO_HOME", str(tmp_path / "home"))
+    compiled = building._compiled
+
+    def on_a_full_disk(compiler, flags, folder, *rest):
+        if tmp_path in folder.parents:
+            raise OSError(28, "No space left on device")
+        return compiled(compiler, flags, folder, *rest)
+
+    monkeypatch.setattr(building, "_compiled", on_a_full_disk)
+    assert building.made.__wrapped__(torch.float32).kernels is not None
+    assert not list((tmp_path / "home" / "kernels").iterdir())
+
+
+def test_what_an_update_adds_to_the_list_of_a_processors_features_changes_no_name(monkeypatch):
+    listed = "model name\t: A\nflags\t\t: fpu vme sse4_2 avx512_bf16 fma {}\n"
+    named = {}
+    for more in ("", "ibpb_exit_to_user", "amx_tile"):
+        monkeypatch.setattr(Path, "read_text", lambda *given, more=more: listed.format(more))
+        named[more] = building._processor()
+    assert named[""] == named["ibpb_exit_to_user"] == "model name\t: A\nsse4_2 avx512_bf16 fma"
+    assert named["amx_tile"] != named[""]
 
 
 def agree_twice(ask):
@@ -615,6 +657,23 @@ def test_normalised_pixels_have_the_same_bits_with_kernels_and_without(made, cha
     theirs = kernels.normalise_pixels(pixels, shift, scale)
     assert torch.equal(ours, theirs)
     assert torch.equal(ours, (pixels.float() - shift) * scale)
+
+
+def test_values_of_other_channels_or_types_are_never_read_as_those_of_pixels(made):
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)  # channels second, by mistake
+    with pytest.raises(RuntimeError):
+        kernels.normalise_pixels(pixels, torch.zeros(3), torch.ones(3))
+    pixels, recipe = pixels.permute(0, 2, 3, 1).contiguous(), load_recipe("train1")
+    for rule in ("unit", "standard"):
+        expected = Normalise.of(recipe.override({"normalise": rule}), pixels)(pixels)
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = Normalise.of(recipe.override({"normalise": rule}), pixels)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found(pixels), expected)
+        doubles = kernels.normalise_pixels(pixels, found.shift.double(), found.scale.double())
+        torch.testing.assert_close(doubles.float(), expected.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 7, 9, 3), (2000, 33, 5, 4), (3, 2, 300, 37)])

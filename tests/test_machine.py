@@ -78,7 +78,9 @@ def test_a_gpu_computes_in_what_it_has(gpu):
     assert here.instructions.startswith("compute capability 8.0, cuDNN")
     gpu((7, 5))
     assert machine.prepare().precision == machine.prepare("float32").precision == "float32"
-    with pytest.raises(InputError, match="Some GPU does not compute in bfloat16; add --precision float32"):
+    with pytest.raises(
+        InputError, match="Some GPU does not compute in bfloat16; use --device cpu, or --precision float32"
+    ):
         machine.prepare("bfloat16")
 
 

@@ -145,7 +145,8 @@ def test_copies_are_listed_by_file(tmp_path, capsys, monkeypatch):
     assert len(found) > 2
     assert "copies.csv" in told
     assert all(file in told for file in list(found)[:1])
-    assert run.diagnosis["measures"]["copies"]["near"] == len(found)
+    copies = run.diagnosis["measures"]["copies"]["splits"]
+    assert sum(copied["near"] for copied in copies.values()) == len(found)
 
 
 def test_a_run_lists_which_file_was_in_which_split(tmp_path):
@@ -358,6 +359,16 @@ def test_a_few_damaged_pictures_are_left_out_and_named(tmp_path, monkeypatch):
         load_images(folder)  # no damage: they may be there the next time
 
 
+def test_exif_that_is_none_turns_nothing(tmp_path):
+    folder = write(tmp_path / "set", count=4)
+    for path in folder.glob("*/*.png"):
+        Image.open(path).save(path.with_suffix(".jpg"), exif=b"Exif\0\0" + b"no TIFF at all", quality=95)
+        path.unlink()
+    images = load_images(folder)
+    assert images.counts["train"] + images.counts["test"] == 12
+    assert not [note for note in images.notes if "left out" in note]
+
+
 def test_pictures_turned_in_any_format_or_with_damaged_exif_keep_their_size(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -374,6 +385,16 @@ def test_pictures_turned_in_any_format_or_with_damaged_exif_keep_their_size(tmp_
         assert not [note for note in images.notes if "scaled" in note]
 
 
+def test_names_that_only_begin_like_those_of_systems_are_pictures_and_classes(tmp_path):
+    folder = write(tmp_path / "set", count=4)
+    (folder / "red").rename(folder / "__background__")
+    (folder / "blue" / "000.png").rename(folder / "blue" / "@user_1.png")
+    (folder / "blue" / "001.png").rename(folder / "blue" / "__1.png")
+    images = load_images(folder)
+    assert images.class_names == ("__background__", "blue", "green")
+    assert images.counts["train"] + images.counts["test"] == 12
+
+
 def test_what_is_left_out_is_said(tmp_path):
     folder = write(tmp_path / "set", count=4)
     (folder / "red" / "linked").symlink_to(folder / "red")
@@ -381,7 +402,7 @@ def test_what_is_left_out_is_said(tmp_path):
     (folder / "loose.png").write_bytes(b"")
     for unseen in (".DS_Store", "Thumbs.db", "red/._000.png"):
         (folder / unseen).write_bytes(b"")
-    for unseen in ("@eaDir", "__MACOSX", "red/.thumbnails"):
+    for unseen in ("@eaDir", "__MACOSX", "red/.thumbnails", "red/@eaDir"):
         (folder / unseen).mkdir()
         shutil.copy(folder / "red" / "000.png", folder / unseen)
     found, notes = listing.pictures_at([folder / "red"])
@@ -710,6 +731,10 @@ def test_a_path_may_have_the_signs_of_options(tmp_path):
     assert split_name(f"{folder}@16:12") == (str(folder), "@16:12")
     assert split_name(str(folder)) == (str(folder), "")
     assert split_name(str(folder.parent)) == (str(folder.parent), "")
+    sized = folder.parent / f"{folder.name}@16"
+    sized.mkdir()
+    assert split_name(f"{sized}:12") == (str(sized), ":12")  # which load_images takes, too
+    sized.rmdir()
     assert load_images(f"{folder}@16").image_shape == (16, 16, 3)
 
 

@@ -158,6 +158,17 @@ def test_a_circle_of_bases_is_refused(base, write, tmp_path):
     )
 
 
+def test_a_circle_of_bases_found_from_where_one_stands_is_refused(write, tmp_path, monkeypatch):
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "x.toml").write_text('base = "recipes/x.toml"')  # which is not beside it
+    monkeypatch.chdir(tmp_path)
+    assert refused(load_recipe, "recipes/x.toml").count("base must name another recipe or file") == 1
+    (folder / "x.toml").write_text('base = "recipes/y.toml"')
+    (folder / "y.toml").write_text('base = "recipes/x.toml"')
+    assert refused(load_recipe, "recipes/x.toml").count("base must name another recipe or file") == 1
+
+
 BAD = [
     # fields that are not there
     ("epoch = 3\n" + NETWORK, "unknown field 'epoch'; nearest: epochs"),

@@ -184,10 +184,11 @@ def test_the_runs_that_the_reference_asks_for():
     """Runs an arm to see a difference at 80 % power, as published for unpaired arms: pairs without correlation have
     √2 the deviation of a run and need as many (published from the normal distribution: a few less)."""
     for sd, gap, runs in ((0.15, 0.1, 36), (0.25, 0.1, 99), (0.25, 0.2, 25)):
-        assert runs <= stats.pairs_needed(gap / (sd * math.sqrt(2))) <= runs + 3
-    assert stats.pairs_needed(0.0) is None
-    assert stats.pairs_needed(1e-4) is None
-    assert stats.pairs_needed(50.0) == stats.FEWEST_PAIRS
+        assert runs <= stats.pairs_needed(gap / (sd * math.sqrt(2)), stats.LEVEL, 10_000) <= runs + 3
+    assert stats.pairs_needed(0.0, stats.LEVEL, 10_000) is None
+    assert stats.pairs_needed(1e-4, stats.LEVEL, 10_000) is None
+    assert stats.pairs_needed(math.inf, stats.LEVEL, 10_000) is None  # of pairs that are all equal
+    assert stats.pairs_needed(50.0, stats.LEVEL, 10_000) == stats.FEWEST_PAIRS
 
 
 def test_too_few_pairs_for_the_number_of_comparisons():

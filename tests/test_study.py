@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,11 +25,13 @@ from fromzero.errors import FromzeroError, InputError, StoppedError, TooLargeErr
 from fromzero.files import finite
 from fromzero.recipe import load_recipe, recipe_names
 from fromzero.study import pools, worker
-from fromzero.study.answers import answer, record, sentence
+from fromzero.study.answers import _compared, answer, record, sentence
 from fromzero.study.cells import OUTCOMES, Cell, Setting, _begun, is_finished, read_outcomes, train_cell
 from fromzero.study.definition import METRICS, Contrast, _File, lines_of, load_study, study_names
+from fromzero.study.display import study_header
 from fromzero.study.execution import best_values, prepare_study, sweep
 from fromzero.study.page import write_lessons
+from fromzero.study.pools import _ray_events
 from fromzero.study.results import ContrastResult, Spread, list_results, read_result
 from fromzero.trained import last_checkpoint
 from fromzero.verify import first_difference
@@ -124,6 +127,43 @@ def test_pairs_that_all_differ_alike_have_no_interval():
         said
         == "a against b, val/accuracy higher: undecided; its 6 pairs all differ by +0.00 points, so they tell no spread"
     )
+
+
+def test_pairs_that_tell_no_spread_have_no_figures_for_programs():
+    contrast = Contrast("a", "b", "val/accuracy", "higher", 0.0, "claim")
+    for gap, has_interval in (([0.1] * 6, False), ([0.1, 0.2, 0.1, 0.1, 0.1, 0.1], True)):
+        found = stats.compare(np.array(gap), np.zeros(6))
+        pairs = dict(enumerate(gap))
+        result = ContrastResult(contrast, found, 0.03, "supported", 0.1, 7, stats.Interval(0.1, 0.1, 0.1), pairs, 6)
+        known = finite(_compared(result))
+        assert known["difference"]["mean"] == pytest.approx(np.mean(gap))
+        figures = [known["difference"]["low"], *(known[name] for name in ("smallest", "seeds_needed", "new_images"))]
+        assert [figure is not None for figure in figures] == [has_interval] * 4
+
+
+@pytest.mark.parametrize(
+    ("direction", "margin", "null", "said"),
+    [
+        ("higher", 0.0, (0.0,), "find 3.00 or more four times"),
+        ("higher", 0.01, (-0.01,), "find 3.00 or more from −1.00 four times"),
+        ("lower", 0.01, (0.01,), "find 3.00 or more from +1.00 four times"),
+        ("different", 0.01, (-0.01, 0.01), "find 3.00 or more from ±1.00 four times"),
+    ],
+)
+def test_what_so_many_pairs_find_counts_from_the_margin(direction, margin, null, said):
+    """A true difference at that distance from the edge of what the claim denies is found four times out of five."""
+    contrast = Contrast("a", "b", "val/accuracy", direction, margin, "claim")
+    rng = np.random.default_rng(0)
+    comparison = stats.compare(rng.normal(0, 0.01, 7), np.zeros(7), direction, margin)
+    result = ContrastResult(contrast, comparison, 0.5, "undecided", 0.03, None, None, dict.fromkeys(range(7), 0.0), 7)
+    assert result.null == null
+    assert said in sentence(result, 1)
+    distance = stats.detectable_effect(7) * 0.01
+    for edge in null:
+        for side in (-1, 1) if len(null) == 1 else (-1 if edge < 0 else 1,):
+            drawn = rng.normal(edge + side * distance, 0.01, (400, 7))
+            found = np.mean([stats.compare(one, np.zeros(7), direction, margin).p <= stats.LEVEL for one in drawn])
+            assert found == pytest.approx(stats.POWER, abs=0.08)
 
 
 def test_a_spread_is_of_a_sample():
@@ -234,6 +274,24 @@ def test_the_page_on_studies_has_every_key_and_an_example_of_each(tmp_path):
     assert [stats.fewest_pairs(n) for n in (1, 2, 3, 4, 6, 7)] == [6, 7, 7, 8, 8, 9]
 
 
+def test_rates_of_another_optimizer_are_named_before_a_study_begins(tmp_path):
+    """As the page's own example would have them, without the two fields that it sets for this."""
+    page = Path(__file__).parents[1].joinpath("docs/studies.md").read_text("utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    example = example.replace('"photos"', '"digits"')
+
+    def notes(text):
+        header = study_header(prepare_study(load_study(written(tmp_path, text)), runs_dir=tmp_path))
+        return [line for line in header.splitlines() if line.startswith("  note: arm")]
+
+    assert notes(example) == []
+    (note,) = notes(re.sub(r"optimizer\.(head|bias)_learning_rate.*", "", example))
+    assert "arm adam: --optimizer.head_learning_rate 0.2, --optimizer.bias_learning_rate 0.2 as units: smooth" in note
+    for name in study_names():
+        study = load_study(name)
+        assert [note for arm in study.arms.values() for note in study.notes_on(arm)] == [], name
+
+
 def test_lines_of_a_file():
     lines = lines_of('a = 1\n\n[b.c]\n"d.e" = 2\nf . g = [\n  3,\n]\n[[h]]\ni = 4\n[[h]]\ni = 5\n')
     assert lines[("a",)] == 1
@@ -285,6 +343,7 @@ TUNED_DATA = '\n[tuning]\nfield = "validation.fraction"\nvalues = {narrow = [0.1
         ('base = "train1"', 'base = "train1"\ndirection = "up"', 3, "direction: 'up'"),
         ('base = "train1"', 'base = "train1"\nmarginn = 1', 3, "unknown key 'marginn'; nearest: margin"),
         ("seeds = 6", "seeds = 1", 21, "one run says nothing"),
+        ("[scale.half]", '[scale."32/half"]', 25, "scale '32/half': a name has letters, digits"),
         ("seeds = 6", "", 20, "expected a number from 2 to 1,000, found None"),
         ("seeds = 6", "seeds = 6\nlearning_rat = 1", 22, "unknown recipe field 'learning_rat'"),
         ("seeds = 6", 'seeds = 6\nimages = "all"', 22, "expected a number of train images"),
@@ -414,7 +473,7 @@ def test_the_command_that_goes_on_has_the_options_that_were_given(finished, monk
     monkeypatch.setattr("fromzero.study.execution.load_images", lambda *given, **options: execution.images)
     assert execution.command.endswith(f"--runs-dir {runs_dir} --keep-weights")
     result = read_result(execution.folder)
-    assert result.way_on.startswith(f"{result.command} --runs-dir {runs_dir}")
+    assert result.resume_command.startswith(f"{result.command} --runs-dir {runs_dir}")
     assert result.command == execution.command.partition(" --runs-dir")[0]  # for a page: nothing of this machine
     again = prepare_study(load_study(file), runs_dir=runs_dir, data_dir=Path("a b"), jobs=1, device="cpu", offline=True)
     study = f"fromzero study {file} --scale {again.study.scale} --seeds {again.study.seeds}"
@@ -447,6 +506,25 @@ def test_a_cell_stopped_before_its_outcomes_were_kept_is_gone_on_with(data_folde
     assert [e.text for e in execution if e.kind == "finished" and e.cell == one] == [""]
     assert len(read_outcomes(fromzero.Run(one.path))) == 30
     assert (one.path / "summary.json").stat().st_mtime_ns == ended, "it was not trained again"
+
+
+def test_a_cell_that_another_process_ended_meanwhile_is_finished(data_folder, tmp_path, text, monkeypatch):
+    execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
+    cell = execution.cells[0]
+    training = _begun(cell, execution.images, execution.setting, pytest.fail)
+    monkeypatch.setattr("fromzero.study.cells._wait_for_writer", lambda run: list(training))
+    assert list(train_cell(cell, execution.images, execution.setting, pytest.fail)) == [1.0]
+    assert len(read_outcomes(fromzero.Run(cell.path))) == 30
+
+
+def test_a_sweep_keeps_neither_outcomes_nor_weights(data_folder, tmp_path, text):
+    recipe = load_study(written(tmp_path, text), "half").arms["wide"].recipe
+    cell, images = Cell("wide", 0, tmp_path / "tuning" / "wide-0.1-seed0", recipe), load_images(recipe.dataset)
+    cell.path.parent.mkdir()
+    list(train_cell(cell, images, Setting(recipe.dataset)))
+    assert is_finished(cell, images)
+    assert not (cell.path / OUTCOMES).exists()
+    assert not (cell.path / "checkpoints").exists()
 
 
 def test_what_starts_from_a_cell_that_is_trained_anew_is_trained_anew_all_the_way(data_folder, tmp_path, text):
@@ -507,6 +585,17 @@ def test_seeds_that_are_added_to_an_answer_are_said_to_be(tmp_path, text):
     changed = answered(3, text.replace("dense = [2]", "dense = [3]")).cautions
     assert "its arms changed" in changed[1], "those of the other arm were seen"
     assert not answered(3, text.replace("dense = [2]", "dense = [5]").replace("dense = [32]", "dense = [4]")).cautions
+
+
+def test_seeds_that_are_added_are_said_to_be_when_the_images_have_moved(data_folder, tmp_path, text):
+    moved = tmp_path / "moved"
+    shutil.copytree(data_folder, moved)
+    list(prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1))
+    text = text.replace(str(data_folder), str(moved))
+    execution = prepare_study(load_study(written(tmp_path, text), "half", seeds=3), runs_dir=tmp_path, jobs=1)
+    assert [e.text for e in execution if e.kind == "finished"].count("done before") == 4
+    (caution,) = read_result(execution.folder).cautions
+    assert "had figures with 2 seeds" in caution
 
 
 def test_what_is_asked_anew_of_runs_that_were_seen_is_said_to_be(tmp_path, text):
@@ -574,6 +663,15 @@ def test_an_arm_starts_from_weights_that_fit_only(tmp_path, text):
     says = "arm 'wide' cannot start from the weights of 'narrow': dense_1.bias differs"
     with pytest.raises(InputError, match=re.escape(says)):
         prepare_study(load_study(path), runs_dir=tmp_path)
+
+
+def test_values_of_an_arm_that_starts_from_anothers_weights_cannot_be_swept(tmp_path, text):
+    tuned = text.replace("[scale.screen]", "[tuning.values]\nnarrow = [0.1, 0.2]\nwide = [0.1, 0.2]\n[scale.screen]")
+    tuned = tuned.replace("network.dense = [32]", 'network.dense = [2]\nafter = "narrow"')
+    study = load_study(written(tmp_path, tuned), "half")
+    prepare_study(study, runs_dir=tmp_path)
+    with pytest.raises(InputError, match=r"line \d+: arm 'wide' starts from the weights of 'narrow': --tune would try"):
+        prepare_study(study, runs_dir=tmp_path, tune=True)
 
 
 @pytest.mark.parametrize("again", ['arm = "wide"', 'arm = "narrow"\nagainst = "wide"'])
@@ -913,6 +1011,19 @@ def test_the_generalisation_gap_and_losses_are_metrics(finished, tmp_path, text)
     assert found.new_images is None
 
 
+def test_pages_link_to_names_with_spaces(finished, tmp_path):
+    _, execution, _ = finished
+    folder = tmp_path / "studies" / "my units-screen"
+    shutil.copytree(execution.folder, folder)
+    described = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(described | {"name": "My units"}))
+    write_lessons([read_result(folder)], tmp_path / "my page.md", ["My units"])
+    page = (tmp_path / "my page.md").read_text()
+    assert "](my%20page/my%20units-screen.png)" in page
+    assert (tmp_path / "my page" / "my units-screen.png").exists()
+    assert "[My units](#my-units)" in page
+
+
 def test_the_page_is_written_from_the_folders(finished, tmp_path):
     _, _, runs_dir = finished
     results = list_results(runs_dir)
@@ -1029,6 +1140,28 @@ def test_the_command_line(finished, tmp_path):
 
 
 # ---- Ray
+
+
+def test_on_ray_the_cluster_says_how_many_runs_at_once(tmp_path, text):
+    with pytest.raises(InputError, match="--jobs: on Ray, as many runs are trained at once as the cluster has cores"):
+        prepare_study(load_study(written(tmp_path, text)), runs_dir=tmp_path, place="ray", jobs=2)
+
+
+def test_a_run_that_another_machine_kept_to_itself_is_no_result(tmp_path, text):
+    """As where run folders lie on no shared path."""
+    cell = prepare_study(load_study(written(tmp_path, text)), runs_dir=tmp_path).cells[0]
+    ray = SimpleNamespace(get=lambda task: {"done": True}, wait=lambda tasks, timeout: (tasks, []))
+    train = SimpleNamespace(remote=lambda task: object())
+    events = list(_ray_events(ray, train, [cell], Setting("digits"), SimpleNamespace(signal=None)))
+    assert [event.kind for event in events] == ["started", "failed"]
+    assert "its run folder is not here" in events[1].text
+
+
+def test_images_are_named_for_workers_that_stand_elsewhere(data_folder, tmp_path, text, monkeypatch):
+    monkeypatch.chdir(data_folder.parent)
+    beside = text.replace(str(data_folder), data_folder.name)
+    setting = prepare_study(load_study(written(tmp_path, beside), "half"), runs_dir=tmp_path).setting
+    assert setting.dataset == f"{data_folder.resolve()}:100"
 
 
 def test_two_ray_workers_one_killed_end_with_the_same_bits(finished, tmp_path):

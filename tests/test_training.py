@@ -25,6 +25,7 @@ from fromzero import checkpoint, curves, kernels, machine, optim, training
 from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
 from fromzero.evaluate import Normalise, evaluate
+from fromzero.files import write_atomically
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.sessions import new_training, resumed_training
 from fromzero.splits import Data, check_image_set
@@ -733,13 +734,37 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(small, tiny_images, tmp_
     other = new_training(small, tiny_images, runs_dir=tmp_path)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:  # in which the system names no file
-        run.run.write_recipe(run.recipe)
-    assert caught.value.filename == str(run.run.path / "recipe.toml")
-    with pytest.raises(FromzeroError, match=r"summary\.json: No space left on device; .* fromzero resume"):
-        other.run.write_summary({})
+        write_atomically(tmp_path / "any", b"")
+    assert caught.value.filename == str(tmp_path / "any")
+    for name, write in (
+        ("summary.json", lambda: other.run.write_summary({})),
+        ("recipe.toml", lambda: other.run.write_recipe(other.recipe)),
+        ("provenance.json", lambda: other.run.write_provenance({})),
+        ("metrics.jsonl", lambda: other.run.cut_metrics(1)),
+        ("splits.csv", lambda: other.run.write_splits("")),
+    ):
+        with pytest.raises(FromzeroError, match=rf"{name}: No space left on device; .* fromzero resume"):
+            write()
     shutil.rmtree(other.run.checkpoints)
     with pytest.raises(FromzeroError, match=r"No space left on device; no checkpoint had been saved before; mend that"):
         other.save()
+
+
+def test_an_extension_that_no_recipe_can_have_leaves_the_run_as_it_was(small, tiny_images, tmp_path):
+    run = fromzero.train(small, tiny_images, runs_dir=tmp_path)
+    before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    with pytest.raises(InputError, match="epochs: 2000000"):
+        resumed_training(run, tiny_images, epochs=2_000_000)
+    assert before == {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    assert run.earlier_ends == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9}, {"hardest": 0.5}])
+def test_a_best_checkpoint_in_place_of_the_last_is_said_to_be(changes, small, tiny_images, tmp_path):
+    run = fromzero.train(small.override(changes), tiny_images, runs_dir=tmp_path)
+    shutil.copy(run.checkpoints / "best.safetensors", run.checkpoints / "last.safetensors")
+    with pytest.raises(FromzeroError, match="holds weights but not the state of a training"):
+        resumed_training(run, tiny_images, epochs=6)
 
 
 @pytest.mark.parametrize(("kept", "asked", "left"), [(4, None, 4), (4, 2, 2), (1, None, 2)])

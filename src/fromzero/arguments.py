@@ -131,7 +131,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     train = add("train", "train a network from a recipe into a run folder")
     train.usage = "%(prog)s [DATASET] [--recipe NAME|FILE] [--OPTION VALUE ...] [--FIELD VALUE ...]"  # there are dozens
     train.add_argument(
-        "DATASET", nargs="?", help="cifar10 (if none is named), digits, a folder of pictures, or CIFAR's files"
+        "DATASET", nargs="?", help="cifar10, digits, a folder of pictures, or CIFAR's files (as the recipe says)"
     )
     train.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"{', '.join(recipe_names())} or a TOML file (strong)")
     train.add_argument("--from", type=_path, metavar="RUN", help="start from the last weights of that run")
@@ -217,7 +217,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
 
     study = add("study", "run a study: arms that differ in one thing, several seeds, an answer with an interval")
     study.add_argument("STUDY", help="a study that comes with fromzero (fromzero lessons lists them) or a TOML file")
-    study.add_argument("--scale", default="screen", help="scale of the study: screen, full, in some medium (screen)")
+    study.add_argument("--scale", default="screen", help="the study's: screen, in most full, in some medium (screen)")
     study.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (as the scale says)")
     study.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (one a core; one on a GPU)")
     study.add_argument("--tune", action="store_true", help="first find each arm's best rate, with equal budgets")

@@ -29,7 +29,7 @@ def card(classifier: Classifier) -> str:
         f"Classes, in the order of its output: {', '.join(map(_code, names))}.",
         "",
         "## Accuracy",
-        *(f"- {line}" for line in _accuracies(classifier)),
+        *(f"- {line}" for line in [*_accuracies(classifier), *_of_folds(classifier)]),
         "",
         "## Input and output",
         f"`pixels`, (N, {height}, {width}, {channels}), are bytes from 0 to 255; the model scales them"
@@ -89,6 +89,16 @@ def _accuracies(classifier: Classifier) -> list[str]:
         test += f". They were scored before, after epoch {', '.join(map(str, ends))}, and the run was extended then"
     chosen = ", by which these weights were chosen" if classifier.checkpoint.file.stem == "best" else ""
     return [f"Test images: {test}.", f"Validation images: {row['val/accuracy']:.4f}{chosen}.", train, seeds]
+
+
+def _of_folds(classifier: Classifier) -> list[str]:
+    """What cross-validation says of trainings like this one, where it was asked."""
+    found = classifier.run.cross_validation
+    if found is None or found["epochs"] != classifier.checkpoint.epochs:
+        return []
+    accuracy = _with_interval(found["accuracy"], found["images"])
+    others = f"one of {found['folds']} other networks, trained by the same recipe without it"
+    return [f"Train images, each judged by {others}: {accuracy}."]
 
 
 def _with_interval(accuracy: float, count: int | None) -> str:

@@ -30,7 +30,6 @@ from fromzero.recipe import (
 )
 
 if TYPE_CHECKING:
-    from fromzero.runs import Run
     from fromzero.trained import Classifier, Trained
     from fromzero.training import Training
     from fromzero.verify import Verification
@@ -230,9 +229,9 @@ def _runs(arguments: argparse.Namespace) -> None:
                 write_events(run)
                 with_events = True
         except FromzeroError as error:
-            print(f"warning: {error}", file=sys.stderr)
+            _warn(error)
     on_test = any("*" in line["val"] for line in shown)
-    console = Console()
+    console = Console(emoji=False)
     table, width, hidden = runs_table(shown, console.width if sys.stdout.isatty() else None)
     console.width = max(width, console.width)
     console.print(table)
@@ -265,7 +264,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         with proposing_others(classifier.checkpoint):
             _warn_of_views(classifier.run.recipe, arguments.tta)
             record = scores.scores_on(arguments.FOLDER, classifier, arguments.tta)
-    print(json.dumps(record) if arguments.json else scores.scores_text(record))
+    print(json.dumps(record) if arguments.json else printable(scores.scores_text(record)))
 
 
 def _classifier(arguments: argparse.Namespace) -> Classifier:
@@ -289,20 +288,16 @@ def _warn_of_views(recipe: Recipe, views: str) -> None:
         _warn(f"--tta {views} shows mirror images, and this run was trained without them: it may well do worse")
 
 
-def _not_ended(run: Run) -> list[str]:
-    """What whoever uses its weights should know of a run that still goes on."""
-    return [] if run.summary is not None else [f"{run.path}: the run has not ended; later epochs may change a lot"]
-
-
 def _predict(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.data.decoding import unreadable
         from fromzero.data.listing import pictures_at
+        from fromzero.scores import doubts
         from fromzero.trained import proposing_others
 
     paths, notes = pictures_at(arguments.PICTURE)
     classifier = _classifier(arguments)
-    for note in [*notes, *_not_ended(classifier.run)]:
+    for note in [*notes, *(f"{classifier.run.path}: {doubt}" for doubt in doubts(classifier))]:
         _warn(note)
     names = classifier.class_names
     pixels, read, wrong = classifier.read(paths)
@@ -332,6 +327,7 @@ def _export(arguments: argparse.Namespace) -> None:
         from fromzero.card import card
         from fromzero.export import export
         from fromzero.runs import check_named, write_named
+        from fromzero.scores import doubts
         from fromzero.trained import load_classifier
 
     options = {"runs_dir": arguments.runs_dir, "precision": "float32", "device": "cpu"}
@@ -340,13 +336,11 @@ def _export(arguments: argparse.Namespace) -> None:
     page = ""
     if arguments.card is not None:
         check_named(arguments.card, ".md")
-        if os.path.realpath(arguments.card) == os.path.realpath(path):
-            raise InputError(f"{path} cannot be the model and its card; name two files")
         if not arguments.card.parent.is_dir():
             raise InputError(f"{arguments.card}: no folder {arguments.card.parent}")
         page = card(classifier)
-    for note in _not_ended(classifier.run):
-        _warn(note)
+    for doubt in doubts(classifier):
+        _warn(f"{classifier.run.path}: {doubt}")
     difference = export(classifier, path, page)
     shape = ", ".join(map(str, classifier.image_shape))
     print(f"{path}: pixels uint8 (N, {shape}) → probabilities float32 (N, {len(classifier.class_names)})")
@@ -378,8 +372,10 @@ def _trained(arguments: argparse.Namespace) -> Trained:
     )
 
 
-def _check_saved(trained: Trained) -> None:
-    """Refuse to speak of a run by the weights that it began with, when it has come further."""
+def _check_whole(trained: Trained) -> None:
+    """Refuse to speak of a run whose records are not all there, or by the weights that it began with, when it has come
+    further."""
+    trained.run.check()
     if trained.run.metrics() and not trained.checkpoint.epochs:
         raise FromzeroError(
             f"{trained.run.path}: no epoch of it has been saved yet: wait for its next save, if it is being trained, or"
@@ -394,14 +390,12 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         from fromzero.diagnosis import diagnose
         from fromzero.findings import diagnosis_header, diagnosis_text, remarks, write_findings
         from fromzero.probe import evidence_of
-        from fromzero.runs import load_run
         from fromzero.terminal import can_redraw, say
 
-    run = load_run(arguments.RUN, arguments.runs_dir)
-    run.check()
     trained = _trained(arguments)
-    _check_saved(trained)
-    console = Console()
+    _check_whole(trained)
+    run = trained.run
+    console = Console(emoji=False)
     try:
         rows = trained.rows()
         say(console, diagnosis_header(run, rows))
@@ -445,7 +439,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         threads=arguments.threads,
     )
-    print(json.dumps(record) if arguments.json else comparison_text(record))
+    print(json.dumps(record) if arguments.json else printable(comparison_text(record)))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -455,7 +449,7 @@ def _report(arguments: argparse.Namespace) -> None:
         from fromzero.trained import proposing_others
 
     trained = _trained(arguments)
-    _check_saved(trained)
+    _check_whole(trained)
     path = arguments.FILE or trained.run.path
     if (path / "recipe.toml").is_file() and not path.samefile(trained.run.path):
         raise InputError(f"{path} is another run; a page is about one: {typed('fromzero', 'report', path)}")
@@ -595,7 +589,7 @@ def _lessons(arguments: argparse.Namespace) -> None:
         for r in found:
             done = sum(len(arm.runs) for arm in r.arms.values())
             said = f"{r.verdict if r.is_begun else 'no verdict yet'} ({done} of {r.study.seeds * len(r.arms)} runs)"
-            print(f"  {r.title}: {said}{'' if r.is_complete else f', not finished: {r.way_on} goes on'}")
+            print(f"  {r.title}: {said}{'' if r.is_complete else f', not finished: {r.resume_command} goes on'}")
         if not found:
             print(f"  not run yet: fromzero study {study.name}")
 

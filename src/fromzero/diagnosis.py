@@ -77,17 +77,23 @@ def _copies(e: Evidence) -> Finding | None:
     """Near-duplicates are no rarity: Barz and Denzler (2020, arXiv:1902.00423) found 3.3 % of CIFAR-10's test images in
     its train images, by a wider measure than this one."""
     copies = e.measures.copies
-    if copies.near < COPIED * copies.of:
+    many = {split: copied for split, copied in copies.splits.items() if copied.near >= COPIED * copied.of}
+    if not many:
         return None
-    certain = copies.exact >= COPIED * copies.of
+    certain = any(copied.exact >= COPIED * copied.of for copied in many.values())
     example = copies.found[0] if copies.found else None
+    counts = [
+        f"of {of:,} {split} images in train to the byte: {exact:,}"
+        + (f", more that look almost like one there: {near - exact:,}" if copies.by_looks else "")
+        for split, (exact, near, of) in copies.splits.items()
+    ]
+    some = f"some {' and '.join(many)} images"
     return Finding(
         "copies",
-        "some validation or test images are train images, too, so accuracies are too high"
+        f"{some} are train images, too, so accuracies are too high"
         if certain
-        else "some validation or test images look almost like train ones: if they are copies, accuracies are too high",
-        f"of {copies.of:,} validation and test images in train to the byte: {copies.exact:,}"
-        + (f"; more that look almost like one there: {copies.near - copies.exact:,}" if copies.by_looks else "")
+        else f"{some} look almost like train ones: if they are copies, accuracies are too high",
+        "; ".join(counts)
         + (f"; such as {example.file} and {example.train_file}, all in the run's {COPIES}" if example else ""),
         "remove copies before splitting, or keep all copies of a picture in one split",
     )
@@ -282,14 +288,17 @@ def _pooling_too_early(e: Evidence) -> Finding | None:
     small = [s for s in sides if s <= SMALL_MAP * side]
     if len(sides) < 3 or 2 * len(small) < len(sides):
         return None
-    milder = [min(block.pool, 2) for block in blocks]
-    pool = milder if any(block.pool > 2 for block in blocks) else [1, *milder[1:]]
+    pools = [block.pool for block in blocks]
+    first = next((place for place, pool in enumerate(pools) if pool > 1), 0)
+    remedy, milder = f"no pooling in block {first + 1}", [*pools[:first], 1, *pools[first + 1 :]]
+    if max(pools) > 2:
+        remedy, milder = "windows of 2 pixels", [min(pool, 2) for pool in pools]
     return Finding(
         "pooling-too-early",
         "maps are pooled to a few pixels before half of the convolutions have seen them",
         f"sides of the maps that the convolutions work on: {', '.join(map(str, sides))}; images of {side}",
-        "windows of 2 pixels, or none in the first block",
-        {"network.pool": pool},
+        remedy,
+        {"network.pool": milder},
     )
 
 

@@ -18,7 +18,7 @@ from rich.table import Column, Table
 
 from fromzero import augment
 from fromzero.diagnosis import IMBALANCED
-from fromzero.errors import FromzeroError, counted, printable, some, typed
+from fromzero.errors import FromzeroError, counted, some, typed
 from fromzero.kernels import NONE
 from fromzero.networks import num_parameters
 from fromzero.runs import Row, Run
@@ -69,7 +69,7 @@ def header(run: Training) -> str:
     if run.state.counters.step:
         done = f"{run.state.counters.epoch} of {recipe.epochs} epochs done"
         lines.append(f"  going on at step {run.state.counters.step:,}, {done}")
-    return printable("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _of_classes(run: Training) -> Iterator[str]:
@@ -337,7 +337,7 @@ def runs_table(lines: Sequence[dict[str, str]], columns: int | None) -> tuple[Ta
             table.add_column(name, justify="left" if name in ("run", "recipe") else "right", no_wrap=True)
         for line in lines:
             table.add_row(*(escape(line[name]) for name in names))
-        wide = Console(width=10_000)
+        wide = Console(width=10_000, emoji=False)
         width = Measurement.get(wide, wide.options, table).maximum
         if columns is None or width <= columns:
             break

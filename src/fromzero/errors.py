@@ -31,7 +31,8 @@ class NonFiniteError(FromzeroError):
 
 
 class StoppedError(FromzeroError):
-    """The run was asked to stop, has been saved, and can be resumed. `exit_code` is 128 + the signal's number."""
+    """The run was asked to stop, and has been saved, to be resumed, or has just ended. `exit_code` is 128 + the
+    signal's number."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

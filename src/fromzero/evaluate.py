@@ -40,7 +40,8 @@ class Normalise(NamedTuple):
         """As the recipe says; `standard` takes mean and standard deviation from the train pixels (N, H, W, C)."""
         channels = train_pixels.shape[-1]
         if recipe.normalise == "unit":
-            shift, scale = torch.zeros(channels), torch.full((channels,), 1 / 255)
+            shift = torch.zeros(channels, dtype=torch.float32)
+            scale = torch.full((channels,), 1 / 255, dtype=torch.float32)
         else:
             sums, squares = kernels.byte_sums(train_pixels).tolist()
             count = train_pixels.numel() // channels
@@ -48,7 +49,7 @@ class Normalise(NamedTuple):
             variances = [
                 (count * square - total * total) / count**2 for total, square in zip(sums, squares, strict=True)
             ]
-            shift = torch.tensor(means)
+            shift = torch.tensor(means, dtype=torch.float32)
             scale = torch.tensor(variances, dtype=torch.float64).sqrt().clamp(min=1e-6).reciprocal().float()
         return cls(shift.to(train_pixels.device), scale.to(train_pixels.device))
 

@@ -35,14 +35,19 @@ class Copy(NamedTuple):
     exact: bool
 
 
-class Copies(NamedTuple):
-    """How many of `of` validation and test images are train images too: `exact` to the byte, `near` those included that
-    look alike; by_looks: whether looks tell copies, as they do not where images of other classes look as alike; found:
-    all of them, where images are files."""
+class Copied(NamedTuple):
+    """How many of `of` images are train images too: `exact` to the byte, `near` those included that look alike."""
 
     exact: int
     near: int
     of: int
+
+
+class Copies(NamedTuple):
+    """Which images of the splits `validation` and `test` are train images too; by_looks: whether looks tell copies, as
+    they do not where images of other classes look as alike; found: all of them, where images are files."""
+
+    splits: Mapping[str, Copied]
     by_looks: bool = True
     found: tuple[Copy, ...] = ()
 

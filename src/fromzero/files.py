@@ -20,7 +20,8 @@ import platformdirs
 
 
 def home() -> Path:
-    """Where fromzero keeps data and compiled kernels: `FROMZERO_HOME`, else the platform's cache folder."""
+    """Where fromzero keeps downloads, decoded pictures and compiled kernels: `FROMZERO_HOME`, else the platform's cache
+    folder."""
     named = os.environ.get("FROMZERO_HOME")
     return Path(named) if named else Path(platformdirs.user_cache_dir("fromzero", appauthor=False))
 

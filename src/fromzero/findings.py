@@ -59,10 +59,8 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         said.append(f"{labels} {typed('fromzero', 'cross-validate', run.path)} looks for them in all train images.")
     copies = evidence.measures.copies
     if copies.found and "copies" in others:
-        said.append(
-            f"{copies.near} of {copies.of:,} validation and test images may be train images, too: see the run's"
-            f" {COPIES}."
-        )
+        of = [f"{copied.near} of {copied.of:,} {split}" for split, copied in copies.splits.items() if copied.near]
+        said.append(f"{' and '.join(of)} images may be train images, too: see the run's {COPIES}.")
     if not copies.by_looks:
         said.append(
             "Only copies to the byte were looked for: many images look like one of another class, as copies would."
@@ -213,9 +211,9 @@ def study_text(claim: str, recipe: Recipe, arms: Mapping[str, Mapping[str, Any]]
 def images_of(run: Run, source: str) -> str | None:
     """What a study's recipe calls a run's images, which are at `source` now: by the whole path, as the run's recipe
     names a folder from wherever it was begun, and CIFAR-10 may lie anywhere; None for digits, which come with a
-    library."""
+    library, and where the path is no text."""
     name, options = split_name(run.provenance["data"]["name"])
-    return None if name == "digits" else source + options
+    return None if name == "digits" or not source.isprintable() else source + options
 
 
 def _copies_csv(copies: Copies) -> str:
@@ -234,7 +232,7 @@ def write_findings(
     studies: dict[str, Path] = {}
     copies = measures.copies
     known = asdict(measures) | {"trials": {f"{factor:g}": trial for factor, trial in measures.trials.items()}}
-    known["copies"] = {name: value for name, value in copies._asdict().items() if name != "found"}  # has its own file
+    known["copies"] = {"splits": copies.splits, "by_looks": copies.by_looks}  # those found have their own file
     try:
         for finding in found:
             if finding.changes:

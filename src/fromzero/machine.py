@@ -101,7 +101,8 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
     """Choose device, precision and threads, set them for this process, and say what was chosen.
 
     precision: "auto", "bfloat16" or "float32"; device: "auto", "cpu", "cuda" or "cuda:N"; threads: CPU threads, by
-    default as `resources.num_threads` says. Raises InputError for a device that is not there or cannot compute so.
+    default as `resources.num_threads` says, at most `OMP_NUM_THREADS`. Raises InputError for a device that is not there
+    or cannot compute so.
     """
     kind = chosen_device(device)
     if threads is not None and not 1 <= threads <= MAX_THREADS:
@@ -114,7 +115,8 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
     if precision == "auto" and not fast_bfloat16:
         chosen = "float32"
     if kind.type == "cuda" and chosen == "bfloat16" and not fast_bfloat16:
-        raise InputError(f"device {kind}: {processor} does not compute in bfloat16; add --precision float32")
+        instead = "use --device cpu, or --precision float32 where a command has it"
+        raise InputError(f"device {kind}: {processor} does not compute in bfloat16; {instead}")
     chosen_machine = Machine(
         device=str(kind),
         processor=processor,

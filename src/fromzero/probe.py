@@ -1,7 +1,8 @@
 """Cheap measurements of a run that change nothing: what `diagnosis` needs beside the rows of metrics.
 
-All is measured at the weights that the run has come to, but for `trials`, which begin again at its first ones, and
-`cooldown`, which goes on from its last. Networks are copies, loaded from a checkpoint; the run folder is only read.
+All is measured at the weights that the run has come to, but for `trials` and `fit_accuracy`, which begin again at its
+first ones, `cooldown`, which goes on from its last, and `mirror_accuracy`, of a network of its own. Networks are
+copies, loaded from a checkpoint; the run folder is only read.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fromzero.evaluate import Outcomes, evaluate, predict
 from fromzero.evidence import (
     SMALL_GAP,
     Cooldown,
+    Copied,
     Copies,
     Copy,
     Evidence,
@@ -55,8 +57,7 @@ DRAWN_BATCH, DRAWN_STEPS = 50, 200  # of what is learned from images drawn anew 
 FITTED_IMAGES = 100  # whether the network can learn that few by heart
 MIRROR_IMAGES = 2000  # whether a small network can tell as many images from their mirror images, at most
 MIRROR_CHANNELS, MIRROR_BORDER = [[16], [32], [32]], 1 / 8  # its, of the recipe few; of a side, that it does not see
-COMPARED_IMAGES = 1000  # of validation and test each that are looked for among the train images
-AT_ONCE = 5000  # train images that these are compared with
+AT_ONCE = 10_000_000  # pairs of images, one of them a train image, whose likeness is computed in one product
 SIDE, MIN_CORRELATION = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
 TWINS = 0.01  # share of pictures with a likeness in another class, beyond which likeness says nothing
 ALIKE = 0.5  # share of a class's pictures that look like another of it, as ones do, where other classes have none
@@ -289,14 +290,13 @@ def _copies(trained: Trained) -> Copies:
     parts = {"validation": (data.validation, trained.validation_images.files)}
     if trained.run.recipe.validation.source != "test":
         parts["test"] = (data.test, images.test.files)
-    chosen = {split: _spread(len(part.labels)).to(part.labels.device) for split, (part, _) in parts.items()}
-    looked_at = torch.cat([part.pixels[chosen[split]] for split, (part, _) in parts.items()]).cpu()
-    labels = torch.cat([part.labels[chosen[split]] for split, (part, _) in parts.items()]).cpu()
+    looked_at = torch.cat([part.pixels for part, _ in parts.values()]).cpu()
+    labels = torch.cat([part.labels for part, _ in parts.values()]).cpu()
     known: dict[int, int] = {}  # what an image's bytes hash to → its place among the train images
     views = [_small(looked_at), _small(looked_at.flip(2))]
     same, other = torch.full((len(labels),), -1.0), torch.full((len(labels),), -1.0)
     most_alike, begin = torch.zeros(len(labels), dtype=torch.int64), 0
-    for pixels, theirs in zip(*(part.split(AT_ONCE) for part in data.train), strict=True):
+    for pixels, theirs in zip(*(part.split(max(AT_ONCE // len(labels), 1)) for part in data.train), strict=True):
         part = pixels.cpu()
         known |= {hash(image.tobytes()): place for place, image in enumerate(part.numpy(), begin)}
         alike = torch.maximum(*(view @ _small(part).T for view in views))
@@ -318,20 +318,19 @@ def _copies(trained: Trained) -> Copies:
     if np.median(list(shares.values())) <= TWINS:
         all_alike = [label for label, share in shares.items() if share > ALIKE]
         near = exact | (near & ~np.isin(labels.numpy(), all_alike))
+    counts, begin = {}, 0
+    for split, (part, _) in parts.items():
+        of = slice(begin, begin := begin + len(part.labels))
+        counts[split] = Copied(int(exact[of].sum()), int(near[of].sum()), len(part.labels))
     found = []
     if images.train.files:
         kept = np.delete(np.arange(len(images.train)), [] if data.held is None else data.held)
-        files = [(split, names[place]) for split, (_, names) in parts.items() for place in chosen[split].tolist()]
+        files = [(split, name) for split, (_, names) in parts.items() for name in names]
         for index in np.flatnonzero(near):
             place = of_bytes[index]
             train_file = images.train.files[kept[most_alike[index] if place is None else place]]
             found.append(Copy(*files[index], train_file, place is not None))
-    return Copies(int(exact.sum()), int(near.sum()), len(labels), bool(by_looks), tuple(found))
-
-
-def _spread(count: int) -> Tensor:
-    """So many places, at most COMPARED_IMAGES, spread evenly."""
-    return torch.linspace(0, count - 1, min(count, COMPARED_IMAGES)).round().long()
+    return Copies(counts, bool(by_looks), tuple(found))
 
 
 def _small(pixels: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class NetworkRecipe(_Part):
         " filters, of either sign; 0: all",
     )
     whitening_padding: Padding = Field(
-        "valid", description="valid, or same: the whitened map is as large as the image (zeros below and to the right)"
+        "valid", description="valid, or same: the whitened map is as large as the image (zeros around it)"
     )
     initial: Literal["glorot", "dirac"] = Field(
         "glorot", description="first weights: glorot, as in Keras; dirac, filters that start as the identity"
@@ -122,7 +122,7 @@ class NetworkRecipe(_Part):
     dense_dropout: Rate | tuple[Rate, ...] = Field(
         0.0, description="dropout rate after each hidden dense layer, for all or one a layer"
     )
-    dropout_from_epoch: float = Field(0.0, ge=0, description="epoch from which dropout is on; before, it is off")
+    dropout_from_epoch: float = Field(0.0, ge=0, description="epochs after which dropout is switched on")
     activation_layers: bool | tuple[bool, ...] = Field(
         True,
         description="whether `summary` lists a block's ReLU as a layer of its own; the function is the same",
@@ -459,7 +459,8 @@ def _load(source: str | Path, seen: tuple[Path, ...]) -> Recipe:
         if not isinstance(base, str):
             raise InputError(f"{label}: base must name another recipe or file, not {base!r}")
         here = Path(source).parent / base
-        if os.path.isfile(here) and here.resolve() in (*seen, place):
+        target = here if os.path.isfile(here) else Path(base)
+        if os.path.isfile(target) and target.resolve() in (*seen, place):
             raise InputError(f"{label}: base must name another recipe or file: {base!r} is based on this one")
         try:
             inherited = _load(here if os.path.isfile(here) else base, (*seen, place))

@@ -9,7 +9,7 @@
     curves.png        the learning curves
     lock              held by the process that trains; writer.json says which one, while it does
     diagnosis.json, copies.csv, a study for each remedy, report.html, folds/ (its cross-validation), the exported model,
-                      an event file: when asked for
+                      the study that a comparison proposes, an event file: when asked for
 
 A folder is never overwritten, and one process at a time trains in it.
 """
@@ -49,7 +49,12 @@ FOLDS = "folds"  # in the run folder: its cross-validation
 # What is read of the files of a run, and so must be there and be of that type; whatever else they hold is kept.
 FIGURES = tuple(f"{curve}{what}" for curve in ("train/", "train/running_", "val/") for what in ("accuracy", "loss"))
 ROW_KEYS = ("epoch", "step", "learning_rate", *FIGURES, "time/seconds")
-SUMMARY_KEYS = ("epoch", "test/accuracy", "val/accuracy", "time/seconds")
+SUMMARY_KEYS = (
+    "epoch",
+    *(f"{of}/accuracy" for of in ("train", "val", "best/val", "test")),
+    "test/loss",
+    "time/seconds",
+)
 
 
 class _Machine(pydantic.BaseModel):
@@ -188,13 +193,8 @@ class Run:
         """What to type to go on with this run."""
         return typed("fromzero", "resume", self.path)
 
-    @property
-    def start_command(self) -> str:
-        """What to type to start a new run from this one's weights, by its recipe and on its images."""
-        return self.start_on()
-
-    def start_on(self, dataset: str | None = None) -> str:
-        """The same on other images."""
+    def start_command(self, dataset: str | None = None) -> str:
+        """What to type to start a new run from this one's weights, by its recipe and on its images or others."""
         words = [] if dataset is None else [dataset]
         return typed("fromzero", "train", *words, "--recipe", self.path / "recipe.toml", "--from", self.path)
 
@@ -202,7 +202,7 @@ class Run:
     def way_on(self) -> str:
         """What can still be done with a run whose records are damaged, in words."""
         if any(self.checkpoints.glob("*.safetensors")):
-            return f"its weights can start a new run: {self.start_command}"
+            return f"its weights can start a new run: {self.start_command()}"
         return "no weights are left there either"
 
     @property
@@ -326,30 +326,43 @@ class Run:
         return rows
 
     def append_metrics(self, row: Row) -> None:
-        """Add a row durably. Raises FromzeroError when the disk is full or fails."""
-        try:
-            append_line(self.path / "metrics.jsonl", json.dumps(row))
-        except OSError as error:
-            raise FromzeroError(f"{self.path}/metrics.jsonl: {error.strerror}; {self.saved_before}") from None
+        """Add a row durably."""
+        with self._writing("metrics.jsonl") as path:
+            append_line(path, json.dumps(row))
 
     def cut_metrics(self, epochs: int) -> None:
-        """Drop the rows after epoch `epochs`: they were written after the checkpoint that the run goes on from."""
+        """Drop the rows after epoch `epochs`: they were written after the checkpoint that the run goes on from. Raises
+        FromzeroError when the disk is full or fails, as all that write do."""
         rows = [row for row in self.metrics() if row["epoch"] <= epochs]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(self.path / "metrics.jsonl", text.encode())
+        with self._writing("metrics.jsonl") as path:
+            write_atomically(path, text.encode())
 
     def write_recipe(self, recipe: Recipe) -> None:
-        write_atomically(self.path / "recipe.toml", recipe.to_toml().encode())
+        with self._writing("recipe.toml") as path:
+            write_atomically(path, recipe.to_toml().encode())
+
+    def write_splits(self, table: str) -> None:
+        """Write which file is in which split, as CSV; names of files may be no text."""
+        with self._writing("splits.csv") as path:
+            write_atomically(path, table.encode("utf-8", "surrogateescape"))
 
     def write_provenance(self, provenance: dict[str, Any]) -> None:
-        write_json(self.path / "provenance.json", provenance)
+        with self._writing("provenance.json") as path:
+            write_json(path, provenance)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write the outcome. Raises FromzeroError when the disk is full or fails."""
+        """Write the outcome."""
+        with self._writing("summary.json") as path:
+            write_json(path, summary)
+
+    @contextlib.contextmanager
+    def _writing(self, file: str) -> Iterator[Path]:
+        """A record's path. Where it cannot be written, raises FromzeroError, which says what is left."""
         try:
-            write_json(self.path / "summary.json", summary)
+            yield self.path / file
         except OSError as error:
-            raise FromzeroError(f"{self.path}/summary.json: {error.strerror}; {self.saved_before}") from None
+            raise FromzeroError(f"{self.path}/{file}: {error.strerror}; {self.saved_before}") from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -381,7 +394,8 @@ class Run:
                 f" {holder.get('host', '?')}; wait for it, or stop it (Ctrl-C saves)"
             )
         try:
-            write_json(self.path / "writer.json", {"host": socket.gethostname(), "pid": os.getpid()})
+            with self._writing("writer.json") as path:
+                write_json(path, {"host": socket.gethostname(), "pid": os.getpid()})
             yield
         finally:
             with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, ImageSet, load_images, split_name
 from fromzero.errors import FromzeroError, InputError, counted
-from fromzero.files import csv_text, write_atomically
+from fromzero.files import csv_text
 from fromzero.machine import Machine
 from fromzero.optim import learning_rate_at
 from fromzero.recipe import Recipe, load_recipe
@@ -114,7 +114,7 @@ def new_training(
     with contextlib.ExitStack() as undo:
         undo.callback(shutil.rmtree, run.path, ignore_errors=True)
         if images.train.files:
-            write_atomically(run.path / "splits.csv", _splits(recipe, images, data).encode("utf-8", "surrogateescape"))
+            run.write_splits(_splits(recipe, images, data))
         run.write_provenance(
             {
                 **describe_program(),
@@ -222,6 +222,7 @@ def resumed_training(
         lock.enter_context(run.lock())
         recipe, recorded = run.recipe, last_machine(run.provenance)
         _check_goes_on(run, epochs)
+        goes_on = recipe.override({"epochs": epochs or recipe.epochs})
         images = recorded_images(run, images, data_dir=data_dir, offline=offline)
         here = machine.prepare(
             recorded["precision"] if recipe.precision == "auto" else recipe.precision,
@@ -243,8 +244,8 @@ def resumed_training(
         state, found = _last_state(run, images, here)
         # Nothing can fail from here on but writing, so a run that cannot go on is left as it was.
         checkpoint.set_aside_damaged(run.checkpoints, found)
-        recipe = _cut_back(run, state, images, here, epochs or recipe.epochs, exact=not differences)
-        return Training(run, recipe, images, here, state, data, checkpoint_minutes, keep, lock.pop_all())
+        _cut_back(run, state, images, here, goes_on, exact=not differences)
+        return Training(run, goes_on, images, here, state, data, checkpoint_minutes, keep, lock.pop_all())
 
 
 def _check_goes_on(run: Run, epochs: int | None) -> None:
@@ -278,28 +279,26 @@ def _last_state(run: Run, images: ImageSet, here: Machine) -> tuple[State, Check
     return state, found
 
 
-def _cut_back(run: Run, state: State, images: ImageSet, here: Machine, epochs: int, *, exact: bool) -> Recipe:
-    """Make the run's folder that of a run which stands at `state` and is to have so many epochs; the recipe of that."""
-    recipe, provenance, summary = run.recipe, run.provenance, run.summary
-    extended = epochs != recipe.epochs
+def _cut_back(run: Run, state: State, images: ImageSet, here: Machine, recipe: Recipe, *, exact: bool) -> None:
+    """Make the run's folder that of a run which stands at `state` and goes on by `recipe`, its own but for epochs."""
+    before, provenance, summary = run.recipe.epochs, run.provenance, run.summary
+    extended = recipe.epochs != before
     if extended or not exact:
         checkpoint.set_aside_newer_best(run.checkpoints, state.counters.epoch)
     best_is_gone = not (run.checkpoints / checkpoint.BEST).exists()  # it overwrote those before it, or was removed
-    if best_is_gone and state.counters.epoch < epochs:  # the best is the best from here on
+    if best_is_gone and state.counters.epoch < recipe.epochs:  # the best is the best from here on
         state.counters.best_epoch, state.counters.best_accuracy = 0, -1.0
     run.cut_metrics(state.counters.epoch)
     note: dict[str, Any] = {**describe_program(), "machine": asdict(here), "step": state.counters.step, "exact": exact}
     if extended:
-        note["epochs"] = [recipe.epochs, epochs]
+        note["epochs"] = [before, recipe.epochs]
         if summary is not None:
             note["summary"] = summary  # what the shorter training ended with, its test accuracy too
     described = provenance["data"] | {"source": images.source}  # where they are now
     run.write_provenance({**provenance, "data": described, "resumed": [*provenance["resumed"], note]})
     if extended:  # last: a recipe with epochs that provenance does not know would count as edited
-        recipe = recipe.override({"epochs": epochs})
         run.write_recipe(recipe)
         (run.path / "summary.json").unlink(missing_ok=True)
-    return recipe
 
 
 def extension_note(before: Recipe, after: Recipe, step: int, timetable: Timetable) -> str:

@@ -76,6 +76,12 @@ class Data:
             validation = Subset.of(images.validation)
         elif recipe.validation.source != "test":
             kept, held = _held_out(recipe, images)
+            if len(held) < 2 and recipe.validation.source == "fold":
+                fold = f"fold {recipe.validation.fold} of {recipe.validation.folds}"
+                raise InputError(
+                    f"{images.source}: {fold} of its train images has {counted(len(held), 'image')}, where two are"
+                    " needed: ask for fewer folds"
+                )
             if len(held) < 2:  # of one, no spread can be told
                 raise InputError(
                     f"{images.source}: copies within a class stay together, and so only"

@@ -138,6 +138,13 @@ class State:
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Become the state that was saved. Raises InputError if it is not of this network."""
+        try:
+            self.counters = Counters(**checkpoint.state)
+        except TypeError:
+            raise FromzeroError(
+                f"{checkpoint.path}: holds weights but not the state of a training (a best checkpoint put in place of"
+                " the last one?); start a new run from weights with: fromzero train --from RUN"
+            ) from None
         load_weights(self.model, _under("model/", checkpoint))
         if self.average is not None:
             load_weights(self.average, _under("average/", checkpoint))
@@ -155,13 +162,6 @@ class State:
         if losses := _under("images/", checkpoint):
             device = next(self.model.parameters()).device
             self.losses, self.skipped = (losses[name].to(device, copy=True) for name in ("losses", "skipped"))
-        try:
-            self.counters = Counters(**checkpoint.state)
-        except TypeError:
-            raise FromzeroError(
-                f"{checkpoint.path}: holds weights but not the state of a training (a best checkpoint put in place of"
-                " the last one?); start a new run from weights with: fromzero train --from RUN"
-            ) from None
 
     def _slots(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for name, weight in self.model.named_parameters():

@@ -27,7 +27,6 @@ FEWEST_PAIRS = 6  # below, no p can be 0.05 or less: the smallest is 2 / 2**n
 EXACT_PAIRS = 16  # up to here every pattern of signs is tried
 DRAWS = 99_999  # patterns drawn beyond that
 SIMULATED_PAIRS = 12  # up to here the power is simulated: p has so few values that the t test's would mislead
-MOST_PAIRS = 10_000
 
 
 class Interval(NamedTuple):
@@ -211,10 +210,10 @@ def detectable_effect(n: int, level: float = LEVEL) -> float:
     return float(optimize.bisect(lambda effect: power(effect, n, level) - POWER, 0.0, 50.0, xtol=1e-3))
 
 
-def pairs_needed(effect: float, level: float = LEVEL, most: int = MOST_PAIRS) -> int | None:
+def pairs_needed(effect: float, level: float, most: int) -> int | None:
     """How many pairs find a true difference of `effect` standard deviations four times out of five; None when more
     than `most` would be needed."""
-    if not effect > 0 or detectable_effect(most, level) > effect:
+    if not 0 < effect < math.inf or detectable_effect(most, level) > effect:
         return None
     low, high = 1, most  # low finds it too seldom, high often enough
     while high - low > 1:

@@ -19,7 +19,7 @@ from fromzero.state import State
 
 WHITENING_IMAGES = 5000  # as many images as the whitening layer is computed from
 PROXY_EVERY = 4  # as airbench96 does: losses only rank images, and change slowly
-LARGEST_GRADIENT = 1e18  # the square of ten times as much overflows a float
+LARGEST_GRADIENT = 1e15  # so that squares of momenta, and their sums over a layer's weights, overflow no float
 
 
 def initial_state(recipe: Recipe, data: Data, here: Machine) -> State:
@@ -60,7 +60,7 @@ def batch_at(data: Data, indices: Tensor, recipe: Recipe, epoch: int, step: int,
     """The train images at `indices` as a step sees them. progress: epochs done so far, fractions included."""
     augmentation, seed = recipe.augment, recipe.seed
     pixels = augment.gather(data.train.pixels, indices, augmentation, seed, epoch, step)
-    if progress < augmentation.scale_epochs:
+    if augmentation.scales and progress < augmentation.scale_epochs:
         pixels = augment.scaled(pixels, augmentation.scale)
     images = augment.cut_out(data.normalise(pixels), augmentation, seed, step)
     return Batch(images, data.train.labels[indices])

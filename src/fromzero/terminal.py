@@ -11,13 +11,15 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console
 
+from fromzero.errors import printable
+
 REFRESH_SECONDS = 0.25  # of a live display
 LINE_SECONDS = 30.0  # without a terminal: the longest time without a line while work is done
 
 
 def say(console: Console, text: str) -> None:
-    """Print text as it is; in a file or a pipe a line stays a line."""
-    console.print(text, highlight=False, soft_wrap=not can_redraw(console), markup=False)
+    """Print text as it is, but for what would move the cursor; in a file or a pipe a line stays a line."""
+    console.print(printable(text), highlight=False, soft_wrap=not can_redraw(console), markup=False)
 
 
 def can_redraw(console: Console) -> bool:
@@ -66,7 +68,7 @@ class _Lasting:
 def lasting_console() -> Console:
     """Of standard output, for work that is no less worth when nobody reads of it: a terminal that has gone or a full
     disk ends what is printed, not a training."""
-    return Console(file=cast(TextIO, _Lasting(sys.stdout)))
+    return Console(file=cast(TextIO, _Lasting(sys.stdout)), emoji=False)  # of :dog: in a name none is made
 
 
 def print_no_more() -> None:

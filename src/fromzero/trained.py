@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,7 +44,7 @@ def check_unedited(run: Run) -> None:
         if not fits:
             raise FromzeroError(
                 f"{run.path}/recipe.toml: {path} is {now[path]}, but this run was trained with {then}: put that back;"
-                f" to train on in another way, start a new run from its weights: {run.start_command}"
+                f" to train on in another way, start a new run from its weights: {run.start_command()}"
             )
 
 
@@ -58,9 +57,11 @@ def recorded_images(
     source = Path(recorded["source"])
     name, options = split_name(recorded["name"])
     if images is None and name in NAMED:
-        if data_dir is None and source.exists():
-            data_dir = source if source.is_dir() else source.parent
-        images = load_images(recorded["name"], data_dir=data_dir, offline=offline)
+        place = source if data_dir is None and source.exists() else data_dir
+        if place is not None and Path(place).is_file():  # an archive, which may have any name
+            images = load_images(f"{place}{options}")
+        else:
+            images = load_images(recorded["name"], data_dir=place, offline=offline)
     elif images is None:
         if data_dir is None and not source.exists():
             raise InputError(f"{run.path}: its images are no longer at {source}; --data-dir says where they are now")
@@ -69,7 +70,7 @@ def recorded_images(
         images = load_images(f"{data_dir or source}{options}")
     ours, theirs = set(images.class_names), set(recorded["classes"])
     is_elsewhere = Path(images.source).exists() and images.source != split_name(run.recipe.dataset)[0]
-    anew = run.start_on(f"{images.source}{options}" if is_elsewhere else None)
+    anew = run.start_command(f"{images.source}{options}" if is_elsewhere else None)
     if new := sorted(ours - theirs):
         gone = f" and has none called {some(sorted(theirs - ours))}" if theirs - ours else ""
         raise FromzeroError(
@@ -273,8 +274,6 @@ def load_classifier(
         )
     here = machine.prepare(precision or run.provenance["machine"]["precision"], device=device, threads=threads)
     network, found = load_network(run, (height, width, channels), len(recorded["classes"]), here, which)
-    if which == "last" and not found.state.get("step"):
-        warnings.warn(f"{run.path}: these are the weights it began with; none has been saved since", stacklevel=2)
     normalise = Normalise.from_json(recorded["normalise"], here.device)
     return Classifier(run, network, found, normalise, (height, width, channels), tuple(recorded["classes"]), here)
 

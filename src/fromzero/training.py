@@ -174,7 +174,7 @@ class Training:
             row |= {f"{split}/loss": outcome.loss, f"{split}/accuracy": outcome.accuracy}
         return row | {"time/seconds": round(counters.seconds, 3)}
 
-    def _evaluated(self, what: str, subset: Subset, between: Callable[[], None] = lambda: None) -> Outcomes:
+    def _evaluated(self, what: str, subset: Subset, between: Callable[[], None]) -> Outcomes:
         """Outcomes on a subset. Raises NonFiniteError."""
         try:
             return evaluate(self.state.scored, *subset, self.data.normalise, self.machine, between)

@@ -20,11 +20,11 @@ __all__ = ["NAMED", "ImageSet", "Images", "load_images", "stratified_folds", "st
 
 def split_name(name: str) -> tuple[str, str]:
     """The name of an image set, or its path, and the options at its end: `("photos", "@64:500")`. A path may have an @
-    or : of its own."""
-    if os.path.exists(name):
-        return name, ""
-    parts = re.fullmatch(r"(.+?)((?:@\d{1,4})?(?::\d{1,9})*)", name, re.DOTALL)
-    return (parts[1], parts[2]) if parts else (name, "")
+    or : of its own, even at its end: the longest one that is there is meant."""
+    stem = name
+    while not os.path.exists(stem) and (part := re.fullmatch(r"(.+)(?:@\d{1,4}|:\d{1,9})", stem, re.DOTALL)):
+        stem = part[1]
+    return stem, name[len(stem) :]
 
 
 def load_images(

@@ -96,10 +96,10 @@ def load_cifar(path: Path, name: str | None = None) -> ImageSet:
     what was expected and what was found, when it is damaged."""
     if path.is_dir():
         inside = next(iter(_candidates(path)), path)
-        files = _folder_files(inside) if inside.is_dir() else _archive_files(inside)
+        members = _folder_files(inside) if inside.is_dir() else _archive_files(inside)
     else:
-        inside, files = path, _archive_files(path)
-    layout, contents = _layout(files, inside)
+        inside, members = path, _archive_files(path)
+    layout, contents = _layout(members, inside)
     class_names = layout.read_names(contents[layout.names], f"{inside}/{layout.names}")
     batches = {
         member: layout.read_batch(data, f"{inside}/{member}")
@@ -136,12 +136,12 @@ def is_cifar(path: Path) -> bool:
 def unpack(archive: Path) -> Path:
     """Write the known members of a published archive as a folder beside it, so that it is decompressed once. Returns
     the folder, or the archive where that cannot be done: it can be read as well."""
-    layout, files = _layout(_archive_files(archive), archive)
+    layout, members = _layout(_archive_files(archive), archive)
     folder = archive.parent / FOLDERS[0 if layout is BINARY else 1]
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir()
-        for member, data in files.items():
+        for member, data in members.items():
             (partial / member).write_bytes(data)
         partial.rename(folder)
     except OSError:  # a full disk, another process that was faster, an incomplete folder in the way

@@ -76,7 +76,7 @@ def pool_of_threads() -> Iterator[ThreadPoolExecutor]:
 
 def _watched(found: Iterable[_Outcome], count: int, doing: str) -> Iterable[_Outcome]:
     """The same, on a terminal with a bar while it lasts."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     quiet = not console.is_terminal
     return track(found, escape(doing), count, console=console, transient=True, disable=quiet)
 
@@ -106,6 +106,16 @@ def preparation(height: int, width: int) -> str:
     )
 
 
+def _turn(image: Image.Image) -> None:
+    """As its EXIF says; damaged EXIF data turn nothing."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # of all kinds, in a picture that is whole
+        return
+
+
 def _decode(path: Path, width: int, height: int) -> _Outcome:
     """RGB pixels uint8 (height, width, 3), from the middle of the picture and on white where it is transparent, and
     eight bytes of the file's SHA-256 as a number; or what is wrong."""
@@ -116,7 +126,8 @@ def _decode(path: Path, width: int, height: int) -> _Outcome:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             image.draft("RGB", (2 * width, 2 * height))  # a large JPEG is not decoded in full only to be made small
-            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            _turn(image)
             if image.mode.startswith(("I", "F")):
                 return Wrong("more than 8 bits a channel", damaged=True)
             if image.has_transparency_data:

@@ -18,7 +18,8 @@ from fromzero.errors import InputError, counted, some
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
-HIDDEN = (".", "__", "@", "Thumbs.db", "desktop.ini")  # how names begin that systems leave among pictures
+# What systems leave among pictures, in lower case; names that begin with a dot are hidden, too.
+HIDDEN = ("thumbs.db", "desktop.ini", "__macosx", "__pycache__", "@eadir", "@recycle", "$recycle.bin")
 
 
 class File(NamedTuple):
@@ -158,7 +159,11 @@ def _class_name(folder: Path) -> str:
 
 def _shown(folder: Path) -> list[Path]:
     """What is in it, but for what systems leave there."""
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith(HIDDEN))
+    return sorted(entry for entry in folder.iterdir() if not _is_hidden(entry.name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in HIDDEN
 
 
 def _folders(path: Path) -> list[Path]:
@@ -190,7 +195,7 @@ def _under(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
 
 def _is_picture(path: Path) -> bool:
     """By its name; a link to nothing is meant as one, and is named as what cannot be read."""
-    named = path.suffix.lower() in ENDINGS and not path.name.startswith(HIDDEN)
+    named = path.suffix.lower() in ENDINGS and not _is_hidden(path.name)
     return named and (path.is_symlink() or path.is_file())
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fromzero import files
-from fromzero.data.decoding import pool_of_threads, read_pictures, size_of_picture, unreadable
+from fromzero.data.decoding import Wrong, pool_of_threads, read_pictures, size_of_picture, unreadable
 from fromzero.data.images import Images, ImageSet, own_name
 from fromzero.data.listing import SPLITS, File, list_pictures, names_under, readable
 from fromzero.errors import InputError, some
@@ -25,7 +25,7 @@ USUAL_SIDE, LARGEST_AS_IT_IS, LARGEST_SIDE = 32, 64, 512  # pixels
 TEST_SHARE = 0.2
 DAMAGED_SHARE = 0.05  # of the pictures; more of them are no accident, but a folder that is not what it seems
 TOO_MANY = f"more than {DAMAGED_SHARE:.0%}, too many to leave out"
-KEPT_AS = "pictures-3"  # raised when the same files would give other arrays
+KEPT_AS = "pictures-4"  # raised when the same files would give other arrays
 
 
 def load_pictures(path: Path, side: int | None = None) -> ImageSet:
@@ -171,15 +171,19 @@ def _decoded(path: Path, listed: Sequence[File], side: int | None) -> _Decoded:
             return next(iter(sizes))
         return side or USUAL_SIDE, side or USUAL_SIDE
 
+    def read(width: int, height: int, again: str = "") -> tuple[np.ndarray, np.ndarray, dict[int, Wrong]]:
+        of = f"{path}: {len(paths):,} pictures of {width}×{height} pixels"
+        # Once as they are read and once as parts, or as parts and as a training has them.
+        check_memory(2 * len(paths) * height * width * 3, of, f"{path}@{max(width // 2, 1)} makes them smaller")
+        return read_pictures(paths, height, width, f"reading {path}{again}")
+
     width, height = scaled_to({size for size in size_of if size})
-    of = f"{path}: {len(paths):,} pictures of {width}×{height} pixels"
-    # Once as they are read and once as parts, or as parts and as a training has them.
-    check_memory(2 * len(paths) * height * width * 3, of, f"{path}@{max(width // 2, 1)} makes them smaller")
-    pixels, digests, wrong = read_pictures(paths, height, width, f"reading {path}")
+    pixels, digests, wrong = read(width, height)
     sizes = {size for index, size in enumerate(size_of) if size and index not in wrong}
     if scaled_to(sizes) != (width, height) and sizes:  # what is left out says nothing about the rest
         width, height = scaled_to(sizes)
-        pixels, digests, wrong = read_pictures(paths, height, width, f"reading {path} once more")
+        del pixels
+        pixels, digests, wrong = read(width, height, " once more")
     whole, notes = np.delete(np.arange(len(paths)), list(wrong)), []
     if wrong:
         left = {file[:2] for index, file in enumerate(listed) if index not in wrong}  # classes of the splits

@@ -49,14 +49,17 @@ _loaded: dict[torch.dtype, Kernels] = {}
 
 def use(name: str, element: torch.dtype) -> None:
     """From now on compute in `element` by the kernels of that name, and in other types by PyTorch's; NONE: all by
-    PyTorch's. Raises FromzeroError where those kernels are not."""
-    _loaded.clear()
+    PyTorch's; in this process, whichever thread computes. Raises FromzeroError where those kernels are not."""
+    global _loaded  # replaced whole: other threads may compute meanwhile
     if name == NONE:
+        _loaded = {}
         return
     found = building.made(element)
     if found.kernels is None or name != found.name:
+        _loaded = {}
         raise FromzeroError(f"the kernels {name} are not on this machine; it has: {found.name}")
-    _loaded[element] = found.kernels
+    if _loaded != {element: found.kernels}:
+        _loaded = {element: found.kernels}
 
 
 def in_use(x: Tensor) -> Kernels | None:
@@ -108,7 +111,8 @@ def byte_sums(pixels: Tensor) -> Tensor:
 
 def normalise_pixels(pixels: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(pixels - shift) × scale in float32, pixels uint8 (N, H, W, C), the others float32 (C,)."""
-    if kernel := _of_bytes(pixels):
+    fits = all(x.dtype == torch.float32 and x.shape == pixels.shape[-1:] for x in (shift, scale))
+    if (kernel := _of_bytes(pixels)) and fits:
         return kernel.normalise_pixels(pixels, shift, scale)
     width = pixels.shape[2]
     rows = pixels.float().flatten(2)  # (N, H, W·C): a vector is as long as a row, not as a pixel

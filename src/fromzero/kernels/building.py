@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,7 @@ LINK = ("-shared", "-undefined", "dynamic_lookup") if APPLE else ("-shared",)
 # For this very processor; Apple's, which it calls arm64, has vectors of one width.
 NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native", "arm64": "-mcpu=apple-m1"}  # elsewhere -mcpu=native
 COMPILE_SECONDS = 60.0
+INSTRUCTIONS = re.compile(r"\b(?:s?sse|avx|amx|fma|bmi|f16c|abm|lzcnt|popcnt|movbe|adx|gfni|vaes|vpclmul)\w*")  # of x86
 
 
 class Made(NamedTuple):
@@ -90,7 +92,12 @@ def _made_by(compiler: str, element: torch.dtype, compiles: bool) -> Made:
         if not compiles:
             return Made(digest, _kept(folder, digest, element))
         with tempfile.TemporaryDirectory() as nowhere:
-            kernels = _compiled(compiler, flags, _writable(folder) or Path(nowhere), digest, element)
+            try:
+                kernels = _compiled(compiler, flags, _writable(folder) or Path(nowhere), digest, element)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if not _is_full(error):
+                    raise
+                kernels = _compiled(compiler, flags, Path(nowhere), digest, element)
         return Made(digest, kernels) if kernels else Made(NONE, None, f"what {compiler} made computes something else")
     except subprocess.TimeoutExpired:
         why = f"{compiler} gave no answer in {COMPILE_SECONDS:.0f} s"
@@ -161,6 +168,12 @@ def _run(command: list[str]) -> str:
     ).stdout
 
 
+def _is_full(error: OSError | subprocess.CalledProcessError) -> bool:
+    """Whether a disk is, by what the system or a compiler says."""
+    said = str(error.stderr if isinstance(error, subprocess.CalledProcessError) else error).lower()
+    return "space left" in said or "quota" in said
+
+
 def _writable(folder: Path) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,9 +183,11 @@ def _writable(folder: Path) -> Path | None:
 
 
 def _processor() -> str:
-    """What the compiler's choice of instructions depends on."""
+    """What the compiler's choice of instructions depends on; not what else an update of the system adds to the list."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return platform.processor() + platform.version()
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
+    kept = [line for line in lines if line.startswith(("model name", "Features"))]
+    kept += [" ".join(INSTRUCTIONS.findall(line)) for line in lines if line.startswith("flags")]
+    return "\n".join(dict.fromkeys(kept))

@@ -17,6 +17,7 @@ from fromzero import rng
 
 ACTIVATIONS = ("", "relu", "gelu")  # in the order of pointwise.c
 DIRECT_CHANNELS = 4  # the most that direct.c takes
+ALIGNED = 16  # floats: each thread's scratch memory begins at a multiple of 64 bytes, as the kernels rely on
 
 
 class Mask(NamedTuple):
@@ -28,8 +29,9 @@ class Mask(NamedTuple):
 
 
 class Kernels:
-    """Functions on images (N, H, W, C) of `element`: 3×3 convolutions of stride 1 with zero padding, filters
-    (O, 3, 3, C) in float32; 2×2 max pooling; batch normalisation; dropout. All tensors are contiguous."""
+    """The compiled functions. On images (N, H, W, C) of `element`: 3×3 convolutions of stride 1 with zero padding,
+    filters (O, 3, 3, C) in float32; 2×2 max pooling; batch normalisation; dropout. On pixels, uint8: gathering,
+    normalising, a first convolution. On weights: steps of SGD, Adam and Muon. All tensors are contiguous."""
 
     def __init__(self, library: Path, element: torch.dtype):
         """Raises OSError if the library cannot be loaded."""
@@ -326,6 +328,7 @@ class Kernels:
     def _own(self, floats: int) -> tuple[int, int]:
         """Pointer to scratch memory, and how many floats of it, at least so many, are each thread's own. It is kept
         from call to call, so that each finds its part in its core's cache: from another core's it arrives late."""
+        floats = -(-floats // ALIGNED) * ALIGNED
         threads, kept = torch.get_num_threads(), getattr(self._scratch, "kept", None)
         if kept is None or len(kept) < threads or kept.shape[1] < floats:
             kept = self._scratch.kept = _floats(threads, max(floats, 0 if kept is None else kept.shape[1]))

@@ -268,7 +268,8 @@ static inline vector looked_up(const curve *table, vector z) {
 }
 
 static inline vector gelu(vector z, const curve *beside_relu) {
-    return blend((ints)(z < 0), (vector){0}, z) - looked_up(beside_relu, z);
+    /* What is beyond the table is its last value: the product keeps an infinity from becoming a number. */
+    return blend((ints)(z < 0), (vector){0}, z) - looked_up(beside_relu, z) + z * 0;
 }
 
 static inline vector gelu_slope(vector z, const curve *above_half) {

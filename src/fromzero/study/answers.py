@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -59,19 +60,23 @@ def record(result: Result) -> dict[str, Any]:
         "machines": result.machines,
         "commits": result.commits,
         "arms": arms,
-        "comparisons": [
-            {
-                **c.contrast._asdict(),
-                "verdict": c.verdict,
-                "pairs": c.pairs,
-                **(dict.fromkeys(Comparison._fields) if c.comparison is None else c.comparison._asdict()),
-                "adjusted_p": c.adjusted_p,
-                "smallest": c.smallest,
-                "seeds_needed": c.seeds_needed,
-                "new_images": c.new_images,
-            }
-            for c in result.contrasts
-        ],
+        "comparisons": [_compared(c) for c in result.contrasts],
+    }
+
+
+def _compared(found: ContrastResult) -> dict[str, Any]:
+    known = dict.fromkeys(Comparison._fields) if found.comparison is None else found.comparison._asdict()
+    more = {name: getattr(found, name) for name in ("smallest", "seeds_needed", "new_images")}
+    if found.comparison is not None and found.telling is None:  # pairs that are all equal tell no spread
+        known["difference"] = found.comparison.difference._replace(low=math.nan, high=math.nan)
+        more = dict.fromkeys(more)
+    return {
+        **found.contrast._asdict(),
+        "verdict": found.verdict,
+        "pairs": found.pairs,
+        **known,
+        "adjusted_p": found.adjusted_p,
+        **more,
     }
 
 
@@ -103,7 +108,7 @@ def sentence(found: ContrastResult, comparisons: int) -> str:
     if np.isfinite(x.correlation) and x.n > 2:  # not where an arm's runs are all equal; that of two is one or minus one
         text += f", correlation of pairs {correlation(x)}"
     if np.isfinite(found.smallest):
-        text += f"; {x.n} pairs find {figure(found.smallest, c.metric)} or more four times out of five"
+        text += f"; {x.n} pairs find {figure(found.smallest, c.metric)} or more{beyond(found)} four times out of five"
     else:
         text += f"; {x.n} pairs can settle nothing: {stats.fewest_pairs(comparisons)} at least"
     if not found.is_whole:
@@ -114,6 +119,14 @@ def sentence(found: ContrastResult, comparisons: int) -> str:
         about = "" if found.seeds_needed is None else "about "
         text += f"; to settle a difference of this size: a study of {about}{found.to_settle} seeds, begun anew"
     return text
+
+
+def beyond(found: ContrastResult) -> str:
+    """From where `smallest` counts, in words, where that is not zero."""
+    if found.null == (0.0,):
+        return ""
+    sign = "±" if len(found.null) > 1 else "−" if found.null[0] < 0 else "+"
+    return f" from {sign}{figure(abs(found.null[0]), found.contrast.metric)}"
 
 
 def claimed(contrast: Contrast) -> str:

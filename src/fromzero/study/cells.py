@@ -35,7 +35,8 @@ LOCK_SECONDS = 60.0  # how long a writer whose study was killed may take to save
 @dataclass(frozen=True)
 class Cell:
     """One arm with one seed. `after`: the cell whose last weights it starts from; `needs_weights`: whether something is
-    done with its own, so that it is trained anew where they are gone; `keep_weights`: whether they stay anyway."""
+    done with its own, so that it is trained anew where they are gone; `keep_weights`: whether they stay anyway;
+    `keeps_outcomes`: whether it is kept which validation images it has right."""
 
     arm: str
     seed: int
@@ -44,6 +45,7 @@ class Cell:
     after: Path | None = None
     needs_weights: bool = False
     keep_weights: bool = False
+    keeps_outcomes: bool = False
 
     @property
     def name(self) -> str:
@@ -71,7 +73,7 @@ def cells_of(study: Study, folder: Path, best: Mapping[str, float]) -> list[Cell
             path = folder / "cells" / f"{arm.name}-seed{seed}"
             after = None if arm.after is None else path.with_name(f"{arm.after}-seed{seed}")
             recipe = arm.recipe.override({"seed": seed} | tuned)
-            found.append(Cell(arm.name, seed, path, recipe, after, arm.name in starts))
+            found.append(Cell(arm.name, seed, path, recipe, after, arm.name in starts, keeps_outcomes=True))
     return found
 
 
@@ -90,7 +92,10 @@ def trials_of(study: Study, folder: Path) -> list[Cell]:
 
 def is_finished(cell: Cell, images: ImageSet) -> bool:
     """Whether nothing is left to be done for the cell."""
-    return _is_trained(cell, images) and ((cell.path / OUTCOMES).exists() or not Run(cell.path).checkpoints.exists())
+    if not _is_trained(cell, images):
+        return False
+    kept = (cell.path / OUTCOMES).exists() if cell.keeps_outcomes else cell.needs_weights
+    return kept or not Run(cell.path).checkpoints.exists()
 
 
 def train_cell(
@@ -98,13 +103,15 @@ def train_cell(
 ) -> Iterator[float]:
     """Train a cell to its end, yielding the share that is done, first that from before. Raises what a training raises;
     StoppedError when asked to stop, the cell saved. `note` is told what a user should know."""
+    if (cell.path / "recipe.toml").is_file():
+        _wait_for_writer(Run(cell.path))
     if not _is_trained(cell, images):
         with closing(_begun(cell, images, setting, note)) as training:
             steps = training.timetable.start_of(training.recipe.epochs)
             yield training.state.counters.step / steps
             for progress in training:
                 yield min(progress.counters.step / steps, 0.999)
-    if not (cell.path / OUTCOMES).exists():
+    if cell.keeps_outcomes and not (cell.path / OUTCOMES).exists():
         _record_outcomes(cell, images)
     if not (cell.keep_weights or cell.needs_weights):
         shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
@@ -128,7 +135,6 @@ def _is_trained(cell: Cell, images: ImageSet) -> bool:
 def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str], None]) -> Training:
     """The cell's training, gone on with where that can be done exactly, else new."""
     if (cell.path / "recipe.toml").is_file():
-        _wait_for_writer(Run(cell.path))
         if reasons := _why_anew(cell, images):
             note(f"{cell.name}: {'; '.join(reasons)}: trained anew, the old run is {_set_aside(cell)}")
         else:
@@ -137,8 +143,6 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
             except TooLargeError:
                 raise
             except FromzeroError as error:
-                if Run(cell.path).has_ended():  # by a writer that was waited for
-                    raise
                 why = str(error).removeprefix(f"{cell.path}: ").partition(", so the result")[0]
                 note(f"{cell.name}: {why}: begun again, what there was is {_set_aside(cell)}")
     elif _never_began(cell.path):

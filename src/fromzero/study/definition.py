@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import pydantic
 from pydantic import Field
 
-from fromzero.changes import DATA_FIELDS, differing_fields
+from fromzero.changes import DATA_FIELDS, differing_fields, notes_on_changes, short
 from fromzero.errors import InputError, counted, nearest
 from fromzero.recipe import Recipe, field_types, load_recipe
 from fromzero.shipped import names_of, text_of
@@ -36,6 +36,7 @@ CLAIM = "claim"
 Refuse = Callable[[tuple[str, ...], str], NoReturn]  # (where in the file, what is wrong there)
 TUNING_SEEDS_FROM = 1000  # beyond the seeds 0, 1, 2 … of the arms
 MOST_SEEDS = TUNING_SEEDS_FROM
+NAME = r"[\w.+-]+"  # of an arm and a scale, which name folders
 LONGEST_NAME = 100
 
 
@@ -73,7 +74,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Study:
-    """A study at one scale. `text` is the file, `lines` say where in it a dotted path stands."""
+    """A study at one scale. `text` is its file, and `label` what the user calls that."""
 
     name: str
     claim: str
@@ -94,6 +95,24 @@ class Study:
         """What study and scale change in the base for the first arm, but for what `setting` says."""
         changes = differing_fields(self.base, next(iter(self.arms.values())).recipe)
         return {path: value for path, value in changes.items() if path not in SETTING}
+
+    def in_words(self, arm: Arm, mark: str = "") -> str:
+        """What an arm is: base or other arm, what it changes in that, each change between marks, and where it starts.
+        Of the first arm it leaves out what `setting` says."""
+        first = next(iter(self.arms))
+        changes = self.first_changes if arm.name == first else arm.changes
+        said = ", ".join(f"{mark}{path} = {short(value)}{mark}" for path, value in changes.items())
+        if arm.name == first:
+            said = f"{self.base.name} with {said}" if said else self.base.name
+        elif not said or arm.like != first:
+            said = f"like {arm.like}: {said}" if said else f"like {arm.like}"
+        return said + (f"; starts from the weights of {arm.after}" if arm.after else "")
+
+    def notes_on(self, arm: Arm) -> list[str]:
+        """What whoever wrote the arm should know of what it changes, and of what it leaves."""
+        if arm.name == next(iter(self.arms)):
+            return notes_on_changes(self.base, arm.recipe, self.first_changes)
+        return notes_on_changes(self.arms[arm.like].recipe, arm.recipe, arm.changes)
 
     def setting(self, own_validation: bool) -> str:
         """What arms that do not say otherwise have in common, in words; own_validation: the images have such."""
@@ -178,6 +197,8 @@ def load_study(
     def wrong(path: tuple[str, ...], message: str) -> NoReturn:
         refuse(label, lines, path, message)
 
+    if odd := next((one for one in file.scale if not re.fullmatch(NAME, one)), None):
+        wrong(("scale", odd), f"scale {odd!r}: a name has letters, digits, '-', '_', '+' and '.' only")
     if scale not in file.scale:
         raise InputError(f"{label}: has no scale {scale!r}, only {', '.join(file.scale)}{nearest(scale, file.scale)}")
     if base is None:
@@ -317,7 +338,7 @@ def _arms(
     recipes: dict[str, Recipe] = {}
     arms: dict[str, Arm] = {}
     for name, table in tables.items():
-        if not re.fullmatch(r"[\w.+-]+", name):
+        if not re.fullmatch(NAME, name):
             wrong(("arms", name), f"arm {name!r}: a name has letters, digits, '-', '_', '+' and '.' only")
         if len(name) > LONGEST_NAME:
             wrong(("arms", name), f"arm {name!r}: a name has {LONGEST_NAME} letters at most, as its runs are called so")

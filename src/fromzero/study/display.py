@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from fromzero.changes import short
 from fromzero.data import ImageSet
 from fromzero.errors import counted
 from fromzero.networks import num_multiply_adds, num_parameters
@@ -21,7 +20,7 @@ from fromzero.stats import fewest_pairs
 from fromzero.study.cells import Cell
 from fromzero.study.execution import Execution
 from fromzero.study.pools import Event
-from fromzero.terminal import REFRESH_SECONDS, can_redraw, duration
+from fromzero.terminal import REFRESH_SECONDS, can_redraw, duration, say
 from fromzero.timetable import Timetable
 
 # What a forward pass costs an image besides multiplications, and a cell besides images, in multiply-adds: rough.
@@ -36,15 +35,8 @@ def study_header(execution: Execution) -> str:
     for arm in study.arms.values():
         parameters = num_parameters(arm.recipe.network, shape, num_classes)
         cost = num_multiply_adds(arm.recipe.network, shape, num_classes)
-        first = arm.name == next(iter(study.arms))
-        own = study.first_changes if first else arm.changes
-        changes = ", ".join(f"{path} = {short(value)}" for path, value in own.items())
-        if first:
-            changes = f"{study.base.name} with {changes}" if changes else study.base.name
-        elif not changes or arm.like != next(iter(study.arms)):
-            changes = f"like {arm.like}{', ' * bool(changes)}{changes}"
-        after = f"; starts from the weights of {arm.after}" if arm.after else ""
-        lines.append(f"  {arm.name}: {parameters:,} parameters, {cost / 1e6:.1f} M multiply-adds; {changes}{after}")
+        size = f"{parameters:,} parameters, {cost / 1e6:.1f} M multiply-adds"
+        lines.append(f"  {arm.name}: {size}; {study.in_words(arm)}")
     runs = f"{len(study.arms)} arms × {study.seeds} seeds"
     if execution.trials:
         runs += f" after {len(execution.trials)} runs of tuning"
@@ -56,6 +48,7 @@ def study_header(execution: Execution) -> str:
     setting_in_words = study.setting(execution.images.validation is not None)
     lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {setting_in_words}")
     lines += [f"  note: {note}" for note in execution.images.notes]
+    lines += [f"  note: arm {arm.name}: {note}" for arm in study.arms.values() for note in study.notes_on(arm)]
     for group in dict.fromkeys(c.group for c in study.contrasts):
         comparisons = sum(c.group == group for c in study.contrasts)
         fewest = fewest_pairs(comparisons)
@@ -78,7 +71,7 @@ def watch_cells(name: str, cells: Sequence[Cell], images: ImageSet, events: Iter
     if not can_redraw(console):
         for event in events:
             if line := progress.take(event):
-                console.print(line, highlight=False, soft_wrap=True, markup=False)
+                say(console, line)
         return
     columns = (
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),

@@ -3,6 +3,7 @@
 runs/studies/NAME-SCALE/     -tuned added for a study whose arms were tuned first
   study.toml, base.toml      the study and its base recipe, as they were run
   study.json                 scale, number of seeds, time spent
+  lock, workers.log          held by the process that carries it out; what its workers said
   cells/ARM-seedN/           an ordinary run for each arm and seed
   tuning/ARM-VALUE-seedN/    the runs of the sweep
   failures.json              cells that failed, and why
@@ -227,6 +228,12 @@ def prepare_study(
     """
     if tune and study.tuning is None:
         raise InputError(f"{study.label}: --tune needs a [tuning] table, and it has none")
+    if tune and (starts := next((arm for arm in study.arms.values() if arm.after), None)):
+        study.refuse(
+            ("arms", starts.name, "after"),
+            f"arm {starts.name!r} starts from the weights of {starts.after!r}: --tune would try its values from random"
+            " ones, which says nothing of it",
+        )
     on_gpu = place == "local" and chosen_device(device).type == "cuda"
     num_jobs, num_threads_each = jobs_and_threads(jobs, threads, on_gpu)
     given = {
@@ -250,6 +257,8 @@ def prepare_study(
         if data_dir is None:
             raise InputError(f"{study.label}: its images are no longer at {stem}; --data-dir says where they are now")
         dataset, data_dir = f"{data_dir.resolve()}{asked}", None
+    elif stem not in NAMED and os.path.exists(stem):  # a worker may stand elsewhere
+        dataset = f"{Path(stem).resolve()}{asked}"
     try:
         images = load_images(dataset, data_dir=data_dir, offline=offline)
     except InputError as error:
@@ -267,6 +276,8 @@ def prepare_study(
                     f"arm {arm.name!r} cannot start from the weights of {arm.after!r}: {differing[0]} differs; give"
                     " both the same network",
                 )
+    if place == "ray" and jobs is not None:
+        raise InputError("--jobs: on Ray, as many runs are trained at once as the cluster has cores (or GPUs) for")
     if place == "ray" and device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device: {device}: on Ray it is auto, cpu or cuda, of the cluster's machines")
     setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device, num_threads_each)
@@ -307,7 +318,8 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
 
 def _is_same(one: Arm, other: Arm) -> bool:
     """Whether the runs of one arm are those of the other."""
-    return one.after == other.after and not differing_fields(one.recipe, other.recipe)
+    changed = differing_fields(one.recipe, other.recipe).keys() - {"dataset"}  # its images may lie elsewhere now
+    return one.after == other.after and not changed
 
 
 def _shapes(recipe: Recipe, images: ImageSet) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@ RUN/folds/
   result.json        what they say of all these images
   labels.csv         every image with its label's probability, the most doubtful label first
   set-aside/         runs of another recipe, or damaged ones; they count no more
+  lock, workers.log  held by the process that trains them; what its workers said
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from fromzero.changes import DATA_FIELDS, in_words
 from fromzero.data import ImageSet, stratified_folds
-from fromzero.errors import FromzeroError, InputError, StoppedError, counted, printable, some, typed
+from fromzero.errors import FromzeroError, InputError, StoppedError, counted, some, typed
 from fromzero.evaluate import predict
 from fromzero.evidence import Surest
 from fromzero.files import csv_text, write_atomically, write_json
@@ -128,7 +129,7 @@ def fold_header(found: CrossValidation) -> str:
         lines.append("  note: the run began with the weights of another one, and these begin with random ones")
     if found.run.earlier_ends:
         lines.append(f"  note: the run was extended; these train {recipe.epochs} epochs at once")
-    return printable("\n".join(lines))
+    return "\n".join(lines)
 
 
 def fold_result(found: CrossValidation) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def fold_text(found: CrossValidation, result: Mapping[str, Any]) -> str:
     if shown:
         moved = [] if found.data_dir is None else ["--data-dir", str(found.data_dir)]
         lines.append(f"  pictures of these: {typed('fromzero', 'report', found.run.path, *moved)}")
-    return printable("\n".join(line.replace("\n", "\\n") for line in lines))
+    return "\n".join(line.replace("\n", "\\n") for line in lines)
 
 
 def _own_validation(run: Run) -> list[str]:

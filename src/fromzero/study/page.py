@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import re
+import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fromzero import stats
-from fromzero.changes import short
 from fromzero.errors import InputError
 from fromzero.files import write_atomically
 from fromzero.runs import check_named, write_named
-from fromzero.study.answers import claimed, correlation, figure, unit
+from fromzero.study.answers import beyond, claimed, correlation, figure, unit
 from fromzero.study.definition import CLAIM, METRICS, TUNING_SEEDS_FROM, Study, study_names
 from fromzero.study.results import ArmResult, ContrastResult, Result, Spread, by_lesson
 
@@ -43,9 +44,10 @@ HOW_TO_READ = """\
 - **p** is that of the exact two-sided sign-flip test (sampled beyond 16 pairs), adjusted by Holm where a claim has
   several comparisons. The verdict is *supported* or *contradicted*, by the sign, when that p is 0.05 or less, else
   *undecided*. With fewer than six pairs it is always undecided; with six, only all six on one side settle anything.
-- **Correlation** says what pairing by seed bought: at 0 nothing. **Seen** is the smallest true difference that so many
-  pairs find four times out of five. **To settle** is how many seeds would find a difference of the size seen, in
-  a study begun anew: seeds that are added because of an answer make its p too small.
+- **Correlation** says what pairing by seed bought: at 0 nothing. **Seen** is how far the true difference must lie from
+  zero, or from the margin that a claim has, for so many pairs to find it four times out of five. **To settle** is how
+  many seeds would find a difference of the size seen, in a study begun anew: seeds that are added because of an answer
+  make its p too small.
 """
 SCALES = """\
 - **Screen** is small and short: a quarter of the width, 4,000 train images, six to twenty epochs, about half of the
@@ -141,8 +143,13 @@ def _overview(lessons: Sequence[tuple[Study, list[Result]]]) -> str:
     lines = ["| lesson | claim | verdicts |", "|---|---|---|"]
     for study, found in lessons:
         said = "; ".join(f"{r.title}: {_said(r)}{_so_far(r)}" for r in found) or "not run yet"
-        lines.append(_row([f"[{study.name}](#{study.name})", study.claim, said]))
+        lines.append(_row([f"[{study.name}](#{_anchor(study.name)})", study.claim, said]))
     return "\n".join(lines) + "\n"
+
+
+def _anchor(heading: str) -> str:
+    """By which pages link to a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _said(result: Result) -> str:
@@ -172,7 +179,8 @@ def _lesson(study: Study, results: Sequence[Result], pictures: Path) -> str:
     for result in results:
         picture = pictures / f"{result.folder.name}.png"
         draw_result(result, picture)
-        parts += [_section(result), f"![{name_of(result)}]({pictures.name}/{picture.name})\n"]
+        place = urllib.parse.quote(f"{pictures.name}/{picture.name}")
+        parts += [_section(result), f"![{name_of(result)}]({place})\n"]
     return "\n".join(parts)
 
 
@@ -208,15 +216,8 @@ def _arms_table(result: Result) -> str:
     extra = [] if metric == "val/accuracy" else [metric]
     head = ["arm", "what it is", "parameters", "M multiply-adds", "n", *extra, "val, last", "val, best epoch"]
     lines = [_row([*head, "train", "test"]), _row(["---"] * (len(head) + 2))]
-    first = next(iter(result.arms))
     for arm in result.arms.values():
-        changes = _fields(arm.arm.changes)
-        if arm.arm.name == first:
-            changes = _first(result.study)
-        elif not changes or arm.arm.like != first:
-            changes = f"like {arm.arm.like}" + (f": {changes}" if changes else "")
-        if arm.arm.after:
-            changes += f"; starts from the weights of {arm.arm.after}"
+        changes = result.study.in_words(arm.arm, "`")
         if arm.value is not None and result.study.tuning:
             changes += f"; tuned: `{result.study.tuning.field} = {arm.value:g}`"
         cells = [arm.arm.name, changes, f"{arm.parameters:,}", f"{arm.multiply_adds / 1e6:.1f}", arm.n]
@@ -227,17 +228,6 @@ def _arms_table(result: Result) -> str:
             cells.append("–" if found is None else _mean_and_sd(found, 100, 2))
         lines.append(_row(cells))
     return "\n".join(lines) + "\n"
-
-
-def _first(study: Study) -> str:
-    """What the first arm is: the base, and what study and scale change in it, but for what the section's first line
-    says."""
-    fields = _fields(study.first_changes)
-    return study.base.name + (f" with {fields}" if fields else "")
-
-
-def _fields(changes: Mapping[str, object]) -> str:
-    return ", ".join(f"`{path} = {short(value)}`" for path, value in changes.items())
 
 
 def _spread(arm: ArmResult, metric: str) -> str:
@@ -280,7 +270,7 @@ def _contrasts_table(result: Result) -> str:
             p = f"{found.adjusted_p:.3g}" if x.exact else f"≈ {found.adjusted_p:.3g}"
             p += f" (one of {len(members)})" if len(members) > 1 else ""
             seen = (
-                figure(found.smallest, c.metric)
+                figure(found.smallest, c.metric) + beyond(found)
                 if np.isfinite(found.smallest)
                 else (f"nothing: {stats.fewest_pairs(len(members))} pairs at least")
             )

@@ -93,6 +93,8 @@ def on_this_machine(cells: Sequence[Cell], setting: Setting, jobs: int, log: Pat
                     sender.cell = None
                     yield Event("finished", cell, 1.0)
                 # Else somebody stopped the worker alone: it goes, and its cell to another.
+            if stop.signal is not None:  # while the last one ended
+                raise StoppedError("stopped", stop.signal)
         finally:
             for w in workers:
                 w.end()
@@ -247,6 +249,9 @@ def _ray_events(ray: Any, train: Any, cells: Sequence[Cell], setting: Setting, s
                 outcome = {"failed": "was stopped on the machine that trained it"}
             if "failed" in outcome:
                 yield Event("failed", cell, text=outcome["failed"])
+            elif Run(cell.path).summary is None:
+                why = "its run folder is not here: run folders must lie on a path that all machines share (--runs-dir)"
+                yield Event("failed", cell, text=why)
             elif "done" in outcome:
                 yield Event("finished", cell, 1.0)
         for task in under_way:
@@ -258,6 +263,8 @@ def _ray_events(ray: Any, train: Any, cells: Sequence[Cell], setting: Setting, s
             if tasks:
                 ray.wait(list(tasks), num_returns=len(tasks), timeout=STOP_SECONDS)
             raise StoppedError("stopped", stop.signal)
+    if stop.signal is not None:  # while the last one ended
+        raise StoppedError("stopped", stop.signal)
 
 
 def _share_done(cell: Cell) -> float:

@@ -73,11 +73,11 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class ContrastResult:
-    """A comparison and what it says. Without two pairs there is no `comparison`. smallest: the true difference that
-    this many runs find four times out of five; seeds_needed: how many would find the one seen, None when more than
-    a study may have; new_images: the interval for new images as well; seeds: of the study, some of which may have no
-    pair. Then the verdict is undecided: runs that fail do so because of what is compared, and those that are left
-    are another sample."""
+    """A comparison and what it says. Without two pairs there is no `comparison`. smallest: how far a true difference
+    must lie from `null` for this many runs to find it four times out of five; seeds_needed: how many would find the
+    one seen, None when more than a study may have; new_images: the interval for new images as well; seeds: of the
+    study, some of which may have no pair. Then the verdict is undecided: runs that fail do so because of what is
+    compared, and those that are left are another sample."""
 
     contrast: Contrast
     comparison: Comparison | None
@@ -88,6 +88,13 @@ class ContrastResult:
     new_images: Interval | None
     pairs: dict[int, float]
     seeds: int
+
+    @property
+    def null(self) -> tuple[float, ...]:
+        """The differences at the edge of what the claim denies: zero, or where its margin ends."""
+        margin = self.contrast.margin
+        edges = {"higher": (-margin,), "lower": (margin,), "different": (-margin, margin)}
+        return edges[self.contrast.direction] if margin else (0.0,)
 
     @property
     def is_whole(self) -> bool:
@@ -159,8 +166,8 @@ class Result:
         return command(self.study.label, self.study.scale, self.study.seeds, self.ran.tuned)
 
     @property
-    def way_on(self) -> str:
-        """What goes on with it here."""
+    def resume_command(self) -> str:
+        """What to type to go on with it here."""
         return command(self.study.label, self.study.scale, self.study.seeds, self.ran.tuned, self.ran.options)
 
     @property
@@ -255,6 +262,7 @@ def _arm_result(
     arm: Arm, cells: Sequence[Cell], failures: dict[str, str], value: float | None, ran: Description
 ) -> ArmResult:
     runs, failed = {}, {}
+    network = cells[0].recipe.network  # of the tuned value, where there is one
     for cell in cells:
         run = Run(cell.path)
         if cell.name in failures:
@@ -269,8 +277,8 @@ def _arm_result(
             failed.pop(cell.name, None)
     return ArmResult(
         arm=arm,
-        parameters=num_parameters(arm.recipe.network, ran.image_shape, ran.num_classes),
-        multiply_adds=num_multiply_adds(arm.recipe.network, ran.image_shape, ran.num_classes),
+        parameters=num_parameters(network, ran.image_shape, ran.num_classes),
+        multiply_adds=num_multiply_adds(network, ran.image_shape, ran.num_classes),
         seeds=len(cells),
         runs=runs,
         failures=failed,
