@@ -16,7 +16,7 @@ from fromzero.errors import InputError, NonFiniteError, nearest
 from fromzero.machine import Machine
 from fromzero.recipe import Recipe
 
-BATCH, BATCH_PIXELS = 500, 500 * 32 * 32  # images in a batch of an evaluation; of larger images, pixels
+BATCH, BATCH_PIXELS = 1000, 1000 * 32 * 32  # images in a batch of an evaluation; of larger images, pixels
 
 # Test-time augmentation: the views of an image whose outputs are averaged, (mirrored, pixels down, pixels right) and
 # weight. multicrop is that of cifar10-airbench (Jordan, 2024).
