@@ -1293,7 +1293,7 @@ def test_larger_images_are_evaluated_fewer_at_a_time():
 
     here = machine.prepare("float32", device="cpu", threads=1)
     as_bytes = Normalise(torch.zeros(3), torch.ones(3))
-    for side, count, batches in ((8, 501, [500, 1]), (32, 501, [500, 1]), (224, 21, [10, 10, 1])):
+    for side, count, batches in ((8, 1001, [1000, 1]), (32, 1001, [1000, 1]), (224, 41, [20, 20, 1])):
         pixels, labels = torch.zeros((count, side, side, 3), dtype=torch.uint8), torch.zeros(count, dtype=torch.long)
         seen.clear()
         evaluate(Watched(), pixels, labels, as_bytes, here)
