@@ -28,7 +28,7 @@ from benchmarks.timing import ROOT, default_data_dir
 
 OUTPUT, REMEDIES = ROOT / "build" / "diagnosis.json", ROOT / "build" / "remedies.json"
 LAST_SEEN = 80  # no rule was chosen or changed by a seed beyond
-SEEDS = (LAST_SEEN + 1, LAST_SEEN + 2)
+SEEDS = [LAST_SEEN + 1, LAST_SEEN + 2]
 PAGE, MEASURED = ROOT / "docs" / "diagnosis.md", "## How well it does"
 REMEDIED = "## Do the remedies help?"
 AUTOTRAINER = "autotrainer.json"  # beside what a run leaves behind

@@ -950,6 +950,17 @@ def test_dropout_that_was_never_on_a_flat_curve_and_dead_units_are_not_misread()
     assert [finding.name for finding in found] == ["dead-units"]
 
 
+def test_copies_are_certain_where_bytes_are_the_same():
+    def said(validation, test):
+        copies = Copies({"validation": Copied(*validation, 1000), "test": Copied(*test, 1000)})
+        (found,) = diagnose(evidence(measured={"copies": copies}))
+        return found.meaning
+
+    assert said((60, 60), (0, 80)).startswith("some validation images are train images, too")
+    assert said((60, 60), (50, 80)).startswith("some validation and test images are train images, too")
+    assert said((0, 60), (0, 40)).startswith("some validation images look almost like train ones")
+
+
 def test_a_remedy_that_changes_nothing_has_no_study():
     pooled = evidence({"network.pool": [1, 1, 1, 1]}, {"map_sides": (32, 4, 2)})
     assert [(finding.name, finding.changes) for finding in diagnose(pooled)] == [("pooling-too-early", {})]

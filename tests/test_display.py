@@ -46,8 +46,8 @@ def test_without_a_terminal_the_first_step_and_every_epoch_have_a_line(training)
 
 
 def test_names_are_printed_as_they_are(capsys):
-    say(lasting_console(), "photos:100:50 [bold] :dog:")
-    assert capsys.readouterr().out == "photos:100:50 [bold] :dog:\n"
+    say(lasting_console(), "photos:100:50 [bold] :dog: 写真\u3000a\xa0b \x1b[2J")
+    assert capsys.readouterr().out == "photos:100:50 [bold] :dog: 写真\u3000a\xa0b \\x1b[2J\n"
 
 
 def test_without_a_terminal_a_long_epoch_has_lines_between(training, monkeypatch):

@@ -86,6 +86,11 @@ def test_a_card_says_what_is_recorded_of_the_weights(copied, tiny_images, tmp_pa
     folds = copied.cross_validation
     said = f"one of 3 other networks, trained by the same recipe without it: **{folds['accuracy']:.4f}** ("
     assert said in card(load_classifier(copied))
+    begun_with = {"run": "another", "recipe": "quick", "step": 3, "left": []}
+    changed(copied, "provenance.json", **{"from": begun_with})  # the folds begin with random weights
+    assert said not in card(load_classifier(copied))
+    changed(copied, "provenance.json", **{"from": None})
+    assert said in card(load_classifier(copied))
     changed(copied, "folds/result.json", epochs=9)  # as where the run was extended since
     assert said not in card(load_classifier(copied))
     assert cli.main(["diagnose", str(copied.path)]) == 0

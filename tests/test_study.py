@@ -21,7 +21,7 @@ import torch
 import fromzero
 from fromzero import networks, stats
 from fromzero.data import cifar, load_images
-from fromzero.errors import FromzeroError, InputError, StoppedError, TooLargeError
+from fromzero.errors import FromzeroError, InputError, StoppedError, TooLargeError, WriteError
 from fromzero.files import finite
 from fromzero.recipe import load_recipe, recipe_names
 from fromzero.study import pools, worker
@@ -343,7 +343,6 @@ TUNED_DATA = '\n[tuning]\nfield = "validation.fraction"\nvalues = {narrow = [0.1
         ('base = "train1"', 'base = "train1"\ndirection = "up"', 3, "direction: 'up'"),
         ('base = "train1"', 'base = "train1"\nmarginn = 1', 3, "unknown key 'marginn'; nearest: margin"),
         ("seeds = 6", "seeds = 1", 21, "one run says nothing"),
-        ("[scale.half]", '[scale."32/half"]', 25, "scale '32/half': a name has letters, digits"),
         ("seeds = 6", "", 20, "expected a number from 2 to 1,000, found None"),
         ("seeds = 6", "seeds = 6\nlearning_rat = 1", 22, "unknown recipe field 'learning_rat'"),
         ("seeds = 6", 'seeds = 6\nimages = "all"', 22, "expected a number of train images"),
@@ -437,6 +436,14 @@ def test_a_run_on_a_part_is_resumed_by_its_folder_alone(data_folder, tmp_path):
 
 
 # ---- cells
+
+
+def test_a_scale_names_a_folder(tmp_path, text):
+    path = written(tmp_path, text.replace("[scale.half]", '[scale."32/half"]'))
+    load_study(path)
+    with pytest.raises(InputError, match=r"line 25: scale '32/half' cannot be part of a folder's name"):
+        load_study(path, "32/half")
+    load_study(written(tmp_path, text.replace("[scale.half]", '[scale."half size"]')), "half size")
 
 
 def test_a_study_may_validate_on_a_fold(tmp_path, text):
@@ -763,6 +770,33 @@ def test_a_cell_that_no_longer_fits_into_memory_is_kept_and_goes_on_later(data_f
     (cell.path / "metrics.jsonl").touch()
     _begun(cell, execution.images, execution.setting, pytest.fail).close()
     assert not (execution.folder / "set-aside").exists()
+
+
+def test_a_cell_whose_records_cannot_be_written_is_kept_and_goes_on_later(data_folder, tmp_path, text, monkeypatch):
+    execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
+    cell = execution.cells[0]
+    training = _begun(cell, execution.images, execution.setting, pytest.fail)
+    steps = iter(training)
+    for _ in range(3):
+        next(steps)
+    training.save()
+    steps.close()
+    training.close()
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    for name in ("write_atomically", "write_json"):  # rows cut back, and which process writes
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fromzero.runs.{name}", full)
+            began = time.monotonic()
+            with pytest.raises(WriteError, match="No space left on device; checkpoints saved before are whole"):
+                list(train_cell(cell, execution.images, execution.setting, pytest.fail))
+            assert time.monotonic() - began < 20, "it does not wait for a writer that there is not"
+    assert not (execution.folder / "set-aside").exists()
+    again = _begun(cell, execution.images, execution.setting, pytest.fail)
+    assert again.state.counters.step == 3
+    again.close()
 
 
 def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_folder, tmp_path, text):
@@ -1155,6 +1189,11 @@ def test_a_run_that_another_machine_kept_to_itself_is_no_result(tmp_path, text):
     events = list(_ray_events(ray, train, [cell], Setting("digits"), SimpleNamespace(signal=None)))
     assert [event.kind for event in events] == ["started", "failed"]
     assert "its run folder is not here" in events[1].text
+    ray.get = lambda task: {"stopped": True}  # by the same signal as the study
+    stopped = _ray_events(ray, train, [cell], Setting("digits"), SimpleNamespace(signal=15))
+    assert next(stopped).kind == "started"
+    with pytest.raises(StoppedError):
+        next(stopped)
 
 
 def test_images_are_named_for_workers_that_stand_elsewhere(data_folder, tmp_path, text, monkeypatch):
@@ -1162,6 +1201,8 @@ def test_images_are_named_for_workers_that_stand_elsewhere(data_folder, tmp_path
     beside = text.replace(str(data_folder), data_folder.name)
     setting = prepare_study(load_study(written(tmp_path, beside), "half"), runs_dir=tmp_path).setting
     assert setting.dataset == f"{data_folder.resolve()}:100"
+    execution = prepare_study(load_study(written(tmp_path, beside), "half"), runs_dir=tmp_path)
+    assert {cell.recipe.dataset for cell in execution.cells} == {setting.dataset}
 
 
 def test_two_ray_workers_one_killed_end_with_the_same_bits(finished, tmp_path):

@@ -93,8 +93,9 @@ def _accuracies(classifier: Classifier) -> list[str]:
 
 def _of_folds(classifier: Classifier) -> list[str]:
     """What cross-validation says of trainings like this one, where it was asked."""
-    found = classifier.run.cross_validation
-    if found is None or found["epochs"] != classifier.checkpoint.epochs:
+    run, found = classifier.run, classifier.run.cross_validation
+    is_alike = not (run.provenance["from"] or run.earlier_ends)  # the folds begin anew and train at once
+    if found is None or not is_alike or found["epochs"] != classifier.checkpoint.epochs:
         return []
     accuracy = _with_interval(found["accuracy"], found["images"])
     others = f"one of {found['folds']} other networks, trained by the same recipe without it"

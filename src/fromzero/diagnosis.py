@@ -80,14 +80,14 @@ def _copies(e: Evidence) -> Finding | None:
     many = {split: copied for split, copied in copies.splits.items() if copied.near >= COPIED * copied.of}
     if not many:
         return None
-    certain = any(copied.exact >= COPIED * copied.of for copied in many.values())
+    certain = [split for split, copied in many.items() if copied.exact >= COPIED * copied.of]
     example = copies.found[0] if copies.found else None
     counts = [
         f"of {of:,} {split} images in train to the byte: {exact:,}"
         + (f", more that look almost like one there: {near - exact:,}" if copies.by_looks else "")
         for split, (exact, near, of) in copies.splits.items()
     ]
-    some = f"some {' and '.join(many)} images"
+    some = f"some {' and '.join(certain or many)} images"
     return Finding(
         "copies",
         f"{some} are train images, too, so accuracies are too high"

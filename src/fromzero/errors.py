@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import PurePath
+from unicodedata import category
 
 
 class FromzeroError(Exception):
@@ -24,6 +25,10 @@ class InputError(FromzeroError):
 
 class TooLargeError(InputError):
     """What would not fit into the memory that is free; nothing was changed."""
+
+
+class WriteError(FromzeroError):
+    """A run's record could not be written, as on a full disk; what was there before is whole."""
 
 
 class NonFiniteError(FromzeroError):
@@ -65,7 +70,11 @@ def typed(*words: str | PurePath) -> str:
 
 def printable(text: str) -> str:
     """Lines without what would move a terminal's cursor or colour it, as names of files can."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+
+    def is_shown(letter: str) -> bool:
+        return letter.isprintable() or letter == "\n" or category(letter) == "Zs"  # of any width: part of a name
+
+    return "".join(letter if is_shown(letter) else ascii(letter)[1:-1] for letter in text)
 
 
 def some(names: Sequence[str], between: str = ", ", most: int = 3) -> str:

@@ -57,6 +57,7 @@ DRAWN_BATCH, DRAWN_STEPS = 50, 200  # of what is learned from images drawn anew 
 FITTED_IMAGES = 100  # whether the network can learn that few by heart
 MIRROR_IMAGES = 2000  # whether a small network can tell as many images from their mirror images, at most
 MIRROR_CHANNELS, MIRROR_BORDER = [[16], [32], [32]], 1 / 8  # its, of the recipe few; of a side, that it does not see
+PIXELS_AT_ONCE = 10_000_000  # of images that are made smaller
 AT_ONCE = 10_000_000  # pairs of images, one of them a train image, whose likeness is computed in one product
 SIDE, MIN_CORRELATION = 16, 0.98  # pictures whose pixels, made so few, are as correlated as that count as one
 TWINS = 0.01  # share of pictures with a likeness in another class, beyond which likeness says nothing
@@ -336,8 +337,9 @@ def _copies(trained: Trained) -> Copies:
 def _small(pixels: Tensor) -> Tensor:
     """Images (N, H, W, C) as vectors (N, D) of a few pixels, whose products are their correlations; zero for an image
     of one colour."""
-    images = pixels.permute(0, 3, 1, 2).float()
-    small = F.adaptive_avg_pool2d(images, (min(SIDE, images.shape[2]), min(SIDE, images.shape[3]))).flatten(1)
+    size = min(SIDE, pixels.shape[1]), min(SIDE, pixels.shape[2])
+    parts = pixels.split(max(PIXELS_AT_ONCE // (pixels.shape[1] * pixels.shape[2]), 1))
+    small = torch.cat([F.adaptive_avg_pool2d(part.permute(0, 3, 1, 2).float(), size).flatten(1) for part in parts])
     small = small - small.mean(1, keepdim=True)
     norm = small.norm(dim=1, keepdim=True)
     return torch.where(norm > 1.0, small / norm.clamp(min=1.0), torch.zeros(()))

@@ -37,7 +37,7 @@ from typing import Annotated, Any
 import filelock
 import pydantic
 
-from fromzero.errors import FromzeroError, InputError, nearest, typed
+from fromzero.errors import FromzeroError, InputError, WriteError, nearest, typed
 from fromzero.files import append_line, sync_folder, write_atomically, write_json
 from fromzero.recipe import Recipe, load_recipe
 
@@ -332,7 +332,7 @@ class Run:
 
     def cut_metrics(self, epochs: int) -> None:
         """Drop the rows after epoch `epochs`: they were written after the checkpoint that the run goes on from. Raises
-        FromzeroError when the disk is full or fails, as all that write do."""
+        WriteError when the disk is full or fails, as all that write do."""
         rows = [row for row in self.metrics() if row["epoch"] <= epochs]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         with self._writing("metrics.jsonl") as path:
@@ -358,11 +358,11 @@ class Run:
 
     @contextlib.contextmanager
     def _writing(self, file: str) -> Iterator[Path]:
-        """A record's path. Where it cannot be written, raises FromzeroError, which says what is left."""
+        """A record's path. Where it cannot be written, raises WriteError, which says what is left."""
         try:
             yield self.path / file
         except OSError as error:
-            raise FromzeroError(f"{self.path}/{file}: {error.strerror}; {self.saved_before}") from None
+            raise WriteError(f"{self.path}/{file}: {error.strerror}; {self.saved_before}") from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -263,8 +263,9 @@ def load_classifier(
     threads: int | None = None,
 ) -> Classifier:
     """A run's network with its `last` or `best` weights and what it needs to look at pictures; the images that it was
-    trained on need not be there. precision: another one than it was trained in. Raises FromzeroError when the weights
-    are not there or not its own."""
+    trained on need not be there. precision: another one than it was trained in. Of a run that has saved nothing since
+    it began, these are its first weights: checkpoint.state["step"] is 0. Raises FromzeroError when the weights are not
+    there or not its own."""
     run = load_run(run, runs_dir)
     recorded = run.provenance["data"]
     height, width, channels = recorded["image_shape"]

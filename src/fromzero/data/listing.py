@@ -19,7 +19,10 @@ SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "valida
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw")
 # What systems leave among pictures, in lower case; names that begin with a dot are hidden, too.
-HIDDEN = ("thumbs.db", "desktop.ini", "__macosx", "__pycache__", "@eadir", "@recycle", "$recycle.bin")
+HIDDEN = (
+    *("thumbs.db", "desktop.ini", "__macosx", "__pycache__", "$recycle.bin", "system volume information"),
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),  # of disks in a network
+)
 
 
 class File(NamedTuple):

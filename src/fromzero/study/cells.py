@@ -19,7 +19,7 @@ import numpy as np
 from fromzero import checkpoint, machine, sessions, trained
 from fromzero.changes import differing_fields, short
 from fromzero.data import ImageSet
-from fromzero.errors import FromzeroError, TooLargeError
+from fromzero.errors import FromzeroError, TooLargeError, WriteError
 from fromzero.evaluate import evaluate
 from fromzero.files import write_atomically
 from fromzero.recipe import Recipe
@@ -140,7 +140,7 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
         else:
             try:
                 return sessions.resumed_training(Run(cell.path), images, keep=1)
-            except TooLargeError:
+            except (TooLargeError, WriteError):  # which say nothing against the run
                 raise
             except FromzeroError as error:
                 why = str(error).removeprefix(f"{cell.path}: ").partition(", so the result")[0]
@@ -234,6 +234,8 @@ def _wait_for_writer(run: Run) -> None:
         try:
             with run.lock():
                 return
+        except WriteError:
+            raise
         except FromzeroError:
             if time.monotonic() > deadline:
                 raise

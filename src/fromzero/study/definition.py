@@ -36,7 +36,6 @@ CLAIM = "claim"
 Refuse = Callable[[tuple[str, ...], str], NoReturn]  # (where in the file, what is wrong there)
 TUNING_SEEDS_FROM = 1000  # beyond the seeds 0, 1, 2 … of the arms
 MOST_SEEDS = TUNING_SEEDS_FROM
-NAME = r"[\w.+-]+"  # of an arm and a scale, which name folders
 LONGEST_NAME = 100
 
 
@@ -108,11 +107,13 @@ class Study:
             said = f"like {arm.like}: {said}" if said else f"like {arm.like}"
         return said + (f"; starts from the weights of {arm.after}" if arm.after else "")
 
-    def notes_on(self, arm: Arm) -> list[str]:
-        """What whoever wrote the arm should know of what it changes, and of what it leaves."""
+    def notes_on(self, arm: Arm, tuned: bool = False) -> list[str]:
+        """What whoever wrote the arm should know of what it changes, and of what it leaves; tuned: a sweep sets a
+        field."""
+        swept = {self.tuning.field: None} if tuned and self.tuning else {}
         if arm.name == next(iter(self.arms)):
-            return notes_on_changes(self.base, arm.recipe, self.first_changes)
-        return notes_on_changes(self.arms[arm.like].recipe, arm.recipe, arm.changes)
+            return notes_on_changes(self.base, arm.recipe, swept | self.first_changes)
+        return notes_on_changes(self.arms[arm.like].recipe, arm.recipe, swept | arm.changes)
 
     def setting(self, own_validation: bool) -> str:
         """What arms that do not say otherwise have in common, in words; own_validation: the images have such."""
@@ -197,8 +198,8 @@ def load_study(
     def wrong(path: tuple[str, ...], message: str) -> NoReturn:
         refuse(label, lines, path, message)
 
-    if odd := next((one for one in file.scale if not re.fullmatch(NAME, one)), None):
-        wrong(("scale", odd), f"scale {odd!r}: a name has letters, digits, '-', '_', '+' and '.' only")
+    if scale != Path(scale).name:
+        wrong(("scale", scale), f"scale {scale!r} cannot be part of a folder's name")
     if scale not in file.scale:
         raise InputError(f"{label}: has no scale {scale!r}, only {', '.join(file.scale)}{nearest(scale, file.scale)}")
     if base is None:
@@ -338,7 +339,7 @@ def _arms(
     recipes: dict[str, Recipe] = {}
     arms: dict[str, Arm] = {}
     for name, table in tables.items():
-        if not re.fullmatch(NAME, name):
+        if not re.fullmatch(r"[\w.+-]+", name):
             wrong(("arms", name), f"arm {name!r}: a name has letters, digits, '-', '_', '+' and '.' only")
         if len(name) > LONGEST_NAME:
             wrong(("arms", name), f"arm {name!r}: a name has {LONGEST_NAME} letters at most, as its runs are called so")

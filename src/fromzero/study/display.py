@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from fromzero.data import ImageSet
-from fromzero.errors import counted
+from fromzero.errors import counted, printable
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.recipe import Recipe
 from fromzero.runs import Run
@@ -48,7 +48,8 @@ def study_header(execution: Execution) -> str:
     setting_in_words = study.setting(execution.images.validation is not None)
     lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {setting_in_words}")
     lines += [f"  note: {note}" for note in execution.images.notes]
-    lines += [f"  note: arm {arm.name}: {note}" for arm in study.arms.values() for note in study.notes_on(arm)]
+    for arm in study.arms.values():
+        lines += [f"  note: arm {arm.name}: {note}" for note in study.notes_on(arm, execution.tuned)]
     for group in dict.fromkeys(c.group for c in study.contrasts):
         comparisons = sum(c.group == group for c in study.contrasts)
         fewest = fewest_pairs(comparisons)
@@ -83,7 +84,7 @@ def watch_cells(name: str, cells: Sequence[Cell], images: ImageSet, events: Iter
         shown = 0.0
         for event in events:
             if line := progress.take(event):
-                bars.console.print(line, highlight=False, soft_wrap=True, markup=False)
+                bars.console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
             if line or time.monotonic() - shown >= REFRESH_SECONDS:
                 shown = time.monotonic()
                 bars.update(task, completed=progress.share, info=escape(progress.info), refresh=True)

@@ -90,12 +90,18 @@ class Execution:
     def cells(self) -> list[Cell]:
         """Those of the arms, at their best values once those are known."""
         cells = cells_of(self.study, self.folder, self.best)
-        return [replace(cell, keep_weights=self.keep_weights) for cell in cells]
+        return [replace(self._placed(cell), keep_weights=self.keep_weights) for cell in cells]
 
     @property
     def trials(self) -> list[Cell]:
         """Those of the sweep; none when the arms are not to be tuned."""
-        return trials_of(self.study, self.folder) if self.tuned else []
+        return [self._placed(cell) for cell in trials_of(self.study, self.folder)] if self.tuned else []
+
+    def _placed(self, cell: Cell) -> Cell:
+        """The cell with its images as workers find them, wherever they stand."""
+        if not self.setting.dataset.isprintable():  # which no recipe can name
+            return cell
+        return replace(cell, recipe=cell.recipe.override({"dataset": self.setting.dataset}))
 
     def __iter__(self) -> Iterator[Event]:
         with alone_in(self.folder, "carries this study out"):

@@ -249,7 +249,7 @@ def _ray_events(ray: Any, train: Any, cells: Sequence[Cell], setting: Setting, s
                 outcome = {"failed": "was stopped on the machine that trained it"}
             if "failed" in outcome:
                 yield Event("failed", cell, text=outcome["failed"])
-            elif Run(cell.path).summary is None:
+            elif "done" in outcome and Run(cell.path).summary is None:
                 why = "its run folder is not here: run folders must lie on a path that all machines share (--runs-dir)"
                 yield Event("failed", cell, text=why)
             elif "done" in outcome:
