@@ -748,9 +748,9 @@ def test_what_is_no_run_where_a_cells_folder_belongs_is_set_aside(data_folder, t
     assert (cells / "wide-seed0" / "recipe.toml").exists()
 
 
-def test_a_cell_that_no_longer_fits_into_memory_is_kept_and_goes_on_later(data_folder, tmp_path, text, monkeypatch):
-    execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
-    cell = next(iter(execution.cells))
+def left_after_three_steps(execution):
+    """The first cell, begun and saved."""
+    cell = execution.cells[0]
     training = _begun(cell, execution.images, execution.setting, pytest.fail)
     steps = iter(training)
     for _ in range(3):
@@ -758,6 +758,12 @@ def test_a_cell_that_no_longer_fits_into_memory_is_kept_and_goes_on_later(data_f
     training.save()
     steps.close()
     training.close()
+    return cell
+
+
+def test_a_cell_that_no_longer_fits_into_memory_is_kept_and_goes_on_later(data_folder, tmp_path, text, monkeypatch):
+    execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
+    cell = left_after_three_steps(execution)
     with monkeypatch.context() as patch:
         patch.setattr("fromzero.resources.available_memory", lambda: 1e3)
         with pytest.raises(TooLargeError, match="left as it was"):
@@ -774,14 +780,7 @@ def test_a_cell_that_no_longer_fits_into_memory_is_kept_and_goes_on_later(data_f
 
 def test_a_cell_whose_records_cannot_be_written_is_kept_and_goes_on_later(data_folder, tmp_path, text, monkeypatch):
     execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
-    cell = execution.cells[0]
-    training = _begun(cell, execution.images, execution.setting, pytest.fail)
-    steps = iter(training)
-    for _ in range(3):
-        next(steps)
-    training.save()
-    steps.close()
-    training.close()
+    cell = left_after_three_steps(execution)
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
