@@ -107,7 +107,7 @@ def test_the_public_names():
         assert (getattr(fromzero, name).__doc__ or "").strip(), name
 
 
-def test_the_readme_lists_what_is_in_a_run_folder(tiny_images, tmp_path):
+def test_the_guide_lists_what_is_in_a_run_folder(tiny_images, tmp_path):
     recipe = fromzero.load_recipe("train1").override({"epochs": 1, "network.channels": [[2]], "network.pool": 8})
     training = fromzero.new_training(recipe, tiny_images, runs_dir=tmp_path, threads=1)
     found = {path.name for path in training.run.path.iterdir()}
@@ -115,7 +115,7 @@ def test_the_readme_lists_what_is_in_a_run_folder(tiny_images, tmp_path):
         pass
     found |= {path.name for path in training.run.path.iterdir()}
     assert {"lock", "writer.json", "curves.png"} <= found
-    listing = (ROOT / "README.md").read_text("utf-8").split("## The run folder")[1].split("```")[1]
+    listing = (ROOT / "docs" / "guide.md").read_text("utf-8").split("## The run folder")[1].split("```")[1]
     found.add("splits.csv")  # of pictures
     assert found == set(re.findall(r"[\w.]+", " ".join(line[:28] for line in listing.splitlines()[2:])))
 
@@ -132,17 +132,35 @@ def test_a_recipes_header_says_what_came_of_it(name):
     assert f"Command: fromzero train cifar10 --recipe {name}" in header
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/walkthrough.md", "docs/results.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/walkthrough.md", "docs/results.md"])
 def test_the_commands_on_a_page_are_commands(page):
-    """Those in blocks, written out in full; what their recipes' fields are given fits."""
+    """Those in blocks and in the text, written out in full; what their recipes' fields are given fits."""
     text = (ROOT / page).read_text("utf-8")
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     blocks = [block for language, block in fenced if not language]
     blocks += re.findall(r"^    (?=fromzero)(.*)", text, re.MULTILINE)
-    commands = re.findall(r"^fromzero [^…|\[\n]*$", "\n".join(blocks), re.MULTILINE)
+    blocks += [" ".join(span.split()) for span in re.findall(r"`(fromzero [\w-]+ [^`]+)`", text)]
+    commands = re.findall(r"^fromzero (?!.*--help)[^…|\[\n]*$", "\n".join(blocks), re.MULTILINE)
     assert len(commands) > 4
     for command in commands:
         arguments = parse(shlex.split(command, comments=True)[1:])
         if arguments.command == "train" and arguments.recipe in recipe_names():
             given = {path: parse_value(path, text) for path, text in vars(arguments).items() if path in field_types()}
             load_recipe(arguments.recipe).override(given)
+
+
+def test_the_links_on_the_pages_lead_somewhere():
+    pages = {page: page.read_text("utf-8") for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]}
+    headings = {page: set(map(_anchor, re.findall(r"^#+ (.*)$", text, re.MULTILINE))) for page, text in pages.items()}
+    links = [(page, link) for page, text in pages.items() for link in re.findall(r"\]\((?!http)([^)\s]+)\)", text)]
+    assert len(links) > 100
+    for page, link in links:
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in headings[target], f"{page.name}: {link}"
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
