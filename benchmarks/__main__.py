@@ -1,6 +1,7 @@
 """Everything in one run: make bench, or
 
     python -m benchmarks [--parts steps lifetime cold] [--rounds 5] [--cold quick strong best] [--render]
+    python -m benchmarks --held-to AVX2 --output docs/benchmarks-avx2.md
 
 Prints medians, ratios with their spread and the processor's ceiling, and writes docs/benchmarks.md, or the page that
 --output names, and a picture. What was measured stays in build/benchmarks.json, and --render writes the page from it
@@ -20,8 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks import figures, lifetime, networks, page, precision
-from benchmarks.targets import GOALS, IDLE, KERAS_FLOAT32, POLICIES, SIDES
-from benchmarks.timing import ROOT, WorkerError, default_data_dir, run_worker
+from benchmarks.targets import FROMZERO, GOALS, IDLE, KERAS_FLOAT32, PLAIN_FLOAT32, POLICIES, SIDES
+from benchmarks.timing import ROOT, WorkerError, default_data_dir, hold_to_avx2, run_worker
 
 RESULTS = ROOT / "build" / "benchmarks.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -56,6 +57,8 @@ def main():
 def measure_parts(arguments):
     """Measure the parts that are asked for, into RESULTS when all of them are done."""
     started = time.time()
+    if arguments.held_to:
+        hold_to_avx2(RESULTS.parent / "held-to-avx2")
     results = {"about": about(arguments)}
     if results["about"]["load_before"] > IDLE:
         say(
@@ -83,7 +86,9 @@ def run_steps(arguments, results):
     }
     results["ways"] = {name: {} for name in descriptions}
     results["steps"] = {name: {side: [] for side in arguments.sides} for name in descriptions}
-    results["ceiling"] = []
+    results["ceiling"], ceiling = [], {"threads": arguments.threads}
+    if arguments.held_to:  # of bfloat16 it would take minutes
+        ceiling["precisions"] = [arguments.precision]
     say("which way of training is fastest for Keras")
     for name, description in descriptions.items():
         for side in arguments.sides:
@@ -91,7 +96,7 @@ def run_steps(arguments, results):
                 results["ways"][name][side] = keras_ways(arguments, description, side)
     for number in range(1, arguments.rounds + 1):
         say(f"round {number} of {arguments.rounds}, images a second")
-        results["ceiling"].append(run_worker("ceiling", {"threads": arguments.threads}))
+        results["ceiling"].append(run_worker("ceiling", ceiling))
         for name, description in descriptions.items():
             for side in arguments.sides[:: 1 if number % 2 else -1]:  # a place in the order favours none
                 if side in POLICIES:
@@ -164,7 +169,9 @@ def run_cold(arguments, results):
         runs, keras = [], [keras_epoch_seconds()]
         try:
             for seed in range(arguments.rounds if name == "quick" else arguments.long_rounds):
-                run = lifetime.cold_run(name, seed, arguments.data_dir, arguments.threads)
+                run = lifetime.cold_run(
+                    name, seed, arguments.data_dir, arguments.threads, precision=arguments.precision
+                )
                 keras.append(keras_epoch_seconds())
                 runs.append(run)
                 say(f"  {runs[-1]['seconds']:.1f} s, test accuracy {runs[-1]['accuracy']:.4f}")
@@ -199,7 +206,8 @@ def keras_steps(arguments, description, side, way):
 
 
 def torch_steps(arguments, name, description, side):
-    task = {"side": side, "recipe": name, "description": description, **common(arguments)}
+    task = {"side": side, "recipe": name, "description": description, "precision": arguments.precision}
+    task |= common(arguments)
     return run_worker("steps_torch", task)
 
 
@@ -217,13 +225,15 @@ def about(arguments):
     from fromzero.resources import usable_cores
     from fromzero.runs import describe_program
 
-    program, here = describe_program(), machine.prepare(device="cpu", threads=arguments.threads)
+    program = describe_program()
+    here = machine.prepare(arguments.precision, device="cpu", threads=arguments.threads)
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "command": command_without_paths(sys.argv[1:]),
         "commit": program["commit"],
         "processor": here.processor,
-        "instructions": here.instructions,
+        "instructions": arguments.held_to or here.instructions,
+        "held_to": arguments.held_to,
         "precision": here.precision,
         "kernels": here.kernels,
         "cores": len(usable_cores()),
@@ -253,20 +263,31 @@ def say(line):
 def parse():
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What fromzero costs beside others.")
     choices = ["steps", "lifetime", "cold"]
-    parser.add_argument("--parts", nargs="+", choices=choices, default=choices)
+    parser.add_argument("--parts", nargs="+", choices=choices)
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured, in turn (5)")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, metavar="SIDE", help=", ".join(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, metavar="SIDE", help=", ".join(SIDES))
     parser.add_argument("--keras-ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--cold", nargs="*", default=["quick"], help=f"recipes to run from a cold start: {list(GOALS)}")
     parser.add_argument("--long-rounds", type=int, default=1, help="cold runs of recipes other than quick (1)")
+    parser.add_argument("--held-to", choices=["AVX2"], help="hold all sides to that, in float32: no lifetime, no bf16")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, help="CPU threads of every side, by default each side's own choice")
     parser.add_argument("--data-dir", default=default_data_dir(), help="where CIFAR-10 is")
     parser.add_argument("--peers-python", type=Path, default=PEERS_PYTHON, help="a Python with TensorFlow and Keras")
     parser.add_argument("--output", type=Path, default=PAGE, help="the page; its picture lies beside it")
     parser.add_argument("--render", action="store_true", help="write the page from what the last run measured")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    allowed_parts, allowed_sides, arguments.precision = choices, SIDES, "auto"
+    if arguments.held_to:
+        allowed_parts, allowed_sides = ["steps", "cold"], (KERAS_FLOAT32, PLAIN_FLOAT32, FROMZERO)
+        arguments.precision = "float32"
+    for what, allowed in (("parts", allowed_parts), ("sides", allowed_sides)):
+        chosen = getattr(arguments, what) or allowed
+        setattr(arguments, what, chosen)
+        if refused := set(chosen) - set(allowed):
+            parser.error(f"--held-to {arguments.held_to} does without --{what} {', '.join(sorted(refused))}")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ COPY_BYTES = 2**28
 SECONDS = 0.3  # for each case
 
 
-def measure(threads):
+def measure(threads, precisions=("bfloat16", "float32")):
     import torch
     import torch.nn.functional as F
 
@@ -21,8 +21,8 @@ def measure(threads):
         torch.set_num_threads(threads)
     found = {}
     with torch.inference_mode():
-        for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-            products = {}
+        for name in precisions:
+            dtype, products = getattr(torch, name), {}
             for n in SIZES:
                 a, b, out = (torch.rand(n, n).to(dtype) for _ in range(3))
                 products[f"{n}"] = 2 * n**3 / best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)) / 1e9

@@ -149,12 +149,13 @@ def seconds_of(ends):
     return (ends[-1] - ends[0]) * len(ends) / (len(ends) - 1)
 
 
-def cold_run(recipe, seed, data_dir=None, threads=None, dataset="cifar10", environment=ENVIRONMENT):
+def cold_run(recipe, seed, data_dir=None, threads=None, dataset="cifar10", environment=ENVIRONMENT, precision="auto"):
     """`fromzero train DATASET --recipe RECIPE --seed SEED` as a user types it: seconds from the start of its process
     until the test accuracy is printed and until its end, and that accuracy (as its summary has it)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fromzero", "train", dataset, "--recipe", recipe, "--runs-dir", folder]
         command += ["--seed", str(seed)]
+        command += ["--precision", precision] if precision != "auto" else []
         command += ["--data-dir", str(Path(data_dir).resolve())] if data_dir else []
         command += ["--threads", str(threads)] if threads else []
         began, printed, seconds = time.perf_counter(), [], None

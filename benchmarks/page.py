@@ -56,8 +56,8 @@ def about_lines(results):
         f"From one run of `{about['command']}` on {about['date']}, {about.get('minutes', 0):.0f}"
         f" minutes, commit {commit}.",
         "",
-        f"{about['processor']}, {about['instructions']}; {about['cores']} cores, {about['threads']} threads; fromzero's"
-        f" kernels: {about.get('kernels', 'none')}; Python"
+        f"{about['processor']}, {held_to(about)}{about['instructions']}; {about['cores']} cores, {about['threads']}"
+        f" threads; fromzero's kernels: {about.get('kernels', 'none')}; Python"
         f" {about['python']}; {versions}. Load average when it began {about['load_before']:.2f} (what else ran), when"
         f" it ended {about.get('load_after', 0):.2f}."
         + " **Other work ran when it began, so these figures are not to be trusted.**"
@@ -68,6 +68,7 @@ def about_lines(results):
         " round, whose order is turned round in every other one. Absolute figures move by tens of per cent between"
         " machines and hours, and ratios between runs, too: what stands in brackets is the spread within this one.",
         "",
+        *held_to_lines(about),
         f"**{len(verdicts) - len(short)} of {len(verdicts)} targets are met**"
         + (":" if not short else f"; {len(short)} {'falls' if len(short) == 1 else 'fall'} short:"),
         "",
@@ -161,7 +162,8 @@ def ceiling_section(results):
         row(["", "matrix product, GFLOP/s", "convolution, GFLOP/s", *results["work"]]),
         row(["---"] + ["---:"] * (2 + len(results["work"]))),
     ]
-    for precision in ("bfloat16", "float32"):
+    measured = [name for name in ("bfloat16", "float32") if name in results["ceiling"][0]]
+    for precision in measured:
         product, convolution = (
             Spread.of([f[precision][kind][1] for f in found]).text() for kind in ("product", "convolution")
         )
@@ -172,16 +174,20 @@ def ceiling_section(results):
         f"{name} {w['flop'] / 1e9:.3f} GFLOP ({w['parameters']:,} parameters)" for name, w in results["work"].items()
     )
     copy = Spread.of([f["copy_gigabytes_per_second"] for f in found]).text(".1f")
-    gain = Spread.of(
-        [targets.ceiling_gigaflops(f, "bfloat16") / targets.ceiling_gigaflops(f, "float32") for f in found]
-    )
-    return [
+    lines = [
         *lines,
         "",
         f"The work of training on an image, forward and backward, two operations a multiply-add: {work}. Copying"
         f" memory: {copy} GB/s.",
         "",
         *room_lines(results),
+    ]
+    if len(measured) < 2:
+        return lines
+    by_precision = [[targets.ceiling_gigaflops(f, precision) for f in found] for precision in measured]
+    gain = Spread.of(figures.ratios(*by_precision))
+    return [
+        *lines,
         f"bfloat16 computes {gain.text('.1f')} times as fast as float32 here ({feature_note(results['about'])}). That"
         " decides the ratios to float32: with AMX (`amx_bf16`) the processor multiplies bfloat16 several times as"
         " fast as float32, with `avx512_bf16` alone about twice, and without either fromzero computes in float32."
@@ -213,6 +219,21 @@ def kernels_note(about):
     return [
         "fromzero's kernels compute 3×3 convolutions by Winograd's method, with a quarter of the multiplications that"
         " are counted here, so they alone could pass this ceiling.",
+    ]
+
+
+def held_to(about):
+    return "all sides held to " if about.get("held_to") else ""
+
+
+def held_to_lines(about):
+    if not about.get("held_to"):
+        return []
+    return [
+        f"Held to {about['held_to']}, PyTorch, oneDNN, XLA and fromzero's kernels use no newer instructions, as on many"
+        " laptops; bfloat16 would be slow, so all compute in float32. The targets are those for processors that are"
+        " fast at bfloat16.",
+        "",
     ]
 
 
@@ -397,7 +418,7 @@ def draw(results, path):
     speedups.axvline(1, color="#333", lw=1)
     speedups.set_xlabel("fromzero ÷ the other side, pair by pair (red: target)")
     figure.suptitle(
-        f"{about['processor']}, {about['instructions']}, {about['cores']} cores · {about['date'][:10]}"
+        f"{about['processor']}, {held_to(about)}{about['instructions']}, {about['cores']} cores · {about['date'][:10]}"
         f" · median of {about['rounds']}, lowest to highest",
         fontsize=9,
     )

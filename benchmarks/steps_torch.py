@@ -13,15 +13,17 @@ from benchmarks import networks
 from benchmarks.timing import Stopwatch, main_of_worker
 
 
-def measure(side, recipe, description, batch_size, threads, optimizer):
-    measured = fromzero_side if side == "fromzero" else plain_side
-    return measured(side, recipe, description, batch_size, threads, optimizer)
+def measure(side, recipe, description, precision, batch_size, threads, optimizer):
+    if side == "fromzero":
+        return fromzero_side(recipe, precision, batch_size, threads, optimizer)
+    return plain_side(side, description, batch_size, threads, optimizer)
 
 
-def fromzero_side(side, recipe, description, batch_size, threads, optimizer):
+def fromzero_side(recipe, precision, batch_size, threads, optimizer):
     from fromzero import load_recipe, new_training
 
     changes = {"batch_size": batch_size, "epochs": 1000, "clean_train_images": 10, "validation.source": "test"}
+    changes["precision"] = precision
     changes |= {f"optimizer.{field}": value for field, value in optimizer.items()} | {"optimizer.name": "sgd"}
     with tempfile.TemporaryDirectory() as folder:
         training = new_training(
@@ -61,7 +63,7 @@ def random_images(count=networks.NUM_IMAGES):
     return ImageSet("random", part(count), part(20), names, "random", {"train": "", "test": ""})
 
 
-def plain_side(side, recipe, description, batch_size, threads, optimizer):
+def plain_side(side, description, batch_size, threads, optimizer):
     import torch
     import torch.nn.functional as F
 

@@ -17,6 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # other work on the machine slows plain PyTorch far more than fromzero.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", **os.environ}
 
+# What holds PyTorch, oneDNN (in TensorFlow, too) and XLA to AVX2, and a compiler that holds fromzero's kernels to it:
+# laptops have no more. Its version says so, by which kernels are kept.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "XLA_FLAGS": "--xla_cpu_max_isa=AVX2"}
+AVX2_COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then cc --version | sed '1s/$/ -march=haswell/'; else exec cc "$@" -march=haswell; fi
+"""
+
 WARM_UP_SECONDS, MEASURE_SECONDS, MIN_STEPS = 2.0, 5.0, 5
 
 
@@ -51,6 +58,21 @@ def run_worker(module, task, python=sys.executable):
     if done.returncode != 0:
         raise WorkerError(f"{module} {task}: {(done.stderr.strip() or done.stdout.strip())[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def hold_to_avx2(folder):
+    """Hold all that this process and its workers compute with to AVX2, before any of it is imported. Raises WorkerError
+    where the compiler, put into `folder`, does not hold to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler = folder / "cc"
+    compiler.write_text(AVX2_COMPILER, "utf-8")
+    compiler.chmod(0o755)
+    asked = [str(compiler), "-march=native", "-dM", "-E", "-x", "c", os.devnull]
+    said = subprocess.run(asked, capture_output=True, text=True)
+    if "__AVX2__" not in said.stdout or "__AVX512F__" in said.stdout:
+        raise WorkerError(f"the compiler cannot be held to AVX2: {said.stderr.strip() or 'it compiles for another'}")
+    for environment in (os.environ, ENVIRONMENT):
+        environment.update(AVX2, CC=str(compiler))
 
 
 def default_data_dir():

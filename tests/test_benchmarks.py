@@ -4,12 +4,17 @@ import argparse
 import copy
 import json
 import math
+import os
+import platform
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import benchmarks.__main__ as bench
-from benchmarks import figures, lifetime, networks, page, targets
+from benchmarks import figures, lifetime, networks, page, targets, timing
 from benchmarks.figures import Spread, Verdict
 from benchmarks.targets import FROMZERO, KERAS_BF16, KERAS_FLOAT32, PLAIN_BF16, SIDES
 from benchmarks.timing import Stopwatch, WorkerError
@@ -172,6 +177,41 @@ def test_the_page_shows_every_part_and_what_falls_short(tmp_path):
     # The faster of product and convolution is 1,000 GFLOP/s; Keras float32 trains 100 and 110 images a second.
     allowed = 1000e9 / networks.training_flop(TRAIN3)
     assert f"the library's products allow: train3 {1 / ((100 / allowed + 110 / allowed) / 2):.1f} ×" in text
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("cc"), reason="AVX2 is x86's, kernels cc's")
+def test_all_sides_can_be_held_to_avx2(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "ENVIRONMENT", {})
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    timing.hold_to_avx2(tmp_path)
+    assert {**timing.AVX2, "CC": str(tmp_path / "cc")} == timing.ENVIRONMENT
+    assert os.environ.items() >= timing.ENVIRONMENT.items()
+    version = subprocess.check_output([tmp_path / "cc", "--version"], text=True)
+    assert version.splitlines()[0].endswith("-march=haswell")
+    monkeypatch.setattr(timing, "AVX2_COMPILER", '#!/bin/sh\nexec cc "$@"\n')
+    if "avx512f" in Path("/proc/cpuinfo").read_text("utf-8"):
+        with pytest.raises(WorkerError, match="cannot be held to AVX2: it compiles for another"):
+            timing.hold_to_avx2(tmp_path)
+
+
+def test_what_is_held_to_avx2_computes_in_float32(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--held-to", "AVX2"])
+    arguments = bench.parse()
+    assert (arguments.precision, list(arguments.parts), len(arguments.sides)) == ("float32", ["steps", "cold"], 3)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--held-to", "AVX2", "--parts", "steps", "lifetime"])
+    with pytest.raises(SystemExit):
+        bench.parse()
+    assert "--held-to AVX2 does without --parts lifetime" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    assert (bench.parse().precision, bench.parse().sides) == ("auto", SIDES)
+    held = RESULTS | {"about": RESULTS["about"] | {"held_to": "AVX2", "instructions": "AVX2", "precision": "float32"}}
+    held["ceiling"] = [{key: rate for key, rate in f.items() if key != "bfloat16"} for f in RESULTS["ceiling"]]
+    held["steps"] = {"train3": {side: [100.0, 110.0] for side in arguments.sides}}
+    text = page.text(held)
+    assert "P, all sides held to AVX2; 2 cores" in text
+    assert "Held to AVX2, PyTorch, oneDNN" in text
+    assert "| bfloat16 |" not in text
+    assert "times as fast as float32 here" not in text
 
 
 def test_the_page_does_with_the_parts_there_are(tmp_path):
