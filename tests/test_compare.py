@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 import fromzero
-from fromzero import cli
+from fromzero import cli, compare
 from fromzero.changes import differing_fields
 from fromzero.compare import compare_runs, comparison_text
 from fromzero.errors import FromzeroError, InputError
 from fromzero.evaluate import evaluate
+from fromzero.runs import Run
 from fromzero.stats import compare_on_images
 from fromzero.study.definition import load_study
 from fromzero.trained import load_trained
@@ -142,9 +143,9 @@ def test_pictures_of_another_size_are_the_same_pictures(photos, tmp_path, capsys
     assert record["images"] == 12  # a fifth of what is left by the test images
     assert record["study"] is None  # whose arms have the same images
     assert list(record["recipe"]) == ["dataset"]
-    assert "Which way to train is better they cannot tell: other seeds make other networks.\n" in (
-        comparison_text(record) + "\n"
-    )
+    text = comparison_text(record)
+    assert "they cannot tell: other seeds make other networks. Nor can a study, whose runs share their images." in text
+    assert f"fromzero cross-validate {runs[0].path} and fromzero cross-validate {runs[1].path}" in text
     smaller = train({"label_smoothing": 0.0}, sizes[1], tmp_path)
     assert compare_runs(runs[0], smaller)["study"] is None
     fresh = shutil.copytree(photos / "fresh", tmp_path / "fresh")
@@ -153,6 +154,20 @@ def test_pictures_of_another_size_are_the_same_pictures(photos, tmp_path, capsys
     record = json.loads(capsys.readouterr().out)
     assert record["images"] == 19
     assert any("0.png" in note for note in record["notes"])
+
+
+def test_recipes_as_they_come_are_called_by_their_names(runs, tmp_path):
+    """Without training them: what the study says depends on recipes alone."""
+    named = []
+    for name in ("few", "strong"):
+        run = shutil.copytree(runs[0].path, tmp_path / name)
+        (run / "recipe.toml").write_text(fromzero.load_recipe(name).override({"dataset": "digits"}).to_toml())
+        named.append(Run(run))
+    changes = compare._recipe_changes(*named)
+    study = load_study(compare._write_study(*named, changes, "digits"))
+    assert study.claim == "strong reaches a higher validation accuracy than few."
+    assert list(study.arms) == ["few", "strong"]
+    assert study.arms["strong"].recipe.epochs == 12
 
 
 def test_what_a_study_cannot_tell_is_said_beside_it(runs, digits, tmp_path):

@@ -738,10 +738,16 @@ def test_a_few_copies_are_told_beside_the_findings(run):
 
 
 def test_as_many_validation_images_are_proposed_as_tell(run):
-    (found,) = diagnose(evidence(measured={"num_validation": 60}, val=(0.6, 0.68, 0.74, 0.77, 0.78)))
+    (found,) = diagnose(
+        evidence(measured={"num_validation": 60, "train_counts": (600, 600)}, val=(0.6, 0.68, 0.74, 0.77, 0.78))
+    )
     enough = int(re.search(r"about (\d+) validation images", found.remedy)[1])
     widths = [high - low for low, high in (wilson_interval(0.78, count) for count in (enough - 1, enough))]
     assert widths[0] >= 0.1 > widths[1]
+    few = replace(found, remedy="fromzero cross-validate, which judges all train images")  # held out, most were missed
+    assert diagnose(
+        evidence(measured={"num_validation": 60, "train_counts": (300, 300)}, val=(0.6, 0.68, 0.74, 0.77, 0.78))
+    ) == [few]
 
 
 def test_notes_on_the_images_stand_at_a_diagnosis_head(run):
@@ -906,7 +912,7 @@ def test_copies_with_another_label_do_not_hide_those_that_look_alike(tmp_path):
     found = trained(images, tmp_path / "near", {"validation.source": "test"})
     assert probe.evidence_of(found).measures.copies == Copies({"validation": Copied(0, 10, 40)})
     (found,) = (finding for finding in diagnose(evidence) if finding.name == "copies")
-    assert "in train to the byte: 4, more that look almost like one there: 10" in found.evidence
+    assert "among those trained on, to the byte: 4, more that look almost like one there: 10" in found.evidence
 
 
 def test_a_class_that_is_alike_all_over_has_no_copies(tmp_path):

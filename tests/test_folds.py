@@ -20,7 +20,6 @@ from fromzero import cli
 from fromzero.data import stratified_folds
 from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.evaluate import predict
-from fromzero.evidence import Surest
 from fromzero.runs import Run
 from fromzero.splits import Data, validation_label
 from fromzero.study import display, execution, folds
@@ -283,16 +282,28 @@ def test_of_a_run_validated_on_the_test_images_nothing_is_set_beside_it(digits, 
     assert folds._own_validation(run) == []
 
 
+def test_a_diagnosis_says_what_cross_validation_said(done, tmp_path, capsys):
+    run, _, result = done
+    copy = shutil.copytree(run.path, tmp_path / "run")
+    asked = f"fromzero cross-validate {copy} looks for them"
+    said = f"Cross-validation said: accuracy {result['accuracy']:.4f} ("
+    for damaged in (False, True):
+        if damaged:
+            (copy / "folds" / "result.json").write_text("{}")
+        assert cli.main(["diagnose", str(copy)]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert (said in text) is not damaged
+        assert asked not in text or damaged
+
+
 def test_what_is_said_of_labels():
     rows = [{"label": label, "looks_like": other} for label, other in ("ab", "ab", "ba", "ca", "cb", "cb", "cb")]
-    assert folds._of_labels(rows, Surest(1, 20, 0.9)) == (
+    assert folds._of_labels(rows) == (
         "7 images look like another class than the label's (c like b (3), a like b (2), b like a (1)), by wrong labels"
-        " or networks' mistakes; 1 of the 20 that the networks are surest of"
+        " or networks' mistakes, which only looking at them can tell"
     )
-    assert folds._of_labels(rows[:1], Surest(0, 20, 0.9)).startswith(
-        "1 image looks like another class than the label's"
-    )
-    assert folds._of_labels([], Surest(0, 20, 0.9)) == "each image looks like its label's class"
+    assert folds._of_labels(rows[:1]).startswith("1 image looks like another class than the label's")
+    assert folds._of_labels([]) == "each image looks like its label's class"
 
 
 def test_the_report_shows_the_doubtful(done, pictures, tmp_path):

@@ -324,6 +324,7 @@ TUNED_DATA = '\n[tuning]\nfield = "validation.fraction"\nvalues = {narrow = [0.1
         ("seeds = 6", "seeds = 1001", 21, "expected a number from 2 to 1,000, found 1001"),
         ("[scale.half]", TUNED_DATA + "[scale.half]", 27, "validation.fraction says which images are used"),
         ("network.dense = [32]", "network.dense = [0]", 18, "network.dense: 0: input should be greater than"),
+        ("network.dense = [32]", 'base = "few"', 18, "base: all arms have the study's; of two runs, fromzero compare"),
         ("network.dense = [32]", "validation.fraction = 0.2", 18, "other data than arm 'narrow' (validation.fraction)"),
         ("network.dense = [32]", 'dataset = "digits"', 18, "other data than arm 'narrow' (dataset)"),
         ("network.dense = [32]", "seed = 3", 18, "every arm is trained with the same seeds"),

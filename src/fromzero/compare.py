@@ -18,6 +18,7 @@ from fromzero.errors import FromzeroError, InputError, counted, some, typed
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.files import write_atomically
 from fromzero.findings import STUDY_SEEDS, images_of, study_command, study_text
+from fromzero.recipe import recipe_names
 from fromzero.runs import Run, last_machine
 from fromzero.scores import doubts, pictures_of
 from fromzero.splits import Subset, validation_label
@@ -169,8 +170,11 @@ def comparison_text(record: Mapping[str, Any]) -> str:
             same += " Which train images are better takes several seeds of each, and images that none was trained on."
         lines.append(same)
         return "\n".join(lines)
-    can = " A study can:" if record["study"] else ""
-    lines.append(f"  Which way to train is better they cannot tell: other seeds make other networks.{can}")
+    then = " A study can:" if record["study"] else ""
+    if "dataset" in record["recipe"]:
+        each = " and ".join(typed("fromzero", "cross-validate", run["run"]) for run in record["runs"])
+        then = f" Nor can a study, whose runs share their images. Each on all its train images: {each}"
+    lines.append(f"  Which way to train is better they cannot tell: other seeds make other networks.{then}")
     if record["study"]:
         took = f", some {duration(record['study_seconds'])} in all" if record["study_seconds"] else ""
         lines += [f"    {record['study']['command']}", f"    {STUDY_SEEDS} pairs of runs{took}"]
@@ -259,8 +263,12 @@ def _write_study(one: Run, two: Run, changes: Mapping[str, Both], source: str) -
     """The file of the study that tests the second recipe against the first. Raises OSError."""
     second = {path: theirs for path, (_, theirs) in changes.items() if path not in (*DATA_FIELDS, "seed")}
     told = some([f"{path} = {short(value)}" for path, value in second.items()])
-    claim = f"With {told} validation accuracy is higher than without."
-    text = study_text(claim, one.recipe, {"first": {}, "second": second}, images_of(one, source)).encode()
+    claim, names = f"With {told} validation accuracy is higher than without.", ["first", "second"]
+    recipes = [in_words(run.recipe, but=DATA_FIELDS) for run in (one, two)]
+    if {*recipes} <= {*recipe_names()}:
+        claim, names = f"{recipes[1]} reaches a higher validation accuracy than {recipes[0]}.", recipes
+    arms = dict(zip(names, ({}, second), strict=True))
+    text = study_text(claim, one.recipe, arms, images_of(one, source)).encode()
     name, number = f"{two.name}-against-{one.name}", 1
     while (path := one.path / f"{name}{'' if number == 1 else f'-{number}'}.toml").exists():
         if path.read_bytes() == text:

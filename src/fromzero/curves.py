@@ -62,7 +62,7 @@ def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str)
     if most is not None:
         loss.set_ylim(0, most)
         remarks.append("the highest losses are cut off")
-    loss.set_title("; ".join(remarks), fontsize=10)
+    loss.set_title("\n".join(remarks), fontsize=10)
     best = max(rows, key=lambda row: (row["val/accuracy"], -row["val/loss"]))
     accuracy.plot(best["epoch"], best["val/accuracy"], "o", color=VALIDATION.color, mfc="white", ms=6)
     accuracy.set_title(

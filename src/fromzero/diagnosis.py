@@ -42,6 +42,7 @@ LOSS_RISE, LARGE_GAP = 0.05, 0.3  # of the lowest validation loss; accuracy
 UNALTERED_GAP = 0.15  # accuracy, where train images are fitted and shown as they are
 FITS = 0.9  # accuracy on a few images
 WIDE = 0.05  # half of an accuracy's 95 % interval
+MOST_HELD_OUT = 0.25  # of the images, for validation
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _copies(e: Evidence) -> Finding | None:
     certain = [split for split, copied in many.items() if copied.exact >= COPIED * copied.of]
     example = copies.found[0] if copies.found else None
     counts = [
-        f"of {of:,} {split} images in train to the byte: {exact:,}"
+        f"of {of:,} {split} images among those trained on, to the byte: {exact:,}"
         + (f", more that look almost like one there: {near - exact:,}" if copies.by_looks else "")
         for split, (exact, near, of) in copies.splits.items()
     ]
@@ -563,12 +564,15 @@ def _validation_too_small(e: Evidence) -> Finding | None:
     if _is_narrow(accuracy, count):
         return None
     low, high = wilson_interval(accuracy, count)
+    enough, images = _enough_to_tell(accuracy), count + sum(e.measures.train_counts)
+    remedy = "fromzero cross-validate, which judges all train images"
+    if enough <= MOST_HELD_OUT * images:  # else training would miss them
+        remedy += f"; or about {enough:,} validation images (a larger --validation.fraction where some are held out)"
     return Finding(
         "validation-too-small",
         "validation has too few images to tell better from worse",
         f"{count:,} images: an accuracy of {accuracy:.3f} may be {low:.3f} to {high:.3f} (95 %)",
-        f"about {_enough_to_tell(accuracy):,} validation images (a larger --validation.fraction where some of train are"
-        " held out), or fromzero cross-validate, which judges all train images",
+        remedy,
     )
 
 

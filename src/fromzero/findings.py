@@ -30,7 +30,7 @@ from fromzero.errors import FromzeroError, typed
 from fromzero.evidence import SMALL_GAP, Copies, Evidence, Measures, late_gain
 from fromzero.files import csv_text, finite, write_atomically, write_json
 from fromzero.recipe import Recipe
-from fromzero.runs import Row, Run
+from fromzero.runs import FOLDS, LABELS, Row, Run
 from fromzero.terminal import duration
 
 STUDY_SEEDS = 6  # the fewest pairs that can settle anything
@@ -55,7 +55,9 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     elif judged and (share := share_of_wrong_labels_seen(evidence)) > SHOWS_FEW:
         count = evidence.measures.num_validation
         labels = f"With {count:,} validation images, wrong labels would be found where they are {share:.0%} or more."
-    if labels:
+    if judged_all := _cross_validated(run):
+        said += [*filter(None, [labels]), judged_all]
+    elif labels:
         said.append(f"{labels} {typed('fromzero', 'cross-validate', run.path)} looks for them in all train images.")
     copies = evidence.measures.copies
     if copies.found and "copies" in others:
@@ -95,6 +97,21 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     elif {finding.name for finding in found} <= {"validation-too-small"} and (more := _other_recipe(run, evidence)):
         said.append(more)
     return said
+
+
+def _cross_validated(run: Run) -> str:
+    """What has been said of all train images; nothing where that was not asked or is damaged."""
+    try:
+        result = run.cross_validation
+    except FromzeroError:
+        return ""
+    if result is None:
+        return ""
+    (low, high), labels = result["interval"], run.path / FOLDS / LABELS
+    return (
+        f"Cross-validation said: accuracy {result['accuracy']:.4f} ({low:.4f}–{high:.4f}) on {result['images']:,} train"
+        f" images; the least likely labels come first in {labels}."
+    )
 
 
 def _other_recipe(run: Run, evidence: Evidence) -> str:

@@ -44,7 +44,7 @@ from fromzero.recipe import Recipe, load_recipe
 Row = dict[str, Any]
 OWN_FILES = ("recipe.toml", "provenance.json", "splits.csv", "metrics.jsonl", "summary.json", "lock", "writer.json")
 
-FOLDS = "folds"  # in the run folder: its cross-validation
+FOLDS, LABELS = "folds", "labels.csv"  # in the run folder: its cross-validation, and in that what it says of labels
 
 # What is read of the files of a run, and so must be there and be of that type; whatever else they hold is kept.
 FIGURES = tuple(f"{curve}{what}" for curve in ("train/", "train/running_", "val/") for what in ("accuracy", "loss"))

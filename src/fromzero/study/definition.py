@@ -317,7 +317,10 @@ def _overridden(recipe: Recipe, tree: Mapping[str, Any], where: tuple[str, ...],
         wrong((*where, "seed"), "seed: every arm is trained with the same seeds; how many, say under [scale]")
     for path in changes:
         if path not in field_types():
-            wrong((*where, *path.split(".")), f"unknown recipe field {path!r}{nearest(path, field_types())}")
+            what = f"unknown recipe field {path!r}{nearest(path, field_types())}"
+            if path == "base":
+                what = "base: all arms have the study's; of two runs, fromzero compare writes a study of their recipes"
+            wrong((*where, *path.split(".")), what)
     try:
         return recipe.override(changes)
     except InputError as error:

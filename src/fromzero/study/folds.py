@@ -24,12 +24,11 @@ from fromzero.changes import DATA_FIELDS, in_words
 from fromzero.data import ImageSet, stratified_folds
 from fromzero.errors import FromzeroError, InputError, StoppedError, counted, some, typed
 from fromzero.evaluate import predict
-from fromzero.evidence import Surest
 from fromzero.files import csv_text, write_atomically, write_json
 from fromzero.findings import images_of
 from fromzero.machine import chosen_device
 from fromzero.probe import surest_of
-from fromzero.runs import FOLDS, Run
+from fromzero.runs import FOLDS, LABELS, Run
 from fromzero.splits import check_image_set
 from fromzero.stats import wilson_interval
 from fromzero.study.cells import Cell, Setting, is_finished
@@ -140,7 +139,7 @@ def fold_result(found: CrossValidation) -> dict[str, Any]:
         rows = _rows(found.images, fold, probabilities)
         result = _result(found, fold, probabilities, rows)
         text = csv_text(rows[0], (["" if value is None else str(value) for value in row.values()] for row in rows))
-        write_atomically(found.folder / "labels.csv", text.encode("utf-8", "surrogateescape"))
+        write_atomically(found.folder / LABELS, text.encode("utf-8", "surrogateescape"))
         write_json(found.folder / "result.json", result)
     return result
 
@@ -196,7 +195,7 @@ def _result(
         "by_class": {name: _accuracy(right[judged[labels[judged] == label]]) for label, name in enumerate(names)},
         "left_out": len(labels) - len(judged),
         "surest": surest._asdict(),
-        "said_of_labels": _of_labels(doubtful, surest),
+        "said_of_labels": _of_labels(doubtful),
         "doubtful": doubtful[:LISTED],
     }
 
@@ -219,13 +218,13 @@ def fold_text(found: CrossValidation, result: Mapping[str, Any]) -> str:
     if result["left_out"]:
         lines.append(f"  {counted(result['left_out'], 'image')} not judged: their class has no other picture")
     shown = result["doubtful"][:NAMED]
-    lines.append(f"  labels: {result['said_of_labels']}{'; the least likely labels:' * bool(shown)}")
+    lines.append(f"  labels: {result['said_of_labels']}{'; the least likely first:' * bool(shown)}")
     for row in shown:
         lines.append(
             f"    labelled {row['label']} ({row['label_probability']:.3f}), looks like {row['looks_like']}"
             f" ({row['looks_like_probability']:.3f}): {row['file'] or 'train image ' + str(row['image'])}"
         )
-    lines.append(f"  all images, least likely labels first: {found.folder / 'labels.csv'}")
+    lines.append(f"  all images, least likely labels first: {found.folder / LABELS}")
     if shown:
         moved = [] if found.data_dir is None else ["--data-dir", str(found.data_dir)]
         lines.append(f"  pictures of these: {typed('fromzero', 'report', found.run.path, *moved)}")
@@ -241,7 +240,7 @@ def _own_validation(run: Run) -> list[str]:
     return [f"  the run  {share:.4f} ({low:.4f}–{high:.4f}) on its own {counted(count, 'validation image')}"]
 
 
-def _of_labels(doubtful: Sequence[Mapping[str, Any]], surest: Surest) -> str:
+def _of_labels(doubtful: Sequence[Mapping[str, Any]]) -> str:
     """How many images look like another class than their label's. How many labels are wrong does not follow: networks
     err, most where classes are easily confused, and there labels are most easily wrong."""
     if not doubtful:
@@ -251,7 +250,7 @@ def _of_labels(doubtful: Sequence[Mapping[str, Any]], surest: Surest) -> str:
     look = "images look" if len(doubtful) > 1 else "image looks"
     return (
         f"{len(doubtful):,} {look} like another class than the label's ({some(most, most=PAIRS)}), by wrong labels or"
-        f" networks' mistakes; {surest.wrong:,} of the {surest.of:,} that the networks are surest of"
+        " networks' mistakes, which only looking at them can tell"
     )
 
 
