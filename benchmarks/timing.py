@@ -7,6 +7,7 @@ last line, JSON too.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,10 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", **os.environ}
 
 # What holds PyTorch, oneDNN (in TensorFlow, too) and XLA to AVX2, and a compiler that holds fromzero's kernels to it:
-# laptops have no more. Its version says so, by which kernels are kept.
+# laptops have no more. Its version says so, by which kernels are kept; under the names of all compilers that fromzero
+# looks for, as it would take what another one has made before.
+COMPILERS = ("cc", "gcc", "clang")
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "XLA_FLAGS": "--xla_cpu_max_isa=AVX2"}
 AVX2_COMPILER = """#!/bin/sh
-if [ "$1" = --version ]; then cc --version | sed '1s/$/ -march=haswell/'; else exec cc "$@" -march=haswell; fi
+if [ "$1" = --version ]; then {cc} --version | sed '1s/$/ -march=haswell/'; else exec {cc} "$@" -march=haswell; fi
 """
 
 WARM_UP_SECONDS, MEASURE_SECONDS, MIN_STEPS = 2.0, 5.0, 5
@@ -64,15 +67,17 @@ def hold_to_avx2(folder):
     """Hold all that this process and its workers compute with to AVX2, before any of it is imported. Raises WorkerError
     where the compiler, put into `folder`, does not hold to it."""
     folder.mkdir(parents=True, exist_ok=True)
-    compiler = folder / "cc"
-    compiler.write_text(AVX2_COMPILER, "utf-8")
-    compiler.chmod(0o755)
-    asked = [str(compiler), "-march=native", "-dM", "-E", "-x", "c", os.devnull]
+    places = [place for place in os.environ.get("PATH", os.defpath).split(os.pathsep) if place != str(folder)]
+    for name in COMPILERS:
+        (folder / name).write_text(AVX2_COMPILER.format(cc=shutil.which("cc", path=os.pathsep.join(places))), "utf-8")
+        (folder / name).chmod(0o755)
+    asked = [str(folder / "cc"), "-march=native", "-dM", "-E", "-x", "c", os.devnull]
     said = subprocess.run(asked, capture_output=True, text=True)
     if "__AVX2__" not in said.stdout or "__AVX512F__" in said.stdout:
         raise WorkerError(f"the compiler cannot be held to AVX2: {said.stderr.strip() or 'it compiles for another'}")
+    path = os.pathsep.join([str(folder), *places])
     for environment in (os.environ, ENVIRONMENT):
-        environment.update(AVX2, CC=str(compiler))
+        environment.update(AVX2, CC="cc", PATH=path)
 
 
 def default_data_dir():
