@@ -183,7 +183,7 @@ def ceiling_section(results):
         *room_lines(results),
     ]
     if len(measured) < 2:
-        return lines
+        return lines if lines[-1] else lines[:-1]
     by_precision = [[targets.ceiling_gigaflops(f, precision) for f in found] for precision in measured]
     gain = Spread.of(figures.ratios(*by_precision))
     return [

@@ -223,7 +223,7 @@ def test_copies_count_once(photos, tmp_path):
             shutil.copy(path, path.with_name(f"copy-{number}-{path.name}"))
     again = compare_runs(*runs, photos / "fresh")
     assert [again[key] for key in ("images", "only_first", "p")] == [once[key] for key in ("images", "only_first", "p")]
-    assert "30 images more are copies, to the byte; each picture counts once" in again["notes"]
+    assert "30 more images are copies, to the byte; each picture counts once" in again["notes"]
 
 
 @pytest.mark.parametrize(

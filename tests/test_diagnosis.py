@@ -57,6 +57,7 @@ HEALTHY = Measures(
     class_names=("cat", "dog"),
     train_counts=(500, 500),
     num_validation=1000,
+    validation_counts=(500, 500),
     recalls=(0.8, 0.82),
     loss_error=0.02,
     surest=Surest(2, 100, 0.97),
@@ -735,6 +736,12 @@ def test_a_few_copies_are_told_beside_the_findings(run):
         assert (
             "images may be train images, too: see the run's copies.csv" in " ".join(remarks(run, e, findings))
         ) == are_few
+
+
+def test_of_how_many_rare_images_it_speaks():
+    measured = PLANTED["imbalance"]["measured"] | {"validation_counts": (80, 1)}
+    (found,) = diagnose(evidence(measured=measured))
+    assert "of the 1 validation image of the rare class 0.30 are right" in found.evidence
 
 
 def test_as_many_validation_images_are_proposed_as_tell(run):

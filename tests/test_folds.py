@@ -259,8 +259,7 @@ def test_the_header_says_what_whoever_reads_the_answer_should_know(done):
     found = folds.prepare_folds(run, 3, device="cpu", jobs=2, threads=1)
     header = folds.fold_header(found)
     assert header.splitlines()[0].endswith(
-        "folds: few with epochs = 8, batch_size = 50, network.channels = [[16], [32]], augment.flip = none, 8 epochs,"
-        " seed 0"
+        "folds: few with batch_size = 50, network.channels = [[16], [32]], augment.flip = none, 8 epochs, seed 0"
     )
     assert "in 3 folds; 3 runs, each on about 384 of them, 2 at a time, 1 thread each; test images are not" in header
     assert "note: the run" not in header

@@ -592,7 +592,21 @@ def test_seeds_that_are_added_to_an_answer_are_said_to_be(tmp_path, text):
     assert "figures with 2 and 3 seeds" in answered(4, text + "# seeds are better raised here?").cautions[0]
     changed = answered(3, text.replace("dense = [2]", "dense = [3]")).cautions
     assert "its arms changed" in changed[1], "those of the other arm were seen"
-    assert not answered(3, text.replace("dense = [2]", "dense = [5]").replace("dense = [32]", "dense = [4]")).cautions
+    another = text.replace("dense = [2]", "dense = [5]").replace("dense = [32]", "dense = [4]")
+    assert "its arms changed" in answered(3, another).cautions[1], "what is asked may still rest on what was seen"
+    other_arms = another.replace("narrow", "thin").replace("wide", "thick")
+    assert not answered(3, other_arms).cautions, "a study of other things in its place"
+
+
+def test_a_record_that_is_lost_is_said_to_be(tmp_path, text):
+    execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
+    list(execution)
+    assert read_result(execution.folder).cautions == []
+    (execution.folder / "study.json").write_text("{")
+    for _ in range(2):  # nor is that forgotten
+        list(execution)
+        (caution,) = read_result(execution.folder).cautions
+        assert "runs had ended when this study's record (study.json) was lost" in caution
 
 
 def test_seeds_that_are_added_are_said_to_be_when_the_images_have_moved(data_folder, tmp_path, text):
@@ -1147,6 +1161,7 @@ def test_tuning_gives_every_arm_the_same_budget_and_shows_all_of_it(tmp_path, te
     assert "**on the edge of what was tried**" in page
     assert "1e+30: diverged or missing" in page
     assert "tuned: `optimizer.learning_rate = 0.01`" in page
+    assert "  arm wide: optimizer.learning_rate = 0.01, on the edge of what was tried" in answer(result)
 
 
 # ---- the command line

@@ -499,7 +499,7 @@ def test_an_edited_recipe_is_not_resumed(small, tiny_images, tmp_path):
     assert again.recipe.epochs == 4
     again.close()
     path.write_text(whole.replace("epochs = 3", "epochs = 5"))
-    with pytest.raises(FromzeroError, match="epochs is 5, but this run was trained with 3"):
+    with pytest.raises(FromzeroError, match="epochs is 5, but this run was trained with 4"):
         resumed_training(run.run.path, tiny_images)
     # A field that is newer than the run: it was trained as by that field's default.
     older = run.run.provenance

@@ -398,7 +398,8 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     console = Console(emoji=False)
     try:
         rows = trained.rows()
-        say(console, diagnosis_header(run, rows))
+        beyond = trained.reached if trained.steps_beyond and trained.checkpoint.epochs else ""
+        say(console, diagnosis_header(run, rows, beyond))
         if can_redraw(console):
             with console.status("") as status:
                 evidence = evidence_of(trained, say=lambda doing: status.update(f"  {doing} …"))
@@ -590,6 +591,8 @@ def _lessons(arguments: argparse.Namespace) -> None:
             done = sum(len(arm.runs) for arm in r.arms.values())
             said = f"{r.verdict if r.is_begun else 'no verdict yet'} ({done} of {r.study.seeds * len(r.arms)} runs)"
             print(f"  {r.title}: {said}{'' if r.is_complete else f', not finished: {r.resume_command} goes on'}")
+            for caution in r.cautions:
+                print(f"    note: {caution}")
         if not found:
             print(f"  not run yet: fromzero study {study.name}")
 

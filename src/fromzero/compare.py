@@ -105,7 +105,8 @@ def compare_runs(
     right = [np.array([side.right[key] for key in common]) for side in sides]
     notes = [f"{name}: {note}" for name, side in zip(NAMES, sides, strict=True) for note in _doubts(side)]
     if copies := max(side.images - len(side.right) for side in sides):
-        notes.append(f"{counted(copies, 'image')} more are copies, to the byte; each picture counts once")
+        many = f"{counted(copies, 'more image')} {'is a copy' if copies == 1 else 'are copies'}"
+        notes.append(f"{many}, to the byte; each picture counts once")
     if classes[0] != classes[1]:
         notes.append(f"A chooses among {len(classes[0])} classes, B among {len(classes[1])}")
     if which == "best" and folder is None:
@@ -251,7 +252,7 @@ def _other_changes(a: Trained | Classifier, b: Trained | Classifier) -> dict[str
             "train images": data["fingerprints"]["train"][:12],
             **{f"machine.{name}": here.get(name, "?") for name in OF_MACHINES},
             "begun with": (run.provenance["from"] or {"run": "random weights"})["run"],
-            "extended after epoch": run.earlier_ends or "none",
+            "extended after epoch": ", ".join(map(str, run.earlier_ends)) or "none",
             "epochs to go": 0 if run.summary is not None else run.recipe.epochs - side.checkpoint.epochs,
         }
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fromzero.changes import usual_epochs
+from fromzero.errors import counted
 from fromzero.evidence import SMALL_GAP, Evidence, best_factor, late_gain
 from fromzero.recipe import Recipe
 from fromzero.stats import wilson_interval
@@ -111,13 +112,13 @@ def _imbalance(e: Evidence) -> Finding | None:
     common_recall = _mean(e.measures.recalls[label] for label in counts if label not in rare)
     if not common_recall - rare_recall >= RECALL_GAP:
         return None
-    names = e.measures.class_names
+    names, num_rare = e.measures.class_names, sum(e.measures.validation_counts[label] for label in rare)
     return Finding(
         "imbalance",
         "classes with few images are missed",
         f"{counts[commonest]:,} train images of {names[commonest]!r}, {counts[rarest]:,} of {names[rarest]!r}; of the"
-        f" validation images of the {'rare class' if len(rare) == 1 else f'{len(rare)} rare classes'}"
-        f" {rare_recall:.2f} are right, of the others"
+        f" {counted(num_rare, 'validation image')} of the"
+        f" {'rare class' if len(rare) == 1 else f'{len(rare)} rare classes'} {rare_recall:.2f} are right, of the others"
         f" {common_recall:.2f}",
         "collect more images of the rare classes, and look at accuracy by class (fromzero evaluate), not at the mean",
     )

@@ -93,20 +93,22 @@ class Cooldown(NamedTuple):
 @dataclass(frozen=True)
 class Measures:
     """What `probe` measured of a run. Losses in nats. recalls: accuracy by class on the validation images, None
-    without any; loss_error: standard error of the validation loss; plain_loss, dropout_loss: of the same train images,
-    without and with dropout; changed_by_batch_norm: share of train images that get another class when batches of the
-    recipe's size are normalised by themselves; seen_accuracies: on the same train images as they are and as augmented;
-    map_sides: of the map that each convolution works on, in pixels. Where the run gave a reason to try, else empty and
-    None: trials: factor on the learning rate → what the same few steps from the start came to; without_decay: what they
-    came to at the run's rate without its weight decay; fit_accuracy: on a few images, after steps on nothing else;
-    cooldown: where the rate is constant, what a falling one would have brought at the end. mirror_accuracy: the share
-    of validation images and of their mirror images that a small network tells apart after 200 steps on train images and
-    theirs, None where they are too small."""
+    without any; train_counts, validation_counts: images by class; loss_error: standard error of the validation
+    loss; plain_loss, dropout_loss: of the same train images, without and with dropout; changed_by_batch_norm: share
+    of train images that get another class when batches of the recipe's size are normalised by themselves;
+    seen_accuracies: on the same train images as they are and as augmented; map_sides: of the map that each
+    convolution works on, in pixels. Where the run gave a reason to try, else empty and None: trials: factor on the
+    learning rate → what the same few steps from the start came to; without_decay: what they came to at the run's
+    rate without its weight decay; fit_accuracy: on a few images, after steps on nothing else; cooldown: where the
+    rate is constant, what a falling one would have brought at the end. mirror_accuracy: the share of validation
+    images and of their mirror images that a small network tells apart after 200 steps on train images and theirs,
+    None where they are too small."""
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     train_counts: tuple[int, ...]
     num_validation: int
+    validation_counts: tuple[int, ...]
     recalls: tuple[float | None, ...]
     loss_error: float
     surest: Surest

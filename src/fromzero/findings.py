@@ -46,6 +46,8 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     judged = "label-noise" in others and not hardly_mistaken(evidence)  # else wrong ones are too few for a problem
     if "validation-too-small" not in others:
         hidden = [name for name in others if name in ON_VALIDATION and not (judged and name == "label-noise")]
+        if evidence.measures.mirror_accuracy is not None:
+            hidden += [name for name in untried(evidence) if name == "mirrored-images" and name in others]
         others = [name for name in others if name not in hidden]
         said.append(f"With so few validation images these could not be judged: {', '.join(hidden)}.")
     labels = ""
@@ -137,10 +139,12 @@ def _other_recipe(run: Run, evidence: Evidence) -> str:
     )
 
 
-def diagnosis_header(run: Run, rows: Sequence[Row]) -> str:
-    """What is being looked at."""
+def diagnosis_header(run: Run, rows: Sequence[Row], beyond: str = "") -> str:
+    """What is being looked at. beyond: how far the weights have come, where that is beyond the last row."""
     row = rows[-1]
     notes = "".join(f"\n  note: {note}" for note in run.provenance["data"].get("notes", ()))
+    if beyond:
+        notes += f"\n  note: looked at are the weights after {beyond}, scored anew"
     return (
         f"{run.path}: {run.recipe.name}, after epoch {row['epoch']}: train {row['train/accuracy']:.4f} (running"
         f" {row['train/running_accuracy']:.4f}), val {row['val/accuracy']:.4f}{notes}"

@@ -94,6 +94,7 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
         class_names=images.class_names,
         train_counts=tuple(torch.bincount(data.train.labels, minlength=data.num_classes).tolist()),
         num_validation=len(data.validation.labels),
+        validation_counts=tuple(torch.bincount(data.validation.labels, minlength=data.num_classes).tolist()),
         recalls=tuple(None if math.isnan(r) else r for r in validation.recalls(data.num_classes)),
         loss_error=_standard_error(validation),
         surest=surest_of(probabilities, data.validation.labels),
@@ -106,7 +107,11 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
         layers=_layers(network, data, recipe, here),
         map_sides=tuple(_map_sides(recipe, data)),
     )
-    evidence = Evidence(recipe, trained.rows(), measures)
+    rows = trained.rows()
+    if trained.steps_beyond and trained.checkpoint.epochs:  # the last row is of other weights than these
+        scores = {"train/accuracy": train.accuracy, "train/loss": train.loss}
+        rows = [*rows, rows[-1] | scores | {"val/accuracy": validation.accuracy, "val/loss": validation.loss}]
+    evidence = Evidence(recipe, rows, measures)
     found: dict[float, Trial] = {}
     fit = without_decay = cooldown = None
     if recipe.schedule.name == "constant":

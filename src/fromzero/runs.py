@@ -17,6 +17,8 @@ A folder is never overwritten, and one process at a time trains in it.
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import math
 import os
@@ -226,7 +228,7 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """Where the run's figures come from: versions, machine, command, commit, data."""
-        found = read_object(self.path / "provenance.json")
+        found = read_object(self.path / "provenance.json", self.way_on)
         try:
             _Provenance.model_validate(found, strict=True)
         except pydantic.ValidationError as error:
@@ -246,12 +248,10 @@ class Run:
         """The outcome, or None while the run has not ended (or goes on, extended)."""
         if not (self.path / "summary.json").exists():
             return None
-        found = read_object(self.path / "summary.json")
+        mend = f"remove it, then: {self.resume_command}"
+        found = read_object(self.path / "summary.json", mend)
         if wrong := [key for key in SUMMARY_KEYS if not _is_figure(key, found.get(key))]:
-            raise FromzeroError(
-                f"{self.path}/summary.json: damaged: {', '.join(wrong)}: not a possible value; remove it, then:"
-                f" {self.resume_command}"
-            )
+            raise FromzeroError(f"{self.path}/summary.json: damaged: {', '.join(wrong)}: not a possible value; {mend}")
         return found if found["epoch"] == self.recipe.epochs else None
 
     @property
@@ -264,14 +264,12 @@ class Run:
         """What `diagnose` last said of the run: epoch, findings and measures; None where it has not been asked."""
         if not (self.path / "diagnosis.json").exists():
             return None
-        found = read_object(self.path / "diagnosis.json")
+        mend = f"remove it, or: {typed('fromzero', 'diagnose', self.path)}"
+        found = read_object(self.path / "diagnosis.json", mend)
         try:
             _Diagnosis.model_validate(found, strict=True)
         except pydantic.ValidationError:
-            again = typed("fromzero", "diagnose", self.path)
-            raise FromzeroError(
-                f"{self.path}/diagnosis.json: damaged, or of an earlier fromzero; remove it, or: {again}"
-            ) from None
+            raise FromzeroError(f"{self.path}/diagnosis.json: damaged, or of an earlier fromzero; {mend}") from None
         return found
 
     @property
@@ -280,12 +278,12 @@ class Run:
         path = self.path / FOLDS / "result.json"
         if not path.exists():
             return None
-        found = read_object(path)
+        mend = f"remove it, or write it anew: {typed('fromzero', 'cross-validate', self.path)}"
+        found = read_object(path, mend)
         try:
             _CrossValidation.model_validate(found, strict=True)
         except pydantic.ValidationError as error:
-            again = typed("fromzero", "cross-validate", self.path)
-            raise FromzeroError(f"{path}: {damage(error)}; remove it, or write it anew: {again}") from None
+            raise FromzeroError(f"{path}: {damage(error)}; {mend}") from None
         return found
 
     def check(self) -> None:
@@ -346,6 +344,15 @@ class Run:
         """Write which file is in which split, as CSV; names of files may be no text."""
         with self._writing("splits.csv") as path:
             write_atomically(path, table.encode("utf-8", "surrogateescape"))
+
+    @property
+    def files(self) -> set[str]:
+        """The pictures that it was begun with, as splits.csv has them; none where that is not there or damaged."""
+        try:
+            text = (self.path / "splits.csv").read_text("utf-8", "surrogateescape")
+            return {row["file"] for row in csv.DictReader(io.StringIO(text))}
+        except (OSError, KeyError, csv.Error):
+            return set()
 
     def write_provenance(self, provenance: dict[str, Any]) -> None:
         with self._writing("provenance.json") as path:
@@ -409,16 +416,18 @@ def damage(error: pydantic.ValidationError) -> str:
     return f"damaged: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in that file. Raises FromzeroError when it is damaged or not there."""
+def read_object(path: Path, mend: str = "") -> dict[str, Any]:
+    """The JSON object in that file. Raises FromzeroError when it is damaged, with what to do then (`mend`), or not
+    there."""
+    then = f"; {mend}" if mend else ""
     try:
         found = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise FromzeroError(f"{path}: damaged: {error}") from None
+        raise FromzeroError(f"{path}: damaged: {error}{then}") from None
     except OSError as error:
         raise FromzeroError(f"{path}: {error.strerror}") from None
     if not isinstance(found, dict):
-        raise FromzeroError(f"{path}: damaged: expected an object")
+        raise FromzeroError(f"{path}: damaged: expected an object{then}")
     return found
 
 

@@ -41,6 +41,8 @@ def check_unedited(run: Run) -> None:
         fits = (
             now.get(path, then) == then or path in ("name", "dataset") or (path == "epochs" and now[path] in extended)
         )
+        if path == "epochs" and extended:
+            then = max(extended)
         if not fits:
             raise FromzeroError(
                 f"{run.path}/recipe.toml: {path} is {now[path]}, but this run was trained with {then}: put that back;"
@@ -81,20 +83,21 @@ def recorded_images(
     found, then = images.fingerprints, recorded["fingerprints"]
     if changed := [split for split in (found | then) if found.get(split) != then.get(split)]:
         split = changed[0]
+        told = _changed_files(run, images)
         now, before = (prints.get(split, "none")[:12] for prints in (found, then))
         counts = recorded.get("images", {})  # of older runs it was not recorded
         many = f"{images.counts.get(split, 0):,}, where it had {counts.get(split, 0):,}" if counts else ""
         raise FromzeroError(
             f"{run.path}: the {' and '.join(changed)} images at {images.source} are not those it was trained on"
-            f" ({split}: {many + ', ' if many else ''}fingerprint {now}…, recorded {before}…); put them back as they"
-            f" were, or start anew from its weights: {anew}; other pictures are scored by fromzero"
+            f" ({split}: {many + ', ' if many else ''}fingerprint {now}…, recorded {before}…{told}); put them back as"
+            f" they were, or start anew from its weights: {anew}; other pictures are scored by fromzero"
             " evaluate RUN FOLDER and fromzero compare RUN OTHER FOLDER"
         )
     if images.order_digest != recorded["order"]:
         raise FromzeroError(
             f"{run.path}: the images at {images.source} are those it was trained on, but in another order, which would"
             " change the splits and the order of training: files were renamed, or come from another folder than"
-            f" {recorded['source']}, which --data-dir can name"
+            f" {recorded['source']}, which --data-dir can name{_changed_files(run, images)}"
         )
     for now, before in zip(images.class_names, recorded["classes"], strict=False):
         if now != before:
@@ -102,6 +105,17 @@ def recorded_images(
                 f"{run.path}: a class at {images.source} is called {now!r} and was {before!r}; give it its name back"
             )
     return images
+
+
+def _changed_files(run: Run, images: ImageSet) -> str:
+    """Which pictures are gone and which new, as far as their names tell and were recorded; empty otherwise."""
+    parts = [part for part in (images.train, images.validation, images.test) if part is not None]
+    here = {file for part in parts for file in part.files or ()}
+    before = run.files
+    if not before or not here:
+        return ""
+    told = (("gone", before - here), ("new", here - before))
+    return "".join(f"; {what}: {some(sorted(names))}" for what, names in told if names)
 
 
 def recorded_data(run: Run, images: ImageSet, here: Machine) -> Data:
@@ -166,11 +180,15 @@ class Trained(NamedTuple):
     machine: Machine
 
     @property
-    def reached(self) -> str:
-        """The epoch that the weights are of, and how far beyond its end: a stop comes within one."""
+    def steps_beyond(self) -> int:
+        """How many steps beyond the end of their last whole epoch the weights are: a stop comes within one."""
         ended = Timetable.of(self.run.recipe, len(self.data.train.labels)).start_of(self.checkpoint.epochs)
-        steps = self.checkpoint.state.get("step", 0) - ended
-        beyond = f" and {counted(steps, 'step')} of the next" if steps > 0 else ""
+        return max(int(self.checkpoint.state.get("step", 0) - ended), 0)
+
+    @property
+    def reached(self) -> str:
+        """The epoch that the weights are of, and how far beyond its end."""
+        beyond = f" and {counted(self.steps_beyond, 'step')} of the next" if self.steps_beyond else ""
         return f"epoch {self.checkpoint.epochs}{beyond}"
 
     @property

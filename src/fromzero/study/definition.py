@@ -201,7 +201,7 @@ def load_study(
     if scale != Path(scale).name:
         wrong(("scale", scale), f"scale {scale!r} cannot be part of a folder's name")
     if scale not in file.scale:
-        raise InputError(f"{label}: has no scale {scale!r}, only {', '.join(file.scale)}{nearest(scale, file.scale)}")
+        raise InputError(f"{label}: has no scale {scale!r}{nearest(scale, file.scale)}")
     if base is None:
         beside = Path(source).parent / file.base
         try:
@@ -402,7 +402,7 @@ def _contrasts(file: _File, arms: Mapping[str, Arm], wrong: Refuse) -> tuple[Con
         if any((c.arm, c.against, c.metric, c.group) in same for c in contrasts):
             wrong(
                 (*here, "arm"),
-                f"arms {row.arm!r} and {against!r} are compared twice by {metric}: another group",
+                f"arms {row.arm!r} and {against!r} are compared twice by {metric}: give one of them another group",
             )
         margin = file.margin if row.margin is None else row.margin
         contrasts.append(Contrast(row.arm, against, metric, row.direction or file.direction, margin, row.group))

@@ -42,6 +42,7 @@ from fromzero.study.pools import Event, on_ray, on_this_machine
 MOST_JOBS = 1024
 
 Place = Literal["local", "ray"]
+RECORD = "record"  # among what was changed of a study: the record of what it was before is lost
 Sweep = dict[str, dict[float, list[float | None]]]  # arm → value → a validation accuracy for each tuning seed
 
 
@@ -182,21 +183,23 @@ class Execution:
             images=self.images.name.partition(":")[0],
             notes=self.images.notes,
         )
-        with contextlib.suppress(FromzeroError, OSError, ValueError):  # not there, or damaged: written anew
+        try:
             before = read_description(self.folder)
-            described = described.model_copy(update={"seconds": before.seconds})
             then = recorded_study(self.folder, before)
-            now = self.study
-            kept = [arm for arm in now.arms if arm in then.arms and _is_same(then.arms[arm], now.arms[arm])]
-            if before.answered and kept and before.fingerprints == described.fingerprints:
-                parts = {
-                    "claim": then.claim != now.claim,
-                    "arms": len(kept) < max(len(then.arms), len(now.arms)),
-                    "comparisons": {*then.contrasts} != {*now.contrasts},
-                    "tuning": self.tuned and then.tuning != now.tuning,
-                }
-                changed = dict.fromkeys([*before.changed, *(part for part, differs in parts.items() if differs)])
-                described = described.model_copy(update={"answered": before.answered, "changed": tuple(changed)})
+        except (FromzeroError, OSError, ValueError):  # not there, or damaged: written anew
+            lost = any((cell.path / "summary.json").exists() for cell in self.cells)
+            return described.model_copy(update={"changed": (RECORD,) if lost else ()})
+        described, now = described.model_copy(update={"seconds": before.seconds}), self.study
+        kept = [arm for arm in now.arms if arm in then.arms and _is_same(then.arms[arm], now.arms[arm])]
+        if before.answered and then.arms.keys() & now.arms.keys() and before.fingerprints == described.fingerprints:
+            parts = {
+                "claim": then.claim != now.claim,
+                "arms": len(kept) < max(len(then.arms), len(now.arms)),
+                "comparisons": {*then.contrasts} != {*now.contrasts},
+                "tuning": self.tuned and then.tuning != now.tuning,
+            }
+            changed = dict.fromkeys([*before.changed, *(part for part, differs in parts.items() if differs)])
+            described = described.model_copy(update={"answered": before.answered, "changed": tuple(changed)})
         return described
 
     def _ended(self) -> list[Cell]:
@@ -259,7 +262,7 @@ def prepare_study(
     options += ["--offline"] * offline + ["--keep-weights"] * keep_weights
     dataset = next(iter(study.arms.values())).recipe.dataset
     stem, asked = split_name(dataset)
-    if stem not in NAMED and os.path.isabs(stem) and not os.path.exists(stem):
+    if stem not in NAMED and not os.path.exists(stem) and (data_dir is not None or os.path.isabs(stem)):
         if data_dir is None:
             raise InputError(f"{study.label}: its images are no longer at {stem}; --data-dir says where they are now")
         dataset, data_dir = f"{data_dir.resolve()}{asked}", None

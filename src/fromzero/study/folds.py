@@ -89,6 +89,7 @@ def prepare_folds(
 ) -> CrossValidation:
     """Check all that can be checked before anything is trained. jobs, threads: as of a study. Raises FromzeroError."""
     check_unedited(run)
+    _own_validation(run)  # what is damaged there is said before anything is trained
     on_gpu = chosen_device(device).type == "cuda"
     num_jobs, threads_each = jobs_and_threads(jobs, threads, on_gpu, folds)
     images = recorded_images(run, data_dir=data_dir, offline=offline)
@@ -118,8 +119,7 @@ def fold_header(found: CrossValidation) -> str:
     threads = counted(found.setting.threads or 1, "thread")
     recipe, train, count = found.cells[0].recipe, len(found.images.train), len(found.cells)
     lines = [
-        f"{found.folder}: {in_words(found.run.recipe, but=DATA_FIELDS)}, {counted(recipe.epochs, 'epoch')}, seed"
-        f" {recipe.seed}",
+        f"{found.folder}: {_of_recipe(found.run)}, {counted(recipe.epochs, 'epoch')}, seed {recipe.seed}",
         f"  {train:,} train images in {count} folds; {count} runs, each on about {train - round(train / count):,} of"
         f" them, {found.jobs} at a time, {threads} each; test images are not judged",
         *(f"  note: {note}" for note in found.images.notes),
@@ -187,7 +187,7 @@ def _result(
     doubtful = [row for row in rows if row["label"] != row["looks_like"]]
     surest = surest_of(torch.from_numpy(probabilities[judged]), torch.from_numpy(labels[judged]))
     return {
-        "recipe": in_words(found.run.recipe, but=DATA_FIELDS),
+        "recipe": _of_recipe(found.run),
         "epochs": found.run.recipe.epochs,
         "folds": len(found.cells),
         **_accuracy(right[judged]),
@@ -229,6 +229,11 @@ def fold_text(found: CrossValidation, result: Mapping[str, Any]) -> str:
         moved = [] if found.data_dir is None else ["--data-dir", str(found.data_dir)]
         lines.append(f"  pictures of these: {typed('fromzero', 'report', found.run.path, *moved)}")
     return "\n".join(line.replace("\n", "\\n") for line in lines)
+
+
+def _of_recipe(run: Run) -> str:
+    """Which recipe it is, but for what is said beside it."""
+    return in_words(run.recipe, but=(*DATA_FIELDS, "epochs"))
 
 
 def _own_validation(run: Run) -> list[str]:

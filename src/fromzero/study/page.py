@@ -143,7 +143,7 @@ def _overview(lessons: Sequence[tuple[Study, list[Result]]]) -> str:
     lines = ["| lesson | claim | verdicts |", "|---|---|---|"]
     for study, found in lessons:
         said = "; ".join(f"{r.title}: {_said(r)}{_so_far(r)}" for r in found) or "not run yet"
-        lines.append(_row([f"[{study.name}](#{_anchor(study.name)})", study.claim, said]))
+        lines.append(_row([f"[{study.name}](#{_anchor(study.name)})", _plain(study.claim), said]))
     return "\n".join(lines) + "\n"
 
 
@@ -169,11 +169,11 @@ def _so_far(result: Result) -> str:
 
 
 def _lesson(study: Study, results: Sequence[Result], pictures: Path) -> str:
-    parts = [f"## {study.name}\n", f"**{study.claim}**\n"]
+    parts = [f"## {study.name}\n", f"**{_plain(study.claim)}**\n"]
     if study.notes:
-        parts.append(f"The notes: “{study.notes}”.\n")
+        parts.append(f"The notes: “{_plain(study.notes)}”.\n")
     if study.remark:
-        parts.append(study.remark.strip() + "\n")
+        parts.append(_plain(study.remark.strip()) + "\n")
     if not results:
         parts.append(f"Not run yet: `fromzero study {study.name}`\n")
     for result in results:
@@ -186,11 +186,11 @@ def _lesson(study: Study, results: Sequence[Result], pictures: Path) -> str:
 
 def _section(result: Result) -> str:
     study = result.study
-    minutes = f"{result.cell_seconds / 60:.0f} min of runs, {result.ran.seconds / 60:.0f} min by the clock"
+    minutes = f"{_time(result.cell_seconds)} of runs, {_time(result.ran.seconds)} by the clock"
     of = f" of {result.ran.images}" if result.ran.images else ""
     ran = f" · {'; '.join(result.machines)} · fromzero at {', '.join(result.commits)}" if result.is_begun else ""
     lines = [
-        f"### {name_of(result)}: {result.verdict}{_so_far(result)}\n",
+        f"### {name_of(result)}: {result.verdict if result.is_begun else 'no verdict yet'}{_so_far(result)}\n",
         f"`{result.command}` · n = {study.seeds} seeds · {result.ran.train_images:,} train images{of}, "
         f"{study.setting(result.ran.own_validation)} · {minutes}{ran}\n",
         *(f"Of the images: {note}.\n" for note in result.ran.notes),
@@ -298,7 +298,7 @@ def _sweep_table(result: Result) -> str:
         for value, row in scores.items():
             ended = [x for x in row if x is not None]
             text = (
-                "diverged or missing"
+                (f"{len(ended)} of {len(row)} ended" if ended else "diverged or missing")
                 if len(ended) < len(row)
                 else (f"{100 * np.mean(ended):.2f} ({', '.join(f'{100 * x:.2f}' for x in ended)})")
             )
@@ -314,6 +314,15 @@ def _sweep_table(result: Result) -> str:
 
 def _interval(low: float, high: float, metric: str) -> str:
     return f"{figure(low, metric, sign=True)} to {figure(high, metric, sign=True)}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def _plain(text: str) -> str:
+    """What somebody wrote, with nothing in it that Markdown takes for a tag."""
+    return text.replace("<", r"\<")
 
 
 def _row(cells: Sequence[str]) -> str:

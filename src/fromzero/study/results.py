@@ -18,6 +18,7 @@ from fromzero.stats import Comparison, Interval, Verdict
 from fromzero.study.cells import Cell, cells_of, differences, read_outcomes
 from fromzero.study.definition import CLAIM, MOST_SEEDS, Arm, Contrast, Study, load_study, study_names
 from fromzero.study.execution import (
+    RECORD,
     Description,
     Sweep,
     best_values,
@@ -179,8 +180,12 @@ class Result:
                 f"this study had figures with {' and '.join(before)} seeds; where those decide how many there are, p is"
                 f" too small: {anew}"
             )
-        if self.ran.changed:
-            parts = " and ".join(self.ran.changed)
+        if RECORD in self.ran.changed:
+            found.append(
+                "runs had ended when this study's record (study.json) was lost, so what was asked of them before is not"
+                f" known; if it was changed because of figures, p is too small: {anew}"
+            )
+        if parts := " and ".join(part for part in self.ran.changed if part != RECORD):
             found.append(
                 f"when this study had figures, its {parts} changed; where those decide what is asked, p is too small:"
                 f" {anew}"
