@@ -8,4 +8,5 @@ lifetime    whole runs: process start to printed result, start-up, memory, what 
 precision   whether bfloat16 learns as well as float32: paired seeds
 figures     medians, ratios pair by pair, targets and verdicts
 page        docs/benchmarks.md and its picture, from the figures
+pictures, tutorial_keras, pretrained   folders of pictures: fromzero, Keras's tutorial, a network trained before
 """

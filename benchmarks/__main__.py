@@ -1,12 +1,12 @@
 """Everything in one run: make bench, or
 
     python -m benchmarks [--parts steps lifetime cold] [--rounds 5] [--cold quick strong best] [--render]
-    python -m benchmarks --held-to AVX2 --output docs/benchmarks-avx2.md
+    python -m benchmarks --held-to AVX2
 
-Prints medians, ratios with their spread and the processor's ceiling, and writes docs/benchmarks.md, or the page that
---output names, and a picture. What was measured stays in build/benchmarks.json, and --render writes the page from it
-again; what a run measured that then failed is in build/benchmarks-unfinished.json. Keras runs in an environment of its
-own, .venv-bench, which the Makefile makes.
+Prints medians, ratios with their spread and the processor's ceiling, and writes docs/benchmarks.md (held to AVX2,
+docs/benchmarks-avx2.md), or the page that --output names, and a picture. What was measured stays in build, in a file of
+the page's name, and --render writes the page from it again; what a run measured that then failed is in
+build/benchmarks-unfinished.json. Keras runs in an environment of its own, .venv-bench, which the Makefile makes.
 """
 
 import argparse
@@ -39,9 +39,10 @@ def main():
     arguments = parse()
     if not arguments.render:
         measure_parts(arguments)
+    kept = results_of(arguments)
     try:
-        results = json.loads(RESULTS.read_text("utf-8"))
-        if precision.OUTPUT.exists():
+        results = json.loads(kept.read_text("utf-8"))
+        if precision.OUTPUT.exists() and not arguments.held_to:
             results["precision"] = json.loads(precision.OUTPUT.read_text("utf-8"))
         lines = page.verdict_lines(results)
         written = page.write(results, arguments.output)
@@ -50,12 +51,12 @@ def main():
     except OSError as error:
         sys.exit(f"benchmarks: {error.filename}: {error.strerror}; mend that, then write the page with --render")
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # damaged, or of a version before this
-        sys.exit(f"benchmarks: {RESULTS} does not hold what the page shows ({error!r}): measure again")
+        sys.exit(f"benchmarks: {kept} does not hold what the page shows ({error!r}): measure again")
     print("\n".join([*lines, *(f"wrote {path}" for path in written)]))
 
 
 def measure_parts(arguments):
-    """Measure the parts that are asked for, into RESULTS when all of them are done."""
+    """Measure the parts that are asked for, into `results_of` them when all are done."""
     started = time.time()
     if arguments.held_to:
         hold_to_avx2(RESULTS.parent / "held-to-avx2")
@@ -72,7 +73,12 @@ def measure_parts(arguments):
             results["about"] |= {"minutes": (time.time() - started) / 60, "load_after": os.getloadavg()[0]}
             UNFINISHED.parent.mkdir(exist_ok=True)
             UNFINISHED.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    UNFINISHED.replace(RESULTS)
+    UNFINISHED.replace(results_of(arguments))
+
+
+def results_of(arguments):
+    """The file with what was measured last, held to these instructions or to none."""
+    return RESULTS.with_stem(f"benchmarks-{arguments.held_to.lower()}") if arguments.held_to else RESULTS
 
 
 def run_steps(arguments, results):
@@ -275,13 +281,15 @@ def parse():
     parser.add_argument("--threads", type=int, help="CPU threads of every side, by default each side's own choice")
     parser.add_argument("--data-dir", default=default_data_dir(), help="where CIFAR-10 is")
     parser.add_argument("--peers-python", type=Path, default=PEERS_PYTHON, help="a Python with TensorFlow and Keras")
-    parser.add_argument("--output", type=Path, default=PAGE, help="the page; its picture lies beside it")
+    parser.add_argument("--output", type=Path, help="the page (docs/benchmarks.md); its picture lies beside it")
     parser.add_argument("--render", action="store_true", help="write the page from what the last run measured")
     arguments = parser.parse_args()
-    allowed_parts, allowed_sides, arguments.precision = choices, SIDES, "auto"
+    allowed_parts, allowed_sides, arguments.precision, page_of = choices, SIDES, "auto", PAGE
     if arguments.held_to:
+        page_of = PAGE.with_stem(f"benchmarks-{arguments.held_to.lower()}")
         allowed_parts, allowed_sides = ["steps", "cold"], (KERAS_FLOAT32, PLAIN_FLOAT32, FROMZERO)
         arguments.precision = "float32"
+    arguments.output = arguments.output or page_of
     for what, allowed in (("parts", allowed_parts), ("sides", allowed_sides)):
         chosen = getattr(arguments, what) or allowed
         setattr(arguments, what, chosen)

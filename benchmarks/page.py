@@ -183,7 +183,7 @@ def ceiling_section(results):
         *room_lines(results),
     ]
     if len(measured) < 2:
-        return lines if lines[-1] else lines[:-1]
+        return lines[:-1]
     by_precision = [[targets.ceiling_gigaflops(f, precision) for f in found] for precision in measured]
     gain = Spread.of(figures.ratios(*by_precision))
     return [
@@ -230,9 +230,9 @@ def held_to_lines(about):
     if not about.get("held_to"):
         return []
     return [
-        f"Held to {about['held_to']}, PyTorch, oneDNN, XLA and fromzero's kernels use no newer instructions, as on many"
-        " laptops; bfloat16 would be slow, so all compute in float32. The targets are those for processors that are"
-        " fast at bfloat16.",
+        f"Held to {about['held_to']}, PyTorch, oneDNN, MKL, XLA and fromzero's kernels use no newer instructions, to"
+        " stand in for a laptop; bfloat16 would be slow, so all use float32. The targets are those for processors"
+        " that are fast at bfloat16.",
         "",
     ]
 

@@ -18,11 +18,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # other work on the machine slows plain PyTorch far more than fromzero.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", **os.environ}
 
-# What holds PyTorch, oneDNN (in TensorFlow, too) and XLA to AVX2, and a compiler that holds fromzero's kernels to it:
-# laptops have no more. Its version says so, by which kernels are kept; under the names of all compilers that fromzero
-# looks for, as it would take what another one has made before.
+# What holds PyTorch, oneDNN (in TensorFlow, too), MKL and XLA to AVX2, and a compiler that holds fromzero's kernels to
+# it: laptops have no more. Its version says so, by which kernels are kept; under the names of all compilers that
+# fromzero looks for, as it would take what another one has made before.
 COMPILERS = ("cc", "gcc", "clang")
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "XLA_FLAGS": "--xla_cpu_max_isa=AVX2"}
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+}
 AVX2_COMPILER = """#!/bin/sh
 if [ "$1" = --version ]; then {cc} --version | sed '1s/$/ -march=haswell/'; else exec {cc} "$@" -march=haswell; fi
 """

@@ -24,6 +24,7 @@ from fromzero.diagnosis import (
     untried,
     why_labels_cannot_be_judged,
 )
+from fromzero.evaluate import evaluate
 from fromzero.evidence import (
     Cooldown,
     Copied,
@@ -739,9 +740,30 @@ def test_a_few_copies_are_told_beside_the_findings(run):
 
 
 def test_of_how_many_rare_images_it_speaks():
-    measured = PLANTED["imbalance"]["measured"] | {"validation_counts": (80, 1)}
-    (found,) = diagnose(evidence(measured=measured))
-    assert "of the 1 validation image of the rare class 0.30 are right" in found.evidence
+    measured = {"class_names": ("a", "b", "c"), "train_counts": (900, 30, 20), "recalls": (0.95, 0.6, 0.0)}
+    (found,) = diagnose(evidence(measured=measured | {"validation_counts": (80, 10, 1)}))
+    assert "recall on validation 0.30 in the 2 rare classes (11 images), 0.95 in the others" in found.evidence
+
+
+def test_weights_within_an_epoch_are_judged_by_their_own_figures(tiny_images, tmp_path):
+    """And count once: a row more would look like an epoch that brought nothing."""
+    training = new_training(RECIPE.override(SMALL | {"epochs": 3}), tiny_images, runs_dir=tmp_path, threads=1)
+    for progress in training:
+        if progress.counters.step == training.timetable.start_of(2) + 1:
+            training.save()
+            break
+    training.close()
+    rows = training.run.metrics()
+    assert len(rows) == 2
+    wrong = [row | {"val/accuracy": 0.123, "val/loss": 9.0} for row in rows]  # whoever takes them for its own
+    (training.run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
+    looked_at = load_trained(training.run, images=tiny_images, threads=1)
+    assert looked_at.is_within_epoch
+    found = probe.evidence_of(looked_at)
+    assert [row["epoch"] for row in found.rows] == [1, 2]
+    assert (found.rows[0]["val/accuracy"], found.rows[0]["val/loss"]) == (0.123, 9.0)
+    own = evaluate(looked_at.network, *looked_at.data.validation, looked_at.data.normalise, looked_at.machine)
+    assert (found.last["val/accuracy"], found.last["val/loss"]) == (own.accuracy, own.loss)
 
 
 def test_as_many_validation_images_are_proposed_as_tell(run):

@@ -11,6 +11,7 @@ import fromzero
 from fromzero.arguments import parse
 from fromzero.machine import NUMERIC_MODULES
 from fromzero.recipe import field_types, load_recipe, parse_value, recipe_names
+from fromzero.study.page import _anchor
 
 SOURCE = Path(fromzero.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -159,8 +160,3 @@ def test_the_links_on_the_pages_lead_somewhere():
         target = (page.parent / file).resolve() if file else page
         assert target.exists(), f"{page.name}: {link}"
         assert not anchor or anchor in headings[target], f"{page.name}: {link}"
-
-
-def _anchor(heading: str) -> str:
-    """As GitHub makes it."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")

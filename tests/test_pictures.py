@@ -116,6 +116,22 @@ def test_a_run_validated_on_another_split_is_refused(tmp_path):
                 load(training.run, images=images)
 
 
+def test_pictures_that_are_gone_or_new_are_named(tmp_path):
+    folder = write(tmp_path / "a", count=10)
+    training = new_training(load_recipe("few").override({"epochs": 1}), load_images(folder), runs_dir=tmp_path)
+    training.close()
+    (folder / "red" / "004.png").rename(folder / "red" / "fresh.png")
+    with pytest.raises(FromzeroError, match=r"in another order.*; gone: red/004\.png; new: red/fresh\.png"):
+        load_trained(training.run)
+    (folder / "red" / "fresh.png").unlink()
+    with pytest.raises(FromzeroError, match=r"are not those it was trained on .*recorded \w+…; gone: red/004\.png\)"):
+        load_trained(training.run)
+    for table in (b"split,class,file\ntrain\n", b"\xff", b""):  # nothing is said by what is damaged
+        (training.run.path / "splits.csv").write_bytes(table)
+        with pytest.raises(FromzeroError, match=r"recorded \w+…(; new: .*)?\); put them back"):
+            load_trained(training.run)
+
+
 def test_copies_are_listed_by_file(tmp_path, capsys, monkeypatch):
     """To the byte, and pictures that were saved again, a little smaller."""
     folder, fresh = write(tmp_path / "set" / "train", count=20), tmp_path / "set" / "test"

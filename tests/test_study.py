@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import fromzero
+from fromzero import cli as command_line
 from fromzero import networks, stats
 from fromzero.data import cifar, load_images
 from fromzero.errors import FromzeroError, InputError, StoppedError, TooLargeError, WriteError
@@ -493,6 +494,17 @@ def test_the_command_that_goes_on_has_the_options_that_were_given(finished, monk
     assert plain == plain.strip()
 
 
+def test_a_folder_named_from_elsewhere_is_where_data_dir_says(data_folder, tmp_path, text, monkeypatch):
+    named = text.replace(str(data_folder), "photos")
+    assert named != text
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="unknown data set 'photos': not a path that exists"):
+        prepare_study(load_study(written(tmp_path, named), "half"), runs_dir=tmp_path)
+    study = load_study(written(tmp_path, named), "half")
+    prepared = prepare_study(study, runs_dir=tmp_path, data_dir=data_folder)
+    assert prepared.setting.dataset.startswith(str(data_folder))
+
+
 def test_outcomes_are_those_of_the_last_epoch(finished):
     _, execution, _ = finished
     for cell in execution.cells:
@@ -602,11 +614,12 @@ def test_a_record_that_is_lost_is_said_to_be(tmp_path, text):
     execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
     list(execution)
     assert read_result(execution.folder).cautions == []
-    (execution.folder / "study.json").write_text("{")
-    for _ in range(2):  # nor is that forgotten
+    for damaged in ("study.json", None, "study.toml"):  # nor is that forgotten
+        if damaged:
+            (execution.folder / damaged).write_text("{")
         list(execution)
         (caution,) = read_result(execution.folder).cautions
-        assert "runs had ended when this study's record (study.json) was lost" in caution
+        assert "runs had ended when this study's record (study.json, or a file beside it) was lost" in caution
 
 
 def test_seeds_that_are_added_are_said_to_be_when_the_images_have_moved(data_folder, tmp_path, text):
@@ -620,7 +633,7 @@ def test_seeds_that_are_added_are_said_to_be_when_the_images_have_moved(data_fol
     assert "had figures with 2 seeds" in caution
 
 
-def test_what_is_asked_anew_of_runs_that_were_seen_is_said_to_be(tmp_path, text):
+def test_what_is_asked_anew_of_runs_that_were_seen_is_said_to_be(tmp_path, text, capsys):
     third = text.replace("[scale.screen]", "[arms.wider]\nnetwork.dense = [48]\n\n[scale.screen]")
 
     def carried_out(of, seeds=2, folder="runs"):
@@ -631,6 +644,8 @@ def test_what_is_asked_anew_of_runs_that_were_seen_is_said_to_be(tmp_path, text)
 
     assert carried_out(text) == []
     (caution,) = carried_out(text.replace("More units reach more.", "Fewer units reach less."))
+    assert command_line.main(["lessons", "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert f"    note: {caution}\n" in capsys.readouterr().out
     assert "when this study had figures, its claim changed; where those decide what is asked, p is too small" in caution
     (caution,) = carried_out(third)
     assert "its claim and arms and comparisons changed" in caution
@@ -1179,6 +1194,7 @@ def test_the_command_line(finished, tmp_path):
     assert "\x1b" not in done.stdout
     listed = subprocess.run(cli("lessons", "--runs-dir", runs_dir), capture_output=True, text=True)
     assert "units: More units reach more.\n  screen: supported (12 of 12 runs)" in listed.stdout
+    assert "note:" not in listed.stdout
     assert "not run yet: fromzero study padding" in listed.stdout
     page = tmp_path / "lessons.md"
     subprocess.run(cli("lessons", "--runs-dir", runs_dir, "--write", page), check=True)

@@ -949,6 +949,21 @@ def test_where_a_run_comes_from_is_all_there(key, small, tiny_images, tmp_path):
         resumed_training(training_.run, tiny_images)
 
 
+def test_what_to_do_about_a_damaged_record_is_said(small, tiny_images, tmp_path):
+    run = fromzero.train(small, tiny_images, runs_dir=tmp_path)
+    (run.path / "folds").mkdir()
+    for name, read, then in (
+        ("diagnosis.json", lambda: run.diagnosis, rf"remove it, or: fromzero diagnose {run.path}"),
+        ("folds/result.json", lambda: run.cross_validation, "remove it, or write it anew: fromzero cross-validate"),
+        ("summary.json", lambda: run.summary, "remove it, then: fromzero resume"),
+        ("provenance.json", lambda: run.provenance, "its weights can start a new run"),
+    ):
+        for content in ("{", "[]"):
+            (run.path / name).write_text(content)
+            with pytest.raises(FromzeroError, match=rf"{name}: damaged: .*; {then}"):
+                read()
+
+
 def test_arrays_of_other_types_and_shapes_are_refused(small, tiny_images, tmp_path):
     """Of kernels that read memory as bytes, floats would be garbage, without a word."""
     train = tiny_images.train

@@ -93,9 +93,8 @@ def _accuracies(classifier: Classifier) -> list[str]:
 
 def _of_folds(classifier: Classifier) -> list[str]:
     """What cross-validation says of trainings like this one, where it was asked."""
-    run, found = classifier.run, classifier.run.cross_validation
-    is_alike = not (run.provenance["from"] or run.earlier_ends)  # the folds begin anew and train at once
-    if found is None or not is_alike or found["epochs"] != classifier.checkpoint.epochs:
+    found = classifier.run.cross_validated(classifier.checkpoint.epochs)
+    if found is None:
         return []
     accuracy = _with_interval(found["accuracy"], found["images"])
     others = f"one of {found['folds']} other networks, trained by the same recipe without it"
@@ -125,7 +124,8 @@ def _images(classifier: Classifier) -> str:
 def _findings(classifier: Classifier) -> list[str]:
     """What `fromzero diagnose` said of these weights, where it was asked."""
     diagnosis = classifier.run.diagnosis
-    if diagnosis is None or diagnosis["epoch"] != classifier.checkpoint.epochs or _row(classifier) is None:
+    made = () if diagnosis is None else (diagnosis["epoch"], diagnosis.get("steps", 0))
+    if diagnosis is None or made != (classifier.checkpoint.epochs, 0) or _row(classifier) is None:
         return ["`fromzero diagnose` was not asked about these weights."]
     found = [f"{one['meaning']} (*{one['name']}*): {one['evidence']}." for one in diagnosis["findings"]]
     if not found:

@@ -398,8 +398,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     console = Console(emoji=False)
     try:
         rows = trained.rows()
-        beyond = trained.reached if trained.steps_beyond and trained.checkpoint.epochs else ""
-        say(console, diagnosis_header(run, rows, beyond))
+        say(console, diagnosis_header(run, rows, trained.reached if trained.is_within_epoch else ""))
         if can_redraw(console):
             with console.status("") as status:
                 evidence = evidence_of(trained, say=lambda doing: status.update(f"  {doing} …"))
@@ -413,7 +412,8 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     said = remarks(run, evidence, found)
     studies, failure = {}, None
     try:
-        studies = write_findings(run, found, said, evidence.measures, trained.images.source, trained.checkpoint.epochs)
+        at = trained.checkpoint.epochs, trained.steps_beyond
+        studies = write_findings(run, found, said, evidence.measures, trained.images.source, *at)
     except FromzeroError as error:
         failure = error
     columns = min(console.width, 110)
@@ -589,7 +589,7 @@ def _lessons(arguments: argparse.Namespace) -> None:
         print(f"{study.name}: {study.claim}")
         for r in found:
             done = sum(len(arm.runs) for arm in r.arms.values())
-            said = f"{r.verdict if r.is_begun else 'no verdict yet'} ({done} of {r.study.seeds * len(r.arms)} runs)"
+            said = f"{r.so_far} ({done} of {r.study.seeds * len(r.arms)} runs)"
             print(f"  {r.title}: {said}{'' if r.is_complete else f', not finished: {r.resume_command} goes on'}")
             for caution in r.cautions:
                 print(f"    note: {caution}")

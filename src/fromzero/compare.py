@@ -173,7 +173,7 @@ def comparison_text(record: Mapping[str, Any]) -> str:
         return "\n".join(lines)
     then = " A study can:" if record["study"] else ""
     if "dataset" in record["recipe"]:
-        each = " and ".join(typed("fromzero", "cross-validate", run["run"]) for run in record["runs"])
+        each = " and ".join(typed("fromzero", "cross-validate", Path(run["run"])) for run in record["runs"])
         then = f" Nor can a study, whose runs share their images. Each on all its train images: {each}"
     lines.append(f"  Which way to train is better they cannot tell: other seeds make other networks.{then}")
     if record["study"]:

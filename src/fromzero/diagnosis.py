@@ -116,10 +116,10 @@ def _imbalance(e: Evidence) -> Finding | None:
     return Finding(
         "imbalance",
         "classes with few images are missed",
-        f"{counts[commonest]:,} train images of {names[commonest]!r}, {counts[rarest]:,} of {names[rarest]!r}; of the"
-        f" {counted(num_rare, 'validation image')} of the"
-        f" {'rare class' if len(rare) == 1 else f'{len(rare)} rare classes'} {rare_recall:.2f} are right, of the others"
-        f" {common_recall:.2f}",
+        f"{counts[commonest]:,} train images of {names[commonest]!r}, {counts[rarest]:,} of {names[rarest]!r};"
+        f" recall on validation {rare_recall:.2f} in the"
+        f" {'rare class' if len(rare) == 1 else f'{len(rare)} rare classes'} ({counted(num_rare, 'image')}),"
+        f" {common_recall:.2f} in the others",
         "collect more images of the rare classes, and look at accuracy by class (fromzero evaluate), not at the mean",
     )
 

@@ -102,9 +102,9 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
 
 
 def _cross_validated(run: Run) -> str:
-    """What has been said of all train images; nothing where that was not asked or is damaged."""
+    """What was said of all train images; nothing where it was not asked of trainings like this, or is damaged."""
     try:
-        result = run.cross_validation
+        result = run.cross_validated(run.recipe.epochs)
     except FromzeroError:
         return ""
     if result is None:
@@ -244,11 +244,11 @@ def _copies_csv(copies: Copies) -> str:
 
 
 def write_findings(
-    run: Run, found: Sequence[Finding], said: Sequence[str], measures: Measures, source: str, epoch: int
+    run: Run, found: Sequence[Finding], said: Sequence[str], measures: Measures, source: str, epoch: int, steps: int = 0
 ) -> dict[str, Path]:
     """Write diagnosis.json into the run folder, and for each finding that a recipe field can mend the study that tests
-    it: name → its file. said: the remarks; source: where the images are now; epoch: after which the run was looked at.
-    Raises FromzeroError where the folder cannot be written."""
+    it: name → its file. said: the remarks; source: where the images are now; epoch, steps: after which, and how
+    many more of the next, the run was looked at. Raises FromzeroError where the folder cannot be written."""
     recipe, dataset = run.recipe, images_of(run, source)
     studies: dict[str, Path] = {}
     copies = measures.copies
@@ -263,7 +263,7 @@ def write_findings(
         if copies.found:
             write_atomically(run.path / COPIES, _copies_csv(copies).encode("utf-8", "surrogateescape"), alone=False)
         findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
-        content = {"epoch": epoch, "findings": findings, "remarks": list(said)}
+        content = {"epoch": epoch, "steps": steps, "findings": findings, "remarks": list(said)}
         content["measures"] = finite(known)
         write_json(run.path / "diagnosis.json", content, alone=False)
     except OSError as error:

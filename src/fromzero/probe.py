@@ -108,9 +108,10 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
         map_sides=tuple(_map_sides(recipe, data)),
     )
     rows = trained.rows()
-    if trained.steps_beyond and trained.checkpoint.epochs:  # the last row is of other weights than these
+    if trained.is_within_epoch:  # the last row is of other weights than these
         scores = {"train/accuracy": train.accuracy, "train/loss": train.loss}
-        rows = [*rows, rows[-1] | scores | {"val/accuracy": validation.accuracy, "val/loss": validation.loss}]
+        scores |= {"val/accuracy": validation.accuracy, "val/loss": validation.loss}
+        rows = [*rows[:-1], rows[-1] | scores]
     evidence = Evidence(recipe, rows, measures)
     found: dict[float, Trial] = {}
     fit = without_decay = cooldown = None

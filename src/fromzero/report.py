@@ -179,6 +179,8 @@ def page(
         curves=_embedded(curves_png(rows, run.recipe, run.name, validation)) if rows[-1]["epoch"] else None,
         scored=scored,
         diagnosis=diagnosis,
+        is_of_these=diagnosis is not None
+        and (diagnosis["epoch"], diagnosis.get("steps", 0)) == (rows[-1]["epoch"], trained.steps_beyond),
         judged=SPLITS[judged],
         by_class=[(int(n), _share(right, n), _share(right, k)) for n, k, right in zip(given, said, found, strict=True)],
         commonest=[(truth, taken_for, count) for truth, taken_for, count in commonest if count],

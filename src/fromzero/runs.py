@@ -30,7 +30,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -128,6 +128,7 @@ class _Finding(pydantic.BaseModel):
 
 class _Diagnosis(pydantic.BaseModel):
     epoch: int
+    steps: int = 0
     findings: list[_Finding]
     remarks: list[str]
 
@@ -228,7 +229,7 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """Where the run's figures come from: versions, machine, command, commit, data."""
-        found = read_object(self.path / "provenance.json", self.way_on)
+        found = read_object(self.path / "provenance.json", lambda: self.way_on)
         try:
             _Provenance.model_validate(found, strict=True)
         except pydantic.ValidationError as error:
@@ -249,7 +250,7 @@ class Run:
         if not (self.path / "summary.json").exists():
             return None
         mend = f"remove it, then: {self.resume_command}"
-        found = read_object(self.path / "summary.json", mend)
+        found = read_object(self.path / "summary.json", lambda: mend)
         if wrong := [key for key in SUMMARY_KEYS if not _is_figure(key, found.get(key))]:
             raise FromzeroError(f"{self.path}/summary.json: damaged: {', '.join(wrong)}: not a possible value; {mend}")
         return found if found["epoch"] == self.recipe.epochs else None
@@ -265,7 +266,7 @@ class Run:
         if not (self.path / "diagnosis.json").exists():
             return None
         mend = f"remove it, or: {typed('fromzero', 'diagnose', self.path)}"
-        found = read_object(self.path / "diagnosis.json", mend)
+        found = read_object(self.path / "diagnosis.json", lambda: mend)
         try:
             _Diagnosis.model_validate(found, strict=True)
         except pydantic.ValidationError:
@@ -279,12 +280,19 @@ class Run:
         if not path.exists():
             return None
         mend = f"remove it, or write it anew: {typed('fromzero', 'cross-validate', self.path)}"
-        found = read_object(path, mend)
+        found = read_object(path, lambda: mend)
         try:
             _CrossValidation.model_validate(found, strict=True)
         except pydantic.ValidationError as error:
             raise FromzeroError(f"{path}: {damage(error)}; {mend}") from None
         return found
+
+    def cross_validated(self, epochs: int) -> dict[str, Any] | None:
+        """The same of trainings like this one after so many epochs: not of a run that began with other weights or was
+        extended, as those of the folds begin anew and train at once."""
+        found = self.cross_validation
+        is_alike = not (self.provenance["from"] or self.earlier_ends)
+        return found if found is not None and is_alike and found["epochs"] == epochs else None
 
     def check(self) -> None:
         """Raise FromzeroError where what the run recorded is damaged or not all there."""
@@ -349,9 +357,10 @@ class Run:
     def files(self) -> set[str]:
         """The pictures that it was begun with, as splits.csv has them; none where that is not there or damaged."""
         try:
-            text = (self.path / "splits.csv").read_text("utf-8", "surrogateescape")
-            return {row["file"] for row in csv.DictReader(io.StringIO(text))}
-        except (OSError, KeyError, csv.Error):
+            text = (self.path / "splits.csv").read_bytes().decode("utf-8", "surrogateescape")
+            rows = csv.DictReader(io.StringIO(text, newline=""))  # a name may have a line's end in it
+            return {row["file"] for row in rows if row.get("file")}
+        except (OSError, csv.Error):
             return set()
 
     def write_provenance(self, provenance: dict[str, Any]) -> None:
@@ -416,18 +425,17 @@ def damage(error: pydantic.ValidationError) -> str:
     return f"damaged: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
 
 
-def read_object(path: Path, mend: str = "") -> dict[str, Any]:
+def read_object(path: Path, mend: Callable[[], str] | None = None) -> dict[str, Any]:
     """The JSON object in that file. Raises FromzeroError when it is damaged, with what to do then (`mend`), or not
     there."""
-    then = f"; {mend}" if mend else ""
     try:
         found = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise FromzeroError(f"{path}: damaged: {error}{then}") from None
+        raise FromzeroError(f"{path}: damaged: {error}{f'; {mend()}' if mend else ''}") from None
     except OSError as error:
         raise FromzeroError(f"{path}: {error.strerror}") from None
     if not isinstance(found, dict):
-        raise FromzeroError(f"{path}: damaged: expected an object{then}")
+        raise FromzeroError(f"{path}: damaged: expected an object{f'; {mend()}' if mend else ''}")
     return found
 
 

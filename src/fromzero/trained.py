@@ -109,6 +109,8 @@ def recorded_images(
 
 def _changed_files(run: Run, images: ImageSet) -> str:
     """Which pictures are gone and which new, as far as their names tell and were recorded; empty otherwise."""
+    if ":" in split_name(run.provenance["data"]["name"])[1]:  # a part of them, and another part of others
+        return ""
     parts = [part for part in (images.train, images.validation, images.test) if part is not None]
     here = {file for part in parts for file in part.files or ()}
     before = run.files
@@ -184,6 +186,11 @@ class Trained(NamedTuple):
         """How many steps beyond the end of their last whole epoch the weights are: a stop comes within one."""
         ended = Timetable.of(self.run.recipe, len(self.data.train.labels)).start_of(self.checkpoint.epochs)
         return max(int(self.checkpoint.state.get("step", 0) - ended), 0)
+
+    @property
+    def is_within_epoch(self) -> bool:
+        """Whether the last row of metrics is of other weights, earlier ones."""
+        return self.steps_beyond > 0 and self.checkpoint.epochs > 0
 
     @property
     def reached(self) -> str:

@@ -19,10 +19,10 @@ def answer(result: Result) -> list[str]:
     study = result.study
     lines = [f"{study.name} ({result.title}): {result.verdict}. {study.claim}"]
     lines += [f"  {sentence(c, len(result.group(c.contrast.group)))}" for c in result.contrasts]
-    for name, scores in result.sweep.items():
-        if (best := result.arms[name].value) is not None:
-            edge = ", on the edge of what was tried" if best in (min(scores), max(scores)) else ""
-            lines.append(f"  arm {name}: {study.tuning and study.tuning.field} = {best:g}{edge}")
+    for name in result.sweep:
+        if study.tuning is not None and (best := result.arms[name].value) is not None:
+            edge = ", on the edge of what was tried" * result.is_on_edge(name)
+            lines.append(f"  arm {name}: {study.tuning.field} = {best:g}{edge}")
     lines += [f"  note: {caution}" for caution in result.cautions]
     for arm in result.arms.values():
         lines += [f"  failed: {cell}: {why}" for cell, why in arm.failures.items()]

@@ -183,15 +183,20 @@ class Execution:
             images=self.images.name.partition(":")[0],
             notes=self.images.notes,
         )
+        had_figures = any((cell.path / "summary.json").exists() for cell in [*self.trials, *self.cells])
+        lost = {"changed": (RECORD,) if had_figures else ()}
         try:
             before = read_description(self.folder)
-            then = recorded_study(self.folder, before)
         except (FromzeroError, OSError, ValueError):  # not there, or damaged: written anew
-            lost = any((cell.path / "summary.json").exists() for cell in self.cells)
-            return described.model_copy(update={"changed": (RECORD,) if lost else ()})
+            return described.model_copy(update=lost)
         described, now = described.model_copy(update={"seconds": before.seconds}), self.study
+        try:
+            then = recorded_study(self.folder, before)
+        except (FromzeroError, OSError, ValueError):
+            return described.model_copy(update=lost | {"answered": before.answered})
         kept = [arm for arm in now.arms if arm in then.arms and _is_same(then.arms[arm], now.arms[arm])]
-        if before.answered and then.arms.keys() & now.arms.keys() and before.fingerprints == described.fingerprints:
+        seen = before.answered or before.changed
+        if seen and then.arms.keys() & now.arms.keys() and before.fingerprints == described.fingerprints:
             parts = {
                 "claim": then.claim != now.claim,
                 "arms": len(kept) < max(len(then.arms), len(now.arms)),

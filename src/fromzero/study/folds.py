@@ -207,8 +207,8 @@ def fold_text(found: CrossValidation, result: Mapping[str, Any]) -> str:
     shares = {name: one["accuracy"] for name, one in result["by_class"].items() if one["images"]}
     told = [f"{name} {shares[name]:.3f}" for name in sorted(shares, key=lambda name: shares[name])]
     lines = [
-        f"{found.run.path}: {result['recipe']}, {result['folds']} folds, each train image judged by a network that was"
-        " not trained on it",
+        f"{found.run.path}: {result['recipe']}, {counted(result['epochs'], 'epoch')}, {result['folds']} folds, each"
+        " train image judged by a network that was not trained on it",
         f"  accuracy {result['accuracy']:.4f} ({low:.4f}–{high:.4f}, 95 % for {counted(result['images'], 'image')};"
         " another seed moves it, too)",
         f"  by fold  {min(by_fold):.4f} to {max(by_fold):.4f}: {', '.join(f'{one:.4f}' for one in by_fold)}",

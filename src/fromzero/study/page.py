@@ -18,6 +18,7 @@ from fromzero.runs import check_named, write_named
 from fromzero.study.answers import beyond, claimed, correlation, figure, unit
 from fromzero.study.definition import CLAIM, METRICS, TUNING_SEEDS_FROM, Study, study_names
 from fromzero.study.results import ArmResult, ContrastResult, Result, Spread, by_lesson
+from fromzero.terminal import duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,8 +156,8 @@ def _anchor(heading: str) -> str:
 def _said(result: Result) -> str:
     """The verdict, with that of each comparison where they differ: a claim of two parts can hold in one."""
     parts = result.group(CLAIM)
-    text = f"**{result.verdict}**"
-    if len({c.verdict for c in parts}) > 1:
+    text = f"**{result.so_far}**"
+    if result.is_begun and len({c.verdict for c in parts}) > 1:
         text += " (" + ", ".join(f"{c.contrast.arm} against {c.contrast.against}: {c.verdict}" for c in parts) + ")"
     return text
 
@@ -186,13 +187,13 @@ def _lesson(study: Study, results: Sequence[Result], pictures: Path) -> str:
 
 def _section(result: Result) -> str:
     study = result.study
-    minutes = f"{_time(result.cell_seconds)} of runs, {_time(result.ran.seconds)} by the clock"
+    took = f"{duration(result.cell_seconds)} of runs, {duration(result.ran.seconds)} by the clock"
     of = f" of {result.ran.images}" if result.ran.images else ""
     ran = f" · {'; '.join(result.machines)} · fromzero at {', '.join(result.commits)}" if result.is_begun else ""
     lines = [
-        f"### {name_of(result)}: {result.verdict if result.is_begun else 'no verdict yet'}{_so_far(result)}\n",
+        f"### {name_of(result)}: {result.so_far}{_so_far(result)}\n",
         f"`{result.command}` · n = {study.seeds} seeds · {result.ran.train_images:,} train images{of}, "
-        f"{study.setting(result.ran.own_validation)} · {minutes}{ran}\n",
+        f"{study.setting(result.ran.own_validation)} · {took}{ran}\n",
         *(f"Of the images: {note}.\n" for note in result.ran.notes),
     ]
     lines += [_arms_table(result), _contrasts_table(result)]
@@ -297,16 +298,15 @@ def _sweep_table(result: Result) -> str:
         tried = []
         for value, row in scores.items():
             ended = [x for x in row if x is not None]
-            text = (
-                (f"{len(ended)} of {len(row)} ended" if ended else "diverged or missing")
-                if len(ended) < len(row)
-                else (f"{100 * np.mean(ended):.2f} ({', '.join(f'{100 * x:.2f}' for x in ended)})")
-            )
+            if len(ended) == len(row):
+                text = f"{100 * np.mean(ended):.2f} ({', '.join(f'{100 * x:.2f}' for x in ended)})"
+            else:
+                text = f"{len(ended)} of {len(row)} ended" if ended else "diverged or missing"
             tried.append(f"**{value:g}: {text}**" if value == best else f"{value:g}: {text}")
         if best is None:
             said = "not swept to the end"
         else:
-            edge = best in (min(scores), max(scores))
+            edge = result.is_on_edge(arm)
             said = f"{best:g}" + (", **on the edge of what was tried**" if edge else ", inside what was tried")
         lines.append(_row([arm, "; ".join(tried), said]))
     return "\n".join(lines) + "\n"
@@ -314,10 +314,6 @@ def _sweep_table(result: Result) -> str:
 
 def _interval(low: float, high: float, metric: str) -> str:
     return f"{figure(low, metric, sign=True)} to {figure(high, metric, sign=True)}"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def _plain(text: str) -> str:

@@ -182,8 +182,8 @@ class Result:
             )
         if RECORD in self.ran.changed:
             found.append(
-                "runs had ended when this study's record (study.json) was lost, so what was asked of them before is not"
-                f" known; if it was changed because of figures, p is too small: {anew}"
+                "runs had ended when this study's record (study.json, or a file beside it) was lost, so what was asked"
+                f" of them before is not known; if it was changed because of figures, p is too small: {anew}"
             )
         if parts := " and ".join(part for part in self.ran.changed if part != RECORD):
             found.append(
@@ -196,6 +196,15 @@ class Result:
     def is_begun(self) -> bool:
         """Whether a run of it has ended."""
         return any(arm.runs for arm in self.arms.values())
+
+    @property
+    def so_far(self) -> str:
+        """The verdict, once there is anything to judge."""
+        return self.verdict if self.is_begun else "no verdict yet"
+
+    def is_on_edge(self, arm: str) -> bool:
+        """Whether a tuned arm's value is the lowest or the highest of those tried."""
+        return self.arms[arm].value in (min(self.sweep[arm]), max(self.sweep[arm]))
 
     @property
     def cell_seconds(self) -> float:
