@@ -133,10 +133,10 @@ def test_a_recipes_header_says_what_came_of_it(name):
     assert f"Command: fromzero train cifar10 --recipe {name}" in header
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/walkthrough.md", "docs/results.md"])
+@pytest.mark.parametrize("page", ["README", "docs/guide", "docs/pictures", "docs/walkthrough", "docs/results"])
 def test_the_commands_on_a_page_are_commands(page):
     """Those in blocks and in the text, written out in full; what their recipes' fields are given fits."""
-    text = (ROOT / page).read_text("utf-8")
+    text = (ROOT / f"{page}.md").read_text("utf-8")
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     blocks = [block for language, block in fenced if not language]
     blocks += re.findall(r"^    (?=fromzero)(.*)", text, re.MULTILINE)
