@@ -670,8 +670,14 @@ def test_the_command_names_the_problem_and_the_study_that_it_writes_runs(run, tm
 def test_how_long_a_study_takes_is_said_by_its_epochs(run):
     rows = [row | {"time/seconds": 30.0 * row["epoch"]} for row in run.metrics()]
     for changes, took in (
-        ({"epochs": 6}, "one about as long as this one (60 s), the other 3 min 00 s: some 24 min 00 s in all"),
-        ({"optimizer.learning_rate": 0.1}, "each about as long as this one (60 s): some 12 min 00 s in all"),
+        (
+            {"epochs": 6},
+            "one about as long as this one (60 s), the other 3 min 00 s: some 24 min 00 s of training in all",
+        ),
+        (
+            {"optimizer.learning_rate": 0.1},
+            "each about as long as this one (60 s): some 12 min 00 s of training in all",
+        ),
         ({"batch_size": 5}, "6 pairs of runs"),
     ):
         found = [Finding("a", "b", "c", "d", changes)]

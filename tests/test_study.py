@@ -145,10 +145,10 @@ def test_pairs_that_tell_no_spread_have_no_figures_for_programs():
 @pytest.mark.parametrize(
     ("direction", "margin", "null", "said"),
     [
-        ("higher", 0.0, (0.0,), "find 3.00 or more four times"),
-        ("higher", 0.01, (-0.01,), "find 3.00 or more from −1.00 four times"),
-        ("lower", 0.01, (0.01,), "find 3.00 or more from +1.00 four times"),
-        ("different", 0.01, (-0.01, 0.01), "find 3.00 or more from ±1.00 four times"),
+        ("higher", 0.0, (0.0,), "difference of 3.00 or more four times"),
+        ("higher", 0.01, (-0.01,), "difference of 3.00 or more from −1.00 four times"),
+        ("lower", 0.01, (0.01,), "difference of 3.00 or more from +1.00 four times"),
+        ("different", 0.01, (-0.01, 0.01), "difference of 3.00 or more from ±1.00 four times"),
     ],
 )
 def test_what_so_many_pairs_find_counts_from_the_margin(direction, margin, null, said):

@@ -177,7 +177,7 @@ def comparison_text(record: Mapping[str, Any]) -> str:
         then = f" Nor can a study, whose runs share their images. Each on all its train images: {each}"
     lines.append(f"  Which way to train is better they cannot tell: other seeds make other networks.{then}")
     if record["study"]:
-        took = f", some {duration(record['study_seconds'])} in all" if record["study_seconds"] else ""
+        took = f", some {duration(record['study_seconds'])} of training in all" if record["study_seconds"] else ""
         lines += [f"    {record['study']['command']}", f"    {STUDY_SEEDS} pairs of runs{took}"]
         if record["study_leaves_aside"]:
             aside = ", ".join(record["study_leaves_aside"])

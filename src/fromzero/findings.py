@@ -186,7 +186,7 @@ def diagnosis_text(
             if "epochs" in finding.changes:
                 longer = seconds * finding.changes["epochs"] / run.recipe.epochs
                 took = f", one about as long as this one ({duration(seconds)}), the other {duration(longer)}"
-            took += f": some {duration(STUDY_SEEDS * (seconds + longer))} in all"
+            took += f": some {duration(STUDY_SEEDS * (seconds + longer))} of training in all"
             say("   test it:  ", study_command(run, studies[finding.name]), whole=True)  # to be copied
             say(
                 "             ",

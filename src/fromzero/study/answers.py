@@ -112,7 +112,8 @@ def sentence(found: ContrastResult, comparisons: int) -> str:
     if np.isfinite(x.correlation) and x.n > 2:  # not where an arm's runs are all equal; that of two is one or minus one
         text += f", correlation of pairs {correlation(x)}"
     if np.isfinite(found.smallest):
-        text += f"; {x.n} pairs find {figure(found.smallest, c.metric)} or more{beyond(found)} four times out of five"
+        least = f"{figure(found.smallest, c.metric)} or more{beyond(found)}"
+        text += f"; {x.n} pairs would find a true difference of {least} four times out of five"
     else:
         text += f"; {x.n} pairs can settle nothing: {stats.fewest_pairs(comparisons)} at least"
     if not found.is_whole:
