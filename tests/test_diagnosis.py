@@ -57,7 +57,6 @@ HEALTHY = Measures(
     image_shape=(32, 32, 3),
     class_names=("cat", "dog"),
     train_counts=(500, 500),
-    num_validation=1000,
     validation_counts=(500, 500),
     recalls=(0.8, 0.82),
     loss_error=0.02,
@@ -148,7 +147,7 @@ PLANTED = {
     },
     "stopped-early": {"changes": {"epochs": 5}, "measured": {"fit_accuracy": 0.99, "train_accuracy": 0.6}, **FLAT},
     "underfitting": {"measured": {"fit_accuracy": 0.3, "train_accuracy": 0.6}, **FLAT},
-    "validation-too-small": {"measured": {"num_validation": 60}},
+    "validation-too-small": {"measured": {"validation_counts": (30, 30)}},
 }
 
 
@@ -215,7 +214,7 @@ def test_mirror_images_are_named_where_they_can_be_told_and_something_is_to_be_g
     assert found(None) == []
     assert found(1.0, val=0.995) == ["mirrored-images"]
     assert found(1.0, val=0.996) == []  # four wrong of a thousand
-    assert found(1.0, num_validation=24) == ["validation-too-small"]
+    assert found(1.0, validation_counts=(12, 12)) == ["validation-too-small"]
     # Where they cannot be recognised either, that is said.
     assert found(1.0, seen_accuracies=(0.9, 0.6)) == ["augmentation-too-strong"]
 
@@ -233,7 +232,7 @@ def test_no_mirroring_is_proposed_where_mirror_images_can_be_told():
     assert "mirrored, too" in found({}, 0.5).remedy
     assert "mirrored" not in found({}, 0.9).remedy
     flipped = {"augment.flip": "random"}
-    for unknown in ({"mirror_accuracy": None}, {"num_validation": 20}):
+    for unknown in ({"mirror_accuracy": None}, {"validation_counts": (10, 10)}):
         assert "mirrored-images" in untried(evidence(flipped, unknown))
         assert "mirrored-images" not in untried(evidence(measured=unknown))
     assert "mirrored-images" not in untried(evidence(flipped))
@@ -350,7 +349,7 @@ def test_the_gap_that_counts_is_smaller_where_the_images_are_never_altered():
     for altered in ({"augment.translate": 2}, {"augment.cutout": 8}, {"augment.cutmix": 0.5}, {"augment.crop": 28}):
         assert found({"network.head": "mean", **altered}) == []
     assert found(train_accuracy=0.88) == []
-    few = found(num_validation=100)  # 0.15 and two standard errors: 0.23
+    few = found(validation_counts=(50, 50))  # 0.15 and two standard errors: 0.23
     assert [finding.name for finding in few] == ["validation-too-small"]
 
 
@@ -720,9 +719,9 @@ def test_labels_that_could_not_be_judged_are_not_called_right(run):
 
 def test_few_validation_images_show_many_wrong_labels_only(run):
     assert "Wrong labels" not in remarked(run, measured={"surest": Surest(1, 200, 0.97)})
-    said = remarked(run, measured={"surest": Surest(1, 33, 0.97), "num_validation": 330})
+    said = remarked(run, measured={"surest": Surest(1, 33, 0.97), "validation_counts": (165, 165)})
     assert "With 330 validation images, wrong labels would be found where they are 15% or more." in said
-    said = remarked(run, measured={"surest": Surest(1, 14, 0.97), "num_validation": 140})
+    said = remarked(run, measured={"surest": Surest(1, 14, 0.97), "validation_counts": (70, 70)})
     assert "that takes 250 validation images, and it has 140" in said
     for count, confidence, enough in ((33, 0.97, 5), (33, 0.85, 6), (100, 0.8, 23)):
         measured = [{"surest": Surest(wrong, count, confidence)} for wrong in (enough - 1, enough)]
@@ -747,7 +746,7 @@ def test_a_few_copies_are_told_beside_the_findings(run):
 
 def test_of_how_many_rare_images_it_speaks():
     measured = {"class_names": ("a", "b", "c"), "train_counts": (900, 30, 20), "recalls": (0.95, 0.6, 0.0)}
-    (found,) = diagnose(evidence(measured=measured | {"validation_counts": (80, 10, 1)}))
+    (found,) = diagnose(evidence(measured=measured | {"validation_counts": (989, 10, 1)}))
     assert "recall on validation 0.30 in the 2 rare classes (11 images), 0.95 in the others" in found.evidence
 
 
@@ -774,14 +773,18 @@ def test_weights_within_an_epoch_are_judged_by_their_own_figures(tiny_images, tm
 
 def test_as_many_validation_images_are_proposed_as_tell(run):
     (found,) = diagnose(
-        evidence(measured={"num_validation": 60, "train_counts": (600, 600)}, val=(0.6, 0.68, 0.74, 0.77, 0.78))
+        evidence(
+            measured={"validation_counts": (30, 30), "train_counts": (600, 600)}, val=(0.6, 0.68, 0.74, 0.77, 0.78)
+        )
     )
     enough = int(re.search(r"about (\d+) validation images", found.remedy)[1])
     widths = [high - low for low, high in (wilson_interval(0.78, count) for count in (enough - 1, enough))]
     assert widths[0] >= 0.1 > widths[1]
     few = replace(found, remedy="fromzero cross-validate, which judges all train images")  # held out, most were missed
     assert diagnose(
-        evidence(measured={"num_validation": 60, "train_counts": (300, 300)}, val=(0.6, 0.68, 0.74, 0.77, 0.78))
+        evidence(
+            measured={"validation_counts": (30, 30), "train_counts": (300, 300)}, val=(0.6, 0.68, 0.74, 0.77, 0.78)
+        )
     ) == [few]
 
 
@@ -796,7 +799,7 @@ def test_notes_on_the_images_stand_at_a_diagnosis_head(run):
 
 def test_few_validation_images_with_hardly_a_mistake_say_nothing_of_labels(run):
     nearly = (0.6, 0.8, 0.9, 0.97, 0.98)
-    measured = {"num_validation": 40, "surest": Surest(0, 4, 0.9)}
+    measured = {"validation_counts": (20, 20), "surest": Surest(0, 4, 0.9)}
     for val, said in ((nearly, "could not be judged: imbalance, label-noise"), ((0.5,) * 5, "cross-validate")):
         few = replace(evidence(measured=measured, train=nearly, val=val), recipe=run.recipe)
         told = " ".join(remarks(run, few, diagnose(few)))
@@ -1059,7 +1062,7 @@ def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, t
 def test_a_training_without_a_fault_is_not_called_the_best(run, changes, hinted):
     """It finds faults; that another recipe reaches more is none (docs/walkthrough.md)."""
     run.write_recipe(run.recipe.override({"name": "own", **changes}))
-    too_few = diagnose(evidence(measured={"num_validation": 100}))
+    too_few = diagnose(evidence(measured={"validation_counts": (50, 50)}))
     assert [finding.name for finding in too_few] == ["validation-too-small"]
     for steps, other in ((10, "few"), (10_000, "strong")):  # an epoch
         for found in ([], too_few):

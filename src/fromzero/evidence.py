@@ -107,7 +107,6 @@ class Measures:
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     train_counts: tuple[int, ...]
-    num_validation: int
     validation_counts: tuple[int, ...]
     recalls: tuple[float | None, ...]
     loss_error: float
@@ -125,6 +124,11 @@ class Measures:
     fit_accuracy: float | None = None
     cooldown: Cooldown | None = None
     mirror_accuracy: float | None = None
+
+    @property
+    def num_validation(self) -> int:
+        """How many validation images there are."""
+        return sum(self.validation_counts)
 
     @property
     def rates_tell(self) -> bool:

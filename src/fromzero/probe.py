@@ -93,7 +93,6 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
         image_shape=data.image_shape,
         class_names=images.class_names,
         train_counts=tuple(torch.bincount(data.train.labels, minlength=data.num_classes).tolist()),
-        num_validation=len(data.validation.labels),
         validation_counts=tuple(torch.bincount(data.validation.labels, minlength=data.num_classes).tolist()),
         recalls=tuple(None if math.isnan(r) else r for r in validation.recalls(data.num_classes)),
         loss_error=_standard_error(validation),
