@@ -32,8 +32,9 @@ check: .venv/.check ## linter, formatter and type checker
 bench: .venv/.setup .venv-bench/.setup ## speed beside Keras and PyTorch, in one run of 40 minutes to more than an hour; writes docs/benchmarks.md
 	$(BIN)/python -m benchmarks $(BENCH)
 
-bench-precision: .venv/.setup ## whether bfloat16 learns as well as float32, in paired seeds, about half an hour
-	$(BIN)/python -m benchmarks.precision $(BENCH)
+bench-precision: .venv/.setup ## whether bfloat16 learns as well as float32, a study of 48 runs; writes docs/precision.md
+	$(BIN)/fromzero study benchmarks/precision.toml $(BENCH)
+	$(BIN)/fromzero lessons precision --write docs/precision.md
 
 bench-diagnosis: .venv/.setup ## how well diagnose names planted faults, and what its remedies do, in two hours; writes docs/diagnosis.md
 	$(BIN)/python -m benchmarks.diagnosis $(BENCH)

@@ -20,7 +20,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks import figures, lifetime, networks, page, precision
+from benchmarks import figures, lifetime, networks, page
 from benchmarks.targets import FROMZERO, GOALS, IDLE, KERAS_FLOAT32, PLAIN_FLOAT32, POLICIES, SIDES
 from benchmarks.timing import ROOT, WorkerError, default_data_dir, hold_to_avx2, run_worker
 
@@ -42,8 +42,6 @@ def main():
     kept = results_of(arguments)
     try:
         results = json.loads(kept.read_text("utf-8"))
-        if precision.OUTPUT.exists() and not arguments.held_to:
-            results["precision"] = json.loads(precision.OUTPUT.read_text("utf-8"))
         lines = page.verdict_lines(results)
         written = page.write(results, arguments.output)
     except FileNotFoundError as error:

@@ -1,12 +1,8 @@
 """docs/benchmarks.md, or a page of another name, and its picture, from the results of a run."""
 
-import statistics
-
 from benchmarks import figures, targets
 from benchmarks.figures import FALLS_SHORT, Spread
 from benchmarks.targets import FROMZERO, KERAS_BF16, KERAS_FLOAT32, PLAIN_BF16, PLAIN_FLOAT32, SIDES
-
-LEARNED = 0.2  # the accuracy below which a network of ten classes has learned next to nothing
 
 COLOURS = {
     KERAS_FLOAT32: "#f0b27a",
@@ -35,7 +31,6 @@ def text(results):
         ("## The processor's ceiling", ceiling_section),
         ("## Cold starts", cold_section),
         ("## Cost that grows as the work", lifetime_section),
-        ("## bfloat16 and float32", precision_section),
     ]
     lines = ["# Benchmarks"]
     for heading, part in parts:
@@ -330,43 +325,6 @@ def lifetime_section(results):
     for what, reason in found.get("not_measured", {}).items():
         lines.append(f"- Not measured in every round: {what}: {reason}")
     return lines
-
-
-def precision_section(results):
-    found = results.get("precision")
-    if not found:
-        return []
-    lines = [
-        f"From `python -m benchmarks.precision` on {found['date']}, {found['scale']}; validation accuracy on the 10,000"
-        " test images after the last epoch, in pairs that share weights, order and dropout masks.",
-        "",
-    ]
-    for name, pairs in found["recipes"].items():
-        lines += [f"- {line.strip()}" for line in precision_lines(name, pairs)]
-    return lines
-
-
-def precision_lines(name, pairs):
-    """What the pairs of one network say, in words."""
-    from fromzero.stats import t_interval
-
-    mean, low, high = t_interval([a - b for a, b in zip(pairs["bfloat16"], pairs["float32"], strict=True)])
-    each = ", ".join(
-        f"seed {seed}: {a:.4f} − {b:.4f} = {100 * (a - b):+.2f}"
-        for seed, a, b in zip(pairs["seeds"], pairs["bfloat16"], pairs["float32"], strict=True)
-    )
-    if max(pairs["float32"]) < LEARNED:
-        verdict = "nothing to compare: neither has learned, take more images or epochs"
-    else:
-        outcome = "is higher" if mean > 0 else FALLS_SHORT
-        verdict = "within seed noise" if low <= 0 <= high else f"NOT within seed noise: bfloat16 {outcome}"
-        if low <= 0 <= high:
-            verdict += f", which leaves open what is smaller than {100 * max(-low, high):.1f} points"
-    return [
-        f"{name}, bfloat16 − float32 in points: {each}; mean {100 * mean:+.2f} ± {100 * (high - mean):.2f}"
-        f" (95 % t interval, n = {len(pairs['seeds'])}); float32's seeds deviate by"
-        f" {100 * statistics.stdev(pairs['float32']):.2f}: {verdict}"
-    ]
 
 
 def row(cells):

@@ -222,6 +222,7 @@ def page(rows, arguments, here):
     return PAGE.format(
         table=table,
         command=f"python -m tests.soak --seed {arguments.seed}{options} --output docs/reliability.md",
+        date=time.strftime("%Y-%m-%d"),
         machine=f"{here.processor}, {here.instructions}, torch {here.torch}, Python {platform.python_version()}",
     )
 
@@ -233,7 +234,7 @@ run of
 
     {command}
 
-on {machine}.
+on {date}, on {machine}.
 
 | part | what was done | what came of it | time |
 |---|---|---|---|
@@ -246,7 +247,7 @@ on {machine}.
   SIGKILL.
 - **Full and failing disks** while a checkpoint or a row of metrics is written: a clear error, a non-zero exit, the
   checkpoint before it whole.
-- **Cost of saving**: 0.2 to 1.0 % of the time for the notes' three trainings at the default interval
+- **Cost of saving**: 0.2 to 1.0 % of the time for the notes' trainings, two of them in part, at the default interval
   (docs/results.md); by default a run saves after ten seconds, then after as long again, up to a minute, or later where
   a save takes more than 2.5 % of the time.
 - **On your own machine**: `fromzero verify-resume` trains a run straight and interrupted, as processes of their own,

@@ -21,6 +21,8 @@ from benchmarks.targets import FROMZERO, KERAS_BF16, KERAS_FLOAT32, PLAIN_BF16, 
 from benchmarks.timing import Stopwatch, WorkerError
 from fromzero.kernels import building
 from fromzero.recipe import load_recipe
+from fromzero.stats import fewest_pairs
+from fromzero.study.definition import load_study
 
 TRAIN3 = networks.describe(load_recipe("train3").network)
 
@@ -136,10 +138,6 @@ RESULTS = {
             {"recipe": "train3", "block_steps": 10, "ratios": [1.0, ratio, 1.4]} for ratio in (1.1, 1.2, 1.3)
         ],
     },
-    "precision": {
-        "scale": "1,000 train images, 1 epochs", "date": "2026-01-02",
-        "recipes": {"train3": {"seeds": [0, 1], "bfloat16": [0.7, 0.71], "float32": [0.71, 0.7]}},
-    },
 }  # fmt: skip
 
 
@@ -154,7 +152,6 @@ def test_the_page_shows_every_part_and_what_falls_short(tmp_path):
         "## The processor's ceiling",
         "## Cold starts",
         "## Cost that grows as the work",
-        "## bfloat16 and float32",
     ]
     text = "\n".join(lines)
     # 5 × against Keras float32 (8 wanted), 2.5 × and 1.25 × against the bf16 sides, 0.15 epochs, evaluation at 6 %.
@@ -222,6 +219,22 @@ def test_what_is_held_to_avx2_computes_in_float32(monkeypatch, capsys):
     assert "Held to AVX2, PyTorch, oneDNN" in text
     assert "| bfloat16 |" not in text
     assert "times as fast as float32 here" not in text
+
+
+def test_the_study_of_precisions_changes_nothing_else_in_the_notes_networks():
+    study = load_study(Path(bench.__file__).with_name("precision.toml"))
+    assert len(study.contrasts) == len(study.arms) / 2 == len(bench.RECIPES)
+    assert study.seeds >= fewest_pairs(len(study.contrasts))
+    for name, contrast in zip(bench.RECIPES, study.contrasts, strict=True):
+        one, other = study.arms[contrast.arm].recipe, study.arms[contrast.against].recipe
+        assert (one.precision, other.precision) == ("bfloat16", "float32")
+        assert one.model_copy(update={"precision": other.precision, "name": other.name}) == other
+        drawn = {"activation_layers": True, "dense_activation_layers": True}  # how a summary shows them, no more
+        for part in ("network", "optimizer", "schedule", "augment", "batch_size"):
+            ours, theirs = getattr(one, part), getattr(load_recipe(name), part)
+            if part == "network":
+                ours, theirs = (network.model_copy(update=drawn) for network in (ours, theirs))
+            assert ours == theirs, (name, part)
 
 
 def test_the_page_does_with_the_parts_there_are(tmp_path):

@@ -214,6 +214,15 @@ def test_where_no_study_can_be_written_the_comparison_is_told_all_the_same(runs,
     assert "cannot tell: other seeds make other networks.\n" in comparison_text(record) + "\n"
 
 
+def test_one_name_of_a_class_spelled_in_two_ways_is_one_class(photos, tmp_path):
+    runs = []
+    for name in ("ros\u00e9", "rose\u0301"):
+        folder = shutil.copytree(photos / "train", tmp_path / f"photos{len(runs)}")
+        (folder / "light").rename(folder / name)
+        runs.append(train({}, fromzero.load_images(folder), tmp_path))
+    assert compare_runs(*runs)["images"] == runs[0].provenance["data"]["subsets"]["validation"]
+
+
 def test_copies_count_once(photos, tmp_path):
     images = fromzero.load_images(photos / "train")
     runs = [train(changes, images, tmp_path) for changes in ({}, {"seed": 1})]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ import fromzero
 from fromzero import checkpoint, cli, export
 from fromzero.card import card
 from fromzero.data.images import Images, ImageSet
+from fromzero.errors import InputError
 from fromzero.recipe import load_recipe, recipe_names
 from fromzero.stats import wilson_interval
-from fromzero.trained import load_classifier
+from fromzero.trained import load_classifier, load_trained
 
 onnx = pytest.importorskip("onnx")
 
@@ -150,6 +152,12 @@ def test_a_run_whose_name_is_no_text_is_exported(copied, tmp_path):
     path = shutil.copytree(copied.path, os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     assert cli.main(["export", path, "--card", str(tmp_path / "card.md")]) == 0
     assert (tmp_path / "card.md").read_text("utf-8").startswith("# caf?")
+
+
+def test_what_is_no_precision_is_refused(copied, tiny_images):
+    for load in (load_classifier, partial(load_trained, images=tiny_images)):
+        with pytest.raises(InputError, match="precision 'float23': auto, bfloat16 or float32"):
+            load(copied, precision="float23")
 
 
 def test_damage_that_a_model_does_not_need_spoils_the_card_only(copied, tmp_path, capsys):

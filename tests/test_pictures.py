@@ -102,6 +102,14 @@ def test_the_size_of_pictures_moves_none_to_another_side(tmp_path):
     assert len(held(load_images(folder)) - before) <= 2
 
 
+def test_a_part_may_know_no_files(tmp_path):
+    images = load_images(write(tmp_path / "a", count=10))
+    images = replace(images, test=replace(images.test, files=()))
+    training = new_training(load_recipe("few").override({"epochs": 1}), images, runs_dir=tmp_path)
+    training.close()
+    assert "test,red,\n" in (training.run.path / "splits.csv").read_text("utf-8").replace("\r", "")
+
+
 def test_a_run_validated_on_another_split_is_refused(tmp_path):
     images = load_images(write(tmp_path / "a", count=10))
     training = new_training(load_recipe("few").override({"epochs": 1}), images, runs_dir=tmp_path)

@@ -1,5 +1,6 @@
 """Studies: what a file may say, which cells run, that stopping changes no answer, and what the answers are."""
 
+import errno
 import json
 import math
 import os
@@ -27,7 +28,16 @@ from fromzero.files import finite
 from fromzero.recipe import load_recipe, recipe_names
 from fromzero.study import pools, worker
 from fromzero.study.answers import _compared, answer, record, sentence
-from fromzero.study.cells import OUTCOMES, Cell, Setting, _begun, is_finished, read_outcomes, train_cell
+from fromzero.study.cells import (
+    OUTCOMES,
+    Cell,
+    Setting,
+    _begun,
+    _wait_for_writer,
+    is_finished,
+    read_outcomes,
+    train_cell,
+)
 from fromzero.study.definition import METRICS, Contrast, _File, lines_of, load_study, study_names
 from fromzero.study.display import study_header
 from fromzero.study.execution import best_values, prepare_study, sweep
@@ -467,6 +477,27 @@ def test_a_cell_in_a_lasting_worker_is_the_run_that_the_command_line_trains(fini
     alone = fromzero.list_runs(tmp_path)[0]
     assert first_difference(fromzero.Run(cell.path), alone) is None
     assert fromzero.Run(cell.path).recipe == alone.recipe.override({"name": cell.recipe.name})
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names of its files are text")
+def test_a_study_below_a_folder_whose_name_is_no_text(text, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    study = load_study(written(tmp_path, text), "half")
+    assert [e for e in prepare_study(study, runs_dir=folder) if e.kind in ("failed", "note")] == []
+    assert len(list(folder.glob("studies/units-half/cells/*/summary.json"))) == 4
+
+
+def test_who_waits_for_a_writer_does_not_wait_where_nothing_can_be_written(finished, tmp_path, monkeypatch):
+    run = fromzero.Run(shutil.copytree(finished[1].cells[0].path, tmp_path / "cell"))
+
+    def acquire(self):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    began = time.monotonic()
+    with pytest.raises(FromzeroError, match="cannot be written: Permission denied"):
+        _wait_for_writer(run)
+    assert time.monotonic() - began < 30
 
 
 def test_a_study_done_before_is_left_alone(finished):

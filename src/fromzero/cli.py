@@ -137,8 +137,7 @@ def _train(arguments: argparse.Namespace) -> None:
     )
     origin = training.run.provenance["from"] or {}
     if origin:
-        at = "" if origin["step"] is None else f" at step {origin['step']:,}"  # best weights do not know theirs
-        print(f"starting from the weights of {origin['run']} ({origin['recipe']}){at}")
+        print(f"starting from the weights of {origin['run']} ({origin['recipe']}) at step {origin['step']:,}")
     left = origin.get("left")
     if left:
         of = len(training.state.model.state_dict())
@@ -240,7 +239,7 @@ def _runs(arguments: argparse.Namespace) -> None:
     unended = " · … not ended: fromzero resume RUN" if any("…" in line["epochs"] for line in shown) else ""
     print(f"train: evaluation mode, last epoch · running: during training, as Keras prints it · best: of val{unended}")
     for changes, names in with_changes.items():
-        print(f"{some(names, most=8)}: {changes}")
+        print(printable(f"{some(names, most=8)}: {changes}"))
     if on_test:
         print("* validated on the test images; best is the best epoch on them, so it flatters")
     if with_events:
@@ -315,7 +314,7 @@ def _predict(arguments: argparse.Namespace) -> None:
                 }
                 print(json.dumps({"picture": os.fsencode(paths[index]).decode(errors="replace"), "classes": classes}))
                 continue
-            told = "  ".join(f"{name:<{longest}}  {probability:.4f}" for name, probability in says)
+            told = "  ".join(f"{printable(name):<{longest}}  {probability:.4f}" for name, probability in says)
             shown = printable(str(paths[index])).replace("\n", "\\n")
             print(f"{told}  {shown}")
     if wrong:

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
@@ -55,7 +56,8 @@ class _Side(NamedTuple):
         with proposing_others(of.checkpoint):
             outcomes = evaluate(of.network, *these, normalise, of.machine)
         right = (outcomes.predictions == outcomes.labels).tolist()
-        keys = zip((class_names[label] for label in these.labels.tolist()), contents, strict=True)
+        names = [normalize("NFC", name) for name in class_names]  # as file systems may spell one in two ways
+        keys = zip((names[label] for label in these.labels.tolist()), contents, strict=True)
         return cls(of, dict(zip(keys, right, strict=True)), len(right), notes)
 
 
@@ -78,7 +80,7 @@ def compare_runs(
     do; NonFiniteError."""
     if one.path.samefile(two.path):
         raise InputError(f"{one.path} and {two.path} are the same run: name another one")
-    classes = [set(run.provenance["data"]["classes"]) for run in (one, two)]
+    classes = [{normalize("NFC", name) for name in run.provenance["data"]["classes"]} for run in (one, two)]
     if folder is None:
         if classes[0] != classes[1]:
             apart = some(sorted(classes[0] ^ classes[1]))

@@ -18,7 +18,7 @@ from rich.table import Column, Table
 
 from fromzero import augment
 from fromzero.diagnosis import IMBALANCED
-from fromzero.errors import FromzeroError, counted, some, typed
+from fromzero.errors import FromzeroError, counted, printable, some, typed
 from fromzero.kernels import NONE
 from fromzero.networks import num_parameters
 from fromzero.runs import Row, Run
@@ -305,7 +305,7 @@ def run_columns(run: Run) -> dict[str, str]:
     last = rows[-1] if rows else None
     mark = "*" if recipe.validation.source == "test" else ""
     return {
-        "run": run.name,
+        "run": printable(run.name),
         "began": _began(run),
         "recipe": recipe.name,
         "seed": str(recipe.seed),

@@ -27,6 +27,10 @@ class TooLargeError(InputError):
     """What would not fit into the memory that is free; nothing was changed."""
 
 
+class BusyError(FromzeroError):
+    """Another process writes to the run; when it has ended, this one can."""
+
+
 class WriteError(FromzeroError):
     """A run's record could not be written, as on a full disk; what was there before is whole."""
 

@@ -101,7 +101,7 @@ class Measures:
     learning rate → what the same few steps from the start came to; without_decay: what they came to at the run's
     rate without its weight decay; fit_accuracy: on a few images, after steps on nothing else; cooldown: where the
     rate is constant, what a falling one would have brought at the end. mirror_accuracy: the share of validation
-    images and of their mirror images that a small network tells apart after 200 steps on train images and theirs,
+    images and of their mirror images that a small network tells apart after a few steps on train images and theirs,
     None where they are too small."""
 
     image_shape: tuple[int, int, int]

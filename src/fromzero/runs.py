@@ -39,7 +39,7 @@ from typing import Annotated, Any
 import filelock
 import pydantic
 
-from fromzero.errors import FromzeroError, InputError, WriteError, nearest, typed
+from fromzero.errors import BusyError, FromzeroError, InputError, WriteError, nearest, typed
 from fromzero.files import append_line, sync_folder, write_atomically, write_json
 from fromzero.recipe import Recipe, load_recipe
 
@@ -382,9 +382,10 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the right to write. Raises FromzeroError, naming the holder's host and process, when another process
-        has it. The lock of a process that died is free: the operating system lets go of it. A lock whose file was
-        removed is still held by whoever writes, as long as that process lives."""
+        """Hold the right to write. Raises BusyError, naming the holder's host and process, when another process has it,
+        FromzeroError where nothing can be written or locked. The lock of a process that died is free: the operating
+        system lets go of it. A lock whose file was removed is still held by whoever writes, as long as that process
+        lives."""
         held = filelock.FileLock(self.path / "lock", timeout=0)
         holder: dict[str, Any] = {}
         try:
@@ -405,7 +406,7 @@ class Run:
                 " name another folder by --runs-dir"
             ) from None
         if taken:
-            raise FromzeroError(
+            raise BusyError(
                 f"{self.path}: another process writes to this run: process {holder.get('pid', '?')} on"
                 f" {holder.get('host', '?')}; wait for it, or stop it (Ctrl-C saves)"
             )

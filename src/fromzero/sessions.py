@@ -69,10 +69,10 @@ def new_training(
     """A training about to begin, its run folder made.
 
     name: of the run folder, by default data set and parameter count. device: auto, cpu or cuda, perhaps with a number;
-    threads: by default one a core. start_from: a run whose last weights to start
-    with ("save weights, then train again"); partial: take those that fit. checkpoint_minutes: how often to save, by
-    default about every minute, at most 2.5 % of the time; keep: how many checkpoints to keep. Raises InputError before
-    the folder is made when something does not fit.
+    threads: by default one a core. start_from: a run whose last weights to start with ("save weights, then train
+    again"); partial: take those that fit. checkpoint_minutes: how often to save, by default about every minute, at most
+    2.5 % of the time; keep: how many checkpoints to keep. Raises InputError before the folder is made when something
+    does not fit.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     images = images or load_images(recipe.dataset)
@@ -147,7 +147,7 @@ def _splits(recipe: Recipe, images: ImageSet, data: Data) -> str:
         (
             (split, images.class_names[label], file)
             for part, splits in parts
-            for split, label, file in zip(splits, part.labels, part.files, strict=True)
+            for split, label, file in zip(splits, part.labels, part.files or [""] * len(part), strict=True)
         ),
     )
 

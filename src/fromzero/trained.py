@@ -234,11 +234,12 @@ def load_trained(
     data_dir: str | Path | None = None,
     offline: bool = False,
 ) -> Trained:
-    """A run with its `last` or `best` weights, on the images it was trained on. precision: another one than it was
-    trained in. Raises FromzeroError when the images or the weights are not there or not its own."""
+    """A run with its `last` or `best` weights, on the images it was trained on. precision: auto, bfloat16 or float32,
+    another one than it was trained in. Raises FromzeroError when the images or the weights are not there or not its
+    own."""
     run = load_run(run, runs_dir)
     images = recorded_images(run, images, data_dir=data_dir, offline=offline)
-    here = machine.prepare(precision or run.provenance["machine"]["precision"], device=device, threads=threads)
+    here = _machine(run, precision, device, threads)
     network, found = load_network(run, images.image_shape, images.num_classes, here, which)
     return Trained(run, images, recorded_data(run, images, here), network, found, here)
 
@@ -288,9 +289,9 @@ def load_classifier(
     threads: int | None = None,
 ) -> Classifier:
     """A run's network with its `last` or `best` weights and what it needs to look at pictures; the images that it was
-    trained on need not be there. precision: another one than it was trained in. Of a run that has saved nothing since
-    it began, these are its first weights: checkpoint.state["step"] is 0. Raises FromzeroError when the weights are not
-    there or not its own."""
+    trained on need not be there. precision: auto, bfloat16 or float32, another one than it was trained in. Of a run
+    that has saved nothing since it began, these are its first weights: checkpoint.state["step"] is 0. Raises
+    FromzeroError when the weights are not there or not its own."""
     run = load_run(run, runs_dir)
     recorded = run.provenance["data"]
     height, width, channels = recorded["image_shape"]
@@ -298,10 +299,17 @@ def load_classifier(
         raise FromzeroError(
             f"{run.path}/provenance.json: damaged: data.normalise: expected {channels} values each; {run.way_on}"
         )
-    here = machine.prepare(precision or run.provenance["machine"]["precision"], device=device, threads=threads)
+    here = _machine(run, precision, device, threads)
     network, found = load_network(run, (height, width, channels), len(recorded["classes"]), here, which)
     normalise = Normalise.from_json(recorded["normalise"], here.device)
     return Classifier(run, network, found, normalise, (height, width, channels), tuple(recorded["classes"]), here)
+
+
+def _machine(run: Run, precision: str | None, device: str, threads: int | None) -> Machine:
+    """As the run was computed, but for what is asked. Raises InputError for what is no precision or device."""
+    if precision not in (None, "auto", "bfloat16", "float32"):
+        raise InputError(f"precision {precision!r}: auto, bfloat16 or float32")
+    return machine.prepare(precision or run.provenance["machine"]["precision"], device=device, threads=threads)
 
 
 def load_network(

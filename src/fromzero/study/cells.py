@@ -19,7 +19,7 @@ import numpy as np
 from fromzero import checkpoint, machine, sessions, trained
 from fromzero.changes import differing_fields, short
 from fromzero.data import ImageSet
-from fromzero.errors import FromzeroError, TooLargeError, WriteError
+from fromzero.errors import BusyError, FromzeroError, TooLargeError, WriteError
 from fromzero.evaluate import evaluate
 from fromzero.files import write_atomically
 from fromzero.recipe import Recipe
@@ -234,9 +234,7 @@ def _wait_for_writer(run: Run) -> None:
         try:
             with run.lock():
                 return
-        except WriteError:
-            raise
-        except FromzeroError:
+        except BusyError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)

@@ -131,7 +131,8 @@ class _Worker:
         self.cell = cell
         assert self.process.stdin
         with contextlib.suppress(OSError):  # it has died; the listener says so
-            self.process.stdin.write(TASKS.dump_json(Task(cell, setting)).decode() + "\n")
+            task = TASKS.dump_python(Task(cell, setting), mode="json")
+            self.process.stdin.write(json.dumps(task) + "\n")  # pydantic's own refuses names that are not UTF-8
             self.process.stdin.flush()
 
     def end(self) -> None:

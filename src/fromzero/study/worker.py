@@ -49,7 +49,7 @@ def serve() -> None:
 
     def read() -> None:
         for line in sys.stdin:
-            tasks.put(TASKS.validate_json(line))
+            tasks.put(TASKS.validate_python(json.loads(line)))
         ending.set()
         tasks.put(None)
         if busy.is_set():
