@@ -570,7 +570,7 @@ def test_a_cell_that_another_process_ended_meanwhile_is_finished(data_folder, tm
 
 def test_a_sweep_keeps_neither_outcomes_nor_weights(data_folder, tmp_path, text):
     recipe = load_study(written(tmp_path, text), "half").arms["wide"].recipe
-    cell, images = Cell("wide", 0, tmp_path / "tuning" / "wide-0.1-seed0", recipe), load_images(recipe.dataset)
+    cell, images = Cell("wide", tmp_path / "tuning" / "wide-0.1-seed0", recipe), load_images(recipe.dataset)
     cell.path.parent.mkdir()
     list(train_cell(cell, images, Setting(recipe.dataset)))
     assert is_finished(cell, images)
@@ -884,7 +884,7 @@ def test_weights_go_when_nothing_needs_them_and_a_warm_start_takes_them(data_fol
 
 def test_a_cell_does_not_start_from_weights_that_are_not_finished(data_folder, tmp_path, text):
     recipe = load_study(written(tmp_path, text), "half").arms["wide"].recipe
-    cell = Cell("again", 0, tmp_path / "cells" / "again-seed0", recipe, after=tmp_path / "cells" / "half-seed0")
+    cell = Cell("again", tmp_path / "cells" / "again-seed0", recipe, after=tmp_path / "cells" / "half-seed0")
     with pytest.raises(FromzeroError, match="half-seed0, from whose weights it starts, has not ended"):
         list(train_cell(cell, load_images(recipe.dataset), Setting(recipe.dataset)))
 

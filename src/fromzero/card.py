@@ -11,6 +11,7 @@ from fromzero.errors import counted
 from fromzero.networks import num_parameters
 from fromzero.runs import Row
 from fromzero.stats import wilson_interval
+from fromzero.terminal import in_brackets
 from fromzero.trained import Classifier
 
 
@@ -105,8 +106,7 @@ def _with_interval(accuracy: float, count: int | None) -> str:
     """An accuracy with its interval by the number of images, where that is recorded."""
     if not count:
         return f"**{accuracy:.4f}**"
-    low, high = wilson_interval(accuracy, count)
-    return f"**{accuracy:.4f}** ({low:.4f}–{high:.4f}, 95 % for {counted(count, 'image')})"
+    return f"**{accuracy:.4f}** ({in_brackets(wilson_interval(accuracy, count), count)})"
 
 
 def _images(classifier: Classifier) -> str:

@@ -183,8 +183,7 @@ def _dropout_too_strong(e: Evidence) -> Finding | None:
 
 
 def _rate_too_high(e: Evidence) -> Finding | None:
-    collapse = _collapse(e)
-    return collapse if collapse is not None else _other_rate(e, "high")
+    return _collapse(e) or _other_rate(e, "high")
 
 
 def _collapse(e: Evidence) -> Finding | None:

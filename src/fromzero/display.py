@@ -12,9 +12,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bars
-from rich.table import Column, Table
+from rich.table import Table
 
 from fromzero import augment
 from fromzero.diagnosis import IMBALANCED
@@ -24,7 +22,7 @@ from fromzero.networks import num_parameters
 from fromzero.runs import Row, Run
 from fromzero.splits import validation_label
 from fromzero.stats import wilson_interval
-from fromzero.terminal import LINE_SECONDS, REFRESH_SECONDS, can_redraw, duration, say
+from fromzero.terminal import LINE_SECONDS, REFRESH_SECONDS, bars, can_redraw, duration, say
 from fromzero.training import Progress, Training
 
 NARROW_HIDES = ("began", "running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
@@ -34,49 +32,49 @@ LARGEST_OF_FEW = 48  # pixels; nearer to 64 than to 32 beyond
 NAMED_CLASSES = 10  # at the start of a training
 
 
-def watch(run: Training, console: Console, after_epoch: Callable[[Run], None] | None = None) -> None:
+def watch(training: Training, console: Console, after_epoch: Callable[[Run], None] | None = None) -> None:
     """Train to the end, showing how it goes and what came of it; `after_epoch` is called whenever the run has new
     figures, and that it fails is a warning. Raises what the training raises."""
-    stands = _timed(run, after_epoch)
+    stands = _timed(training, after_epoch)
     if can_redraw(console):
         _watch_live(stands, console)
     else:
         _watch_lines(stands, console)
-    say(console, outcome(run))
+    say(console, outcome(training))
     for _ in stands:  # what is left, drawing, need not be waited for
         pass
 
 
-def header(run: Training) -> str:
+def header(training: Training) -> str:
     """What is about to be trained, on what, and where it is kept."""
-    here, recipe, images = run.machine, run.recipe, run.images
+    here, recipe, images = training.machine, training.recipe, training.images
     parameters = num_parameters(recipe.network, images.image_shape, images.num_classes)
     kernels = "" if here.kernels == NONE else " by its own kernels"
     on_test = recipe.validation.source == "test"
-    scored_at_the_end = "" if on_test else f"; {counted(len(run.data.test.labels), 'test image')}"
+    scored_at_the_end = "" if on_test else f"; {counted(len(training.data.test.labels), 'test image')}"
     lines = [
-        f"{run.run.path}: {recipe.name} on {images.name}, {parameters:,} parameters, seed {recipe.seed}",
-        f"  {len(run.data.train.labels):,} train images from {images.source}; {validation_label(recipe, images)}"
-        f" ({len(run.data.validation.labels):,}){scored_at_the_end}",
+        f"{training.run.path}: {recipe.name} on {images.name}, {parameters:,} parameters, seed {recipe.seed}",
+        f"  {len(training.data.train.labels):,} train images from {images.source}; {validation_label(recipe, images)}"
+        f" ({len(training.data.validation.labels):,}){scored_at_the_end}",
         f"  {images.num_classes} classes: {some(images.class_names, most=NAMED_CLASSES)}",
         f"  {here.device}, {counted(here.threads, 'thread')}, {here.precision}{kernels}; {recipe.optimizer.name} at"
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {counted(recipe.epochs, 'epoch')}",
     ]
     if here.why_no_kernels:
         lines.append(f"  by PyTorch's kernels, which are slower: {here.why_no_kernels}")
-    lines += [f"  note: {note}" for note in (*images.notes, *_of_classes(run), *_of_sizes(run))]
-    lines += [f"  {remark}" for remark in _of_recipe(run)]
-    if run.state.counters.step:
-        done = f"{run.state.counters.epoch} of {recipe.epochs} epochs done"
-        lines.append(f"  going on at step {run.state.counters.step:,}, {done}")
+    lines += [f"  note: {note}" for note in (*images.notes, *_of_classes(training), *_of_sizes(training))]
+    lines += [f"  {remark}" for remark in _of_recipe(training)]
+    if training.state.counters.step:
+        done = f"{training.state.counters.epoch} of {recipe.epochs} epochs done"
+        lines.append(f"  going on at step {training.state.counters.step:,}, {done}")
     return "\n".join(lines)
 
 
-def _of_classes(run: Training) -> Iterator[str]:
+def _of_classes(training: Training) -> Iterator[str]:
     """Notes on classes that have few images, beside the others or at all."""
-    names = run.images.class_names
+    names = training.images.class_names
     of_train, of_validation = (
-        part.labels.bincount(minlength=len(names)).tolist() for part in (run.data.train, run.data.validation)
+        part.labels.bincount(minlength=len(names)).tolist() for part in (training.data.train, training.data.validation)
     )
     if missing := [name for name, count in zip(names, of_train, strict=True) if not count]:
         yield f"no train image of {some(missing)}"
@@ -92,13 +90,13 @@ def _of_classes(run: Training) -> Iterator[str]:
         yield f"no validation image of {some(missing)}"
 
 
-def _of_sizes(run: Training) -> Iterator[str]:
+def _of_sizes(training: Training) -> Iterator[str]:
     """Notes on how many validation images, how large images and how many steps there are."""
-    recipe, images, timetable = run.recipe, run.images, run.timetable
+    recipe, images, timetable = training.recipe, training.images, training.timetable
     if images.validation is not None and recipe.validation.source != "split":
         yield "the data set's own validation images are not used; --validation.source split uses them"
-    if (count := len(run.data.validation.labels)) < FEW_FOR_VALIDATION:
-        held_out = recipe.validation.source == "split" and run.data.held is not None
+    if (count := len(training.data.validation.labels)) < FEW_FOR_VALIDATION:
+        held_out = recipe.validation.source == "split" and training.data.held is not None
         more = "; --validation.fraction holds out more" if held_out else ""
         low, high = wilson_interval(0.5, count)  # where it is widest
         points = f"{50 * (high - low):.0f} points"
@@ -116,19 +114,19 @@ def _of_sizes(run: Training) -> Iterator[str]:
         )
 
 
-def _of_recipe(run: Training) -> Iterator[str]:
+def _of_recipe(training: Training) -> Iterator[str]:
     """What the recipe does to images, batches and labels that bears on the figures shown."""
-    recipe, augmentation, timetable = run.recipe, run.recipe.augment, run.timetable
+    recipe, augmentation, timetable = training.recipe, training.recipe.augment, training.timetable
     if augmentation.flip != "none":
         yield "images are mirrored half of the time; for digits, letters, road signs: --augment.flip none"
     if augmentation.scales:
-        size = "×".join(map(str, reversed(augment.smallest_size(augmentation, *run.images.image_shape[:2]))))
+        size = "×".join(map(str, reversed(augment.smallest_size(augmentation, *training.images.image_shape[:2]))))
         yield f"up to epoch {augmentation.scale_epochs:g} on images of {size} pixels"
     if recipe.skip_easy and recipe.epochs > 1:
         skipped = timetable.images - timetable.later_images
         yield f"epochs after the first skip the {skipped:,} easiest images; running accuracy covers only the rest"
-    if run.state.proxy is not None:
-        parameters = num_parameters(recipe.proxy_network(), run.images.image_shape, run.images.num_classes)
+    if training.state.proxy is not None:
+        parameters = num_parameters(recipe.proxy_network(), training.images.image_shape, training.images.num_classes)
         yield (
             f"each step trains on the hardest {100 * recipe.hardest:.4g} % of its batch, chosen by a proxy network of"
             f" {parameters:,} parameters; running accuracy covers only those"
@@ -146,7 +144,7 @@ def epoch_line(now: Timed, *, narrow: bool = False) -> str:
     """One epoch in one line: the three accuracies, their losses, speed, time left. `narrow` fits 80 columns."""
     row = now.progress.row or {}
     accuracies = (
-        f"epoch {row['epoch']:>3}/{now.run.recipe.epochs}  train {row['train/accuracy']:.4f}"
+        f"epoch {row['epoch']:>3}/{now.training.recipe.epochs}  train {row['train/accuracy']:.4f}"
         f" (running {row['train/running_accuracy']:.4f})  val {row['val/accuracy']:.4f}"
     )
     if narrow:
@@ -155,19 +153,19 @@ def epoch_line(now: Timed, *, narrow: bool = False) -> str:
     return f"{accuracies}  {losses}{_behind(now.speed)}"
 
 
-def outcome(run: Training) -> str:
+def outcome(training: Training) -> str:
     """The end of a run in words."""
-    summary = run.run.summary or {}
+    summary = training.run.summary or {}
     is_test = summary["val/source"] == "test"
-    low, high = wilson_interval(summary["test/accuracy"], len(run.data.test.labels))
+    low, high = wilson_interval(summary["test/accuracy"], len(training.data.test.labels))
     return "\n".join(
         [
             f"train {summary['train/accuracy']:.4f} (running {summary['train/running_accuracy']:.4f}),"
             f" val {summary['val/accuracy']:.4f} (best {summary['best/val/accuracy']:.4f} at epoch"
             f" {summary['best/epoch']}), test {summary['test/accuracy']:.4f} ({low:.4f}–{high:.4f}, 95 %)"
             f" in {duration(summary['time/seconds'])}" + ("; val is the test images" if is_test else ""),
-            f"curves and metrics: {run.run.path}",
-            f"a page about it:    {typed('fromzero', 'report', run.run.path)}",
+            f"curves and metrics: {training.run.path}",
+            f"a page about it:    {typed('fromzero', 'report', training.run.path)}",
         ]
     )
 
@@ -183,10 +181,10 @@ class Speed(NamedTuple):
 
 
 class Timed(NamedTuple):
-    """A Progress of `run`, with its speed from the second step on: what comes once, before the first, would be counted
-    for every step."""
+    """A Progress of `training`, with its speed from the second step on: what comes once, before the first, would be
+    counted for every step."""
 
-    run: Training
+    training: Training
     progress: Progress
     speed: Speed | None
 
@@ -197,12 +195,12 @@ class Timed(NamedTuple):
 
     @property
     def step(self) -> str:
-        counters, timetable = self.progress.counters, self.run.timetable
+        counters, timetable = self.progress.counters, self.training.timetable
         return f"{counters.step - timetable.start_of(counters.epoch)}/{timetable.steps_in(counters.epoch)}"
 
     @property
     def epoch(self) -> str:
-        epochs = self.run.recipe.epochs
+        epochs = self.training.recipe.epochs
         return f"{min(self.progress.counters.epoch + 1, epochs)}/{epochs}"
 
     @property
@@ -211,29 +209,29 @@ class Timed(NamedTuple):
         return self.progress.counters.running_correct / max(self.progress.counters.running_images, 1)
 
 
-def _timed(run: Training, after_epoch: Callable[[Run], None] | None = None) -> Iterator[Timed]:
-    timetable, end = run.timetable, run.timetable.start_of(run.recipe.epochs)
+def _timed(training: Training, after_epoch: Callable[[Run], None] | None = None) -> Iterator[Timed]:
+    timetable, end = training.timetable, training.timetable.start_of(training.recipe.epochs)
     first: tuple[int, float] | None = None
-    for progress in run:
+    for progress in training:
         step, now = progress.counters.step, time.monotonic()
         first_step, began = first = first or (step, now)
         speed = None
         if step > first_step and now > began:  # some clocks stand still for several milliseconds
             images = timetable.images_after(step) - timetable.images_after(first_step)
-            before, done, in_all = (_work(run, to) for to in (first_step, step, end))
+            before, done, in_all = (_work(training, to) for to in (first_step, step, end))
             seconds = now - began
             speed = Speed(images / seconds, seconds * (in_all - done) / (done - before))
         if progress.row and not progress.ended and after_epoch is not None:
             try:
-                after_epoch(run.run)
+                after_epoch(training.run)
             except Exception as error:  # what others make of its figures is never worth a run
                 warnings.warn(str(error), stacklevel=2)
-        yield Timed(run, progress, speed)
+        yield Timed(training, progress, speed)
 
 
-def _work(run: Training, step: int) -> float:
+def _work(training: Training, step: int) -> float:
     """Images trained on in so many steps, a smaller one counted by its area."""
-    augmentation, timetable = run.recipe.augment, run.timetable
+    augmentation, timetable = training.recipe.augment, training.timetable
     small = timetable.images_after(math.ceil(min(step, timetable.steps_before(augmentation.scale_epochs))))
     return timetable.images_after(step) - (1 - augmentation.scale**2) * small
 
@@ -262,13 +260,8 @@ def _behind(speed: Speed | None) -> str:
 
 
 def _watch_live(stands: Iterator[Timed], console: Console) -> None:
-    columns = (
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-        *([BarColumn(bar_width=None)] if console.width > 100 else []),
-        TextColumn("{task.fields[info]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-    )
-    with Bars(*columns, console=console, transient=True, auto_refresh=False) as bars:
-        task = bars.add_task("starting", total=None, info="")
+    with bars(console, bar_width=None, with_bar=console.width > 100) as live:
+        task = live.add_task("starting", total=None, info="")
         last: Row | None = None
         shown = 0.0
         for now in stands:
@@ -278,9 +271,9 @@ def _watch_live(stands: Iterator[Timed], console: Console) -> None:
             if row:
                 last = row
                 line = epoch_line(now, narrow=console.width < 115)
-                bars.console.print(line, highlight=False, soft_wrap=True)
-            if counters.epoch == now.run.recipe.epochs:
-                bars.update(task, description="scoring the test images", total=1, completed=1, info="", refresh=True)
+                live.console.print(line, highlight=False, soft_wrap=True)
+            if counters.epoch == now.training.recipe.epochs:
+                live.update(task, description="scoring the test images", total=1, completed=1, info="", refresh=True)
                 continue
             if time.monotonic() - shown < REFRESH_SECONDS:
                 continue
@@ -288,8 +281,8 @@ def _watch_live(stands: Iterator[Timed], console: Console) -> None:
             three = f"running {now.running:.3f}" if counters.running_images else "running –"
             if last:
                 three += f" train {last['train/accuracy']:.3f} val {last['val/accuracy']:.3f}"
-            timetable = now.run.timetable
-            bars.update(
+            timetable = now.training.timetable
+            live.update(
                 task,
                 description=f"epoch {now.epoch}",
                 total=timetable.steps_in(counters.epoch),

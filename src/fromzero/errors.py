@@ -5,7 +5,7 @@ leaves with `exit_code`; nothing else is ever shown for bad input. Imports nothi
 """
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import PurePath
 from unicodedata import category
@@ -70,6 +70,17 @@ def typed(*words: str | PurePath) -> str:
     """A command line to be typed. Paths have slashes, which Windows takes too: backslashes would need quotes, which its
     own shell does not know."""
     return shlex.join(word.as_posix() if isinstance(word, PurePath) else word for word in words)
+
+
+def options_typed(options: Mapping[str, object]) -> list[str]:
+    """The words of these options on a command line: those that are None or False are left out, of True only the name
+    stays."""
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    return [
+        word.as_posix() if isinstance(word, PurePath) else str(word)
+        for name, value in given.items()
+        for word in ((name,) if value is True else (name, value))
+    ]
 
 
 def printable(text: str) -> str:

@@ -93,13 +93,14 @@ class Bin(NamedTuple):
 def calibration(scored: Scored) -> tuple[list[Bin], float]:
     """Bins of equal width from 0 to 1, and the expected calibration error: the distance between confidence and
     accuracy, its mean over the images (Guo et al., 2017, section 2)."""
-    places = np.minimum((scored.confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    sure, right = scored.confidence, scored.right
+    places = np.minimum((sure * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     bins, error = [], 0.0
     for place in range(CALIBRATION_BINS):
         inside = places == place
         count = int(inside.sum())
-        confidence = float(scored.confidence[inside].mean(dtype=float)) if count else math.nan
-        accuracy = float(scored.right[inside].mean()) if count else math.nan
+        confidence = float(sure[inside].mean(dtype=float)) if count else math.nan
+        accuracy = float(right[inside].mean()) if count else math.nan
         bins.append(Bin(place / CALIBRATION_BINS, (place + 1) / CALIBRATION_BINS, count, confidence, accuracy))
         error += count / len(places) * abs(confidence - accuracy) if count else 0.0
     return bins, error

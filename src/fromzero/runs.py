@@ -229,12 +229,7 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """Where the run's figures come from: versions, machine, command, commit, data."""
-        found = read_object(self.path / "provenance.json", lambda: self.way_on)
-        try:
-            _Provenance.model_validate(found, strict=True)
-        except pydantic.ValidationError as error:
-            raise FromzeroError(f"{self.path}/provenance.json: {damage(error)}; {self.way_on}") from None
-        return found
+        return read_record(self.path / "provenance.json", _Provenance, lambda: self.way_on)
 
     @property
     def began(self) -> datetime:
@@ -280,12 +275,7 @@ class Run:
         if not path.exists():
             return None
         mend = f"remove it, or write it anew: {typed('fromzero', 'cross-validate', self.path)}"
-        found = read_object(path, lambda: mend)
-        try:
-            _CrossValidation.model_validate(found, strict=True)
-        except pydantic.ValidationError as error:
-            raise FromzeroError(f"{path}: {damage(error)}; {mend}") from None
-        return found
+        return read_record(path, _CrossValidation, lambda: mend)
 
     def cross_validated(self, epochs: int) -> dict[str, Any] | None:
         """The same of trainings like this one after so many epochs: not of a run that began with other weights or was
@@ -418,6 +408,17 @@ class Run:
             with contextlib.suppress(OSError):
                 (self.path / "writer.json").unlink()
             held.release()
+
+
+def read_record(path: Path, model: type[pydantic.BaseModel], mend: Callable[[], str]) -> dict[str, Any]:
+    """The JSON object in that file, which holds what `model` asks for. Raises FromzeroError, with what to do (`mend`),
+    when it is damaged or not there."""
+    found = read_object(path, mend)
+    try:
+        model.model_validate(found, strict=True)
+    except pydantic.ValidationError as error:
+        raise FromzeroError(f"{path}: {damage(error)}; {mend()}") from None
+    return found
 
 
 def damage(error: pydantic.ValidationError) -> str:

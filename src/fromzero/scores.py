@@ -19,6 +19,7 @@ from fromzero.evaluate import Normalise, evaluate
 from fromzero.machine import Machine
 from fromzero.splits import Subset, validation_label
 from fromzero.stats import wilson_interval
+from fromzero.terminal import in_brackets
 from fromzero.trained import Classifier, Trained
 
 
@@ -140,8 +141,7 @@ def scores_text(record: Mapping[str, Any]) -> str:
         lines.append(f"  with test-time augmentation ({record['tta']}): not comparable with figures without")
     lines += [f"  note: {note}" for note in record["notes"]]
     for label, score in record["scores"].items():
-        low, high = score["interval"]
-        interval = f"{low:.4f}–{high:.4f}, 95 % for {counted(score['images'], 'image')}"
+        interval = in_brackets(score["interval"], score["images"])
         shown = "train (clean)" if label == "train" else label
         lines.append(f"  {shown:<28} accuracy {score['accuracy']:.4f} ({interval})  loss {score['loss']:.4f}")
     counts = list(score["class_images"].values())

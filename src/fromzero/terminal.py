@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any, TextIO, cast
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
-from fromzero.errors import printable
+from fromzero.errors import counted, printable
 
 REFRESH_SECONDS = 0.25  # of a live display
 LINE_SECONDS = 30.0  # without a terminal: the longest time without a line while work is done
@@ -27,6 +29,19 @@ def can_redraw(console: Console) -> bool:
     return console.is_terminal and not console.is_dumb_terminal
 
 
+def bars(console: Console, bar_width: int | None = 40, *, with_bar: bool = True) -> Progress:
+    """A live line for each task: its description, perhaps a bar (of any width: None), and its field `info`."""
+    line = Column(no_wrap=True, overflow="ellipsis")
+    return Progress(
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        *([BarColumn(bar_width)] if with_bar else []),
+        TextColumn("{task.fields[info]}", table_column=line),
+        console=console,
+        transient=True,
+        auto_refresh=False,
+    )
+
+
 def duration(seconds: float) -> str:
     """`42 s`, `3 min 05 s`, `2 h 10 min`."""
     whole = round(seconds)
@@ -35,6 +50,11 @@ def duration(seconds: float) -> str:
     if whole < 6000:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def in_brackets(interval: tuple[float, float], images: int) -> str:
+    """An interval of an accuracy in words: `0.7403–0.7669, 95 % for 4,000 images`."""
+    return f"{interval[0]:.4f}–{interval[1]:.4f}, 95 % for {counted(images, 'image')}"
 
 
 class _Lasting:

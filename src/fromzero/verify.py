@@ -37,11 +37,11 @@ def verify_resume(
     recipe: str,
     folder: Path,
     *,
-    epochs: int = 4,
-    interruptions: int = 4,
-    seed: int = 0,
-    threads: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    epochs: int,
+    interruptions: int,
+    seed: int,
+    threads: int | None,
+    say: Callable[[str], None],
 ) -> Verification:
     """Train `recipe` on the digits straight, and once more with interruptions, under `folder`.
 

@@ -159,10 +159,7 @@ def _candidates(place: Path) -> list[Path]:
 
 
 def _folder_files(folder: Path) -> dict[str, Callable[[], bytes]]:
-    def reader(path: Path) -> Callable[[], bytes]:
-        return lambda: path.read_bytes()
-
-    return {path.name: reader(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    return {path.name: path.read_bytes for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def _archive_files(path: Path) -> dict[str, Callable[[], bytes]]:

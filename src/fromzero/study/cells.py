@@ -39,7 +39,6 @@ class Cell:
     `keeps_outcomes`: whether it is kept which validation images it has right."""
 
     arm: str
-    seed: int
     path: Path
     recipe: Recipe
     after: Path | None = None
@@ -50,6 +49,10 @@ class Cell:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def cells_of(study: Study, folder: Path, best: Mapping[str, float]) -> list[Cell
             path = folder / "cells" / f"{arm.name}-seed{seed}"
             after = None if arm.after is None else path.with_name(f"{arm.after}-seed{seed}")
             recipe = arm.recipe.override({"seed": seed} | tuned)
-            found.append(Cell(arm.name, seed, path, recipe, after, arm.name in starts, keeps_outcomes=True))
+            found.append(Cell(arm.name, path, recipe, after, arm.name in starts, keeps_outcomes=True))
     return found
 
 
@@ -86,7 +89,7 @@ def trials_of(study: Study, folder: Path) -> list[Cell]:
         for arm in study.arms.values():
             for value in tuning.values[arm.name]:
                 path = folder / "tuning" / f"{arm.name}-{value:g}-seed{seed}"
-                found.append(Cell(arm.name, seed, path, arm.recipe.override({"seed": seed, tuning.field: value})))
+                found.append(Cell(arm.name, path, arm.recipe.override({"seed": seed, tuning.field: value})))
     return found
 
 

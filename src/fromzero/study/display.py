@@ -8,8 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column
 
 from fromzero.data import ImageSet
 from fromzero.errors import counted, printable
@@ -20,7 +18,7 @@ from fromzero.stats import fewest_pairs
 from fromzero.study.cells import Cell
 from fromzero.study.execution import Execution
 from fromzero.study.pools import Event
-from fromzero.terminal import REFRESH_SECONDS, can_redraw, duration, say
+from fromzero.terminal import REFRESH_SECONDS, bars, can_redraw, duration, say
 from fromzero.timetable import Timetable
 
 # What a forward pass costs an image besides multiplications, and a cell besides images, in multiply-adds: rough.
@@ -74,20 +72,15 @@ def watch_cells(name: str, cells: Sequence[Cell], images: ImageSet, events: Iter
             if line := progress.take(event):
                 say(console, line)
         return
-    columns = (
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-        BarColumn(),
-        TextColumn("{task.fields[info]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-    )
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bars:
-        task = bars.add_task(name, total=1.0, info="")
+    with bars(console) as live:
+        task = live.add_task(name, total=1.0, info="")
         shown = 0.0
         for event in events:
             if line := progress.take(event):
-                bars.console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
+                live.console.print(printable(line), highlight=False, soft_wrap=True, markup=False)
             if line or time.monotonic() - shown >= REFRESH_SECONDS:
                 shown = time.monotonic()
-                bars.update(task, completed=progress.share, info=escape(progress.info), refresh=True)
+                live.update(task, completed=progress.share, info=escape(progress.info), refresh=True)
 
 
 class _Progress:

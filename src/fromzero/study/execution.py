@@ -27,7 +27,7 @@ import pydantic
 
 from fromzero.changes import differing_fields
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError, StoppedError, counted, typed
+from fromzero.errors import FromzeroError, InputError, StoppedError, counted, options_typed, typed
 from fromzero.files import write_atomically, write_json
 from fromzero.machine import MAX_THREADS, chosen_device
 from fromzero.networks import build
@@ -257,14 +257,9 @@ def prepare_study(
         "--threads": threads,
         "--device": None if device == "auto" else device,
         "--on": None if place == "local" else place,
+        "--offline": offline,
+        "--keep-weights": keep_weights,
     }
-    options = [
-        word
-        for option, value in given.items()
-        if value is not None
-        for word in (option, value.as_posix() if isinstance(value, Path) else str(value))
-    ]
-    options += ["--offline"] * offline + ["--keep-weights"] * keep_weights
     dataset = next(iter(study.arms.values())).recipe.dataset
     stem, asked = split_name(dataset)
     if stem not in NAMED and not os.path.exists(stem) and (data_dir is not None or os.path.isabs(stem)):
@@ -296,7 +291,7 @@ def prepare_study(
         raise InputError(f"--device: {device}: on Ray it is auto, cpu or cuda, of the cluster's machines")
     setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device, num_threads_each)
     folder = Path(os.path.realpath(runs_dir)) / "studies" / f"{study.name}-{study.scale}{'-tuned' if tune else ''}"
-    return Execution(study, folder, images, setting, num_jobs, place, tune, keep_weights, tuple(options))
+    return Execution(study, folder, images, setting, num_jobs, place, tune, keep_weights, tuple(options_typed(given)))
 
 
 def jobs_and_threads(jobs: int | None, threads: int | None, on_gpu: bool, cells: int | None = None) -> tuple[int, int]:

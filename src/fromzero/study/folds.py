@@ -22,7 +22,7 @@ import torch
 
 from fromzero.changes import DATA_FIELDS, in_words
 from fromzero.data import ImageSet, stratified_folds
-from fromzero.errors import FromzeroError, InputError, StoppedError, counted, some, typed
+from fromzero.errors import FromzeroError, InputError, StoppedError, counted, options_typed, some, typed
 from fromzero.evaluate import predict
 from fromzero.files import csv_text, write_atomically, write_json
 from fromzero.findings import images_of
@@ -34,6 +34,7 @@ from fromzero.stats import wilson_interval
 from fromzero.study.cells import Cell, Setting, is_finished
 from fromzero.study.execution import alone_in, jobs_and_threads
 from fromzero.study.pools import Event, on_this_machine
+from fromzero.terminal import in_brackets
 from fromzero.trained import check_unedited, load_trained, recorded_images
 
 NAMED, PAIRS, LISTED = 10, 3, 100  # classes and labels in the text, pairs of classes, labels in result.json
@@ -106,10 +107,16 @@ def prepare_folds(
     for fold in range(1, folds + 1):
         path = (run.path / FOLDS / f"of-{folds}" / f"fold-{fold}").resolve()
         of_fold = recipe.override({"validation.fold": fold})
-        cells.append(Cell(f"fold {fold}", recipe.seed, path, of_fold, needs_weights=True))
-    options = {"--jobs": jobs, "--threads": threads, "--device": device * (device != "auto"), "--data-dir": data_dir}
-    given = [str(word) for option, value in options.items() if value for word in (option, value)]
-    command = typed("fromzero", "cross-validate", run.path, "--folds", str(folds), *given, *["--offline"] * offline)
+        cells.append(Cell(f"fold {fold}", path, of_fold, needs_weights=True))
+    given = {
+        "--folds": folds,
+        "--jobs": jobs,
+        "--threads": threads,
+        "--device": None if device == "auto" else device,
+        "--data-dir": data_dir,
+        "--offline": offline,
+    }
+    command = typed("fromzero", "cross-validate", run.path, *options_typed(given))
     setting = Setting(recipe.dataset, None, offline, device, threads_each)
     return CrossValidation(run, images, cells, setting, num_jobs, command, data_dir)
 
@@ -202,14 +209,13 @@ def _result(
 
 def fold_text(found: CrossValidation, result: Mapping[str, Any]) -> str:
     """The same in words."""
-    low, high = result["interval"]
     by_fold = result["by_fold"]
     shares = {name: one["accuracy"] for name, one in result["by_class"].items() if one["images"]}
     told = [f"{name} {shares[name]:.3f}" for name in sorted(shares, key=lambda name: shares[name])]
     lines = [
         f"{found.run.path}: {result['recipe']}, {counted(result['epochs'], 'epoch')}, {result['folds']} folds, each"
         " train image judged by a network that was not trained on it",
-        f"  accuracy {result['accuracy']:.4f} ({low:.4f}–{high:.4f}, 95 % for {counted(result['images'], 'image')};"
+        f"  accuracy {result['accuracy']:.4f} ({in_brackets(result['interval'], result['images'])};"
         " another seed moves it, too)",
         f"  by fold  {min(by_fold):.4f} to {max(by_fold):.4f}: {', '.join(f'{one:.4f}' for one in by_fold)}",
         *_own_validation(found.run),
