@@ -137,7 +137,8 @@ def _train(arguments: argparse.Namespace) -> None:
     )
     origin = training.run.provenance["from"] or {}
     if origin:
-        print(f"starting from the weights of {origin['run']} ({origin['recipe']}) at step {origin['step']:,}")
+        at = "" if origin["step"] is None else f" at step {origin['step']:,}"  # best weights do not know theirs
+        print(f"starting from the weights of {origin['run']} ({origin['recipe']}){at}")
     left = origin.get("left")
     if left:
         of = len(training.state.model.state_dict())
