@@ -184,6 +184,39 @@ def test_output_that_is_closed_is_no_error(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_number_of_thousands_of_digits_is_bad_input(tmp_path):
+    for option in ("--seed", "--epochs"):
+        done = fromzero("train", "digits:40", "--recipe", "train1", option, f"0x{'f' * 5000}", cwd=tmp_path)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr[-300:]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no folder is removed there while somebody is in it")
+def test_a_folder_that_is_gone_is_said_to_be(tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    command = f"cd {place} && rmdir {place} && {sys.executable} -m fromzero train digits"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "the folder that you are in cannot be read" in done.stderr
+
+
+def test_a_data_set_whose_name_is_no_text_is_refused(tmp_path, capsys):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/by\xff")
+    assert cli.main(["train", name]) == 2
+    assert "is no UTF-8: rename the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["provenance.json", "summary.json", "metrics.jsonl"])
+def test_records_without_a_bottom_are_damaged(trained, file, tmp_path, capsys):
+    folder, _ = trained
+    run = tmp_path / "run"
+    shutil.copytree(library.list_runs(folder / "runs")[0].path, run)
+    (run / file).write_text('{"a":' * 100_000)
+    assert cli.main(["resume", str(run), "--epochs", "9"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{run}/{file}: " in line
+
+
 def test_runs_explains_a_mark_only_where_there_is_one(tmp_path, tiny_images, capsys):
     recipe = library.load_recipe("train1").override({"epochs": 1, "batch_size": 500})
     training = library.new_training(recipe, tiny_images, runs_dir=tmp_path, device="cpu", threads=1)

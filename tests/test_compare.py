@@ -181,13 +181,18 @@ def test_what_a_study_cannot_tell_is_said_beside_it(runs, digits, tmp_path):
     for _ in onward:
         pass
     record = compare_runs(runs[0], onward.run)
-    assert any("B: it began with the weights of" in note for note in record["notes"])
+    assert not any("weights" in note for note in record["notes"])  # which held out the same images
     assert record["study_leaves_aside"] == ["clean_train_images", "begun with"]
     assert "its runs do not differ, as A and B do, in clean_train_images, begun with" in comparison_text(record)
     study = load_study(record["study"]["file"])
     assert study.claim == "With label_smoothing = 0 validation accuracy is higher than without."
     first, second = (arm.recipe for arm in study.arms.values())
     assert list(differing_fields(first, second)) == ["label_smoothing"]
+    seen = fromzero.new_training(onward.recipe, digits, runs_dir=tmp_path, start_from=runs[2], threads=1)
+    for _ in seen:
+        pass
+    (note,) = (note for note in compare_runs(runs[0], seen.run)["notes"] if "weights" in note)
+    assert f"validation images are train images of {runs[2].path}, with whose weights it began" in note
     measured = train({"clean_train_images": 100}, digits, tmp_path)
     assert compare_runs(runs[0], measured)["study"] is None
 

@@ -246,12 +246,12 @@ def test_the_words_say_what_the_figures_are(done):
     assert [float(share) for share in line.split()[5::2] for share in [share.strip(",")]] == pytest.approx(
         recalls, abs=1e-3
     )
-    assert text.splitlines()[-1] == f"  pictures of these: fromzero report {run.path}"
+    assert text.splitlines()[-2] == f"  pictures of these: fromzero report {run.path}"
     odd = result | {"doubtful": [first | {"file": "a\nb.png"}], "left_out": 2}
     odd_text = folds.fold_text(replace(found, data_dir=Path("there")), odd)
     assert "a\\nb.png" in odd_text
     assert "  2 images not judged: their class has no other picture" in odd_text
-    assert odd_text.splitlines()[-1] == f"  pictures of these: fromzero report {run.path} --data-dir there"
+    assert odd_text.splitlines()[-2] == f"  pictures of these: fromzero report {run.path} --data-dir there"
 
 
 def test_the_header_says_what_whoever_reads_the_answer_should_know(done):

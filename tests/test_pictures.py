@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from benchmarks.pictures import parts_of
 from fromzero import Run, checkpoint, cli, list_runs, load_images, load_recipe
-from fromzero.data import decoding, listing, split_name, stratified_split
+from fromzero.data import decoding, listing, split_name, split_recorded, stratified_split
 from fromzero.errors import FromzeroError, InputError
 from fromzero.files import csv_text
 from fromzero.sessions import new_training, resumed_training
@@ -100,6 +100,71 @@ def test_the_size_of_pictures_moves_none_to_another_side(tmp_path):
     painted("red", 999, size=(30, 20)).save(folder / "red" / "other.png")
     assert load_images(folder).image_shape == (32, 32, 3)
     assert len(held(load_images(folder)) - before) <= 2
+
+
+def test_pipes_are_no_pictures_and_no_data_sets(tmp_path):
+    folder = write(tmp_path / "a", count=10)
+    os.mkfifo(tmp_path / "pipe")
+    (folder / "red" / "linked.png").symlink_to(tmp_path / "pipe")
+    os.mkfifo(folder / "red" / "pipe.png")
+    images = load_images(folder)
+    assert not [file for file in images.train.files + images.test.files if "linked" in file or "pipe" in file]
+    with pytest.raises(InputError, match="is neither a folder nor a file"):
+        load_images(tmp_path / "pipe")
+
+
+def test_one_name_written_in_two_ways_is_one_class_or_none(tmp_path):
+    folder = write(tmp_path / "a", count=10)
+    (folder / "red").rename(folder / "caf\u00e9")
+    shutil.copytree(folder / "blue", folder / "cafe\u0301")
+    with pytest.raises(InputError, match="are one name, written in two ways: rename one, or put both together"):
+        load_images(folder)
+    shutil.rmtree(folder / "cafe\u0301")
+    split = tmp_path / "split"
+    shutil.copytree(folder, split / "train")
+    shutil.copytree(folder, split / "test")
+    (split / "test" / "caf\u00e9").rename(split / "test" / "cafe\u0301")
+    assert load_images(split).counts["test"] == 10 * len(COLORS)
+
+
+def test_what_lies_where_one_stands_does_not_change_a_runs_images(tmp_path, monkeypatch):
+    folder = write(tmp_path / "photos", count=10)
+    training = new_training(
+        load_recipe("few64").override({"epochs": 1}), load_images(f"{folder}@64"), runs_dir=tmp_path / "runs"
+    )
+    training.close()
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "photos@64").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    assert load_trained(training.run).images.image_shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "parts"),
+    [
+        ("photos@64:500", "/a/photos", ("photos", "@64:500")),
+        ("photos@64", "/a/photos@64", ("photos@64", "")),
+        ("cifar10:40", "/data", ("cifar10", ":40")),
+        ("a:b", "/elsewhere", ("a:b", "")),
+        ("digits", "scikit-learn", ("digits", "")),
+    ],
+)
+def test_the_name_of_an_image_set_and_its_options(name, source, parts):
+    assert split_recorded(name, source) == parts
+
+
+def test_names_of_files_stay_in_their_line(tmp_path, capsys):
+    folder = write(tmp_path / "a", count=40)
+    (folder / "red" / "bad\nfromzero: all is well.png").write_text("no picture")
+    (note,) = (note for note in load_images(folder).notes if "left out" in note)
+    assert r"bad\nfromzero: all is well.png" in note
+    assert "\n" not in note
+
+
+def test_a_larger_size_is_proposed_for_larger_pictures(tmp_path):
+    assert "@64" not in " ".join(load_images(write(tmp_path / "a", count=10, size=(40, 30))).notes)
+    assert "a@64: to 64×64" not in " ".join(load_images(write(tmp_path / "b", count=10, size=(40, 30))).notes)
+    assert "c@64: to 64×64" in " ".join(load_images(write(tmp_path / "c", count=10, size=(90, 80))).notes)
 
 
 def test_a_part_may_know_no_files(tmp_path):
@@ -544,7 +609,7 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     right = [Path(picture).parent.name == name for name, _, picture in told]
     assert f"accuracy {sum(right) / 24:.4f} (" in scores
     blue, green = sum(right[:12]) / 12, sum(right[12:]) / 12
-    assert recalls == f"  these accuracy by class: blue {blue:.3f} (of 12), green {green:.3f} (of 12), red no image"
+    assert recalls == f"  accuracy by class: blue {blue:.3f} (of 12), green {green:.3f} (of 12), red no image"
     assert cli.main([*command, "--data-dir", "set"]) == 2
     assert "--data-dir is where a run's own images are, and others are scored" in capsys.readouterr().err
     assert cli.main([*command, "--precision", "bfloat16"]) == 0

@@ -269,6 +269,13 @@ def test_copies_among_the_mistakes_are_named_together():
 
 def test_doubtful_labels_that_are_not_of_these_images_are_left_out(tiny_images):
     name = tiny_images.class_names[0]
-    row = {"image": 0, "file": None, "label": name, "looks_like": name, "looks_like_probability": 0.9}
+    row = {
+        "image": 0,
+        "file": None,
+        "label": name,
+        "looks_like": name,
+        "label_probability": 0.1,
+        "looks_like_probability": 0.9,
+    }
     wrong = [{"image": len(tiny_images.train)}, {"label": "none such"}]
     assert len(_doubtful([row, *({**row, **one} for one in wrong)], tiny_images)) == 1

@@ -23,10 +23,12 @@ from torch import nn
 import fromzero
 from fromzero import checkpoint, curves, kernels, machine, optim, training
 from fromzero.data import Images, ImageSet
-from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError
+from fromzero.display import header
+from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError, WriteError
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.files import write_atomically
 from fromzero.recipe import Recipe, load_recipe
+from fromzero.runs import Run, create_run
 from fromzero.sessions import new_training, resumed_training
 from fromzero.splits import Data, check_image_set
 from fromzero.state import State
@@ -50,6 +52,82 @@ SMALL = {
 @pytest.fixture
 def small():
     return Recipe.model_validate(SMALL)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "..", "", "a\\b"])
+def test_a_runs_name_is_one_folders(name, tiny_images, tmp_path):
+    images = replace(tiny_images, name=name)
+    with pytest.raises(InputError, match="is to be the name of a folder"):
+        create_run(tmp_path / "runs", name)
+    if "/" in name:
+        with pytest.raises(InputError, match="is to be the name of a folder"):
+            new_training("train1", images, runs_dir=tmp_path / "runs", threads=1)
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_options_that_cannot_be_are_refused_before_a_folder_is_made(tiny_images, tmp_path):
+    for options in ({"keep": 0}, {"checkpoint_minutes": -1.0}, {"checkpoint_minutes": math.nan}):
+        with pytest.raises(InputError, match="keep: 1 at least, checkpoint_minutes: 0 at least"):
+            new_training("train1", tiny_images, runs_dir=tmp_path, **options)
+    for names in (tuple(range(10)), ("a",) * 10):
+        with pytest.raises(InputError, match="class_names: expected texts that differ"):
+            new_training("train1", replace(tiny_images, class_names=names), runs_dir=tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_run_that_could_not_be_begun_leaves_nothing_and_says_so(tiny_images, tmp_path, monkeypatch):
+    def full(*arguments, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Run, "write_recipe", lambda self, recipe: _within(self, full))
+    with pytest.raises(WriteError, match="No space left on device; nothing is left of the run: mend that, then begin"):
+        new_training("train1", tiny_images, runs_dir=tmp_path, threads=1)
+    assert not [*tmp_path.iterdir()]
+
+
+def _within(run, fails):
+    with run._writing("recipe.toml"):
+        fails()
+
+
+def test_switches_of_math_libraries_that_change_bits_are_told_and_refused(tiny_images, tmp_path, monkeypatch):
+    training = new_training(load_recipe("train1").override({"epochs": 2}), tiny_images, runs_dir=tmp_path, threads=1)
+    training.close()
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    monkeypatch.setenv("MKL_VERBOSE", "0")  # changes nothing
+    with pytest.raises(
+        FromzeroError, match=r"\(MKL_CBWR is 'COMPATIBLE', it was not set\), so the result would not be"
+    ):
+        resumed_training(training.run, images=tiny_images)
+    gone_on = resumed_training(training.run, images=tiny_images, allow_inexact=True)
+    gone_on.close()
+    assert training.run.provenance["resumed"][-1]["switches"] == {"MKL_CBWR": "COMPATIBLE"}
+    resumed_training(training.run, images=tiny_images).close()
+    monkeypatch.delenv("MKL_CBWR")
+    with pytest.raises(FromzeroError, match="MKL_CBWR is not set, it was 'COMPATIBLE'"):
+        resumed_training(training.run, images=tiny_images)
+
+
+def test_what_the_first_weights_had_seen_of_validation_is_counted(tiny_images, tmp_path):
+    def begun(fraction, **options):
+        changes = {"epochs": 1, "validation.source": "split", "validation.fraction": fraction}
+        training = new_training(
+            load_recipe("train1").override(changes), tiny_images, runs_dir=tmp_path, threads=1, **options
+        )
+        training.close()
+        return training
+
+    first = begun(0.2)
+    assert first.run.doubt_of_validation == ""
+    assert begun(0.2, start_from=first.run).run.doubt_of_validation == ""
+    larger = begun(0.4, start_from=first.run)
+    seen = len({*larger.data.held.tolist()} - {*first.data.held.tolist()})
+    assert seen > 0
+    told = f"{seen} validation images are train images of {first.run.path}, with whose weights it began: validation fl"
+    assert larger.run.doubt_of_validation.startswith(told)
+    assert told in header(larger)
+    third = begun(0.4, start_from=larger.run)  # whose weights may be those of the first
+    assert "which may have been trained on its validation images" in third.run.doubt_of_validation
 
 
 def test_a_run_folder_holds_everything(small, tiny_images, tmp_path):
@@ -956,7 +1034,7 @@ def test_what_to_do_about_a_damaged_record_is_said(small, tiny_images, tmp_path)
         ("diagnosis.json", lambda: run.diagnosis, rf"remove it, or: fromzero diagnose {run.path}"),
         ("folds/result.json", lambda: run.cross_validation, "remove it, or write it anew: fromzero cross-validate"),
         ("summary.json", lambda: run.summary, "remove it, then: fromzero resume"),
-        ("provenance.json", lambda: run.provenance, "its weights can start a new run"),
+        ("provenance.json", lambda: run.provenance, "put it back from a copy"),
     ):
         for content in ("{", "[]"):
             (run.path / name).write_text(content)

@@ -9,7 +9,7 @@ from fromzero.changes import in_words
 from fromzero.data.decoding import preparation
 from fromzero.errors import counted
 from fromzero.networks import num_parameters
-from fromzero.runs import Row
+from fromzero.runs import Row, last_machine
 from fromzero.stats import wilson_interval
 from fromzero.terminal import in_brackets
 from fromzero.trained import Classifier
@@ -78,6 +78,8 @@ def _accuracies(classifier: Classifier) -> list[str]:
     count = provenance["data"].get("images", {}).get("test")
     train = f"Train images, or a fixed part of them, without dropout and augmentation: {row['train/accuracy']:.4f}."
     seeds = "Of one training: another seed would differ."
+    if last_machine(provenance)["precision"] != "float32":
+        seeds += " Scored in bfloat16; the model computes in float32, which may change what it says of a few images."
     if run.recipe.validation.source == "test":
         watched = "training was watched by the same images"
         if classifier.checkpoint.file.stem == "best":
@@ -89,7 +91,8 @@ def _accuracies(classifier: Classifier) -> list[str]:
     if ends := run.earlier_ends:
         test += f". They were scored before, after epoch {', '.join(map(str, ends))}, and the run was extended then"
     chosen = ", by which these weights were chosen" if classifier.checkpoint.file.stem == "best" else ""
-    return [f"Test images: {test}.", f"Validation images: {row['val/accuracy']:.4f}{chosen}.", train, seeds]
+    doubt = f" ({run.doubt_of_validation})" if run.doubt_of_validation else ""
+    return [f"Test images: {test}.", f"Validation images: {row['val/accuracy']:.4f}{chosen}{doubt}.", train, seeds]
 
 
 def _of_folds(classifier: Classifier) -> list[str]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import DEFAULT_RECIPE, parse
 from fromzero.changes import in_words, notes_on_changes
-from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, printable, some, typed
+from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, one_line, printable, some, typed
 from fromzero.recipe import (
     Recipe,
     field_types,
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
+        _check_place()
         arguments = parse(list(sys.argv[1:] if argv is None else argv))
         COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
@@ -66,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, BrokenPipeError):  # whoever read our output has left
             print(f"fromzero: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 1
+    except ValueError as error:
+        if "integer string conversion" not in str(error):
+            raise
+        print("fromzero: a number of thousands of digits is more than any field can hold", file=sys.stderr)
+        return 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error), re.IGNORECASE):
             raise
@@ -74,6 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fromzero: stopped at once; earlier saves are intact", file=sys.stderr)
         return 130
+
+
+def _check_place() -> None:
+    """Libraries die without a word where the folder that one stands in is gone."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(f"the folder that you are in cannot be read ({error.strerror}): go to another one") from None
 
 
 def _warn(message: object) -> None:
@@ -95,6 +109,11 @@ def _importing() -> Iterator[None]:
             gc.enable()
 
 
+def _is_text(name: str) -> bool:
+    """Whether it can be written as UTF-8, as some names of files cannot."""
+    return name.encode(errors="replace").decode() == name
+
+
 def _train(arguments: argparse.Namespace) -> None:
     _check_tensorboard(arguments)
     if arguments.partial and getattr(arguments, "from") is None:
@@ -105,6 +124,8 @@ def _train(arguments: argparse.Namespace) -> None:
             raise InputError(f"two data sets, {arguments.DATASET} and --dataset {changes['dataset']}: give one")
         changes["dataset"] = arguments.DATASET
     base = load_recipe(arguments.recipe)
+    if not _is_text(changes.get("dataset", "")):
+        raise InputError(f"{changes['dataset']}: a recipe cannot hold this name, which is no UTF-8: rename the folder")
     recipe = base.override(changes)
     if "validation.fraction" in changes and (source := recipe.validation.source) != "split":
         raise InputError(
@@ -316,7 +337,7 @@ def _predict(arguments: argparse.Namespace) -> None:
                 print(json.dumps({"picture": os.fsencode(paths[index]).decode(errors="replace"), "classes": classes}))
                 continue
             told = "  ".join(f"{printable(name):<{longest}}  {probability:.4f}" for name, probability in says)
-            shown = printable(str(paths[index])).replace("\n", "\\n")
+            shown = printable(one_line(str(paths[index])))
             print(f"{told}  {shown}")
     if wrong:
         raise InputError(unreadable(paths, wrong))

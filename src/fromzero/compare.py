@@ -133,6 +133,7 @@ def compare_runs(
         **found._asdict(),
         "difference": found.difference._asdict(),
         "study": None if study is None else {"file": str(study), "command": study_command(one, study)},
+        "same_source": one.provenance["data"]["source"] == two.provenance["data"]["source"],
         "study_leaves_aside": [*left_aside, *others],
         "study_seconds": STUDY_SEEDS * (_seconds(one) + _seconds(two)),
     }
@@ -174,7 +175,9 @@ def comparison_text(record: Mapping[str, Any]) -> str:
         lines.append(same)
         return "\n".join(lines)
     then = " A study can:" if record["study"] else ""
-    if "dataset" in record["recipe"]:
+    if "dataset" in record["recipe"] and not record["same_source"]:
+        then = " Several seeds of each can, compared on pictures that none was trained on."
+    elif "dataset" in record["recipe"]:
         each = " and ".join(typed("fromzero", "cross-validate", Path(run["run"])) for run in record["runs"])
         then = f" Nor can a study, whose runs share their images. Each on all its train images: {each}"
     lines.append(f"  Which way to train is better they cannot tell: other seeds make other networks.{then}")
@@ -208,7 +211,7 @@ def _on_pictures(folder: Path, side: Classifier) -> _Side:
 def _doubts(side: _Side) -> list[str]:
     """What speaks against taking what a run says of these images for how well it was trained."""
     found = [*doubts(side.of), *side.notes]
-    if origin := side.of.run.provenance["from"]:
+    if isinstance(side.of, Classifier) and (origin := side.of.run.provenance["from"]):
         found.append(f"it began with the weights of {origin['run']}, which may have been trained on these images")
     return found
 

@@ -426,7 +426,7 @@ def why_labels_cannot_be_judged(e: Evidence) -> str:
         return f"that takes {10 * FEWEST_SURE} validation images, and it has {e.measures.num_validation}"
     if e.measures.train_accuracy >= BY_HEART:
         return "the network knows its train images by heart, and is as sure where a label is wrong"
-    if _large_gap(e):
+    if _has_large_gap(e):
         return "the gap between train and validation is too large"
     if e.measures.surest.confidence < SURE:
         return "the network is not sure enough of any image"
@@ -447,11 +447,17 @@ def _unaltered(e: Evidence) -> bool:
     return _share_left(e) == 1 and not (augment.cutmix or augment.scales)
 
 
-def _large_gap(e: Evidence) -> bool:
-    """Whether the gap is overfitting by itself, beyond its error."""
+def large_gap(e: Evidence) -> tuple[float, float]:
+    """From which gap between train and validation accuracy on it is overfitting by itself: of many validation images,
+    and of as many as there are, beyond its error."""
     accuracy = e.last["val/accuracy"]
     error = math.sqrt(accuracy * (1 - accuracy) / e.measures.num_validation)
-    return e.gap >= (UNALTERED_GAP if e.fitted and _unaltered(e) else LARGE_GAP) + 2 * error
+    large = UNALTERED_GAP if e.fitted and _unaltered(e) else LARGE_GAP
+    return large, large + 2 * error
+
+
+def _has_large_gap(e: Evidence) -> bool:
+    return e.gap >= large_gap(e)[1]
 
 
 def _overfitting(e: Evidence) -> Finding | None:
@@ -459,7 +465,7 @@ def _overfitting(e: Evidence) -> Finding | None:
     rise = min(e.last["val/loss"], e.late_median(lambda row: row["val/loss"])) - lowest["val/loss"]
     fell = e.last["train/loss"] < lowest["train/loss"]
     rises = fell and rise > max(2 * e.measures.loss_error, LOSS_RISE * lowest["val/loss"])
-    if not (rises and e.gap > SMALL_GAP) and not _large_gap(e):
+    if not (rises and e.gap > SMALL_GAP) and not _has_large_gap(e):
         return None
     augment = e.recipe.augment
     shown = e.accuracies

@@ -15,8 +15,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from fromzero import augment
+from fromzero.checkpoint import BEST
 from fromzero.diagnosis import IMBALANCED
-from fromzero.errors import FromzeroError, counted, printable, some, typed
+from fromzero.errors import FromzeroError, counted, one_line, printable, some, typed
 from fromzero.kernels import NONE
 from fromzero.networks import num_parameters
 from fromzero.runs import Row, Run
@@ -56,18 +57,30 @@ def header(training: Training) -> str:
         f"{training.run.path}: {recipe.name} on {images.name}, {parameters:,} parameters, seed {recipe.seed}",
         f"  {len(training.data.train.labels):,} train images from {images.source}; {validation_label(recipe, images)}"
         f" ({len(training.data.validation.labels):,}){scored_at_the_end}",
-        f"  {images.num_classes} classes: {some(images.class_names, most=NAMED_CLASSES)}",
+        f"  {images.num_classes} classes: {one_line(some(images.class_names, most=NAMED_CLASSES))}",
         f"  {here.device}, {counted(here.threads, 'thread')}, {here.precision}{kernels}; {recipe.optimizer.name} at"
         f" {recipe.optimizer.learning_rate:g}, batches of {recipe.batch_size}, {counted(recipe.epochs, 'epoch')}",
     ]
     if here.why_no_kernels:
         lines.append(f"  by PyTorch's kernels, which are slower: {here.why_no_kernels}")
-    lines += [f"  note: {note}" for note in (*images.notes, *_of_classes(training), *_of_sizes(training))]
+    lines += [
+        f"  note: {note}"
+        for note in (*images.notes, *_of_weights(training), *_of_classes(training), *_of_sizes(training))
+    ]
     lines += [f"  {remark}" for remark in _of_recipe(training)]
     if training.state.counters.step:
         done = f"{training.state.counters.epoch} of {recipe.epochs} epochs done"
         lines.append(f"  going on at step {training.state.counters.step:,}, {done}")
     return "\n".join(lines)
+
+
+def _of_weights(training: Training) -> Iterator[str]:
+    """What its first weights make doubtful, and what became of its best ones."""
+    if doubt := training.run.doubt_of_validation:
+        yield doubt
+    rows = training.run.metrics()
+    if rows and not (training.run.checkpoints / BEST).exists():
+        yield "the best weights of the epochs before are not there any more: best counts from here on"
 
 
 def _of_classes(training: Training) -> Iterator[str]:

@@ -92,6 +92,11 @@ def printable(text: str) -> str:
     return "".join(letter if is_shown(letter) else ascii(letter)[1:-1] for letter in text)
 
 
+def one_line(name: str) -> str:
+    """A name, as of a file, that is to stay within its line."""
+    return name.replace("\n", "\\n")
+
+
 def some(names: Sequence[str], between: str = ", ", most: int = 3) -> str:
     """The first of them, and how many more there are."""
     more = f"{'' if between == ', ' else between.rstrip()} and {len(names) - most} more" if len(names) > most else ""

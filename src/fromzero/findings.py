@@ -12,15 +12,17 @@ from typing import Any
 import tomli_w
 
 from fromzero.changes import usual_epochs
-from fromzero.data import split_name
+from fromzero.data import split_recorded
 from fromzero.diagnosis import (
     COPIES,
+    EXPLAINS,
     LATE_GAIN,
     ON_VALIDATION,
     RULES,
     Finding,
     few_are_wrong,
     hardly_mistaken,
+    large_gap,
     mirrors_one_way_round,
     share_of_wrong_labels_seen,
     untried,
@@ -60,7 +62,11 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     if judged_all := _cross_validated(run):
         said += [*filter(None, [labels]), judged_all]
     elif labels:
-        said.append(f"{labels} {typed('fromzero', 'cross-validate', run.path)} looks for them in all train images.")
+        cross_validate, report = (typed("fromzero", command, run.path) for command in ("cross-validate", "report"))
+        said.append(
+            f"{labels} {cross_validate} looks for them in all train images; some may be among the surest mistakes on"
+            f" validation, which {report} shows."
+        )
     copies = evidence.measures.copies
     if copies.found and "copies" in others:
         of = [f"{copied.near} of {copied.of:,} {split}" for split, copied in copies.splits.items() if copied.near]
@@ -84,16 +90,27 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     if origin := run.provenance["from"]:
         began = f"The run began with the weights of {origin['run']}:"
         said.append(f"{began} its first steps were not tried again, and a study begins anew.")
-    if "overfitting" in others and evidence.gap > SMALL_GAP:
-        said.append(
-            f"Train accuracy is {evidence.gap:.2f} above validation accuracy. Where the validation loss does not"
-            " rise, a gap of that size is not called overfitting; more images may narrow it."
+        if doubt := run.doubt_of_validation:
+            said.append(f"Of validation nothing is sure: {doubt}.")
+    if "overfitting" not in {finding.name for finding in found} and evidence.gap > SMALL_GAP:
+        large, beyond_error = large_gap(evidence)
+        little = (
+            f"with so few validation images that is called overfitting from {beyond_error:.2f} on"
+            if evidence.gap >= large
+            else "a gap of that size is not called overfitting"
         )
-    looked_for = ", ".join(others)
+        said.append(
+            f"Train accuracy is {evidence.gap:.2f} above validation accuracy. Where the validation loss does not rise,"
+            f" {little}; more images may narrow it."
+        )
+    explained = {name for finding in found for name in EXPLAINS.get(finding.name, ())}
+    looked_for = ", ".join(name for name in others if name not in explained)
     if found:
-        said.append(f"Not found, or explained by the above: {looked_for}.")
+        said.append(f"Not found: {looked_for}.")
     else:
         said.insert(0, f"Nothing found of: {looked_for}.")
+    if hidden := [name for name in others if name in explained]:
+        said.append(f"Not judged, as what was found would explain them: {', '.join(hidden)}.")
     if run.summary is None:
         said.append(f"The run has not ended; if it was stopped, {run.resume_command} trains it on.")
     elif {finding.name for finding in found} <= {"validation-too-small"} and (more := _other_recipe(run, evidence)):
@@ -233,7 +250,8 @@ def images_of(run: Run, source: str) -> str | None:
     """What a study's recipe calls a run's images, which are at `source` now: by the whole path, as the run's recipe
     names a folder from wherever it was begun, and CIFAR-10 may lie anywhere; None for digits, which come with a
     library, and where the path is no text."""
-    name, options = split_name(run.provenance["data"]["name"])
+    recorded = run.provenance["data"]
+    name, options = split_recorded(recorded["name"], recorded["source"])
     return None if name == "digits" or not source.isprintable() else source + options
 
 
@@ -264,6 +282,7 @@ def write_findings(
             write_atomically(run.path / COPIES, _copies_csv(copies).encode("utf-8", "surrogateescape"), alone=False)
         findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
         content = {"epoch": epoch, "steps": steps, "findings": findings, "remarks": list(said)}
+        content["cross_validated"] = bool(_cross_validated(run))
         content["measures"] = finite(known)
         write_json(run.path / "diagnosis.json", content, alone=False)
     except OSError as error:

@@ -18,7 +18,7 @@ from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, counted, typed
 from fromzero.evaluate import predict
 from fromzero.findings import study_command
-from fromzero.runs import Row, Run
+from fromzero.runs import FOLDS, LABELS, Row, Run
 from fromzero.splits import validation_label
 from fromzero.stats import wilson_interval
 from fromzero.trained import Trained
@@ -190,6 +190,7 @@ def page(
         calibration_error=error,
         source=images.source if images.train.files else None,
         folds=folds,
+        labels=run.path / FOLDS / LABELS,
         doubtful=[] if folds is None else _doubtful(folds["doubtful"][:MOST_MISTAKES], images),
         mistakes={
             split: _mistakes(scored[split], part) for split, part in parts.items() if split == "train" or not on_test
@@ -243,6 +244,7 @@ def _doubtful(rows: Sequence[Mapping[str, Any]], images: ImageSet) -> list[dict[
             "picture": _embedded(_png(images.train.pixels[row["image"]])),
             "label": images.class_names.index(row["label"]),
             "said": images.class_names.index(row["looks_like"]),
+            "own": row["label_probability"],
             "confidence": row["looks_like_probability"],
             "file": row["file"],
         }

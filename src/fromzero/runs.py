@@ -30,7 +30,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -105,6 +105,7 @@ class _Origin(pydantic.BaseModel):
     recipe: str
     step: int | None
     left: list[str]
+    seen: int | None = None
 
 
 class _Provenance(pydantic.BaseModel):
@@ -131,6 +132,7 @@ class _Diagnosis(pydantic.BaseModel):
     steps: int = 0
     findings: list[_Finding]
     remarks: list[str]
+    cross_validated: bool = False
 
 
 class _Doubtful(pydantic.BaseModel):
@@ -229,7 +231,23 @@ class Run:
     @property
     def provenance(self) -> dict[str, Any]:
         """Where the run's figures come from: versions, machine, command, commit, data."""
-        return read_record(self.path / "provenance.json", _Provenance, lambda: self.way_on)
+        mend = "put it back from a copy: without it the weights in checkpoints cannot be used"
+        return read_record(self.path / "provenance.json", _Provenance, lambda: mend)
+
+    @property
+    def doubt_of_validation(self) -> str:
+        """Why its validation figures may flatter, in words: the weights that it began with may have been trained on
+        these images. Empty where they were not."""
+        origin = self.provenance["from"]
+        if origin is None or origin.get("seen") == 0:
+            return ""
+        if origin.get("seen"):
+            are = "image is a train image" if origin["seen"] == 1 else "images are train images"
+            return (
+                f"{origin['seen']:,} validation {are} of {origin['run']}, with whose weights it began: validation"
+                " flatters"
+            )
+        return f"it began with the weights of {origin['run']}, which may have been trained on its validation images"
 
     @property
     def began(self) -> datetime:
@@ -307,7 +325,7 @@ class Run:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             whole = isinstance(row, dict) and all(_is_figure(key, row.get(key)) for key in ROW_KEYS)
             if whole and row["epoch"] == number:
@@ -432,10 +450,10 @@ def read_object(path: Path, mend: Callable[[], str] | None = None) -> dict[str, 
     there."""
     try:
         found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FromzeroError(f"{path}: damaged: {error}{f'; {mend()}' if mend else ''}") from None
     except OSError as error:
-        raise FromzeroError(f"{path}: {error.strerror}") from None
+        raise FromzeroError(f"{path}: {error.strerror}{f'; {mend()}' if mend else ''}") from None
     if not isinstance(found, dict):
         raise FromzeroError(f"{path}: damaged: expected an object{f'; {mend()}' if mend else ''}")
     return found
@@ -465,6 +483,8 @@ def _lives(writer: dict[str, Any]) -> bool:
 def create_run(runs_dir: Path, name: str) -> Run:
     """A new folder `name`, or `name-2`, `name-3` … where that is taken. It counts as a run once its recipe is written,
     which is to be done last: a process killed before that leaves nothing that could be mistaken for one."""
+    if name in ("", ".", "..") or {*"/\\\0"} & {*name}:
+        raise InputError(f"run name {name!r}: is to be the name of a folder in {runs_dir}")
     if runs_dir.exists() and not runs_dir.is_dir():
         raise InputError(f"runs folder {runs_dir}: is a file; name a folder by --runs-dir")
     try:
@@ -528,6 +548,24 @@ def last_machine(provenance: dict[str, Any]) -> dict[str, Any]:
     return machine
 
 
+def switches() -> dict[str, str]:
+    """Environment variables that change how math libraries compute, and so the bits of a result."""
+    prefixes = ("ONEDNN_", "DNNL_", "MKL_", "NVIDIA_TF32_OVERRIDE")
+    names = sorted(name for name in os.environ if name.startswith(prefixes) and not name.endswith("VERBOSE"))
+    return {name: os.environ[name] for name in names}
+
+
+def other_switches(provenance: Mapping[str, Any]) -> list[str]:
+    """In which of them this process differs from where a run was trained last."""
+    now, then = switches(), [provenance, *provenance["resumed"]][-1].get("switches", {})
+    return [
+        f"{name} is {repr(now[name]) if name in now else 'not set'}, it was"
+        f" {repr(then[name]) if name in then else 'not set'}"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name)
+    ]
+
+
 def describe_program() -> dict[str, Any]:
     """Versions, platform, command and commit of this process, for a run's provenance."""
     packages = ("fromzero", "torch", "numpy", "safetensors", "pillow")
@@ -539,6 +577,7 @@ def describe_program() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
         "commit": _commit(),
+        "switches": switches(),
     }
 
 

@@ -88,6 +88,8 @@ def doubts(of: Trained | Classifier) -> list[str]:
         on_own_test = isinstance(of, Trained) and of.run.recipe.validation.source != "test"
         later = "; the test images are scored when it does, so that nothing is chosen by them" if on_own_test else ""
         found.append(f"the run has not ended{later}")
+    if isinstance(of, Trained) and (doubt := of.run.doubt_of_validation):
+        found.append(doubt)
     if of.checkpoint.state.get("step") == 0:
         found.append("these are the weights it began with; none has been saved since")
     return found
@@ -150,4 +152,6 @@ def scores_text(record: Mapping[str, Any]) -> str:
         f"{name} {recall:.3f}{'' if each else f' (of {count:,})'}" if count else f"{name} no image"
         for (name, recall), count in zip(score["recalls"].items(), counts, strict=True)
     )
-    return "\n".join([*lines, f"  {label} accuracy by class{each}: " + ", ".join(by_class)])
+    return "\n".join(
+        [*lines, f"  {'' if label == 'these' else f'{label} '}accuracy by class{each}: " + ", ".join(by_class)]
+    )

@@ -6,22 +6,24 @@ import contextlib
 import itertools
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
-from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError, counted
+from fromzero.data import NAMED, ImageSet, load_images, split_name, split_recorded
+from fromzero.errors import FromzeroError, InputError, WriteError, counted, some
 from fromzero.files import csv_text
 from fromzero.machine import Machine
 from fromzero.optim import learning_rate_at
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.resources import check_memory
-from fromzero.runs import Run, create_run, describe_program, last_machine, load_run
+from fromzero.runs import Run, create_run, describe_program, last_machine, load_run, other_switches
 from fromzero.splits import Data, check_image_set
 from fromzero.state import State, least_memory, load_weights, model_weights
 from fromzero.steps import initial_state
@@ -78,6 +80,13 @@ def new_training(
     images = images or load_images(recipe.dataset)
     recipe = recipe.override({"dataset": _dataset_of(recipe, images)})
     check_image_set(recipe, images)
+    names = images.class_names
+    if not all(isinstance(one, str) for one in names) or len({*names}) < len(names):
+        raise InputError(
+            f"{images.source}: class_names: expected texts that differ, found {some(list(map(repr, names)))}"
+        )
+    if keep < 1 or (checkpoint_minutes is not None and not checkpoint_minutes >= 0):
+        raise InputError(f"keep: 1 at least, checkpoint_minutes: 0 at least; found {keep} and {checkpoint_minutes}")
     here = machine.prepare(recipe.precision, device=device, threads=threads)
     data = Data.of(recipe, images, here.device)
     _check_memory(recipe, data, here, "make the batch (--batch-size), the images or the network smaller")
@@ -91,7 +100,13 @@ def new_training(
             left = load_weights(state.model, weights, partial=partial)
         except InputError as error:
             raise InputError(f"{source.path}: {error}\n--partial takes the weights that fit") from None
-        origin = {"run": str(source.path), "recipe": source.recipe.name, "step": found.state.get("step"), "left": left}
+        origin = {
+            "run": str(source.path),
+            "recipe": source.recipe.name,
+            "step": found.state.get("step"),
+            "left": left,
+            "seen": _num_seen(source, images, data),
+        }
     state.start_average()
     total = networks.num_parameters(recipe.network, images.image_shape, images.num_classes)
     described = {
@@ -111,8 +126,7 @@ def new_training(
         "notes": list(images.notes),
     }
     run = create_run(Path(runs_dir), name or f"{re.sub('[@:]', '-', images.name)}-{total}")
-    with contextlib.ExitStack() as undo:
-        undo.callback(shutil.rmtree, run.path, ignore_errors=True)
+    with _begun_or_not(run) as undo:
         if images.train.files:
             run.write_splits(_splits(recipe, images, data))
         run.write_provenance(
@@ -132,6 +146,30 @@ def new_training(
         run.write_recipe(recipe)
         undo.pop_all()
     return training
+
+
+def _num_seen(source: Run, images: ImageSet, data: Data) -> int | None:
+    """How many of the validation images the weights of `source` were trained on; None where that cannot be told, as it
+    had other images or began itself with weights of which it cannot."""
+    origin = source.provenance["from"]
+    if source.provenance["data"]["order"] != images.order_digest or (origin and origin.get("seen") != 0):
+        return None
+    if data.held is None:  # they are no train images of anybody's
+        return 0
+    theirs = Data.of(source.recipe, images, "cpu").held
+    return len(data.held if theirs is None else np.setdiff1d(data.held, theirs))
+
+
+@contextlib.contextmanager
+def _begun_or_not(run: Run) -> Iterator[contextlib.ExitStack]:
+    """Remove the run's folder where what is in here fails, and say so of what cannot be written."""
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, run.path, ignore_errors=True)
+        try:
+            yield undo
+        except WriteError as error:
+            why = str(error).partition("; ")[0]
+            raise WriteError(f"{why}; nothing is left of the run: mend that, then begin it again") from None
 
 
 def _splits(recipe: Recipe, images: ImageSet, data: Data) -> str:
@@ -171,7 +209,7 @@ def _dataset_of(recipe: Recipe, images: ImageSet) -> str:
         whole = f"{Path(path).resolve()}{asked}"
         is_text = whole.isprintable()  # a recipe cannot hold a name that is none, as of a folder above it
         return whole if is_text and Path(path).exists() else recipe.dataset
-    name, options = split_name(images.name)
+    name, options = split_recorded(images.name, images.source)
     if name in NAMED:
         return images.name
     return images.source + options if images.source and Path(images.source).exists() else recipe.dataset
@@ -229,7 +267,7 @@ def resumed_training(
             device=device or recorded["device"],
             threads=recorded["threads"] if threads is None else threads,
         )
-        differences = here.differences(recorded)
+        differences = [*here.differences(recorded), *other_switches(run.provenance)]
         if differences and not allow_inexact:
             asked = {"device": device, "threads": threads}
             options = [f"--{name}" for name, value in asked.items() if value not in (None, recorded[name])]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
-from fromzero.data import NAMED, Images, ImageSet, load_images, split_name
+from fromzero.data import NAMED, Images, ImageSet, load_images, split_name, split_recorded
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, nearest, some, typed
 from fromzero.evaluate import Normalise, evaluate, outputs, predict
 from fromzero.machine import Machine
@@ -57,13 +57,14 @@ def recorded_images(
     name. Raises FromzeroError when their fingerprints are not the recorded ones."""
     recorded = run.provenance["data"]
     source = Path(recorded["source"])
-    name, options = split_name(recorded["name"])
+    name, options = split_recorded(recorded["name"], recorded["source"])
     if images is None and name in NAMED:
         place = source if data_dir is None and source.exists() else data_dir
         if place is not None and Path(place).is_file():  # an archive, which may have any name
             images = load_images(f"{place}{options}")
         else:
-            images = load_images(recorded["name"], data_dir=place, offline=offline)
+            images = load_images(name, data_dir=place, offline=offline)
+            images = images.subset(int(options[1:])) if options else images
     elif images is None:
         if data_dir is None and not source.exists():
             raise InputError(f"{run.path}: its images are no longer at {source}; --data-dir says where they are now")
@@ -109,7 +110,8 @@ def recorded_images(
 
 def _changed_files(run: Run, images: ImageSet) -> str:
     """Which pictures are gone and which new, as far as their names tell and were recorded; empty otherwise."""
-    if ":" in split_name(run.provenance["data"]["name"])[1]:  # a part of them, and another part of others
+    recorded = run.provenance["data"]
+    if ":" in split_recorded(recorded["name"], recorded["source"])[1]:  # a part of them, and another part of others
         return ""
     parts = [part for part in (images.train, images.validation, images.test) if part is not None]
     here = {file for part in parts for file in part.files or ()}

@@ -15,7 +15,16 @@ from fromzero.data.digits import load_digits
 from fromzero.data.images import NAMED, Images, ImageSet, stratified_folds, stratified_split
 from fromzero.errors import InputError, nearest
 
-__all__ = ["NAMED", "ImageSet", "Images", "load_images", "stratified_folds", "stratified_split"]
+__all__ = [
+    "NAMED",
+    "ImageSet",
+    "Images",
+    "load_images",
+    "split_name",
+    "split_recorded",
+    "stratified_folds",
+    "stratified_split",
+]
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -25,6 +34,16 @@ def split_name(name: str) -> tuple[str, str]:
     while not os.path.exists(stem) and (part := re.fullmatch(r"(.+)(?:@\d{1,4}|:\d{1,9})", stem, re.DOTALL)):
         stem = part[1]
     return stem, name[len(stem) :]
+
+
+def split_recorded(name: str, source: str) -> tuple[str, str]:
+    """The same of the name of an image set that was read from `source`, whatever is there by now."""
+    stem = Path(source).name
+    options = r"((?:@\d{1,4})?(?::\d{1,9})?)"
+    if stem and name.startswith(stem) and re.fullmatch(options, name[len(stem) :]):
+        return stem, name[len(stem) :]
+    part = re.fullmatch(f"(.+?){options}", name, re.DOTALL)
+    return (part[1], part[2]) if part else (name, "")
 
 
 def load_images(
@@ -53,6 +72,8 @@ def load_images(
                 f"data folder {data_dir}: where {path} is, its own path says; leave it out (it is for cifar10, or for a"
                 " run whose images have moved)"
             )
+        case path if os.path.exists(path) and not (os.path.isdir(path) or os.path.isfile(path)):
+            raise InputError(f"{path}: is neither a folder nor a file; name a folder of pictures, or CIFAR's archive")
         case path if os.path.exists(path):
             return load_cifar(Path(path)) if is_cifar(Path(path)) else _load_pictures(Path(path))
         case name if part := re.fullmatch(r"(.+):(\d{1,9})", name):

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
+from fromzero.errors import one_line
 from fromzero.resources import num_threads
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # other decoders are not tried on anybody's file
@@ -55,7 +56,7 @@ def unreadable(paths: Sequence[Path], wrong: Mapping[int, Wrong]) -> str:
     """What `read_pictures` found wrong, in words: the first files by name, after what they have in common."""
     named: dict[str, list[str]] = {}
     for index in list(wrong)[:UNREADABLE_NAMED]:
-        named.setdefault(wrong[index].why, []).append(str(paths[index]))
+        named.setdefault(wrong[index].why, []).append(one_line(str(paths[index])))
     reasons = [f"{why}: {', '.join(files)}" for why, files in named.items()]
     if len(wrong) > UNREADABLE_NAMED:
         reasons.append(f"and {len(wrong) - UNREADABLE_NAMED} more")

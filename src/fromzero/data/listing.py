@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fromzero.errors import InputError, counted, some
+from fromzero.errors import InputError, counted, one_line, some
 
 SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -46,13 +46,12 @@ def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path
     expected = f"expected a folder for each class, called as the run's classes are ({some(class_names)})"
     if not path.is_dir():
         raise InputError(f"{path}: no folder; {expected}")
-    # Systems write the same letters in different ways.
-    known = {unicodedata.normalize("NFC", name): label for label, name in enumerate(class_names)}
+    known = {_spelled(name): label for label, name in enumerate(class_names)}
     listed = []
     with readable(path):
         left_out = [entry for entry in _shown(path) if not entry.is_dir()]
         for folder in _folders(path):
-            if (name := unicodedata.normalize("NFC", _class_name(folder))) not in known:
+            if (name := _spelled(_class_name(folder))) not in known:
                 splits = [
                     one for names in reversed(SPLITS.values()) for one in _folders(path) if one.name.lower() in names
                 ]
@@ -64,7 +63,7 @@ def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path
     if not listed:
         loose = sum(_is_picture(entry) for entry in left_out)
         found = f"{counted(loose, 'picture')} in it, and in no class folder" if loose else "no pictures in it"
-        own = unicodedata.normalize("NFC", path.resolve().name)
+        own = _spelled(path.resolve().name)
         meant = f"; {own} is a class: name the folder that it lies in, {path.resolve().parent}" if own in known else ""
         raise InputError(f"{path}: {found}; {expected}{meant}")
     paths, labels = zip(*listed, strict=True)
@@ -116,16 +115,22 @@ def list_pictures(path: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
             f"{found['train']}: expected a folder for each of at least two classes with its pictures in it, or train,"
             f" val and test with such, or CIFAR's data_batch files; found {_inside(found['train'])}{meant}"
         )
+    labels: dict[str, int] = {}  # by a class's name in one of the ways in which systems write the same letters
+    for label, name in enumerate(class_names):
+        if (same := labels.setdefault(_spelled(name), label)) != label:
+            both = f"{class_names[same]!r} and {name!r} are one name, written in two ways"
+            raise InputError(f"{found['train']}: {both}: rename one, or put both together")
     listed, left_out, deeper = [], list(loose), []
     for split, root in found.items():
         left_out += [entry for entry in _shown(root) if not entry.is_dir()]
         for folder in _folders(root):
-            if folder.name not in class_names:
+            if _spelled(folder.name) not in labels:
                 raise InputError(f"{folder}: a class that {found['train']} does not have")
             pictures, others, within = _under(folder)
             if not pictures and split == "train":
                 raise InputError(
-                    f"{folder}: expected the pictures of a class ({', '.join(ENDINGS)}); found {_inside(folder)}"
+                    f"{folder}: expected the pictures of a class ({', '.join(ENDINGS)}); found {_inside(folder)}; put"
+                    " some there, or remove the folder"
                 )
             if len(within) > 1 and folder not in {picture.parent for picture in pictures}:
                 raise InputError(
@@ -133,7 +138,7 @@ def list_pictures(path: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
                     f" those are classes, name {folder} as the data set, and if {folder.name} is one, put its pictures"
                     " into it"
                 )
-            listed += [File(split, class_names.index(folder.name), picture) for picture in pictures]
+            listed += [File(split, labels[_spelled(folder.name)], picture) for picture in pictures]
             left_out += others
             deeper += within
     notes = []
@@ -158,6 +163,11 @@ def _not_read(left_out: Sequence[Path], path: Path) -> list[str]:
 def _class_name(folder: Path) -> str:
     """Whatever the locale makes of its bytes: a run may be looked at under another one."""
     return os.fsencode(folder.name).decode("utf-8", "surrogateescape")
+
+
+def _spelled(name: str) -> str:
+    """In one of the ways in which systems write the same letters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _shown(folder: Path) -> list[Path]:
@@ -197,14 +207,15 @@ def _under(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
 
 
 def _is_picture(path: Path) -> bool:
-    """By its name; a link to nothing is meant as one, and is named as what cannot be read."""
+    """By its name; a link to nothing is meant as one, and is named as what cannot be read; pipes and devices are none,
+    as they may never end."""
     named = path.suffix.lower() in ENDINGS and not _is_hidden(path.name)
-    return named and (path.is_symlink() or path.is_file())
+    return named and (path.is_file() or (path.is_symlink() and not path.exists()))
 
 
 def names_under(entries: Iterable[Path], path: Path) -> list[str]:
     """Their paths from there."""
-    return [str(entry.relative_to(path)) for entry in entries]
+    return [one_line(str(entry.relative_to(path))) for entry in entries]
 
 
 def _inside(folder: Path) -> str:

@@ -203,7 +203,8 @@ def _decoded(path: Path, listed: Sequence[File], side: int | None) -> _Decoded:
     widths, heights = zip(*sizes, strict=True)
     smallest, largest = f"{min(widths)}×{min(heights)}", f"{max(widths)}×{max(heights)}"
     of = smallest if smallest == largest else f"{smallest} to {largest}"
-    larger = "" if side else f" ({path.resolve().name}@64: to 64×64, best with --recipe few64)"
+    are_larger = np.median([min(size) for size in size_of if size]) >= 1.5 * USUAL_SIDE
+    larger = f" ({path.resolve().name}@64: to 64×64, best with --recipe few64)" if are_larger and not side else ""
     notes.append(f"pictures of {of} pixels, cut to squares and scaled to {width}×{height}{larger}")
     return pixels, digests, whole, notes
 

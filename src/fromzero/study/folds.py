@@ -234,6 +234,7 @@ def fold_text(found: CrossValidation, result: Mapping[str, Any]) -> str:
     if shown:
         moved = [] if found.data_dir is None else ["--data-dir", str(found.data_dir)]
         lines.append(f"  pictures of these: {typed('fromzero', 'report', found.run.path, *moved)}")
+        lines.append("  mend labels in a copy of the pictures: the run needs its own as they are")
     return "\n".join(line.replace("\n", "\\n") for line in lines)
 
 

@@ -128,15 +128,22 @@ def _draw_differences(axes: Axes, contrasts: Sequence[ContrastResult]) -> None:
             mean, low, high = (scale * x for x in found.comparison.difference)
             axes.plot([low, high], [height, height], color=color, lw=2)
             axes.plot(mean, height, "o", color=color, ms=5)
+        if margin := scale * found.contrast.margin:  # what the claim is decided from, not zero
+            edges = {"higher": [-margin], "lower": [margin]}.get(found.contrast.direction, [-margin, margin])
+            axes.vlines(edges, height - 0.35, height + 0.35, color="#333333", lw=1, ls=":")
     axes.axvline(0, color="#333333", lw=0.8)
     if farthest:  # the interval of two pairs is so wide that nothing would be seen of them
         low, high = axes.get_xlim()
         axes.set_xlim(max(low, -4 * farthest), min(high, 4 * farthest))
-    labels = [f"{c.contrast.arm} − {c.contrast.against}" for c in contrasts]
-    axes.set_title("pairs of a seed (ticks), their mean, its 95 % interval", fontsize=8)
+    metrics = list(dict.fromkeys(c.contrast.metric for c in contrasts))
+    labels = [
+        f"{c.contrast.arm} − {c.contrast.against}" + (f"\n{c.contrast.metric}" if len(metrics) > 1 else "")
+        for c in contrasts
+    ]
+    margins = "; dotted: the claim's margin" if any(c.contrast.margin for c in contrasts) else ""
+    axes.set_title(f"pairs of a seed (ticks), their mean, its 95 % interval{margins}", fontsize=8)
     axes.set_yticks(list(heights), labels, fontsize=8)
     axes.set_ylim(0.4, len(contrasts) + 0.6)
-    metrics = list(dict.fromkeys(c.contrast.metric for c in contrasts))
     axes.set_xlabel("; ".join(f"{metric} ({unit(metric)})" for metric in metrics), fontsize=9)
 
 
