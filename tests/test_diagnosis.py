@@ -20,6 +20,8 @@ from fromzero.diagnosis import (
     RULES,
     Finding,
     diagnose,
+    hidden_by_few,
+    large_gap,
     share_of_wrong_labels_seen,
     untried,
     why_labels_cannot_be_judged,
@@ -800,11 +802,31 @@ def test_notes_on_the_images_stand_at_a_diagnosis_head(run):
 def test_few_validation_images_with_hardly_a_mistake_say_nothing_of_labels(run):
     nearly = (0.6, 0.8, 0.9, 0.97, 0.98)
     measured = {"validation_counts": (20, 20), "surest": Surest(0, 4, 0.9)}
-    for val, said in ((nearly, "could not be judged: imbalance, label-noise"), ((0.5,) * 5, "cross-validate")):
+    for val, said in ((nearly, "could not be judged: label-noise"), ((0.5,) * 5, "cross-validate")):
         few = replace(evidence(measured=measured, train=nearly, val=val), recipe=run.recipe)
         told = " ".join(remarks(run, few, diagnose(few)))
         assert said in told
         assert ("label-noise" in told) == (val is nearly)
+
+
+def test_few_validation_images_hide_only_what_nothing_else_rules_out():
+    assert ON_VALIDATION == ("imbalance", "label-noise", "overfitting", "stopped-early", "rate-never-falls")
+    uneven = {"train_counts": (800, 100)}
+    unfitted = evidence({"schedule.name": "constant"}, measured=uneven, train=(0.3, 0.4, 0.5, 0.55, 0.6))
+    assert hidden_by_few(unfitted) == list(ON_VALIDATION)
+    even = {"train_counts": (799, 100), "train_accuracy": 0.99}
+    fitted = evidence({"schedule.name": "linear"}, measured=even)
+    assert hidden_by_few(fitted) == ["label-noise", "overfitting"]
+
+
+def test_a_gap_too_small_for_its_error_is_told_with_what_would_do(run):
+    few = evidence(
+        {"augment.translate": 2}, measured={"validation_counts": (50, 50), "train_accuracy": 0.99},
+        train=(0.6, 0.8, 0.9, 0.97, 0.99), val=(0.5, 0.6, 0.66, 0.66, 0.66), val_loss=(1.0, 0.9, 0.9, 0.9, 0.9),
+    )  # fmt: skip
+    (told,) = (said for said in remarks(run, few, diagnose(few)) if said.startswith("Train accuracy is 0.31"))
+    assert f"with so few validation images that is called overfitting from {large_gap(few)[1]:.2f} on" in told
+    assert 0.3 + 2 * math.sqrt(0.66 * 0.34 / 100) == pytest.approx(large_gap(few)[1])
 
 
 def test_mirrored_images_are_not_cleared_where_nothing_could_show_their_cost(run):
@@ -1047,12 +1069,12 @@ def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, t
     second = fromzero.list_runs()[1]
     assert cli.main(["diagnose", str(second.path), "--threads", "1"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "With so few validation images these could not be judged: imbalance, " in told
+    assert "With so few validation images this could not be judged: " in told
     cannot = "Wrong labels cannot be detected in this run: that takes 250 validation images, and it has "
     assert cannot in told
     assert f"fromzero cross-validate {second.path} looks for them in all train images; some may be" in told
     rest = told.split("Not found: ")[1]
-    assert "imbalance" not in rest
+    assert "imbalance" in rest  # as many images of each class
     assert "label-noise" not in rest
     assert f"The run began with the weights of {run.path}: its first steps were not tried again" in told
     assert json.loads((second.path / "diagnosis.json").read_text("utf-8"))["measures"]["trials"] == {}

@@ -101,10 +101,16 @@ def _copies(e: Evidence) -> Finding | None:
     )
 
 
+def _are_uneven(counts: Iterable[int]) -> bool:
+    """Whether the commonest class has too many of the images beside the rarest."""
+    some = [count for count in counts if count]
+    return max(some) >= IMBALANCED * min(some)
+
+
 def _imbalance(e: Evidence) -> Finding | None:
     counts = {label: count for label, count in enumerate(e.measures.train_counts) if count}
     rarest, commonest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-    if counts[commonest] < IMBALANCED * counts[rarest]:
+    if not _are_uneven(counts.values()):
         return None
     middle = math.sqrt(counts[commonest] * counts[rarest])
     rare = [label for label, count in counts.items() if count < middle]
@@ -592,6 +598,16 @@ def _is_narrow(accuracy: float, count: int) -> bool:
     return high - low < 2 * WIDE
 
 
+def hidden_by_few(e: Evidence) -> list[str]:
+    """Which problems few validation images may hide: those that go by them, but for what other figures rule out."""
+    ruled_out = {
+        "imbalance": not _are_uneven(e.measures.train_counts),
+        "stopped-early": e.fitted,
+        "rate-never-falls": e.recipe.schedule.name != "constant",
+    }
+    return [name for name in ON_VALIDATION if not ruled_out.get(name)]
+
+
 def untried(evidence: Evidence) -> list[str]:
     """The rules that go by steps which the run gave reason to try and which could not be made or came to nothing: it
     has too few steps or validation images, or too small ones, began with other weights, was still in its warm-up, its
@@ -628,7 +644,7 @@ RULES: dict[str, Callable[[Evidence], Finding | None]] = {
     "rate-never-falls": _rate_never_falls,
     "validation-too-small": _validation_too_small,
 }
-# Which few validation images may hide.
+# What goes by validation images, of which few may hide it.
 ON_VALIDATION = ("imbalance", "label-noise", "overfitting", "stopped-early", "rate-never-falls")
 # What a finding is the likely cause of. Only a network that has learned can say that a label is wrong.
 _UNLEARNED = ("label-noise", "stopped-early", "underfitting")

@@ -17,11 +17,11 @@ from fromzero.diagnosis import (
     COPIES,
     EXPLAINS,
     LATE_GAIN,
-    ON_VALIDATION,
     RULES,
     Finding,
     few_are_wrong,
     hardly_mistaken,
+    hidden_by_few,
     large_gap,
     mirrors_one_way_round,
     share_of_wrong_labels_seen,
@@ -47,11 +47,13 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     others = [name for name in RULES if name not in {finding.name for finding in found}]
     judged = "label-noise" in others and not hardly_mistaken(evidence)  # else wrong ones are too few for a problem
     if "validation-too-small" not in others:
-        hidden = [name for name in others if name in ON_VALIDATION and not (judged and name == "label-noise")]
+        hideable = {*hidden_by_few(evidence)} - ({"label-noise"} if judged else set())
+        hidden = [name for name in others if name in hideable]
         if evidence.measures.mirror_accuracy is not None:
             hidden += [name for name in untried(evidence) if name == "mirrored-images" and name in others]
         others = [name for name in others if name not in hidden]
-        said.append(f"With so few validation images these could not be judged: {', '.join(hidden)}.")
+        if hidden:
+            said.append(f"With so few validation images this could not be judged: {', '.join(hidden)}.")
     labels = ""
     if judged and (why := why_labels_cannot_be_judged(evidence)):
         others.remove("label-noise")
