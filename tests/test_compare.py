@@ -197,6 +197,27 @@ def test_what_a_study_cannot_tell_is_said_beside_it(runs, digits, tmp_path):
     assert compare_runs(runs[0], measured)["study"] is None
 
 
+def test_of_other_pictures_in_train_more_seeds_tell_and_of_other_sizes_cross_validation(photos, tmp_path):
+    mended = shutil.copytree(photos / "train", tmp_path / "mended")
+    moved = next((mended / "light").iterdir())
+    moved.rename(mended / "dark" / f"moved-{moved.name}")
+    one, two, larger = (
+        train({}, fromzero.load_images(f"{name}"), tmp_path)
+        for name in (photos / "train", mended, f"{photos / 'train'}@24")
+    )
+    told = comparison_text(compare_runs(one, two, photos / "fresh"))
+    assert "Several seeds of each can, compared on pictures that none was trained on." in told
+    assert "cross-validate" not in told
+    assert f"fromzero cross-validate {larger.path}" in comparison_text(compare_runs(one, larger))
+
+
+def test_other_switches_are_a_difference(runs, digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert compare_runs(runs[0], train({}, digits, tmp_path))["others"] == {
+        "switches": ("none", "ONEDNN_MAX_CPU_ISA=AVX2")
+    }
+
+
 def test_another_study_of_that_name_is_left_alone(runs):
     path = Path(compare_runs(runs[0], runs[2])["study"]["file"])
     path.write_text("another one")

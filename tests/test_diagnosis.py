@@ -825,7 +825,7 @@ def test_a_gap_too_small_for_its_error_is_told_with_what_would_do(run):
         train=(0.6, 0.8, 0.9, 0.97, 0.99), val=(0.5, 0.6, 0.66, 0.66, 0.66), val_loss=(1.0, 0.9, 0.9, 0.9, 0.9),
     )  # fmt: skip
     (told,) = (said for said in remarks(run, few, diagnose(few)) if said.startswith("Train accuracy is 0.31"))
-    assert f"with so few validation images that is called overfitting from {large_gap(few)[1]:.2f} on" in told
+    assert f"only one from {large_gap(few)[1]:.3f} on is called overfitting" in told
     assert 0.3 + 2 * math.sqrt(0.66 * 0.34 / 100) == pytest.approx(large_gap(few)[1])
 
 

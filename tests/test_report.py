@@ -267,6 +267,29 @@ def test_copies_among_the_mistakes_are_named_together():
     assert [one["file"] for one in found] == ["a.png and b.png", "a.png and b.png", "c.png"]
 
 
+def test_a_diagnosis_of_before_a_cross_validation_is_called_so(pictures, tmp_path):
+    assert cli.main(["train", str(pictures), *ARGUMENTS, "--runs-dir", str(tmp_path / "runs")]) == 0
+    (run,) = fromzero.list_runs(tmp_path / "runs")
+
+    def page():
+        assert cli.main(["report", str(run.path), str(tmp_path / "page.html"), "--threads", "1"]) == 0
+        return (tmp_path / "page.html").read_text("utf-8")
+
+    before = "before the cross-validation whose outcome is below"
+    assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 0
+    assert before not in page()
+    assert cli.main(["cross-validate", str(run.path), "--folds", "2", "--jobs", "1", "--threads", "1"]) == 0
+    told = page()
+    assert before in told
+    assert f"{run.path / 'folds' / 'labels.csv'}" in told
+    recorded = json.loads((run.path / "diagnosis.json").read_text("utf-8"))
+    del recorded["cross_validated"]  # as an earlier fromzero left it
+    (run.path / "diagnosis.json").write_text(json.dumps(recorded))
+    assert before not in page()
+    assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 0
+    assert before not in page()
+
+
 def test_doubtful_labels_that_are_not_of_these_images_are_left_out(tiny_images):
     name = tiny_images.class_names[0]
     row = {

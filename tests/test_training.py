@@ -94,7 +94,7 @@ def test_switches_of_math_libraries_that_change_bits_are_told_and_refused(tiny_i
     training = new_training(load_recipe("train1").override({"epochs": 2}), tiny_images, runs_dir=tmp_path, threads=1)
     training.close()
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-    monkeypatch.setenv("MKL_VERBOSE", "0")  # changes nothing
+    monkeypatch.setenv("MKL_VERBOSE", "0")  # which changes nothing
     with pytest.raises(
         FromzeroError, match=r"\(MKL_CBWR is 'COMPATIBLE', it was not set\), so the result would not be"
     ):
@@ -106,6 +106,16 @@ def test_switches_of_math_libraries_that_change_bits_are_told_and_refused(tiny_i
     monkeypatch.delenv("MKL_CBWR")
     with pytest.raises(FromzeroError, match="MKL_CBWR is not set, it was 'COMPATIBLE'"):
         resumed_training(training.run, images=tiny_images)
+    provenance = training.run.provenance
+    for damaged in (None, [], {"MKL_CBWR": 1}):
+        training.run.write_provenance(provenance | {"switches": damaged})
+        with pytest.raises(FromzeroError, match="damaged: switches"):
+            resumed_training(training.run, images=tiny_images)
+    older = {**provenance, "resumed": []}
+    del older["switches"]  # of which nothing is known
+    training.run.write_provenance(older)
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    resumed_training(training.run, images=tiny_images).close()
 
 
 def test_what_the_first_weights_had_seen_of_validation_is_counted(tiny_images, tmp_path):
@@ -126,6 +136,13 @@ def test_what_the_first_weights_had_seen_of_validation_is_counted(tiny_images, t
     told = f"{seen} validation images are train images of {first.run.path}, with whose weights it began: validation fl"
     assert larger.run.doubt_of_validation.startswith(told)
     assert told in header(larger)
+    provenance = first.run.provenance
+    provenance["data"]["held_out"] = "0" * 64  # as an earlier fromzero, which split in another way
+    first.run.write_provenance(provenance)
+    assert (
+        "which may have been trained on its validation images"
+        in begun(0.2, start_from=first.run).run.doubt_of_validation
+    )
     third = begun(0.4, start_from=larger.run)  # whose weights may be those of the first
     assert "which may have been trained on its validation images" in third.run.doubt_of_validation
 

@@ -20,7 +20,7 @@ from fromzero.evaluate import Normalise, evaluate
 from fromzero.files import write_atomically
 from fromzero.findings import STUDY_SEEDS, images_of, study_command, study_text
 from fromzero.recipe import recipe_names
-from fromzero.runs import Run, last_machine
+from fromzero.runs import Run, last_machine, last_switches
 from fromzero.scores import doubts, pictures_of
 from fromzero.splits import Subset, validation_label
 from fromzero.stats import FEWEST_PAIRS, LEVEL, compare_on_images, wilson_interval
@@ -256,6 +256,7 @@ def _other_changes(a: Trained | Classifier, b: Trained | Classifier) -> dict[str
         return {
             "train images": data["fingerprints"]["train"][:12],
             **{f"machine.{name}": here.get(name, "?") for name in OF_MACHINES},
+            "switches": ", ".join(map("=".join, (last_switches(run.provenance) or {}).items())) or "none",
             "begun with": (run.provenance["from"] or {"run": "random weights"})["run"],
             "extended after epoch": ", ".join(map(str, run.earlier_ends)) or "none",
             "epochs to go": 0 if run.summary is not None else run.recipe.epochs - side.checkpoint.epochs,

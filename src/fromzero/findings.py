@@ -64,10 +64,12 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     if judged_all := _cross_validated(run):
         said += [*filter(None, [labels]), judged_all]
     elif labels:
-        cross_validate, report = (typed("fromzero", command, run.path) for command in ("cross-validate", "report"))
+        shown = "."
+        if why and run.recipe.validation.source != "test":  # whose pictures nobody is shown
+            report = typed("fromzero", "report", run.path)
+            shown = f"; some may be among the surest mistakes on validation, which {report} shows."
         said.append(
-            f"{labels} {cross_validate} looks for them in all train images; some may be among the surest mistakes on"
-            f" validation, which {report} shows."
+            f"{labels} {typed('fromzero', 'cross-validate', run.path)} looks for them in all train images{shown}"
         )
     copies = evidence.measures.copies
     if copies.found and "copies" in others:
@@ -93,17 +95,19 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         began = f"The run began with the weights of {origin['run']}:"
         said.append(f"{began} its first steps were not tried again, and a study begins anew.")
         if doubt := run.doubt_of_validation:
-            said.append(f"Of validation nothing is sure: {doubt}.")
+            said.append(f"Validation figures may flatter: {doubt}.")
     if "overfitting" not in {finding.name for finding in found} and evidence.gap > SMALL_GAP:
-        large, beyond_error = large_gap(evidence)
-        little = (
-            f"with so few validation images that is called overfitting from {beyond_error:.2f} on"
-            if evidence.gap >= large
-            else "a gap of that size is not called overfitting"
+        (large, beyond_error), told, little = (
+            large_gap(evidence),
+            f"{evidence.gap:.2f}",
+            "a gap of that size is not called",
         )
+        if evidence.gap >= large:
+            told = f"{evidence.gap:.3f}"
+            little = f"with so many validation images only one from {beyond_error:.3f} on is called"
         said.append(
-            f"Train accuracy is {evidence.gap:.2f} above validation accuracy. Where the validation loss does not rise,"
-            f" {little}; more images may narrow it."
+            f"Train accuracy is {told} above validation accuracy. Where the validation loss does not rise, {little}"
+            " overfitting; more images may narrow it."
         )
     explained = {name for finding in found for name in EXPLAINS.get(finding.name, ())}
     looked_for = ", ".join(name for name in others if name not in explained)
@@ -112,7 +116,7 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     else:
         said.insert(0, f"Nothing found of: {looked_for}.")
     if hidden := [name for name in others if name in explained]:
-        said.append(f"Not judged, as what was found would explain them: {', '.join(hidden)}.")
+        said.append(f"Not found, or explained by the above: {', '.join(hidden)}.")
     if run.summary is None:
         said.append(f"The run has not ended; if it was stopped, {run.resume_command} trains it on.")
     elif {finding.name for finding in found} <= {"validation-too-small"} and (more := _other_recipe(run, evidence)):
@@ -284,7 +288,7 @@ def write_findings(
             write_atomically(run.path / COPIES, _copies_csv(copies).encode("utf-8", "surrogateescape"), alone=False)
         findings = [asdict(one) | {"study": studies[one.name].name if one.name in studies else None} for one in found]
         content = {"epoch": epoch, "steps": steps, "findings": findings, "remarks": list(said)}
-        content["cross_validated"] = bool(_cross_validated(run))
+        content["cross_validated"] = (run.path / FOLDS / "result.json").exists()
         content["measures"] = finite(known)
         write_json(run.path / "diagnosis.json", content, alone=False)
     except OSError as error:

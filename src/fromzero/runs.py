@@ -44,6 +44,12 @@ from fromzero.files import append_line, sync_folder, write_atomically, write_jso
 from fromzero.recipe import Recipe, load_recipe
 
 Row = dict[str, Any]
+# Environment variables of MKL, oneDNN and CUDA (in the two's documentation) that change bits.
+SWITCHES = (
+    *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE"),
+    *(f"{of}_{what}" for of in ("ONEDNN", "DNNL") for what in ("MAX_CPU_ISA", "CPU_ISA_HINTS", "DEFAULT_FPMATH_MODE")),
+    "NVIDIA_TF32_OVERRIDE",
+)
 OWN_FILES = ("recipe.toml", "provenance.json", "splits.csv", "metrics.jsonl", "summary.json", "lock", "writer.json")
 
 FOLDS, LABELS = "folds", "labels.csv"  # in the run folder: its cross-validation, and in that what it says of labels
@@ -96,6 +102,7 @@ class _Ended(pydantic.BaseModel):
 
 class _Resumed(pydantic.BaseModel):
     machine: _Machine
+    switches: dict[str, str] = {}
     epochs: list[int] = []
     summary: _Ended | None = None
 
@@ -110,6 +117,7 @@ class _Origin(pydantic.BaseModel):
 
 class _Provenance(pydantic.BaseModel):
     machine: _Machine
+    switches: dict[str, str] = {}
     data: _Data
     started: str
     versions: dict[str, str] = {}
@@ -132,7 +140,7 @@ class _Diagnosis(pydantic.BaseModel):
     steps: int = 0
     findings: list[_Finding]
     remarks: list[str]
-    cross_validated: bool = False
+    cross_validated: bool | None = None
 
 
 class _Doubtful(pydantic.BaseModel):
@@ -549,21 +557,27 @@ def last_machine(provenance: dict[str, Any]) -> dict[str, Any]:
 
 
 def switches() -> dict[str, str]:
-    """Environment variables that change how math libraries compute, and so the bits of a result."""
-    prefixes = ("ONEDNN_", "DNNL_", "MKL_", "NVIDIA_TF32_OVERRIDE")
-    names = sorted(name for name in os.environ if name.startswith(prefixes) and not name.endswith("VERBOSE"))
-    return {name: os.environ[name] for name in names}
+    """The environment variables that are set here of those by which math libraries choose how to compute, and so the
+    bits of a result."""
+    return {name: os.environ[name] for name in SWITCHES if name in os.environ}
 
 
 def other_switches(provenance: Mapping[str, Any]) -> list[str]:
-    """In which of them this process differs from where a run was trained last."""
-    now, then = switches(), [provenance, *provenance["resumed"]][-1].get("switches", {})
+    """In which of them this process differs from where a run was trained last; none where that was not recorded."""
+    now, then = switches(), last_switches(provenance)
+    if then is None:
+        return []
     return [
         f"{name} is {repr(now[name]) if name in now else 'not set'}, it was"
         f" {repr(then[name]) if name in then else 'not set'}"
-        for name in sorted(now.keys() | then.keys())
+        for name in SWITCHES
         if now.get(name) != then.get(name)
     ]
+
+
+def last_switches(provenance: Mapping[str, Any]) -> dict[str, str] | None:
+    """Those under which a run was trained last; None where that was not recorded."""
+    return [provenance, *provenance["resumed"]][-1].get("switches")
 
 
 def describe_program() -> dict[str, Any]:

@@ -156,8 +156,10 @@ def _num_seen(source: Run, images: ImageSet, data: Data) -> int | None:
         return None
     if data.held is None:  # they are no train images of anybody's
         return 0
-    theirs = Data.of(source.recipe, images, "cpu").held
-    return len(data.held if theirs is None else np.setdiff1d(data.held, theirs))
+    before = Data.of(source.recipe, images, "cpu")
+    if before.held_out != source.provenance["data"].get("held_out"):  # an earlier fromzero split in another way
+        return None
+    return len(data.held if before.held is None else np.setdiff1d(data.held, before.held))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 from fromzero import stats
 from fromzero.errors import FromzeroError, InputError, counted, nearest
 from fromzero.networks import num_multiply_adds, num_parameters
-from fromzero.runs import Row, Run, last_machine
+from fromzero.runs import Row, Run, last_machine, last_switches
 from fromzero.stats import Comparison, Interval, Verdict
 from fromzero.study.cells import Cell, cells_of, differences, read_outcomes
 from fromzero.study.definition import CLAIM, MOST_SEEDS, Arm, Contrast, Study, load_study, study_names
@@ -353,4 +353,5 @@ def _machine(provenance: dict[str, Any]) -> str:
     here = last_machine(provenance)
     threads = counted(here["threads"], "thread")
     kind, version = here.get("processor", "?"), here.get("torch", "?")
-    return f"{kind}, {here['device']}, {threads}, {here['precision']}, torch {version}"
+    switched = "".join(f", {name}={value}" for name, value in (last_switches(provenance) or {}).items())
+    return f"{kind}, {here['device']}, {threads}, {here['precision']}, torch {version}{switched}"
