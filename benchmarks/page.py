@@ -92,7 +92,9 @@ def steps_section(results):
         f"Batches of {about['batch_size']}, SGD with momentum 0.9, random images of CIFAR-10's size and number in"
         " memory; images a second. Plain PyTorch is eager, channels_last, with a fused optimizer; Keras runs on"
         " TensorFlow, as `Sequential` and `compile`, trained as said below. fromzero's side is the whole step"
-        " of a real training: it starts from uint8 pixels, checks losses and gradients and keeps the running accuracy.",
+        " of a real training: it starts from uint8 pixels, checks losses and gradients and keeps the running accuracy."
+        + " Whether bfloat16 learns as well as float32: [precision.md](precision.md)."
+        * (about["precision"] != "float32"),
         "",
         "![Training steps](benchmarks.png)",
         "",
