@@ -140,8 +140,9 @@ def _draw_differences(axes: Axes, contrasts: Sequence[ContrastResult]) -> None:
         f"{c.contrast.arm} − {c.contrast.against}" + (f"\n{c.contrast.metric}" if len(metrics) > 1 else "")
         for c in contrasts
     ]
-    margins = "; dotted: the claim's margin" if any(c.contrast.margin for c in contrasts) else ""
-    axes.set_title(f"pairs of a seed (ticks), their mean, its 95 % interval{margins}", fontsize=8)
+    margins = "; dotted: margin" if any(c.contrast.margin for c in contrasts) else ""
+    title = f"pairs (ticks), their mean, its 95 % interval{margins}"
+    axes.set_title(title, fontsize=8, loc="right")  # so that it reaches over long labels
     axes.set_yticks(list(heights), labels, fontsize=8)
     axes.set_ylim(0.4, len(contrasts) + 0.6)
     axes.set_xlabel("; ".join(f"{metric} ({unit(metric)})" for metric in metrics), fontsize=9)
