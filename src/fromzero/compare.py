@@ -10,11 +10,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unicodedata import normalize
 
 import numpy as np
 
 from fromzero.changes import DATA_FIELDS, differing_fields, in_words, short
+from fromzero.data.listing import spelled
 from fromzero.errors import FromzeroError, InputError, counted, some, typed
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.files import write_atomically
@@ -56,7 +56,7 @@ class _Side(NamedTuple):
         with proposing_others(of.checkpoint):
             outcomes = evaluate(of.network, *these, normalise, of.machine)
         right = (outcomes.predictions == outcomes.labels).tolist()
-        names = [normalize("NFC", name) for name in class_names]  # as file systems may spell one in two ways
+        names = [spelled(name) for name in class_names]
         keys = zip((names[label] for label in these.labels.tolist()), contents, strict=True)
         return cls(of, dict(zip(keys, right, strict=True)), len(right), notes)
 
@@ -80,7 +80,7 @@ def compare_runs(
     do; NonFiniteError."""
     if one.path.samefile(two.path):
         raise InputError(f"{one.path} and {two.path} are the same run: name another one")
-    classes = [{normalize("NFC", name) for name in run.provenance["data"]["classes"]} for run in (one, two)]
+    classes = [{spelled(name) for name in run.provenance["data"]["classes"]} for run in (one, two)]
     if folder is None:
         if classes[0] != classes[1]:
             apart = some(sorted(classes[0] ^ classes[1]))

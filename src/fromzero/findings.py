@@ -97,11 +97,8 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         if doubt := run.doubt_of_validation:
             said.append(f"Validation figures may flatter: {doubt}.")
     if "overfitting" not in {finding.name for finding in found} and evidence.gap > SMALL_GAP:
-        (large, beyond_error), told, little = (
-            large_gap(evidence),
-            f"{evidence.gap:.2f}",
-            "a gap of that size is not called",
-        )
+        large, beyond_error = large_gap(evidence)
+        told, little = f"{evidence.gap:.2f}", "a gap of that size is not called"
         if evidence.gap >= large:
             told = f"{evidence.gap:.3f}"
             little = f"with so many validation images only one from {beyond_error:.3f} on is called"

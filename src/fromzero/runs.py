@@ -44,7 +44,7 @@ from fromzero.files import append_line, sync_folder, write_atomically, write_jso
 from fromzero.recipe import Recipe, load_recipe
 
 Row = dict[str, Any]
-# Environment variables of MKL, oneDNN and CUDA (in the two's documentation) that change bits.
+# Environment variables by which MKL, oneDNN and CUDA choose how to compute, and so the bits of a result.
 SWITCHES = (
     *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE"),
     *(f"{of}_{what}" for of in ("ONEDNN", "DNNL") for what in ("MAX_CPU_ISA", "CPU_ISA_HINTS", "DEFAULT_FPMATH_MODE")),

@@ -40,18 +40,23 @@ def readable(path: Path) -> Iterator[None]:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
 
 
+def spelled(name: str) -> str:
+    """A class's name in one of the ways in which systems write the same letters."""
+    return unicodedata.normalize("NFC", name)
+
+
 def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path], np.ndarray, list[str]]:
     """The pictures under a folder with a folder for each of these classes, or for some of them; their labels int64
     (N,); and notes on what is not read. Raises InputError where it has other folders, or no pictures."""
     expected = f"expected a folder for each class, called as the run's classes are ({some(class_names)})"
     if not path.is_dir():
         raise InputError(f"{path}: no folder; {expected}")
-    known = {_spelled(name): label for label, name in enumerate(class_names)}
+    known = {spelled(name): label for label, name in enumerate(class_names)}
     listed = []
     with readable(path):
         left_out = [entry for entry in _shown(path) if not entry.is_dir()]
         for folder in _folders(path):
-            if (name := _spelled(_class_name(folder))) not in known:
+            if (name := spelled(_class_name(folder))) not in known:
                 splits = [
                     one for names in reversed(SPLITS.values()) for one in _folders(path) if one.name.lower() in names
                 ]
@@ -63,7 +68,7 @@ def labelled_pictures(path: Path, class_names: Sequence[str]) -> tuple[list[Path
     if not listed:
         loose = sum(_is_picture(entry) for entry in left_out)
         found = f"{counted(loose, 'picture')} in it, and in no class folder" if loose else "no pictures in it"
-        own = _spelled(path.resolve().name)
+        own = spelled(path.resolve().name)
         meant = f"; {own} is a class: name the folder that it lies in, {path.resolve().parent}" if own in known else ""
         raise InputError(f"{path}: {found}; {expected}{meant}")
     paths, labels = zip(*listed, strict=True)
@@ -115,16 +120,16 @@ def list_pictures(path: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
             f"{found['train']}: expected a folder for each of at least two classes with its pictures in it, or train,"
             f" val and test with such, or CIFAR's data_batch files; found {_inside(found['train'])}{meant}"
         )
-    labels: dict[str, int] = {}  # by a class's name in one of the ways in which systems write the same letters
+    labels: dict[str, int] = {}
     for label, name in enumerate(class_names):
-        if (same := labels.setdefault(_spelled(name), label)) != label:
+        if (same := labels.setdefault(spelled(name), label)) != label:
             both = f"{class_names[same]!r} and {name!r} are one name, written in two ways"
             raise InputError(f"{found['train']}: {both}: rename one, or put both together")
     listed, left_out, deeper = [], list(loose), []
     for split, root in found.items():
         left_out += [entry for entry in _shown(root) if not entry.is_dir()]
         for folder in _folders(root):
-            if _spelled(folder.name) not in labels:
+            if spelled(folder.name) not in labels:
                 raise InputError(f"{folder}: a class that {found['train']} does not have")
             pictures, others, within = _under(folder)
             if not pictures and split == "train":
@@ -138,7 +143,7 @@ def list_pictures(path: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
                     f" those are classes, name {folder} as the data set, and if {folder.name} is one, put its pictures"
                     " into it"
                 )
-            listed += [File(split, labels[_spelled(folder.name)], picture) for picture in pictures]
+            listed += [File(split, labels[spelled(folder.name)], picture) for picture in pictures]
             left_out += others
             deeper += within
     notes = []
@@ -163,11 +168,6 @@ def _not_read(left_out: Sequence[Path], path: Path) -> list[str]:
 def _class_name(folder: Path) -> str:
     """Whatever the locale makes of its bytes: a run may be looked at under another one."""
     return os.fsencode(folder.name).decode("utf-8", "surrogateescape")
-
-
-def _spelled(name: str) -> str:
-    """In one of the ways in which systems write the same letters."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _shown(folder: Path) -> list[Path]:
