@@ -226,8 +226,8 @@ def fastest(rates):
 def about(arguments):
     """Machine, versions, date and command, as the page shows them."""
     from fromzero import machine
+    from fromzero.provenance import describe_program
     from fromzero.resources import usable_cores
-    from fromzero.runs import describe_program
 
     program = describe_program()
     here = machine.prepare(arguments.precision, device="cpu", threads=arguments.threads)

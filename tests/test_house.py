@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import modules of the lines above its own, and of its own line where that is said.
 ORDER = [
-    ["errors", "rng", "files", "stats"],
-    ["shipped", "resources", "terminal"],
+    ["errors", "rng", "files", "stats", "provenance"],
+    ["shipped", "resources", "terminal", "records"],
     ["recipe", "kernels", "signals"],
     ["machine", "modules", "fused", "arguments", "timetable", "changes"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],

@@ -9,7 +9,8 @@ from fromzero.changes import in_words
 from fromzero.data.decoding import preparation
 from fromzero.errors import counted
 from fromzero.networks import num_parameters
-from fromzero.runs import Row, last_machine
+from fromzero.provenance import last_machine
+from fromzero.runs import Row
 from fromzero.stats import wilson_interval
 from fromzero.terminal import in_brackets
 from fromzero.trained import Classifier

@@ -19,8 +19,9 @@ from fromzero.errors import FromzeroError, InputError, counted, some, typed
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.files import write_atomically
 from fromzero.findings import STUDY_SEEDS, images_of, study_command, study_text
+from fromzero.provenance import last_machine, last_switches
 from fromzero.recipe import recipe_names
-from fromzero.runs import Run, last_machine, last_switches
+from fromzero.runs import Run
 from fromzero.scores import doubts, pictures_of
 from fromzero.splits import Subset, validation_label
 from fromzero.stats import FEWEST_PAIRS, LEVEL, compare_on_images, wilson_interval

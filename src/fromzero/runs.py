@@ -20,21 +20,14 @@ import contextlib
 import csv
 import io
 import json
-import math
 import os
-import platform
 import re
-import shlex
 import shutil
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import filelock
 import pydantic
@@ -42,127 +35,20 @@ import pydantic
 from fromzero.errors import BusyError, FromzeroError, InputError, WriteError, nearest, typed
 from fromzero.files import append_line, sync_folder, write_atomically, write_json
 from fromzero.recipe import Recipe, load_recipe
+from fromzero.records import (
+    ROW_KEYS,
+    SUMMARY_KEYS,
+    CrossValidation,
+    Diagnosis,
+    Provenance,
+    is_figure,
+    read_object,
+    read_record,
+)
 
 Row = dict[str, Any]
-# Environment variables by which MKL, oneDNN and CUDA choose how to compute, and so the bits of a result.
-SWITCHES = (
-    *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE"),
-    *(f"{of}_{what}" for of in ("ONEDNN", "DNNL") for what in ("MAX_CPU_ISA", "CPU_ISA_HINTS", "DEFAULT_FPMATH_MODE")),
-    "NVIDIA_TF32_OVERRIDE",
-)
 OWN_FILES = ("recipe.toml", "provenance.json", "splits.csv", "metrics.jsonl", "summary.json", "lock", "writer.json")
-
 FOLDS, LABELS = "folds", "labels.csv"  # in the run folder: its cross-validation, and in that what it says of labels
-
-# What is read of the files of a run, and so must be there and be of that type; whatever else they hold is kept.
-FIGURES = tuple(f"{curve}{what}" for curve in ("train/", "train/running_", "val/") for what in ("accuracy", "loss"))
-ROW_KEYS = ("epoch", "step", "learning_rate", *FIGURES, "time/seconds")
-SUMMARY_KEYS = (
-    "epoch",
-    *(f"{of}/accuracy" for of in ("train", "val", "best/val", "test")),
-    "test/loss",
-    "time/seconds",
-)
-
-
-class _Machine(pydantic.BaseModel):
-    device: str
-    threads: int
-    precision: str
-
-
-class _Fingerprints(pydantic.BaseModel):
-    train: str
-    test: str
-
-
-class _Normalise(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    shift: list[float]
-    scale: list[float]
-
-
-class _Data(pydantic.BaseModel):
-    name: str
-    source: str
-    fingerprints: _Fingerprints
-    order: str
-    classes: list[str] = pydantic.Field(min_length=1)
-    image_shape: list[Annotated[int, pydantic.Field(ge=1, le=10_000)]] = pydantic.Field(min_length=3, max_length=3)
-    normalise: _Normalise
-    held_out: str | None = None
-    images: dict[str, int] = {}
-    subsets: dict[str, int] = {}
-
-
-class _Ended(pydantic.BaseModel):
-    epoch: int
-
-
-class _Resumed(pydantic.BaseModel):
-    machine: _Machine
-    switches: dict[str, str] = {}
-    epochs: list[int] = []
-    summary: _Ended | None = None
-
-
-class _Origin(pydantic.BaseModel):
-    run: str
-    recipe: str
-    step: int | None
-    left: list[str]
-    seen: int | None = None
-
-
-class _Provenance(pydantic.BaseModel):
-    machine: _Machine
-    switches: dict[str, str] = {}
-    data: _Data
-    started: str
-    versions: dict[str, str] = {}
-    commit: str | None
-    recipe: dict[str, Any] = pydantic.Field(min_length=1)
-    origin: _Origin | None = pydantic.Field(alias="from")
-    resumed: list[_Resumed]
-
-
-class _Finding(pydantic.BaseModel):
-    name: str
-    meaning: str
-    evidence: str
-    remedy: str
-    study: str | None
-
-
-class _Diagnosis(pydantic.BaseModel):
-    epoch: int
-    steps: int = 0
-    findings: list[_Finding]
-    remarks: list[str]
-    cross_validated: bool | None = None
-
-
-class _Doubtful(pydantic.BaseModel):
-    image: int = pydantic.Field(ge=0)
-    file: str | None
-    label: str
-    label_probability: float
-    looks_like: str
-    looks_like_probability: float
-
-
-class _CrossValidation(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(allow_inf_nan=False)
-
-    recipe: str
-    epochs: int
-    folds: int
-    images: int
-    accuracy: float
-    interval: list[float] = pydantic.Field(min_length=2, max_length=2)
-    said_of_labels: str
-    doubtful: list[_Doubtful]
 
 
 def write_named(path: Path, data: bytes, ending: str, *others: str) -> None:
@@ -240,7 +126,7 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """Where the run's figures come from: versions, machine, command, commit, data."""
         mend = "put it back from a copy: without it the weights in checkpoints cannot be used"
-        return read_record(self.path / "provenance.json", _Provenance, lambda: mend)
+        return read_record(self.path / "provenance.json", Provenance, lambda: mend)
 
     @property
     def doubt_of_validation(self) -> str:
@@ -272,7 +158,7 @@ class Run:
             return None
         mend = f"remove it, then: {self.resume_command}"
         found = read_object(self.path / "summary.json", lambda: mend)
-        if wrong := [key for key in SUMMARY_KEYS if not _is_figure(key, found.get(key))]:
+        if wrong := [key for key in SUMMARY_KEYS if not is_figure(key, found.get(key))]:
             raise FromzeroError(f"{self.path}/summary.json: damaged: {', '.join(wrong)}: not a possible value; {mend}")
         return found if found["epoch"] == self.recipe.epochs else None
 
@@ -289,7 +175,7 @@ class Run:
         mend = f"remove it, or: {typed('fromzero', 'diagnose', self.path)}"
         found = read_object(self.path / "diagnosis.json", lambda: mend)
         try:
-            _Diagnosis.model_validate(found, strict=True)
+            Diagnosis.model_validate(found, strict=True)
         except pydantic.ValidationError:
             raise FromzeroError(f"{self.path}/diagnosis.json: damaged, or of an earlier fromzero; {mend}") from None
         return found
@@ -301,7 +187,7 @@ class Run:
         if not path.exists():
             return None
         mend = f"remove it, or write it anew: {typed('fromzero', 'cross-validate', self.path)}"
-        return read_record(path, _CrossValidation, lambda: mend)
+        return read_record(path, CrossValidation, lambda: mend)
 
     def cross_validated(self, epochs: int) -> dict[str, Any] | None:
         """The same of trainings like this one after so many epochs: not of a run that began with other weights or was
@@ -335,7 +221,7 @@ class Run:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
-            whole = isinstance(row, dict) and all(_is_figure(key, row.get(key)) for key in ROW_KEYS)
+            whole = isinstance(row, dict) and all(is_figure(key, row.get(key)) for key in ROW_KEYS)
             if whole and row["epoch"] == number:
                 rows.append(row)
             elif whole:
@@ -436,44 +322,6 @@ class Run:
             held.release()
 
 
-def read_record(path: Path, model: type[pydantic.BaseModel], mend: Callable[[], str]) -> dict[str, Any]:
-    """The JSON object in that file, which holds what `model` asks for. Raises FromzeroError, with what to do (`mend`),
-    when it is damaged or not there."""
-    found = read_object(path, mend)
-    try:
-        model.model_validate(found, strict=True)
-    except pydantic.ValidationError as error:
-        raise FromzeroError(f"{path}: {damage(error)}; {mend()}") from None
-    return found
-
-
-def damage(error: pydantic.ValidationError) -> str:
-    """What is wrong first in a record, in words."""
-    first = error.errors()[0]
-    return f"damaged: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-
-
-def read_object(path: Path, mend: Callable[[], str] | None = None) -> dict[str, Any]:
-    """The JSON object in that file. Raises FromzeroError when it is damaged, with what to do then (`mend`), or not
-    there."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FromzeroError(f"{path}: damaged: {error}{f'; {mend()}' if mend else ''}") from None
-    except OSError as error:
-        raise FromzeroError(f"{path}: {error.strerror}{f'; {mend()}' if mend else ''}") from None
-    if not isinstance(found, dict):
-        raise FromzeroError(f"{path}: damaged: expected an object{f'; {mend()}' if mend else ''}")
-    return found
-
-
-def _is_figure(key: str, value: object) -> bool:
-    """Whether a record may have that value there: a number; of an accuracy, a share."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return False
-    return 0 <= value <= 1 if key.endswith("accuracy") else True
-
-
 def _lives(writer: dict[str, Any]) -> bool:
     """Whether the process that writer.json names is another one of this host that has not ended."""
     pid = writer.get("pid")
@@ -548,70 +396,3 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", run.name)]
 
     return sorted((Run(path) for path in folder.iterdir() if (path / "recipe.toml").is_file()), key=key)
-
-
-def last_machine(provenance: dict[str, Any]) -> dict[str, Any]:
-    """The machine that a run was last trained on."""
-    machine: dict[str, Any] = [provenance, *provenance["resumed"]][-1]["machine"]
-    return machine
-
-
-def switches() -> dict[str, str]:
-    """The environment variables that are set here of those by which math libraries choose how to compute, and so the
-    bits of a result."""
-    return {name: os.environ[name] for name in SWITCHES if name in os.environ}
-
-
-def other_switches(provenance: Mapping[str, Any]) -> list[str]:
-    """In which of them this process differs from where a run was trained last; none where that was not recorded."""
-    now, then = switches(), last_switches(provenance)
-    if then is None:
-        return []
-    return [
-        f"{name} is {repr(now[name]) if name in now else 'not set'}, it was"
-        f" {repr(then[name]) if name in then else 'not set'}"
-        for name in SWITCHES
-        if now.get(name) != then.get(name)
-    ]
-
-
-def last_switches(provenance: Mapping[str, Any]) -> dict[str, str] | None:
-    """Those under which a run was trained last; None where that was not recorded."""
-    return [provenance, *provenance["resumed"]][-1].get("switches")
-
-
-def describe_program() -> dict[str, Any]:
-    """Versions, platform, command and commit of this process, for a run's provenance."""
-    packages = ("fromzero", "torch", "numpy", "safetensors", "pillow")
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": f"{_program()} {shlex.join(sys.argv[1:])}",
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
-        "commit": _commit(),
-        "switches": switches(),
-    }
-
-
-def _program() -> str:
-    name = Path(sys.argv[0]).name
-    return {"__main__.py": "python -m fromzero", "worker.py": "python -m fromzero.study.worker"}.get(name, name)
-
-
-def _commit() -> str | None:
-    """The commit of fromzero's own source, "-dirty" added when it differs; None when installed without it."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-        command = ["git", "-C", str(here), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True, env=environment)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", str(here)) else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

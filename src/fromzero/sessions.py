@@ -21,9 +21,10 @@ from fromzero.errors import FromzeroError, InputError, WriteError, counted, some
 from fromzero.files import csv_text
 from fromzero.machine import Machine
 from fromzero.optim import learning_rate_at
+from fromzero.provenance import describe_program, last_machine, other_switches
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.resources import check_memory
-from fromzero.runs import Run, create_run, describe_program, last_machine, load_run, other_switches
+from fromzero.runs import Run, create_run, load_run
 from fromzero.splits import Data, check_image_set
 from fromzero.state import State, least_memory, load_weights, model_weights
 from fromzero.steps import initial_state

@@ -32,8 +32,9 @@ from fromzero.files import write_atomically, write_json
 from fromzero.machine import MAX_THREADS, chosen_device
 from fromzero.networks import build
 from fromzero.recipe import Recipe, load_recipe
+from fromzero.records import damage, read_object
 from fromzero.resources import num_threads
-from fromzero.runs import Run, damage, read_object
+from fromzero.runs import Run
 from fromzero.splits import check_image_set
 from fromzero.study.cells import Cell, Setting, cells_of, differences, is_finished, trials_of
 from fromzero.study.definition import Arm, Study, load_study

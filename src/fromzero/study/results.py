@@ -13,7 +13,8 @@ import numpy as np
 from fromzero import stats
 from fromzero.errors import FromzeroError, InputError, counted, nearest
 from fromzero.networks import num_multiply_adds, num_parameters
-from fromzero.runs import Row, Run, last_machine, last_switches
+from fromzero.provenance import last_machine, last_switches
+from fromzero.runs import Row, Run
 from fromzero.stats import Comparison, Interval, Verdict
 from fromzero.study.cells import Cell, cells_of, differences, read_outcomes
 from fromzero.study.definition import CLAIM, MOST_SEEDS, Arm, Contrast, Study, load_study, study_names
