@@ -430,6 +430,28 @@ def test_help_shows_the_values_of_the_recipe(arguments, name, capsys):
     assert "see: fromzero train --help" in capsys.readouterr().err
 
 
+def test_a_training_imports_nothing_that_it_does_not_need(tmp_path, write_cifar):
+    """Up to the first step: no compiler of torch, no drawing, no downloading, no data set of another package."""
+    folder = write_cifar(tmp_path / "set")
+    program = (
+        "import sys\n"
+        "from fromzero import cli, display\n"
+        "def watch(training, console, after_epoch):\n"
+        "    steps = iter(training)\n"
+        "    next(steps)\n"
+        "    next(steps)\n"
+        "    print('imported', *sorted(sys.modules), file=sys.stderr)\n"
+        "    raise SystemExit\n"
+        "display.watch = watch\n"
+        f"cli.main(['train', {str(folder)!r}, '--recipe', 'train1', '--batch_size', '50', '--threads', '1'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    imported = done.stderr.rpartition("imported ")[2].split()
+    assert "torch" in imported, done.stderr
+    unneeded = {"torch._dynamo", "sympy", "matplotlib", "sklearn", "scipy", "pooch", "requests"} & set(imported)
+    assert not unneeded
+
+
 def test_no_network_says_where_to_put_the_file_within_five_seconds(tmp_path):
     """A name server that never answers is the worst case; an address that drops packets is the next."""
     started = time.monotonic()

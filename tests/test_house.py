@@ -21,7 +21,7 @@ ORDER = [
     ["errors", "rng", "files", "stats", "provenance"],
     ["shipped", "resources", "terminal", "records"],
     ["recipe", "kernels", "signals"],
-    ["machine", "modules", "fused", "arguments", "timetable", "changes"],
+    ["machine", "modules", "arguments", "timetable", "changes"],
     ["augment", "data", "networks", "optim", "runs", "checkpoint"],
     ["evaluate", "state", "curves", "evidence", "events"],
     ["splits", "diagnosis"],

@@ -90,6 +90,38 @@ def _within(run, fails):
         fails()
 
 
+@pytest.mark.parametrize("recipe", ["train3", "quick"])
+def test_what_torch_was_made_to_do_before_changes_no_bits(recipe, tiny_images, tmp_path, monkeypatch):
+    """Settings that notebooks make, each of which gives other bits, or none, where it is left as it is."""
+    monkeypatch.setenv("FROMZERO_KERNELS", "off")
+    small = load_recipe(recipe).override({"epochs": 2, "precision": "float32", "validation.source": "split"})
+
+    def losses():
+        run = fromzero.train(small, tiny_images, runs_dir=tmp_path, threads=1)
+        return [row["train/loss"] for row in run.metrics()]
+
+    expected = losses()
+    conv = torch.backends.mkldnn.conv
+    before = conv.fp32_precision
+    try:
+        torch.set_float32_matmul_precision("medium")
+        conv.fp32_precision = "bf16"
+        torch.backends.mkldnn.enabled = False
+        torch.set_flush_denormal(True)
+        torch.set_grad_enabled(False)
+        assert losses() == expected
+        torch.set_default_dtype(torch.float64)
+        with pytest.raises(InputError, match=r"type is torch.float64 .* torch.set_default_dtype\(torch.float32\)"):
+            losses()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+        torch.set_flush_denormal(False)
+        torch.backends.mkldnn.enabled = True
+        conv.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_switches_of_math_libraries_that_change_bits_are_told_and_refused(tiny_images, tmp_path, monkeypatch):
     training = new_training(load_recipe("train1").override({"epochs": 2}), tiny_images, runs_dir=tmp_path, threads=1)
     training.close()
@@ -756,7 +788,8 @@ def test_best_weights_that_are_gone_are_looked_for_anew(small, tiny_images, tmp_
 def test_non_finite_values_stop_before_the_weights_change(poison, small, tiny_images, tmp_path):
     run = new_training(small, tiny_images, runs_dir=tmp_path)
     before = None
-    with pytest.raises(NonFiniteError, match=r"step 3: .*--optimizer.learning_rate") as caught:
+    said = r"step 3: .*--optimizer.learning_rate \(it was [\d.e-]+\), or a warm-up"
+    with pytest.raises(NonFiniteError, match=said) as caught:
         for progress in run:
             if progress.counters.step == 2:
                 weight = run.state.model.get_parameter("predictions.weight")

@@ -33,7 +33,6 @@ NUMERIC_MODULES = (
     "augment",
     "data/images",
     "evaluate",
-    "fused",
     "kernels/__init__",
     "kernels/functions",
     "kernels/interface",
@@ -66,8 +65,16 @@ class Machine:
     fromzero: str
 
     def set_up(self) -> None:
-        """Make this process compute as this machine says."""
+        """Make this process compute as this machine says, whatever it has made torch do before. Raises InputError where
+        torch makes tensors of another type than float32 by default."""
+        if torch.get_default_dtype() != torch.float32:
+            instead = "fromzero needs torch.set_default_dtype(torch.float32)"
+            raise InputError(f"torch's default type is {torch.get_default_dtype()} in this process: {instead}")
         torch.set_num_threads(self.threads)
+        torch.set_flush_denormal(False)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+        torch.backends.mkldnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
         keep_large_buffers()
         kernels.use(self.kernels, ELEMENTS[self.precision])
         if torch.device(self.device).type == "cuda":

@@ -17,7 +17,6 @@ from torch import Tensor
 from fromzero import augment, networks, optim
 from fromzero.checkpoint import Checkpoint
 from fromzero.errors import FromzeroError, InputError
-from fromzero.fused import Optimizer
 from fromzero.modules import Network
 from fromzero.networks import ImageShape
 from fromzero.recipe import Recipe
@@ -57,7 +56,7 @@ class State:
     could not be told from them after a stop."""
 
     model: Network
-    optimizer: Optimizer
+    optimizer: optim.Optimizer
     average: Network | None = None
     counters: Counters = field(default_factory=Counters)
     proxy: State | None = None

@@ -87,6 +87,7 @@ class Step(NamedTuple):
     logits: Tensor
 
 
+@torch.enable_grad()  # whatever the caller has switched off
 def train_step(
     state: State, batch: Batch, learning_rate: float, recipe: Recipe, progress: float, machine: Machine
 ) -> Step:
@@ -115,7 +116,7 @@ def train_step(
         wrong = f"the gradient of {name} is not finite or beyond {LARGEST_GRADIENT:g}"
     if wrong:
         state.optimizer.zero_grad()
-        instead = try_instead(learning_rate, machine)
+        instead = try_instead(learning_rate, recipe, machine)
         raise NonFiniteError(
             f"step {step + 1}: {wrong}; the weights were not changed, checkpoints are whole: {instead}"
         )
@@ -144,7 +145,9 @@ def hardest(
     return chosen
 
 
-def try_instead(learning_rate: float, machine: Machine) -> str:
+def try_instead(learning_rate: float, recipe: Recipe, machine: Machine) -> str:
     """What keeps values from overflowing, in words."""
+    own = [name for name in ("head_learning_rate", "bias_learning_rate") if getattr(recipe.optimizer, name)]
+    others = "".join(f" or --optimizer.{name}" for name in own)
     precise = "" if machine.precision == "float32" else ", or --precision float32"
-    return f"try a lower --optimizer.learning_rate (it was {learning_rate:g}), or a warm-up{precise}"
+    return f"try a lower --optimizer.learning_rate (it was {learning_rate:g}){others}, or a warm-up{precise}"

@@ -181,7 +181,7 @@ class Training:
         except NonFiniteError as error:
             step = self.state.counters.step
             rate = learning_rate_at(self.recipe, step - 1, self.timetable)
-            instead = try_instead(rate, self.machine)
+            instead = try_instead(rate, self.recipe, self.machine)
             raise NonFiniteError(f"after step {step}, on the {what} images, {error}; {instead}") from None
 
     def _end_epoch(self, row: Row) -> None:
