@@ -25,7 +25,7 @@ from fromzero import networks, stats
 from fromzero.data import cifar, load_images
 from fromzero.errors import FromzeroError, InputError, StoppedError, TooLargeError, WriteError
 from fromzero.files import finite
-from fromzero.recipe import load_recipe, recipe_names
+from fromzero.recipe import load_recipe
 from fromzero.study import pools, worker
 from fromzero.study.answers import _compared, answer, record, sentence
 from fromzero.study.cells import (
@@ -43,7 +43,7 @@ from fromzero.study.display import study_header
 from fromzero.study.execution import best_values, prepare_study, sweep
 from fromzero.study.page import write_lessons
 from fromzero.study.pools import _ray_events
-from fromzero.study.results import ContrastResult, Spread, list_results, read_result
+from fromzero.study.results import ContrastResult, Spread, _commit, list_results, read_result
 from fromzero.trained import last_checkpoint
 from fromzero.verify import first_difference
 
@@ -233,10 +233,9 @@ def test_the_ladder_goes_up_one_change_at_a_time_and_each_is_left_out_once():
     start = load_recipe("train3")
     assert study.arms["start"].recipe.network == start.network
     assert study.arms["start"].recipe.optimizer == start.optimizer
-    if "strong" in recipe_names():
-        strong = load_recipe("strong")
-        for part in ("network", "augment", "optimizer", "schedule", "label_smoothing", "normalise", "batch_size"):
-            assert getattr(top.recipe, part) == getattr(strong, part), part
+    strong = load_recipe("strong")
+    for part in ("network", "augment", "optimizer", "schedule", "label_smoothing", "normalise", "batch_size"):
+        assert getattr(top.recipe, part) == getattr(strong, part), part
 
 
 def test_the_parts_of_best_are_all_that_it_has_beyond_strong():
@@ -448,6 +447,13 @@ def test_a_run_on_a_part_is_resumed_by_its_folder_alone(data_folder, tmp_path):
 
 
 # ---- cells
+
+
+def test_a_scales_images_are_in_place_of_the_bases(tmp_path):
+    text = 'claim = "?"\nbase = "train1"\nrecipe.dataset = "digits:800"\nrecipe.validation.source = "split"\n'
+    text += "arms.a = {}\narms.b.batch_size = 64\n[scale.screen]\nseeds = 2\nimages = 200\n"
+    assert load_study(written(tmp_path, text)).base.dataset == "digits:200"
+    assert load_study(written(tmp_path, text.replace("\nimages = 200", ""))).base.dataset == "digits:800"
 
 
 def test_a_scale_names_a_folder(tmp_path, text):
@@ -1118,6 +1124,14 @@ def test_pages_link_to_names_with_spaces(finished, tmp_path):
     assert "[My units](#my-units)" in page
 
 
+def test_a_page_says_where_the_code_was_not_what_its_commit_has():
+    assert [_commit({"commit": commit}) for commit in ("a" * 40, f"{'a' * 40}-dirty", None)] == [
+        "aaaaaaa",
+        "aaaaaaa with changes",
+        "a commit that was not recorded",
+    ]
+
+
 def test_the_page_is_written_from_the_folders(finished, tmp_path):
     _, _, runs_dir = finished
     results = list_results(runs_dir)
@@ -1150,7 +1164,7 @@ def test_the_page_is_written_from_the_folders(finished, tmp_path):
     write_lessons(results, tmp_path / "units.md", ["units"])
     own = (tmp_path / "units.md").read_text()
     assert own.startswith("# Studies\n")
-    assert "120 train images of tiny" in own or "200 train images of tiny" in own
+    assert "200 train images of tiny" in own
     assert "notes" not in own
     assert "a quarter of the width" not in own
     assert "padding" not in own

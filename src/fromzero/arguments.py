@@ -83,7 +83,10 @@ def _late_positionals(command: argparse.ArgumentParser, arguments: argparse.Name
     optional = [a for a in command._actions if a.nargs == "?" and not a.option_strings]
     for action in (a for a in optional if getattr(arguments, a.dest) is None):
         if left and not left[0].startswith("-"):
-            setattr(arguments, action.dest, command._get_value(action, left[0]))
+            try:
+                setattr(arguments, action.dest, command._get_value(action, left[0]))
+            except argparse.ArgumentError as error:
+                command.error(str(error))
             left = left[1:]
     return left
 

@@ -54,7 +54,9 @@ def in_words(recipe: Recipe, but: Sequence[str] = ()) -> str:
     if recipe.name not in recipe_names():
         return recipe.name
     changes = differing_fields(load_recipe(recipe.name), recipe)
-    told = ", ".join(f"{path} = {short(value)}" for path, value in changes.items() if path not in ("dataset", *but))
+    told = ", ".join(
+        f"{path} = {value_text(value)}" for path, value in changes.items() if path not in ("dataset", *but)
+    )
     return f"{recipe.name} with {told}" if told else recipe.name
 
 
@@ -80,10 +82,10 @@ def usual_epochs(recipe: Recipe) -> int:
     return load_recipe(recipe.name).epochs if recipe.name in recipe_names() else 0
 
 
-def short(value: object) -> str:
-    """A field's value as TOML has it, figures without needless digits."""
+def value_text(value: object) -> str:
+    """A field's value in words that a recipe would take, figures without needless digits."""
     if isinstance(value, tuple | list):
-        return f"[{', '.join(map(short, value))}]"
+        return f"[{', '.join(map(value_text, value))}]"
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fromzero.errors import FromzeroError, typed
+from fromzero.errors import FromzeroError, command_line
 from fromzero.files import publish, stage, write_atomically
 
 FORMAT = "1"
@@ -154,7 +154,7 @@ def best_left(folder: Path) -> str:
         epoch = load(folder / BEST).state["epoch"]
     except (OSError, KeyError, DamagedCheckpointError):
         return ""
-    score = typed("fromzero", "evaluate", folder.parent, "--checkpoint", "best")
+    score = command_line("fromzero", "evaluate", folder.parent, "--checkpoint", "best")
     return f"; the weights of its best epoch, {epoch}, are: {score}"
 
 

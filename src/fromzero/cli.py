@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import DEFAULT_RECIPE, parse
 from fromzero.changes import in_words, notes_on_changes
-from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, one_line, printable, some, typed
+from fromzero.errors import FromzeroError, InputError, NonFiniteError, command_line, counted, one_line, printable, some
 from fromzero.recipe import (
     Recipe,
     field_types,
@@ -265,7 +265,7 @@ def _runs(arguments: argparse.Namespace) -> None:
     if on_test:
         print("* validated on the test images; best is the best epoch on them, so it flatters")
     if with_events:
-        print(f"their curves: {typed('tensorboard', '--logdir', arguments.runs_dir)}")
+        print(f"their curves: {command_line('tensorboard', '--logdir', arguments.runs_dir)}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -419,7 +419,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     console = Console(emoji=False)
     try:
         rows = trained.rows()
-        say(console, diagnosis_header(run, rows, trained.reached if trained.is_within_epoch else ""))
+        say(console, diagnosis_header(run, rows, trained.reached if trained.steps_beyond else ""))
         if can_redraw(console):
             with console.status("") as status:
                 evidence = evidence_of(trained, say=lambda doing: status.update(f"  {doing} …"))
@@ -474,7 +474,7 @@ def _report(arguments: argparse.Namespace) -> None:
     _check_whole(trained)
     path = arguments.FILE or trained.run.path
     if (path / "recipe.toml").is_file() and not path.samefile(trained.run.path):
-        raise InputError(f"{path} is another run; a page is about one: {typed('fromzero', 'report', path)}")
+        raise InputError(f"{path} is another run; a page is about one: {command_line('fromzero', 'report', path)}")
     path = path / "report.html" if path.is_dir() else path
     check_named(path, ".html", ".htm")
     with proposing_others(trained.checkpoint):
@@ -609,8 +609,7 @@ def _lessons(arguments: argparse.Namespace) -> None:
     for study, found in by_lesson(results, arguments.STUDY):
         print(f"{study.name}: {study.claim}")
         for r in found:
-            done = sum(len(arm.runs) for arm in r.arms.values())
-            said = f"{r.so_far} ({done} of {r.study.seeds * len(r.arms)} runs)"
+            said = f"{r.so_far} ({r.num_runs})"
             print(f"  {r.title}: {said}{'' if r.is_complete else f', not finished: {r.resume_command} goes on'}")
             for caution in r.cautions:
                 print(f"    note: {caution}")

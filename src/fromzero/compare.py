@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fromzero.changes import DATA_FIELDS, differing_fields, in_words, short
+from fromzero.changes import DATA_FIELDS, differing_fields, in_words, value_text
 from fromzero.data.listing import spelled
-from fromzero.errors import FromzeroError, InputError, counted, some, typed
+from fromzero.errors import FromzeroError, InputError, command_line, counted, some
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.files import write_atomically
 from fromzero.findings import STUDY_SEEDS, images_of, study_command, study_text
@@ -87,7 +87,7 @@ def compare_runs(
             apart = some(sorted(classes[0] ^ classes[1]))
             raise FromzeroError(
                 f"{one.path} and {two.path}: their classes differ ({apart}), so they can only be compared on pictures"
-                f" of classes that both have: {typed('fromzero', 'compare', one.path, two.path)} FOLDER"
+                f" of classes that both have: {command_line('fromzero', 'compare', one.path, two.path)} FOLDER"
             )
         a, b = (
             load_trained(run, which, device=device, threads=threads, data_dir=data_dir, offline=offline)
@@ -103,7 +103,7 @@ def compare_runs(
     if not common:
         raise FromzeroError(
             f"{one.path} and {two.path} have no validation images in common, so they can only be compared on others, in"
-            f" a folder with a folder for each class: {typed('fromzero', 'compare', one.path, two.path)} FOLDER"
+            f" a folder with a folder for each class: {command_line('fromzero', 'compare', one.path, two.path)} FOLDER"
         )
     right = [np.array([side.right[key] for key in common]) for side in sides]
     notes = [f"{name}: {note}" for name, side in zip(NAMES, sides, strict=True) for note in _doubts(side)]
@@ -136,7 +136,7 @@ def compare_runs(
         "study": None if study is None else {"file": str(study), "command": study_command(one, study)},
         "same_source": one.provenance["data"]["source"] == two.provenance["data"]["source"],
         "study_leaves_aside": [*left_aside, *others],
-        "study_seconds": STUDY_SEEDS * (_seconds(one) + _seconds(two)),
+        "study_seconds": STUDY_SEEDS * (one.seconds + two.seconds),
     }
 
 
@@ -147,7 +147,7 @@ def comparison_text(record: Mapping[str, Any]) -> str:
         for name, run in zip(NAMES, record["runs"], strict=True)
     ]
     changes = record["recipe"] | record["others"]
-    told = ", ".join(f"{path} {short(ours)} → {short(theirs)}" for path, (ours, theirs) in changes.items())
+    told = ", ".join(f"{path} {value_text(ours)} → {value_text(theirs)}" for path, (ours, theirs) in changes.items())
     lines.append(f"  from A to B: {told or 'nothing differs that is recorded'}")
     lines += [f"  note: {note}" for note in record["notes"]]
     lines.append(f"  on {record['on']}, {counted(record['images'], 'image')}:")
@@ -179,7 +179,7 @@ def comparison_text(record: Mapping[str, Any]) -> str:
     if "dataset" in record["recipe"] and not record["same_source"]:
         then = " Several seeds of each can, compared on pictures that none was trained on."
     elif "dataset" in record["recipe"]:
-        each = " and ".join(typed("fromzero", "cross-validate", Path(run["run"])) for run in record["runs"])
+        each = " and ".join(command_line("fromzero", "cross-validate", Path(run["run"])) for run in record["runs"])
         then = f" Nor can a study, whose runs share their images. Each on all its train images: {each}"
     lines.append(f"  Which way to train is better they cannot tell: other seeds make other networks.{then}")
     if record["study"]:
@@ -270,7 +270,7 @@ def _other_changes(a: Trained | Classifier, b: Trained | Classifier) -> dict[str
 def _write_study(one: Run, two: Run, changes: Mapping[str, Both], source: str) -> Path:
     """The file of the study that tests the second recipe against the first. Raises OSError."""
     second = {path: theirs for path, (_, theirs) in changes.items() if path not in (*DATA_FIELDS, "seed")}
-    told = some([f"{path} = {short(value)}" for path, value in second.items()])
+    told = some([f"{path} = {value_text(value)}" for path, value in second.items()])
     claim, names = f"With {told} validation accuracy is higher than without.", ["first", "second"]
     recipes = [in_words(run.recipe, but=DATA_FIELDS) for run in (one, two)]
     if {*recipes} <= {*recipe_names()}:
@@ -284,9 +284,3 @@ def _write_study(one: Run, two: Run, changes: Mapping[str, Both], source: str) -
         number += 1  # of another run of that name, or of before one was extended
     write_atomically(path, text, alone=False)
     return path
-
-
-def _seconds(run: Run) -> float:
-    """What all its epochs take, as those behind it say; 0 of a run without any."""
-    rows = run.metrics()
-    return run.recipe.epochs * rows[-1]["time/seconds"] / rows[-1]["epoch"] if rows else 0.0

@@ -140,7 +140,7 @@ def _decay_too_strong(e: Evidence) -> Finding | None:
     shown = ""
     if m.without_decay is not None and m.trials:
         own, without = m.trials[1.0].loss, m.without_decay
-        if own - without.loss >= max(RATE_GAIN * e.entropy, 3 * without.error):
+        if own - without.loss >= max(RATE_GAIN * e.entropy, 3 * without.standard_error):
             shown = f"train loss after a short training {own:.2f}, without decay {without.loss:.2f}"
     if not shown and optimizer.name != "adamw" and e.gap < SMALL_GAP:
         decayed = [layer for layer in m.layers if optimizer.name != "muon" or layer.name == "predictions"]
@@ -212,11 +212,11 @@ def _rate_too_low(e: Evidence) -> Finding | None:
     return _other_rate(e, "low")
 
 
-def _other_rate(e: Evidence, is_too: str) -> Finding | None:
+def _other_rate(e: Evidence, direction: str) -> Finding | None:
     trials = e.measures.trials
     if not trials or e.fitted:
         return None
-    if is_too == "high" and all(math.isinf(trial.loss) for trial in trials.values()):
+    if direction == "high" and all(math.isinf(trial.loss) for trial in trials.values()):
         rate, lower = e.recipe.optimizer.learning_rate, min(trials) / 1000
         return Finding(
             "rate-too-high",
@@ -229,19 +229,20 @@ def _other_rate(e: Evidence, is_too: str) -> Finding | None:
         return None
     best = best_factor(trials)
     gain = trials[1.0].loss - trials[best].loss
-    if best == 1 or (best < 1) != (is_too == "high") or gain < max(RATE_GAIN * e.entropy, 3 * trials[best].error):
+    enough = max(RATE_GAIN * e.entropy, 3 * trials[best].standard_error)
+    if best == 1 or (best < 1) != (direction == "high") or gain < enough:
         return None
     # Short trainings favour high rates: a run that came much further in all its steps had no need of one.
-    if is_too == "low" and e.last["train/loss"] < LEARNED * trials[best].loss:
+    if direction == "low" and e.last["train/loss"] < LEARNED * trials[best].loss:
         return None
     # A network that cannot learn a few images at its best rate has another problem.
-    if is_too == "low" and e.measures.fit_accuracy is not None and e.measures.fit_accuracy < FITS:
+    if direction == "low" and e.measures.fit_accuracy is not None and e.measures.fit_accuracy < FITS:
         return None
     rate = e.recipe.optimizer.learning_rate
     tried = ", ".join(f"{rate * factor:g}: {trial.loss:.2f}" for factor, trial in sorted(trials.items()))
     return Finding(
-        f"rate-too-{is_too}",
-        f"the learning rate is too {is_too}",
+        f"rate-too-{direction}",
+        f"the learning rate is too {direction}",
         f"train loss after a short training, by peak rate (the run's is {rate:g}): {tried}",
         f"a peak rate of {rate * best:g}",
         _rates(e.recipe, best),
@@ -470,7 +471,7 @@ def _overfitting(e: Evidence) -> Finding | None:
     lowest = min(e.rows, key=lambda row: row["val/loss"])
     rise = min(e.last["val/loss"], e.late_median(lambda row: row["val/loss"])) - lowest["val/loss"]
     fell = e.last["train/loss"] < lowest["train/loss"]
-    rises = fell and rise > max(2 * e.measures.loss_error, LOSS_RISE * lowest["val/loss"])
+    rises = fell and rise > max(2 * e.measures.loss_se, LOSS_RISE * lowest["val/loss"])
     if not (rises and e.gap > SMALL_GAP) and not _has_large_gap(e):
         return None
     augment = e.recipe.augment
@@ -480,7 +481,7 @@ def _overfitting(e: Evidence) -> Finding | None:
     if rises:
         shown += (
             f"; validation loss {lowest['val/loss']:.2f} after epoch {lowest['epoch']}, {e.last['val/loss']:.2f}"
-            f" (standard error {e.measures.loss_error:.2f}) at the end, while the train loss fell"
+            f" (standard error {e.measures.loss_se:.2f}) at the end, while the train loss fell"
         )
     network = e.recipe.network
     changes: dict[str, Any] = {}
@@ -551,13 +552,13 @@ def _rate_never_falls(e: Evidence) -> Finding | None:
     cooldown = e.measures.cooldown
     if cooldown is None:
         return None
-    steps, before, halfway, held, falling, loss_error, accuracy_error = cooldown
+    steps, before, halfway, held, falling, loss_se, accuracy_se = cooldown
     others = (before, halfway, held)
     mean_loss = (halfway.loss + held.loss) / 2
     beyond_accuracy = falling.accuracy - max(other.accuracy for other in others)
-    lower = mean_loss - falling.loss > max(2 * loss_error, COOLED * mean_loss)
-    lower = lower and min(other.loss for other in others) - falling.loss > loss_error
-    if not (lower and beyond_accuracy > -2 * accuracy_error) and not beyond_accuracy > 2 * accuracy_error:
+    lower = mean_loss - falling.loss > max(2 * loss_se, COOLED * mean_loss)
+    lower = lower and min(other.loss for other in others) - falling.loss > loss_se
+    if not (lower and beyond_accuracy > -2 * accuracy_se) and not beyond_accuracy > 2 * accuracy_se:
         return None
     return Finding(
         "rate-never-falls",

@@ -17,7 +17,7 @@ from rich.table import Table
 from fromzero import augment
 from fromzero.checkpoint import BEST
 from fromzero.diagnosis import IMBALANCED
-from fromzero.errors import FromzeroError, counted, one_line, printable, some, typed
+from fromzero.errors import FromzeroError, command_line, counted, one_line, printable, some
 from fromzero.kernels import NONE
 from fromzero.networks import num_parameters
 from fromzero.runs import Row, Run
@@ -178,7 +178,7 @@ def outcome(training: Training) -> str:
             f" {summary['best/epoch']}), test {summary['test/accuracy']:.4f} ({low:.4f}–{high:.4f}, 95 %)"
             f" in {duration(summary['time/seconds'])}" + ("; val is the test images" if is_test else ""),
             f"curves and metrics: {training.run.path}",
-            f"a page about it:    {typed('fromzero', 'report', training.run.path)}",
+            f"a page about it:    {command_line('fromzero', 'report', training.run.path)}",
         ]
     )
 

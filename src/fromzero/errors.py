@@ -66,7 +66,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def typed(*words: str | PurePath) -> str:
+def command_line(*words: str | PurePath) -> str:
     """A command line to be typed. Paths have slashes, which Windows takes too: backslashes would need quotes, which its
     own shell does not know."""
     return shlex.join(word.as_posix() if isinstance(word, PurePath) else word for word in words)

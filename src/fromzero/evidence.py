@@ -66,7 +66,7 @@ class Trial(NamedTuple):
     to that at the run's own rate."""
 
     loss: float
-    error: float
+    standard_error: float
 
 
 class Score(NamedTuple):
@@ -86,14 +86,14 @@ class Cooldown(NamedTuple):
     halfway: Score
     held: Score
     falling: Score
-    loss_error: float
-    accuracy_error: float
+    loss_se: float
+    accuracy_se: float
 
 
 @dataclass(frozen=True)
 class Measures:
     """What `probe` measured of a run. Losses in nats. recalls: accuracy by class on the validation images, None
-    without any; train_counts, validation_counts: images by class; loss_error: standard error of the validation
+    without any; train_counts, validation_counts: images by class; loss_se: standard error of the validation
     loss; plain_loss, dropout_loss: of the same train images, without and with dropout; changed_by_batch_norm: share
     of train images that get another class when batches of the recipe's size are normalised by themselves;
     seen_accuracies: on the same train images as they are and as augmented; map_sides: of the map that each
@@ -109,7 +109,7 @@ class Measures:
     train_counts: tuple[int, ...]
     validation_counts: tuple[int, ...]
     recalls: tuple[float | None, ...]
-    loss_error: float
+    loss_se: float
     surest: Surest
     copies: Copies
     plain_loss: float

@@ -28,7 +28,7 @@ from fromzero.diagnosis import (
     untried,
     why_labels_cannot_be_judged,
 )
-from fromzero.errors import FromzeroError, typed
+from fromzero.errors import FromzeroError, command_line
 from fromzero.evidence import SMALL_GAP, Copies, Evidence, Measures, late_gain
 from fromzero.files import csv_text, finite, write_atomically, write_json
 from fromzero.recipe import Recipe
@@ -66,10 +66,10 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     elif labels:
         shown = "."
         if why and run.recipe.validation.source != "test":  # whose pictures nobody is shown
-            report = typed("fromzero", "report", run.path)
+            report = command_line("fromzero", "report", run.path)
             shown = f"; some may be among the surest mistakes on validation, which {report} shows."
         said.append(
-            f"{labels} {typed('fromzero', 'cross-validate', run.path)} looks for them in all train images{shown}"
+            f"{labels} {command_line('fromzero', 'cross-validate', run.path)} looks for them in all train images{shown}"
         )
     copies = evidence.measures.copies
     if copies.found and "copies" in others:
@@ -165,9 +165,10 @@ def diagnosis_header(run: Run, rows: Sequence[Row], beyond: str = "") -> str:
     notes = "".join(f"\n  note: {note}" for note in run.provenance["data"].get("notes", ()))
     if beyond:
         notes += f"\n  note: looked at are the weights after {beyond}, scored anew"
+    running = f" (running {row['train/running_accuracy']:.4f})" if row["epoch"] else ""  # of none, it was not measured
     return (
-        f"{run.path}: {run.recipe.name}, after epoch {row['epoch']}: train {row['train/accuracy']:.4f} (running"
-        f" {row['train/running_accuracy']:.4f}), val {row['val/accuracy']:.4f}{notes}"
+        f"{run.path}: {run.recipe.name}, after epoch {row['epoch']}: train {row['train/accuracy']:.4f}{running},"
+        f" val {row['val/accuracy']:.4f}{notes}"
     )
 
 
@@ -181,7 +182,6 @@ def diagnosis_text(
 ) -> str:
     """The findings in words: what is wrong, what shows it, what to do, and how to test that; then the remarks."""
     lines: list[str] = []
-    seconds = run.recipe.epochs * rows[-1]["time/seconds"] / max(rows[-1]["epoch"], 1)
 
     def say(label: str, text: str, *, whole: bool = False) -> None:
         hanging = " " * len(label)
@@ -201,7 +201,7 @@ def diagnosis_text(
         say("   try:      ", finding.remedy)
         if finding.name in studies:
             of_a_cost = not {"network.channels", "batch_size"} & set(finding.changes)
-            longer = seconds
+            longer = seconds = run.seconds
             took = f", each about as long as this one ({duration(seconds)})"
             if "epochs" in finding.changes:
                 longer = seconds * finding.changes["epochs"] / run.recipe.epochs
@@ -210,7 +210,7 @@ def diagnosis_text(
             say("   test it:  ", study_command(run, studies[finding.name]), whole=True)  # to be copied
             say(
                 "             ",
-                f"{finding.changed}; {STUDY_SEEDS} pairs of runs{took if seconds and of_a_cost else ''}",
+                f"{finding.changed}; {STUDY_SEEDS} pairs of runs{took if run.seconds and of_a_cost else ''}",
             )
     for remark in remarks:
         say("", remark)
@@ -220,8 +220,8 @@ def diagnosis_text(
 def study_command(run: Run, study: Path) -> str:
     """The command that carries out a study of the run, whose runs go where the run is."""
     if run.path.parent.resolve() == Path("runs").resolve():
-        return typed("fromzero", "study", study)
-    return typed("fromzero", "study", study, "--runs-dir", run.path.parent)
+        return command_line("fromzero", "study", study)
+    return command_line("fromzero", "study", study, "--runs-dir", run.path.parent)
 
 
 def remedy_study(finding: Finding, recipe: Recipe, dataset: str | None = None) -> str:

@@ -76,9 +76,10 @@ UNHINDERED = {  # nothing that keeps a network from learning what it is shown
 
 
 def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None) -> Evidence:
-    """What can be told of a run in the time of some hundred steps, some of which are made: the first ones at other
-    learning rates where the train images are not fitted, never of a run that began with another one's weights; and some
-    more at a falling rate where the run's is constant. `say` is told what is being done. Raises NonFiniteError."""
+    """What can be told of a run by scoring it and by some hundreds of steps, two thousand at most: the first ones at
+    other learning rates where the train images are not fitted, never of a run that began with another one's weights;
+    and some more at a falling rate where the run's is constant. `say` is told what is being done. Raises
+    NonFiniteError."""
     images, data, network, here = trained.images, trained.data, trained.network, trained.machine
     recipe = trained.run.recipe
     say("scoring")
@@ -95,7 +96,7 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
         train_counts=tuple(torch.bincount(data.train.labels, minlength=data.num_classes).tolist()),
         validation_counts=tuple(torch.bincount(data.validation.labels, minlength=data.num_classes).tolist()),
         recalls=tuple(None if math.isnan(r) else r for r in validation.recalls(data.num_classes)),
-        loss_error=_standard_error(validation),
+        loss_se=_standard_error(validation),
         surest=surest_of(probabilities, data.validation.labels),
         copies=copies,
         plain_loss=plain,
@@ -107,7 +108,7 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
         map_sides=tuple(_map_sides(recipe, data)),
     )
     rows = trained.rows()
-    if trained.is_within_epoch:  # the last row is of other weights than these
+    if trained.steps_beyond:  # the last row is of other weights than these
         scores = {"train/accuracy": train.accuracy, "train/loss": train.loss}
         scores |= {"val/accuracy": validation.accuracy, "val/loss": validation.loss}
         rows = [*rows[:-1], rows[-1] | scores]
@@ -400,8 +401,8 @@ def _cooldown(trained: Trained, before: Outcomes) -> Cooldown | None:
     return Cooldown(
         steps=steps,
         **{name: Score(*by_image.mean(1).tolist()) for name, by_image in scores.items()},
-        loss_error=errors[0].item(),
-        accuracy_error=errors[1].item(),
+        loss_se=errors[0].item(),
+        accuracy_se=errors[1].item(),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from fromzero.changes import in_words
 from fromzero.curves import curves_png
 from fromzero.data import Images, ImageSet
-from fromzero.errors import FromzeroError, counted, typed
+from fromzero.errors import FromzeroError, command_line, counted
 from fromzero.evaluate import predict
 from fromzero.findings import study_command
 from fromzero.runs import FOLDS, LABELS, Row, Run
@@ -165,7 +165,9 @@ def page(
     parts = {"train": images.train, "val": trained.validation_images}
     template = resources.files("fromzero").joinpath("report.html").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.globals.update(counted=counted, in_words=in_words, isnan=math.isnan, told=_told, typed=typed, zip=zip)
+    environment.globals.update(
+        counted=counted, in_words=in_words, isnan=math.isnan, told=_told, zip=zip, command_line=command_line
+    )
     environment.globals["study_command"] = study_command
     return environment.from_string(template).render(
         run=run,

@@ -14,7 +14,7 @@ from torch import nn
 from fromzero.data.decoding import unreadable
 from fromzero.data.listing import SPLITS, labelled_pictures
 from fromzero.data.pictures import DAMAGED_SHARE, TOO_MANY
-from fromzero.errors import InputError, counted, typed
+from fromzero.errors import InputError, command_line, counted
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.machine import Machine
 from fromzero.splits import Subset, validation_label
@@ -75,7 +75,7 @@ def pictures_of(folder: Path, classifier: Classifier) -> Pictures:
         notes.append(f"left out: {unreadable(paths, wrong)}")
     source, asked = Path(run.provenance["data"]["source"]), folder.resolve()
     if asked == source or (asked.parent == source and asked.name.lower() in SPLITS["train"]):
-        apart = typed("fromzero", "evaluate", run.path)
+        apart = command_line("fromzero", "evaluate", run.path)
         notes.append(f"the run was trained on pictures in it: this says little of new ones; its own test: {apart}")
     these = Subset(pixels, torch.from_numpy(truth[read]).to(classifier.machine.device))
     return Pictures(these, [paths[index] for index in read], len(wrong), notes)

@@ -86,8 +86,7 @@ def new_training(
         raise InputError(
             f"{images.source}: class_names: expected texts that differ, found {some(list(map(repr, names)))}"
         )
-    if keep < 1 or (checkpoint_minutes is not None and not checkpoint_minutes >= 0):
-        raise InputError(f"keep: 1 at least, checkpoint_minutes: 0 at least; found {keep} and {checkpoint_minutes}")
+    _check_saving(keep, checkpoint_minutes)
     here = machine.prepare(recipe.precision, device=device, threads=threads)
     data = Data.of(recipe, images, here.device)
     _check_memory(recipe, data, here, "make the batch (--batch-size), the images or the network smaller")
@@ -123,7 +122,7 @@ def new_training(
         "classes": list(images.class_names),
         "image_shape": list(images.image_shape),
         "normalise": data.normalise.to_json(),
-        "held_out": data.held_out,
+        "held_out": data.validation_digest,
         "notes": list(images.notes),
     }
     run = create_run(Path(runs_dir), name or f"{re.sub('[@:]', '-', images.name)}-{total}")
@@ -158,7 +157,8 @@ def _num_seen(source: Run, images: ImageSet, data: Data) -> int | None:
     if data.held is None:  # they are no train images of anybody's
         return 0
     before = Data.of(source.recipe, images, "cpu")
-    if before.held_out != source.provenance["data"].get("held_out"):  # an earlier fromzero split in another way
+    recorded = source.provenance["data"].get("held_out")
+    if before.validation_digest != recorded:  # by an earlier fromzero, which split in another way
         return None
     return len(data.held if before.held is None else np.setdiff1d(data.held, before.held))
 
@@ -255,9 +255,10 @@ def resumed_training(
     epochs: a new total, to extend the run. Device and threads are by default the recorded ones. runs_dir: where a run
     that is given by name lies; data_dir, offline: where its images are now, and whether they may be downloaded;
     checkpoint_minutes: as in `new_training`; keep: how many checkpoints, by default as many as are there, two at least.
-    Raises FromzeroError when the run has ended, when its recipe was edited, when the images differ from the recorded
-    ones, or when the machine differs and `allow_inexact` is not set.
+    Raises InputError where these are not possible; FromzeroError when the run has ended, when its recipe was edited,
+    when the images differ from the recorded ones, or when the machine differs and `allow_inexact` is not set.
     """
+    _check_saving(keep, checkpoint_minutes)
     run = load_run(run, runs_dir)
     with contextlib.ExitStack() as lock:
         lock.enter_context(run.lock())
@@ -364,3 +365,8 @@ def extension_note(before: Recipe, after: Recipe, step: int, timetable: Timetabl
         f" at this step is {new:g} ({was}{', in warm-up' if warming_up else ''}), "
         + (f"and all before were the same too: this is {at_once}" if same else f"so this is not {at_once}")
     )
+
+
+def _check_saving(keep: int | None, checkpoint_minutes: float | None) -> None:
+    if (keep is not None and keep < 1) or (checkpoint_minutes is not None and not checkpoint_minutes >= 0):
+        raise InputError(f"keep: 1 at least, checkpoint_minutes: 0 at least; found {keep} and {checkpoint_minutes}")

@@ -59,7 +59,7 @@ class Data:
         return height, width, channels
 
     @property
-    def held_out(self) -> str:
+    def validation_digest(self) -> str:
         """SHA-256 (hex) over the validation images and their labels."""
         digest = hashlib.sha256()
         for part in self.validation:

@@ -136,7 +136,8 @@ class State:
         return Checkpoint(tensors, asdict(self.counters))
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Become the state that was saved. Raises InputError if it is not of this network."""
+        """Become the state that was saved. Raises InputError where the weights are not of this network, FromzeroError
+        where the checkpoint has weights only."""
         try:
             self.counters = Counters(**checkpoint.state)
         except TypeError:

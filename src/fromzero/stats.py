@@ -188,7 +188,8 @@ def correlation(a: ArrayLike, b: ArrayLike) -> float:
 def power(effect: float, n: int, level: float = LEVEL) -> float:
     """Chance that the sign-flip test of n normal differences has p ≤ `level`, when their mean is `effect` standard
     deviations from zero. Up to twelve pairs simulated (4,000 studies, fixed seed); beyond, that of the t test, to which
-    the sign-flip test is then close, with the noncentral t of Abramowitz and Stegun, 26.7.10."""
+    the sign-flip test is then close, with the noncentral t of Abramowitz and Stegun, 26.7.10.
+    Just beyond it is too high where the level is low: 0.80 for 0.77 of 13 pairs at 0.05 / 15."""
     from scipy import stats
 
     if n <= SIMULATED_PAIRS:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, Images, ImageSet, load_images, split_name, split_recorded
-from fromzero.errors import FromzeroError, InputError, NonFiniteError, counted, nearest, some, typed
+from fromzero.errors import FromzeroError, InputError, NonFiniteError, command_line, counted, nearest, some
 from fromzero.evaluate import Normalise, evaluate, outputs, predict
 from fromzero.machine import Machine
 from fromzero.modules import Network
@@ -126,8 +126,8 @@ def recorded_data(run: Run, images: ImageSet, here: Machine) -> Data:
     """The images of a run, split as when it was begun. Raises FromzeroError where an earlier fromzero split them in
     another way: what it trained on would pass for validation."""
     data = Data.of(run.recipe, images, here.device)
-    if run.provenance["data"].get("held_out") != data.held_out:
-        anew = typed("fromzero", "train", "--recipe", run.path / "recipe.toml")
+    if run.provenance["data"].get("held_out") != data.validation_digest:
+        anew = command_line("fromzero", "train", "--recipe", run.path / "recipe.toml")
         raise FromzeroError(
             f"{run.path}: an earlier fromzero held out other pictures for validation, or did not record which, so that"
             f" this one might validate on some that it was trained on; start anew: {anew}"
@@ -188,11 +188,6 @@ class Trained(NamedTuple):
         """How many steps beyond the end of their last whole epoch the weights are: a stop comes within one."""
         ended = Timetable.of(self.run.recipe, len(self.data.train.labels)).start_of(self.checkpoint.epochs)
         return max(int(self.checkpoint.state.get("step", 0) - ended), 0)
-
-    @property
-    def is_within_epoch(self) -> bool:
-        """Whether the last row of metrics is of other weights, earlier ones."""
-        return self.steps_beyond > 0 and self.checkpoint.epochs > 0
 
     @property
     def reached(self) -> str:

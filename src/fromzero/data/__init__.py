@@ -76,7 +76,9 @@ def load_images(
             raise InputError(f"{path}: is neither a folder nor a file; name a folder of pictures, or CIFAR's archive")
         case path if os.path.exists(path):
             return load_cifar(Path(path)) if is_cifar(Path(path)) else _load_pictures(Path(path))
-        case name if part := re.fullmatch(r"(.+):(\d{1,9})", name):
+        case name if (part := re.fullmatch(r"(.+):(\d{1,9})", name)) and (
+            os.path.exists(part[1]) or not re.search(r":\d{1,9}$", part[1])
+        ):
             return load_images(part[1], data_dir=data_dir, offline=offline).subset(int(part[2]))
         case name if (part := re.fullmatch(r"(.+)@(\d{1,4})", name)) and os.path.isdir(part[1]):
             return _load_pictures(Path(part[1]), int(part[2]))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fromzero import checkpoint, machine, sessions, trained
-from fromzero.changes import differing_fields, short
+from fromzero.changes import differing_fields, value_text
 from fromzero.data import ImageSet
 from fromzero.errors import BusyError, FromzeroError, TooLargeError, WriteError
 from fromzero.evaluate import evaluate
@@ -190,7 +190,7 @@ def differences(cell: Cell, fingerprints: Mapping[str, str]) -> list[str]:
     changed.pop("dataset", None)  # the same images may lie elsewhere now: their fingerprints decide
     if changed:
         reasons.append(
-            f"its recipe has changed ({', '.join(f'{path} is {short(value)}' for path, value in changed.items())})"
+            f"its recipe has changed ({', '.join(f'{path} is {value_text(value)}' for path, value in changed.items())})"
         )
     if recipe.seed != cell.seed:
         reasons.append("it has another seed")

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 import pydantic
 from pydantic import Field
 
-from fromzero.changes import DATA_FIELDS, differing_fields, notes_on_changes, short
+from fromzero.changes import DATA_FIELDS, differing_fields, notes_on_changes, value_text
+from fromzero.data import split_name
 from fromzero.errors import InputError, counted, nearest
 from fromzero.recipe import Recipe, field_types, load_recipe
 from fromzero.shipped import names_of, text_of
@@ -100,7 +101,7 @@ class Study:
         Of the first arm it leaves out what `setting` says."""
         first = next(iter(self.arms))
         changes = self.first_changes if arm.name == first else arm.changes
-        said = ", ".join(f"{mark}{path} = {short(value)}{mark}" for path, value in changes.items())
+        said = ", ".join(f"{mark}{path} = {value_text(value)}{mark}" for path, value in changes.items())
         if arm.name == first:
             said = f"{self.base.name} with {said}" if said else self.base.name
         elif not said or arm.like != first:
@@ -122,7 +123,7 @@ class Study:
         if validation.source == "fold":
             held = f"fold {validation.fold} of {validation.folds} for validation"
         elif not own_validation:
-            held = f"{validation.fraction:.0%} of them for validation"
+            held = f"{100 * validation.fraction:.4g}% of them for validation"
         return f"{held}, {counted(recipe.epochs, 'epoch')}, batches of {recipe.batch_size}"
 
     def refuse(self, path: tuple[str, ...], message: str) -> NoReturn:
@@ -223,7 +224,8 @@ def load_study(
     if images is not None:
         if type(images) is not int or images < 1:
             wrong(("scale", scale, "images"), f"images: expected a number of train images, found {images!r}")
-        common = common.override({"dataset": f"{common.dataset}:{images}"})
+        stem, options = split_name(common.dataset)
+        common = common.override({"dataset": f"{stem}{options.partition(':')[0]}:{images}"})
     arms = _arms(name, file.arms, scale_arms, scale, common, wrong)
     _refuse_unfair(arms, wrong)
     claim = " ".join(file.claim.split())

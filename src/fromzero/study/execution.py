@@ -27,7 +27,7 @@ import pydantic
 
 from fromzero.changes import differing_fields
 from fromzero.data import NAMED, ImageSet, load_images, split_name
-from fromzero.errors import FromzeroError, InputError, StoppedError, counted, options_typed, typed
+from fromzero.errors import FromzeroError, InputError, StoppedError, command_line, counted, options_typed
 from fromzero.files import write_atomically, write_json
 from fromzero.machine import MAX_THREADS, chosen_device
 from fromzero.networks import build
@@ -341,7 +341,7 @@ def _shapes(recipe: Recipe, images: ImageSet) -> dict[str, tuple[int, ...]]:
 def command(label: str, scale: str, seeds: int, tuned: bool, options: Sequence[str] = ()) -> str:
     """The command line that carries a study out."""
     words = ["fromzero", "study", label, "--scale", scale, "--seeds", str(seeds), *["--tune"] * tuned, *options]
-    return typed(*words)
+    return command_line(*words)
 
 
 def sweep(study: Study, folder: Path, fingerprints: Mapping[str, str]) -> Sweep:

@@ -22,7 +22,7 @@ import torch
 
 from fromzero.changes import DATA_FIELDS, in_words
 from fromzero.data import ImageSet, stratified_folds
-from fromzero.errors import FromzeroError, InputError, StoppedError, counted, options_typed, some, typed
+from fromzero.errors import FromzeroError, InputError, StoppedError, command_line, counted, options_typed, some
 from fromzero.evaluate import predict
 from fromzero.files import csv_text, write_atomically, write_json
 from fromzero.findings import images_of
@@ -116,7 +116,7 @@ def prepare_folds(
         "--data-dir": data_dir,
         "--offline": offline,
     }
-    command = typed("fromzero", "cross-validate", run.path, *options_typed(given))
+    command = command_line("fromzero", "cross-validate", run.path, *options_typed(given))
     setting = Setting(recipe.dataset, None, offline, device, threads_each)
     return CrossValidation(run, images, cells, setting, num_jobs, command, data_dir)
 
@@ -233,7 +233,7 @@ def fold_text(found: CrossValidation, result: Mapping[str, Any]) -> str:
     lines.append(f"  all images, least likely labels first: {found.folder / LABELS}")
     if shown:
         moved = [] if found.data_dir is None else ["--data-dir", str(found.data_dir)]
-        lines.append(f"  pictures of these: {typed('fromzero', 'report', found.run.path, *moved)}")
+        lines.append(f"  pictures of these: {command_line('fromzero', 'report', found.run.path, *moved)}")
         lines.append("  mend labels in a copy of the pictures: the run needs its own as they are")
     return "\n".join(line.replace("\n", "\\n") for line in lines)
 

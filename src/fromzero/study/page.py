@@ -128,8 +128,8 @@ def _draw_differences(axes: Axes, contrasts: Sequence[ContrastResult]) -> None:
             mean, low, high = (scale * x for x in found.comparison.difference)
             axes.plot([low, high], [height, height], color=color, lw=2)
             axes.plot(mean, height, "o", color=color, ms=5)
-        if margin := scale * found.contrast.margin:  # what the claim is decided from, not zero
-            edges = {"higher": [-margin], "lower": [margin]}.get(found.contrast.direction, [-margin, margin])
+        if found.contrast.margin:  # what the claim is decided from, not zero
+            edges = [scale * edge for edge in found.null]
             axes.vlines(edges, height - 0.35, height + 0.35, color="#333333", lw=1, ls=":")
     axes.axvline(0, color="#333333", lw=0.8)
     if farthest:  # the interval of two pairs is so wide that nothing would be seen of them
@@ -174,7 +174,7 @@ def _so_far(result: Result) -> str:
     """How many of its runs there are, where some are missing."""
     if result.is_complete:
         return ""
-    return f" ({sum(len(arm.runs) for arm in result.arms.values())} of {result.study.seeds * len(result.arms)} runs)"
+    return f" ({result.num_runs})"
 
 
 def _lesson(study: Study, results: Sequence[Result], pictures: Path) -> str:

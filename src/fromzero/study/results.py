@@ -143,6 +143,11 @@ class Result:
         """What tells it from other results of its study."""
         return self.study.scale + (", tuned" if self.ran.tuned else "")
 
+    @property
+    def num_runs(self) -> str:
+        """How many of its runs there are, in words."""
+        return f"{sum(len(arm.runs) for arm in self.arms.values())} of {self.study.seeds * len(self.arms)} runs"
+
     def group(self, name: str) -> list[ContrastResult]:
         """The comparisons that are corrected together; those of CLAIM decide."""
         return [c for c in self.contrasts if c.contrast.group == name]
@@ -262,7 +267,7 @@ def read_result(folder: Path) -> Result:
         contrasts=_contrasts(study, arms),
         sweep=swept,
         machines=tuple(sorted({_machine(p) for p in provenances})),
-        commits=tuple(sorted({(p["commit"] or "")[:7] or "a commit that was not recorded" for p in provenances})),
+        commits=tuple(sorted({_commit(p) for p in provenances})),
     )
 
 
@@ -356,3 +361,10 @@ def _machine(provenance: dict[str, Any]) -> str:
     kind, version = here.get("processor", "?"), here.get("torch", "?")
     switched = "".join(f", {name}={value}" for name, value in (last_switches(provenance) or {}).items())
     return f"{kind}, {here['device']}, {threads}, {here['precision']}, torch {version}{switched}"
+
+
+def _commit(provenance: dict[str, Any]) -> str:
+    """fromzero's own commit in short, and whether its files differed from that."""
+    if not (commit := provenance["commit"]):
+        return "a commit that was not recorded"
+    return str(commit[:7]) + " with changes" * commit.endswith("-dirty")
