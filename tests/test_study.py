@@ -133,7 +133,9 @@ def test_pairs_that_all_differ_alike_have_no_interval():
     contrast = Contrast("a", "b", "val/accuracy", "higher", 0.0, "claim")
     same = stats.compare([0.1] * 6, [0.1] * 6)
     assert stats.compare([0.4] * 7, [0.1] * 7).sd < 1e-12
-    said = sentence(ContrastResult(contrast, same, 1.0, "undecided", 0.0, None, None, dict.fromkeys(range(6), 0), 6), 1)
+    said = sentence(
+        ContrastResult(contrast, same, 1.0, "undecided", 0.0, None, None, dict.fromkeys(range(6), 0), 6), 1, 6
+    )
     assert (
         said
         == "a against b, val/accuracy higher: undecided; its 6 pairs all differ by +0.00 points, so they tell no spread"
@@ -168,7 +170,7 @@ def test_what_so_many_pairs_find_counts_from_the_margin(direction, margin, null,
     comparison = stats.compare(rng.normal(0, 0.01, 7), np.zeros(7), direction, margin)
     result = ContrastResult(contrast, comparison, 0.5, "undecided", 0.03, None, None, dict.fromkeys(range(7), 0.0), 7)
     assert result.null == null
-    assert said in sentence(result, 1)
+    assert said in sentence(result, 1, 6)
     distance = stats.detectable_effect(7) * 0.01
     for edge in null:
         for side in (-1, 1) if len(null) == 1 else (-1 if edge < 0 else 1,):
@@ -452,8 +454,21 @@ def test_a_run_on_a_part_is_resumed_by_its_folder_alone(data_folder, tmp_path):
 def test_a_scales_images_are_in_place_of_the_bases(tmp_path):
     text = 'claim = "?"\nbase = "train1"\nrecipe.dataset = "digits:800"\nrecipe.validation.source = "split"\n'
     text += "arms.a = {}\narms.b.batch_size = 64\n[scale.screen]\nseeds = 2\nimages = 200\n"
-    assert load_study(written(tmp_path, text)).base.dataset == "digits:200"
-    assert load_study(written(tmp_path, text.replace("\nimages = 200", ""))).base.dataset == "digits:800"
+    assert load_study(written(tmp_path, text)).arms["b"].recipe.dataset == "digits:200"
+    assert load_study(written(tmp_path, text.replace("\nimages = 200", ""))).arms["a"].recipe.dataset == "digits:800"
+
+
+def test_a_study_begun_anew_has_other_seeds_and_a_folder_of_its_own(tmp_path, text):
+    text = text.replace("[scale.screen]\n", "[scale.screen]\nfirst_seed = 3\n")
+    path = written(tmp_path, text)
+    begun, anew = (prepare_study(load_study(path, first_seed=first), runs_dir=tmp_path) for first in (None, 6))
+    assert [sorted({cell.seed for cell in one.cells}) for one in (begun, anew)] == [[*range(3, 9)], [*range(6, 12)]]
+    assert [one.folder.name for one in (begun, anew)] == ["units-screen-from-seed-3", "units-screen-from-seed-6"]
+    assert "--seeds 6 --first-seed 6" in anew.command
+    with pytest.raises(InputError, match=r"--first-seed: expected a number from 0 to 994, so that .*, found 995"):
+        load_study(path, first_seed=995)
+    with pytest.raises(InputError, match=r"line 22: first_seed: expected .* found -1"):
+        load_study(written(tmp_path, text.replace("first_seed = 3", "first_seed = -1")))
 
 
 def test_a_scale_names_a_folder(tmp_path, text):

@@ -560,7 +560,7 @@ def _study(arguments: argparse.Namespace) -> None:
     from fromzero.files import finite, write_json
     from fromzero.study.definition import load_study
 
-    study = load_study(arguments.STUDY, arguments.scale, seeds=arguments.seeds)
+    study = load_study(arguments.STUDY, arguments.scale, seeds=arguments.seeds, first_seed=arguments.first_seed)
     from fromzero.study import page
     from fromzero.study.answers import answer, record
     from fromzero.study.display import study_header, watch_study

@@ -276,7 +276,8 @@ def _write_study(one: Run, two: Run, changes: Mapping[str, Both], source: str) -
     if {*recipes} <= {*recipe_names()}:
         claim, names = f"{recipes[1]} reaches a higher validation accuracy than {recipes[0]}.", recipes
     arms = dict(zip(names, ({}, second), strict=True))
-    text = study_text(claim, one.recipe, arms, images_of(one, source)).encode()
+    last_seed = max(run.recipe.seed for run in (one, two))
+    text = study_text(claim, one.recipe, arms, images_of(one, source), last_seed).encode()
     name, number = f"{two.name}-against-{one.name}", 1
     while (path := one.path / f"{name}{'' if number == 1 else f'-{number}'}.toml").exists():
         if path.read_bytes() == text:

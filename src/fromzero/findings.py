@@ -36,6 +36,7 @@ from fromzero.runs import FOLDS, LABELS, Row, Run
 from fromzero.terminal import duration
 
 STUDY_SEEDS = 6  # the fewest pairs that can settle anything
+MOST_SEEDS = 900  # beyond, a study begins with seed 0: those from 1,000 on tune
 SHOWS_FEW = 0.1  # of the labels; where only more wrong ones would show, that is said
 FEW_IMAGES = 5000  # the recipe few is as good as strong from 4,000, and took a third of the time (docs/results.md)
 
@@ -227,12 +228,16 @@ def study_command(run: Run, study: Path) -> str:
 def remedy_study(finding: Finding, recipe: Recipe, dataset: str | None = None) -> str:
     """The study that tests a finding's remedy, as `study_text` has it: the recipe as it is and remedied."""
     claim = f"With {finding.changed} validation accuracy is higher than without (against {finding.name})."
-    return study_text(claim, recipe, {"as-it-is": {}, "remedied": finding.changes}, dataset)
+    return study_text(claim, recipe, {"as-it-is": {}, "remedied": finding.changes}, dataset, recipe.seed)
 
 
-def study_text(claim: str, recipe: Recipe, arms: Mapping[str, Mapping[str, Any]], dataset: str | None = None) -> str:
+def study_text(
+    claim: str, recipe: Recipe, arms: Mapping[str, Mapping[str, Any]], dataset: str | None, last_seed: int
+) -> str:
     """A study, as TOML beside the recipe of a run: arms that change it in these fields, with the same seeds, on
-    held-out train images. dataset: where they are, if not where the recipe says."""
+    held-out train images. dataset: where they are, if not where the recipe says; last_seed: up to which seeds were
+    seen, and so do not count for what was asked because of them."""
+    unseen = last_seed + 1
     common: dict[str, Any] = {"epochs": recipe.epochs}  # which an extension changes in the run's recipe
     if dataset is not None:
         common["dataset"] = dataset
@@ -244,7 +249,7 @@ def study_text(claim: str, recipe: Recipe, arms: Mapping[str, Mapping[str, Any]]
             "base": "recipe.toml",
             "recipe": common,
             "arms": {name: dict(changes) for name, changes in arms.items()},
-            "scale": {"screen": {"seeds": STUDY_SEEDS}},
+            "scale": {"screen": {"seeds": STUDY_SEEDS} | ({"first_seed": unseen} if unseen < MOST_SEEDS else {})},
         }
     )
 

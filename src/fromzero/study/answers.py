@@ -18,7 +18,7 @@ def answer(result: Result) -> list[str]:
     """What the study says, in words: a line for the verdict, one for each comparison, one for each failure."""
     study = result.study
     lines = [f"{study.name} ({result.title}): {result.verdict}. {study.claim}"]
-    lines += [f"  {sentence(c, len(result.group(c.contrast.group)))}" for c in result.contrasts]
+    lines += [f"  {sentence(c, len(result.group(c.contrast.group)), result.unused_seed)}" for c in result.contrasts]
     for name in result.sweep:
         if study.tuning is not None and (best := result.arms[name].value) is not None:
             edge = ", on the edge of what was tried" * result.is_on_edge(name)
@@ -59,6 +59,7 @@ def record(result: Result) -> dict[str, Any]:
         "base": study.base.name,
         "setting": {path: next(iter(study.arms.values())).recipe.fields()[path] for path in SETTING},
         "seeds": study.seeds,
+        "first_seed": study.first_seed,
         "images": {"name": ran.images, "train": ran.train_images, "fingerprints": ran.fingerprints, "notes": ran.notes},
         "command": result.command,
         "machines": result.machines,
@@ -90,8 +91,9 @@ def _figures(run: Run) -> dict[str, Any]:
     return {key: metric_of(last, key) for key in METRICS} | {key: summary[key] for key in others}
 
 
-def sentence(found: ContrastResult, comparisons: int) -> str:
-    """A comparison in one line."""
+def sentence(found: ContrastResult, comparisons: int, unused_seed: int) -> str:
+    """A comparison in one line. comparisons: that are corrected together; unused_seed: from which on a study can begin
+    anew."""
     c, x = found.contrast, found.comparison
     head = f"{c.arm} against {c.against}, {c.metric}{claimed(c)}: "
     if x is None:
@@ -122,7 +124,10 @@ def sentence(found: ContrastResult, comparisons: int) -> str:
         )
     if found.to_settle:
         about = "" if found.seeds_needed is None else "about "
-        text += f"; to settle a difference of this size: a study of {about}{found.to_settle} seeds, begun anew"
+        text += (
+            f"; to settle a difference of this size: a study of {about}{found.to_settle} seeds, begun anew with others"
+            f" (--first-seed {unused_seed})"
+        )
     return text
 
 

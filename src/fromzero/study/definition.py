@@ -35,7 +35,7 @@ METRICS = {  # what a row of metrics records, and what follows from it: key → 
 SETTING = ("epochs", "batch_size", *DATA_FIELDS)
 CLAIM = "claim"
 Refuse = Callable[[tuple[str, ...], str], NoReturn]  # (where in the file, what is wrong there)
-TUNING_SEEDS_FROM = 1000  # beyond the seeds 0, 1, 2 … of the arms
+TUNING_SEEDS_FROM = 1000  # beyond the seeds of the arms
 MOST_SEEDS = TUNING_SEEDS_FROM
 LONGEST_NAME = 100
 
@@ -74,7 +74,8 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Study:
-    """A study at one scale. `text` is its file, and `label` what the user calls that."""
+    """A study at one scale, with the seeds `first_seed`, `first_seed` + 1 … `text` is its file, and `label` what the
+    user calls that."""
 
     name: str
     claim: str
@@ -84,6 +85,7 @@ class Study:
     arms: dict[str, Arm]
     contrasts: tuple[Contrast, ...]
     seeds: int
+    first_seed: int
     scale: str
     tuning: Tuning | None
     base: Recipe
@@ -175,15 +177,16 @@ def load_study(
     scale: str = "screen",
     *,
     seeds: int | None = None,
+    first_seed: int | None = None,
     name: str | None = None,
     base: Recipe | None = None,
     label: str | None = None,
 ) -> Study:
     """The built-in study of that name, or the one in that TOML file, at one of its scales.
 
-    seeds: how many, instead of the scale's; name, base, label: instead of the file's (a study that has run keeps
-    copies; the label is what the user called it). Raises InputError, naming file and line, for anything that does not
-    fit.
+    seeds, first_seed: how many, and from which on, instead of the scale's; name, base, label: instead of the file's (a
+    study that has run keeps copies; the label is what the user called it). Raises InputError, naming file and line, for
+    anything that does not fit.
     """
     text, label = text_of("study", source), label or str(source)
     lines = lines_of(text)
@@ -219,6 +222,14 @@ def load_study(
             wrong(("scale", scale, "seeds"), f"seeds: {expected} {seeds!r}{': one run says nothing' * (seeds == 1)}")
     elif not 2 <= seeds <= MOST_SEEDS:
         raise InputError(f"--seeds: {expected} {seeds}{': one run says nothing' * (seeds == 1)}")
+    given, latest = settings.pop("first_seed", 0), TUNING_SEEDS_FROM - seeds
+    expected = f"expected a number from 0 to {latest:,}, so that the last is below {TUNING_SEEDS_FROM:,}, found"
+    if first_seed is None:
+        first_seed = given
+        if type(first_seed) is not int or not 0 <= first_seed <= latest:
+            wrong(("scale", scale, "first_seed"), f"first_seed: {expected} {first_seed!r}")
+    elif not 0 <= first_seed <= latest:
+        raise InputError(f"--first-seed: {expected} {first_seed}")
     common = _overridden(base, file.recipe, ("recipe",), wrong)
     common = _overridden(common, settings, ("scale", scale), wrong)
     if images is not None:
@@ -242,6 +253,7 @@ def load_study(
         arms=arms,
         contrasts=_contrasts(file, arms, wrong),
         seeds=seeds,
+        first_seed=first_seed,
         scale=scale,
         tuning=_tuning(file.tuning, arms, wrong),
         base=base,

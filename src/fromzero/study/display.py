@@ -35,7 +35,7 @@ def study_header(execution: Execution) -> str:
         cost = num_multiply_adds(arm.recipe.network, shape, num_classes)
         size = f"{parameters:,} parameters, {cost / 1e6:.1f} M multiply-adds"
         lines.append(f"  {arm.name}: {size}; {study.in_words(arm)}")
-    runs = f"{len(study.arms)} arms × {study.seeds} seeds"
+    runs = f"{len(study.arms)} arms × {study.seeds} seeds{f' from {study.first_seed} on' * bool(study.first_seed)}"
     if execution.trials:
         runs += f" after {len(execution.trials)} runs of tuning"
     where = (

@@ -1,8 +1,8 @@
 """Carrying a study out: which cells there are, which are still to be trained, and the folder they live in.
 
-runs/studies/NAME-SCALE/     -tuned added for a study whose arms were tuned first
+runs/studies/NAME-SCALE/     -from-seed-N added where the first seed is not 0, -tuned where arms were tuned first
   study.toml, base.toml      the study and its base recipe, as they were run
-  study.json                 scale, number of seeds, time spent
+  study.json                 scale, seeds, time spent
   lock, workers.log          held by the process that carries it out; what its workers said
   cells/ARM-seedN/           an ordinary run for each arm and seed
   tuning/ARM-VALUE-seedN/    the runs of the sweep
@@ -58,6 +58,7 @@ class Description(pydantic.BaseModel):
     label: str
     scale: str
     seeds: int
+    first_seed: int = 0
     tuned: bool
     options: tuple[str, ...]
     own_validation: bool
@@ -140,7 +141,7 @@ class Execution:
     @property
     def command(self) -> str:
         """What to type to do this again, or to go on with it."""
-        return command(self.study.label, self.study.scale, self.study.seeds, self.tuned, self.options)
+        return command(self.study, self.tuned, self.options)
 
     def _run(self, cells: Sequence[Cell]) -> Iterator[Event]:
         waiting = self._open(cells)
@@ -174,6 +175,7 @@ class Execution:
             label=self.study.label,
             scale=self.study.scale,
             seeds=self.study.seeds,
+            first_seed=self.study.first_seed,
             tuned=self.tuned,
             options=self.options,
             own_validation=self.images.validation is not None,
@@ -197,8 +199,9 @@ class Execution:
             return described.model_copy(update=lost | {"answered": before.answered})
         kept = [arm for arm in now.arms if arm in then.arms and _is_same(then.arms[arm], now.arms[arm])]
         seen = before.answered or before.changed
-        if seen and then.arms.keys() & now.arms.keys() and before.fingerprints == described.fingerprints:
+        if seen and then.arms.keys() & now.arms.keys():
             parts = {
+                "images": before.fingerprints != described.fingerprints,
                 "claim": then.claim != now.claim,
                 "arms": len(kept) < max(len(then.arms), len(now.arms)),
                 "comparisons": {*then.contrasts} != {*now.contrasts},
@@ -291,7 +294,8 @@ def prepare_study(
     if place == "ray" and device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device: {device}: on Ray it is auto, cpu or cuda, of the cluster's machines")
     setting = Setting(dataset, data_dir.resolve() if data_dir else None, offline, device, num_threads_each)
-    folder = Path(os.path.realpath(runs_dir)) / "studies" / f"{study.name}-{study.scale}{'-tuned' if tune else ''}"
+    others = f"-from-seed-{study.first_seed}" * bool(study.first_seed) + "-tuned" * tune
+    folder = Path(os.path.realpath(runs_dir)) / "studies" / f"{study.name}-{study.scale}{others}"
     return Execution(study, folder, images, setting, num_jobs, place, tune, keep_weights, tuple(options_typed(given)))
 
 
@@ -338,10 +342,10 @@ def _shapes(recipe: Recipe, images: ImageSet) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def command(label: str, scale: str, seeds: int, tuned: bool, options: Sequence[str] = ()) -> str:
+def command(study: Study, tuned: bool, options: Sequence[str] = ()) -> str:
     """The command line that carries a study out."""
-    words = ["fromzero", "study", label, "--scale", scale, "--seeds", str(seeds), *["--tune"] * tuned, *options]
-    return command_line(*words)
+    seeds = ["--seeds", str(study.seeds), *["--first-seed", str(study.first_seed)] * bool(study.first_seed)]
+    return command_line("fromzero", "study", study.label, "--scale", study.scale, *seeds, *["--tune"] * tuned, *options)
 
 
 def sweep(study: Study, folder: Path, fingerprints: Mapping[str, str]) -> Sweep:
@@ -380,7 +384,8 @@ def read_description(folder: Path) -> Description:
 def recorded_study(folder: Path, ran: Description) -> Study:
     """The study in that folder as it was run last. Raises FromzeroError where its files are damaged."""
     base = load_recipe(folder / "base.toml")
-    return load_study(folder / "study.toml", ran.scale, seeds=ran.seeds, name=ran.name, base=base, label=ran.label)
+    seeds = {"seeds": ran.seeds, "first_seed": ran.first_seed}
+    return load_study(folder / "study.toml", ran.scale, **seeds, name=ran.name, base=base, label=ran.label)
 
 
 def read_json(path: Path) -> dict[str, Any]:

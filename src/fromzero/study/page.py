@@ -47,8 +47,8 @@ HOW_TO_READ = """\
   *undecided*. With fewer than six pairs it is always undecided; with six, only all six on one side settle anything.
 - **Correlation** says what pairing by seed bought: at 0 nothing. **Seen** is how far the true difference must lie from
   zero, or from the margin that a claim has, for so many pairs to find it four times out of five. **To settle** is how
-  many seeds would find a difference of the size seen, in a study begun anew: seeds that are added because of an answer
-  make its p too small.
+  many seeds would find a difference of the size seen, in a study begun anew with others (`--first-seed`): seeds that
+  are added because of an answer make its p too small, and the same ones make the same runs.
 """
 SCALES = """\
 - **Screen** is small and short: a quarter of the width, 4,000 train images, six to twenty epochs, about half of the
@@ -197,10 +197,11 @@ def _section(result: Result) -> str:
     study = result.study
     took = f"{duration(result.cell_seconds)} of runs, {duration(result.ran.seconds)} by the clock"
     of = f" of {result.ran.images}" if result.ran.images else ""
+    later = f" from {study.first_seed} on" if study.first_seed else ""
     ran = f" · {'; '.join(result.machines)} · fromzero at {', '.join(result.commits)}" if result.is_begun else ""
     lines = [
         f"### {name_of(result)}: {result.so_far}{_so_far(result)}\n",
-        f"`{result.command}` · n = {study.seeds} seeds · {result.ran.train_images:,} train images{of}, "
+        f"`{result.command}` · n = {study.seeds} seeds{later} · {result.ran.train_images:,} train images{of}, "
         f"{study.setting(result.ran.own_validation)} · {took}{ran}\n",
         *(f"Of the images: {note}.\n" for note in result.ran.notes),
     ]

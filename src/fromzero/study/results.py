@@ -141,7 +141,13 @@ class Result:
     @property
     def title(self) -> str:
         """What tells it from other results of its study."""
-        return self.study.scale + (", tuned" if self.ran.tuned else "")
+        others = f", from seed {self.study.first_seed}" * bool(self.study.first_seed)
+        return self.study.scale + others + ", tuned" * self.ran.tuned
+
+    @property
+    def unused_seed(self) -> int:
+        """A seed from which on none was used here."""
+        return self.study.first_seed + max(self.study.seeds, *self.ran.answered, 0)
 
     @property
     def num_runs(self) -> str:
@@ -170,17 +176,17 @@ class Result:
     @property
     def command(self) -> str:
         """What carries it out anywhere: without options, which are paths and cores of the machine it ran on."""
-        return command(self.study.label, self.study.scale, self.study.seeds, self.ran.tuned)
+        return command(self.study, self.ran.tuned)
 
     @property
     def resume_command(self) -> str:
         """What to type to go on with it here."""
-        return command(self.study.label, self.study.scale, self.study.seeds, self.ran.tuned, self.ran.options)
+        return command(self.study, self.ran.tuned, self.ran.options)
 
     @property
     def cautions(self) -> list[str]:
         """Why p may be too small: figures were there when it was decided how many seeds there are, or what is asked."""
-        anew, found = "for a claim begin anew, in another --runs-dir", []
+        anew, found = f"for a claim begin anew, with other seeds: --first-seed {self.unused_seed}", []
         if before := [str(seeds) for seeds in self.ran.answered if seeds != self.study.seeds]:
             found.append(
                 f"this study had figures with {' and '.join(before)} seeds; where those decide how many there are, p is"
