@@ -52,6 +52,15 @@ def test_copies_share_a_fold_and_a_class_of_one_picture_is_in_none():
     assert found[5:].tolist() == [-1, -1, -1]
 
 
+def test_a_picture_in_two_classes_is_judged_by_a_network_that_has_not_seen_it():
+    keys = np.random.default_rng(0).permutation(40).astype(np.uint64)
+    labels = np.repeat([0, 1], 20)
+    keys[20:24] = keys[:4]
+    found = stratified_folds(labels, 5, keys)
+    assert found[20:24].tolist() == found[:4].tolist()
+    assert all(set(found[labels == label]) == set(range(5)) for label in (0, 1))
+
+
 @pytest.mark.parametrize("with_own", [False, True])
 def test_the_folds_of_a_recipe_hold_out_each_train_image_once(digits, with_own):
     images = replace(digits, validation=digits.test) if with_own else digits

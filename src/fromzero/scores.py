@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from fromzero.data.pictures import DAMAGED_SHARE, TOO_MANY
 from fromzero.errors import InputError, command_line, counted
 from fromzero.evaluate import Normalise, evaluate
 from fromzero.machine import Machine
+from fromzero.runs import Run
 from fromzero.splits import Subset, validation_label
 from fromzero.stats import wilson_interval
 from fromzero.terminal import in_brackets
@@ -77,8 +79,18 @@ def pictures_of(folder: Path, classifier: Classifier) -> Pictures:
     if asked == source or (asked.parent == source and asked.name.lower() in SPLITS["train"]):
         apart = command_line("fromzero", "evaluate", run.path)
         notes.append(f"the run was trained on pictures in it: this says little of new ones; its own test: {apart}")
+    elif seen := _trained_on(run, [paths[index] for index in read]):
+        are = "is" if seen == 1 else "are"
+        notes.append(f"{seen:,} of these {len(read):,} pictures {are} train pictures of the run, to the byte")
     these = Subset(pixels, torch.from_numpy(truth[read]).to(classifier.machine.device))
     return Pictures(these, [paths[index] for index in read], len(wrong), notes)
+
+
+def _trained_on(run: Run, paths: Sequence[Path]) -> int:
+    """How many of these files are, by their content, ones that the run was trained on."""
+    known = {row["sha256"] for row in run.pictures if row["split"] == "train" and row.get("sha256")}
+    begins = (hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths)
+    return sum(begin in known for begin in begins) if known else 0
 
 
 def doubts(of: Trained | Classifier) -> list[str]:

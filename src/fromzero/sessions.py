@@ -176,7 +176,8 @@ def _begun_or_not(run: Run) -> Iterator[contextlib.ExitStack]:
 
 
 def _splits(recipe: Recipe, images: ImageSet, data: Data) -> str:
-    """Which file is in which split, as CSV: split, class, and the file under the images' source."""
+    """Which file is in which split, as CSV: split, class, the file under the images' source, and how its SHA-256
+    begins."""
     held = set([] if data.held is None else data.held.tolist())
     of_train = ["validation" if place in held else "train" for place in range(len(images.train))]
     parts = [(images.train, of_train), (images.test, ["test"] * len(images.test))]
@@ -184,11 +185,11 @@ def _splits(recipe: Recipe, images: ImageSet, data: Data) -> str:
         used = "validation" if recipe.validation.source == "split" else "unused"
         parts.append((images.validation, [used] * len(images.validation)))
     return csv_text(
-        ("split", "class", "file"),
+        ("split", "class", "file", "sha256"),
         (
-            (split, images.class_names[label], file)
+            (split, images.class_names[label], file, begin)
             for part, splits in parts
-            for split, label, file in zip(splits, part.labels, part.files or [""] * len(part), strict=True)
+            for split, label, file, begin in zip(splits, part.labels, part.files, part.file_hashes, strict=True)
         ),
     )
 

@@ -25,6 +25,7 @@ Z = 1.959964  # of the normal distribution, for that level
 POWER = 0.8
 FEWEST_PAIRS = 6  # below, no p can be 0.05 or less: the smallest is 2 / 2**n
 EXACT_PAIRS = 16  # up to here every pattern of signs is tried
+FEW_FOR_VALIDATION = 400  # images, by which an accuracy is known to 5 points
 DRAWS = 99_999  # patterns drawn beyond that
 SIMULATED_PAIRS = 12  # up to here the power is simulated: p has so few values that the t test's would mislead
 
@@ -135,6 +136,12 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
     half = Z / (1 + Z * Z / count) * (share * (1 - share) / count + Z * Z / (4 * count * count)) ** 0.5
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def widest_error(count: int) -> float:
+    """Half of Wilson's interval of a share of `count` where it is widest, at a half."""
+    low, high = wilson_interval(0.5, count)
+    return (high - low) / 2
 
 
 def compare_on_images(first: ArrayLike, second: ArrayLike) -> ImageComparison:

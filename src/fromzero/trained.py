@@ -115,7 +115,7 @@ def _changed_files(run: Run, images: ImageSet) -> str:
         return ""
     parts = [part for part in (images.train, images.validation, images.test) if part is not None]
     here = {file for part in parts for file in part.files or ()}
-    before = run.files
+    before = {row["file"] for row in run.pictures}
     if not before or not here:
         return ""
     told = (("gone", before - here), ("new", here - before))

@@ -46,6 +46,11 @@ class Images:
         keys = zip(records, digests, strict=True)
         return np.array([first.setdefault(record, digest) for record, digest in keys], np.uint64)
 
+    @property
+    def file_hashes(self) -> list[str]:
+        """How the SHA-256 (hex) of each file begins; empty of images that are from none."""
+        return [] if self.file_digests is None else [int(d).to_bytes(8, "little").hex() for d in self.file_digests]
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian,
         where there are more than 256 classes) and the pixels in the order C, H, W. It does not depend on the order of
@@ -153,7 +158,7 @@ def stratified_split(labels: np.ndarray, fraction: float, by: str | np.ndarray) 
 def stratified_folds(labels: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
     """Of each image to which of `count` folds it belongs, int64 (N,), from 0: each class is spread evenly over them.
     -1, in none, are the images of a class that has one key only, as whoever trains without its fold would not know that
-    class. keys (N,): by which they are dealt; images of a class with one key count once and stay together."""
+    class. keys (N,): by which they are dealt; images of one key stay together, and of a class count once."""
     folds, dealt = np.full(len(labels), -1, np.int64), 0
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -161,4 +166,7 @@ def stratified_folds(labels: np.ndarray, count: int, keys: np.ndarray) -> np.nda
         if len(different) > 1:
             folds[members] = (dealt + places) % count
             dealt += len(different)
-    return folds
+    different, places = np.unique(keys, return_inverse=True)
+    lowest = np.full(len(different), count)
+    np.minimum.at(lowest, places, folds)  # of a picture that is in two classes
+    return lowest[places]

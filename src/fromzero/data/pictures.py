@@ -105,7 +105,7 @@ def _doubles(listed: Sequence[File], digests: np.ndarray, path: Path) -> list[st
         first, second, *others = names_under(paths, path)
         named.append(f"{first} and {second}{f' and {len(others)} more' if others else ''}")
     are = f"{more:,} pictures are copies" if more > 1 else "1 picture is a copy"
-    return [f"{are} of others in their class, to the byte: {some(named, between='; ')}"]
+    return [f"{are} of others in their class, to the byte, and each counts in all figures: {some(named, between='; ')}"]
 
 
 def _contradictions(listed: Sequence[File], digests: np.ndarray, path: Path) -> list[str]:

@@ -23,9 +23,9 @@ def answer(result: Result) -> list[str]:
         if study.tuning is not None and (best := result.arms[name].value) is not None:
             edge = ", on the edge of what was tried" * result.is_on_edge(name)
             lines.append(f"  arm {name}: {study.tuning.field} = {best:g}{edge}")
-    lines += [f"  note: {caution}" for caution in result.cautions]
+    lines += [f"  note: {said}" for said in [*result.cautions, *result.remarks]]
     for arm in result.arms.values():
-        lines += [f"  failed: {cell}: {why}" for cell, why in arm.failures.items()]
+        lines += [f"  failed: {said}" for said in arm.why_failed]
         if len(arm.runs) < arm.seeds:
             lines.append(f"  arm {arm.arm.name}: n = {arm.n}")
     return lines
@@ -56,6 +56,7 @@ def record(result: Result) -> dict[str, Any]:
         "verdict": result.verdict,
         "complete": result.is_complete,
         "cautions": result.cautions,
+        "remarks": result.remarks,
         "base": study.base.name,
         "setting": {path: next(iter(study.arms.values())).recipe.fields()[path] for path in SETTING},
         "seeds": study.seeds,
@@ -104,9 +105,12 @@ def sentence(found: ContrastResult, comparisons: int, unused_seed: int) -> str:
             head + f"{found.verdict}; its {found.n} pairs all differ by {mean} {unit(c.metric)}, so they tell no spread"
         )
     low, high = figure(x.difference.low, c.metric, sign=True), figure(x.difference.high, c.metric, sign=True)
-    approximately = "" if x.exact else "about "
+    approximately, others = "" if x.exact else "about ", ""
+    if found.new_images is not None:
+        ends = (figure(end, c.metric, sign=True) for end in found.new_images[1:])
+        others = f"; for other images, too, {' to '.join(ends)}"
     text = head + (
-        f"{found.verdict}; {figure(x.difference.mean, c.metric, sign=True)} ({low} to {high}) {unit(c.metric)},"
+        f"{found.verdict}; {figure(x.difference.mean, c.metric, sign=True)} ({low} to {high}{others}) {unit(c.metric)},"
         f" n = {found.n}, p {approximately}{x.p:.3g}"
     )
     if comparisons > 1:

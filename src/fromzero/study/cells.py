@@ -7,6 +7,7 @@ to the bit, one whose recipe has changed or whose files are damaged is set aside
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -122,12 +123,15 @@ def train_cell(
 
 
 def read_outcomes(run: Run) -> np.ndarray | None:
-    """Whether each validation image was right after the last epoch, bool (N,), or None where that is not recorded."""
+    """Whether each validation image was right after the last epoch, bool (N,), or None where that is not recorded, or
+    not with the accuracy that the run has."""
     try:
         outcomes = (run.path / OUTCOMES).read_bytes()
     except OSError:
         return None
-    return np.frombuffer(outcomes, np.uint8) == 1 if outcomes else None
+    right = np.frombuffer(outcomes, np.uint8) == 1
+    fits = len(right) and math.isclose(right.mean(), (run.summary or {"val/accuracy": -1})["val/accuracy"])
+    return right if fits else None
 
 
 def _is_trained(cell: Cell, images: ImageSet) -> bool:

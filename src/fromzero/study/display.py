@@ -14,7 +14,7 @@ from fromzero.errors import counted, printable
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.recipe import Recipe
 from fromzero.runs import Run
-from fromzero.stats import fewest_pairs
+from fromzero.stats import FEW_FOR_VALIDATION, fewest_pairs, widest_error
 from fromzero.study.cells import Cell
 from fromzero.study.execution import Execution
 from fromzero.study.pools import Event
@@ -46,6 +46,12 @@ def study_header(execution: Execution) -> str:
     setting_in_words = study.setting(execution.images.validation is not None)
     lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {setting_in_words}")
     lines += [f"  note: {note}" for note in execution.images.notes]
+    _, count = _num_validation(next(iter(study.arms.values())).recipe, execution.images)
+    if count < FEW_FOR_VALIDATION:
+        lines.append(
+            f"  note: about {counted(count, 'validation image')}, which give an accuracy to within ±"
+            f" {100 * widest_error(count):.0f} points at worst: what is settled on them need not hold on others"
+        )
     for arm in study.arms.values():
         lines += [f"  note: arm {arm.name}: {note}" for note in study.notes_on(arm, execution.tuned)]
     for group in dict.fromkeys(c.group for c in study.contrasts):
@@ -139,13 +145,18 @@ class _Progress:
         return f"{self.ended}/{len(self.work)} runs, {self.time_left}; {', '.join(self.running.values())}"
 
 
+def _num_validation(recipe: Recipe, images: ImageSet) -> tuple[int, int]:
+    """How many train images are held out, about, and how many validation images there are."""
+    if recipe.validation.source != "fold" and images.validation is not None:
+        return 0, len(images.validation)
+    share = 1 / recipe.validation.folds if recipe.validation.source == "fold" else recipe.validation.fraction
+    return (held_out := round(share * len(images.train))), held_out
+
+
 def _work(recipe: Recipe, images: ImageSet) -> float:
     """Roughly what a cell of that recipe takes, in multiply-adds."""
-    train, held_out, validation = len(images.train), 0, len(images.validation or ())
-    if recipe.validation.source == "fold" or images.validation is None:
-        share = 1 / recipe.validation.folds if recipe.validation.source == "fold" else recipe.validation.fraction
-        validation = held_out = round(share * train)
-    train -= held_out
+    held_out, validation = _num_validation(recipe, images)
+    train = len(images.train) - held_out
     timetable = Timetable.of(recipe, train)
     # A backward pass costs two forward.
     trained_on = 3 * recipe.hardest * timetable.images_after(timetable.start_of(recipe.epochs))

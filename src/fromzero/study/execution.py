@@ -41,6 +41,7 @@ from fromzero.study.definition import Arm, Study, load_study
 from fromzero.study.pools import Event, on_ray, on_this_machine
 
 MOST_JOBS = 1024
+RESULT, PICTURE = "result.json", "result.png"  # written when all is done, and gone while something is to be trained
 
 Place = Literal["local", "ray"]
 RECORD = "record"  # among what was changed of a study: the record of what it was before is lost
@@ -151,6 +152,8 @@ class Execution:
                 yield Event("finished", cell, 1.0, "done before")
         if not waiting:
             return
+        for stale in (RESULT, PICTURE):
+            (self.folder / stale).unlink(missing_ok=True)
         waiting[0].path.parent.mkdir(exist_ok=True)
         if self.place == "ray":
             events = on_ray(waiting, self.setting)

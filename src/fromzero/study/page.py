@@ -206,12 +206,12 @@ def _section(result: Result) -> str:
         *(f"Of the images: {note}.\n" for note in result.ran.notes),
     ]
     lines += [_arms_table(result), _contrasts_table(result)]
-    lines += [f"{caution[0].upper()}{caution[1:]}.\n" for caution in result.cautions]
+    lines += [f"{said[0].upper()}{said[1:]}.\n" for said in [*result.cautions, *result.remarks]]
     if result.ran.tuned:
         lines.append(_sweep_table(result))
     for arm in result.arms.values():
         if len(arm.runs) < arm.seeds:
-            why = "; ".join(f"{cell}: {text}" for cell, text in arm.failures.items()) or "not run to the end yet"
+            why = "; ".join(arm.why_failed) or "not run to the end yet"
             lines.append(f"**{arm.arm.name}: n = {arm.n}** ({why}).\n")
     return "\n".join(lines)
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fromzero import stats
-from fromzero.errors import FromzeroError, InputError, counted, nearest
+from fromzero.errors import FromzeroError, InputError, counted, nearest, some
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.provenance import last_machine, last_switches
 from fromzero.runs import Row, Run
 from fromzero.stats import Comparison, Interval, Verdict
 from fromzero.study.cells import Cell, cells_of, differences, read_outcomes
-from fromzero.study.definition import CLAIM, MOST_SEEDS, Arm, Contrast, Study, load_study, study_names
+from fromzero.study.definition import CLAIM, METRICS, MOST_SEEDS, Arm, Contrast, Study, load_study, study_names
 from fromzero.study.execution import (
     RECORD,
     Description,
@@ -59,6 +59,12 @@ class ArmResult:
         """`6`, or `5 of 6` when runs failed or are missing."""
         return f"{self.seeds}" if len(self.runs) == self.seeds else f"{len(self.runs)} of {self.seeds}"
 
+    @property
+    def why_failed(self) -> list[str]:
+        """The cells that failed for one reason, and that, in words."""
+        reasons = dict.fromkeys(self.failures.values())
+        return [f"{some([cell for cell, why in self.failures.items() if why == one])}: {one}" for one in reasons]
+
     def values(self, metric: str) -> dict[int, float]:
         """Seed → the metric after the last epoch."""
         return {seed: metric_of(run.metrics()[-1], metric) for seed, run in self.runs.items()}
@@ -78,7 +84,8 @@ class ContrastResult:
     """A comparison and what it says. Without two pairs there is no `comparison`. smallest: how far a true difference
     must lie from `null` for this many runs to find it four times out of five; seeds_needed: how many would find the
     one seen, None when more than a study may have; new_images: the interval for new images as well; seeds: of the
-    study, some of which may have no pair. Then the verdict is undecided: runs that fail do so because of what is
+    study, some of which may have no pair; trained_alike: whether all epochs of both runs of each pair have the same
+    figures. Then the verdict is undecided: runs that fail do so because of what is
     compared, and those that are left are another sample."""
 
     contrast: Contrast
@@ -90,6 +97,7 @@ class ContrastResult:
     new_images: Interval | None
     pairs: dict[int, float]
     seeds: int
+    trained_alike: bool = False
 
     @property
     def null(self) -> tuple[float, ...]:
@@ -97,6 +105,10 @@ class ContrastResult:
         margin = self.contrast.margin
         edges = {"higher": (-margin,), "lower": (margin,), "different": (-margin, margin)}
         return edges[self.contrast.direction] if margin else (0.0,)
+
+    def includes_null(self, interval: Interval) -> bool:
+        """Whether an interval leaves open on which side of what the claim denies the difference is."""
+        return any(interval.low < edge < interval.high for edge in self.null)
 
     @property
     def is_whole(self) -> bool:
@@ -202,6 +214,22 @@ class Result:
                 f"when this study had figures, its {parts} changed; where those decide what is asked, p is too small:"
                 f" {anew}"
             )
+        return found
+
+    @property
+    def remarks(self) -> list[str]:
+        """What its figures alone do not say."""
+        found = []
+        for c in self.contrasts:
+            two = f"{c.contrast.arm} against {c.contrast.against}"
+            if c.trained_alike:
+                found.append(f"{two}: every pair of networks is the same one, so what they differ in does nothing here")
+            if c.telling is None or not c.is_whole:
+                continue
+            if (c.verdict == "undecided") != c.includes_null(c.telling.difference):
+                found.append(f"{two}: p decides, not the interval, which is Student's and of this comparison alone")
+            if c.verdict != "undecided" and c.new_images is not None and c.includes_null(c.new_images):
+                found.append(f"{two}: on other images of the same kind it may be otherwise")
         return found
 
     @property
@@ -345,9 +373,17 @@ def _contrasts(study: Study, arms: dict[str, ArmResult]) -> tuple[ContrastResult
                 new_images=_new_images(contrast, sorted(pairs), arms),
                 pairs=pairs,
                 seeds=study.seeds,
+                trained_alike=_trained_alike(arms[contrast.arm], arms[contrast.against], [*pairs]),
             )
         )
     return tuple(found)
+
+
+def _trained_alike(one: ArmResult, two: ArmResult, seeds: Sequence[int]) -> bool:
+    """Whether all epochs of both runs of each of these pairs have the same figures."""
+    rows = ([row for seed in seeds for row in arm.runs[seed].metrics()] for arm in (one, two))
+    ours, theirs = ([[metric_of(row, metric) for metric in METRICS] for row in of] for of in rows)
+    return ours == theirs
 
 
 def _new_images(contrast: Contrast, seeds: list[int], arms: dict[str, ArmResult]) -> Interval | None:
