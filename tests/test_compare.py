@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fromzero
@@ -209,6 +210,27 @@ def test_of_other_pictures_in_train_more_seeds_tell_and_of_other_sizes_cross_val
     assert "Several seeds of each can, compared on pictures that none was trained on." in told
     assert "cross-validate" not in told
     assert f"fromzero cross-validate {larger.path}" in comparison_text(compare_runs(one, larger))
+
+
+def test_a_classifier_takes_arrays_and_says_what_it_does_not_take(runs, digits):
+    classifier = fromzero.load_classifier(runs[0])
+    pixels = digits.test.pixels[:5]
+    assert torch.equal(classifier.predict(pixels), classifier.predict(torch.from_numpy(pixels)))
+    for wrong, found in ((pixels / 255, r"float64 \(5, 8, 8, 1\)"), (pixels[0], r"uint8 \(8, 8, 1\)")):
+        with pytest.raises(InputError, match=rf"expected pixels uint8 \(N, 8, 8, 1\), found {found}"):
+            classifier.predict(wrong)
+    assert repr(digits) == "<digits: 1,438 train, 359 test images 8×8×1, 10 classes>"
+    assert repr(digits.test) == "<359 images 8×8×1>"
+
+
+def test_runs_without_a_class_in_common_are_not_sent_to_other_pictures(runs, tmp_path):
+    one, two = runs[0], tmp_path / "two"
+    shutil.copytree(one.path, two)
+    provenance = one.provenance
+    provenance["data"]["classes"] = [f"another {name}" for name in provenance["data"]["classes"]]
+    (two / "provenance.json").write_text(json.dumps(provenance))
+    with pytest.raises(FromzeroError, match="have no class in common: nothing compares them"):
+        compare_runs(one, Run(two))
 
 
 def test_other_switches_are_a_difference(runs, digits, tmp_path, monkeypatch):

@@ -483,9 +483,10 @@ def test_a_trial_goes_through_the_runs_whole_course_in_no_more_steps(
         return real(state, batch, rate, recipe, progress, here)
 
     monkeypatch.setattr(probe, "train_step", train_step)
-    trials, _ = probe._trials(recipe, found.data, found.machine, seconds_a_step=0.001)
+    steps = probe._trial_steps(recipe, found.data, seconds_a_step=0.001)
+    trials, _ = probe._trials(recipe, found.data, found.machine, steps)
     per_epoch = -(-len(found.data.train.labels) // 20)
-    steps = min(per_epoch + (epochs - 1) * math.ceil(per_epoch * (1 - skipped)), probe.TRIAL_STEPS)
+    assert steps == min(per_epoch + (epochs - 1) * math.ceil(per_epoch * (1 - skipped)), probe.TRIAL_STEPS)
     (own, progress), (tenth, _) = (zip(*watched[start : start + steps], strict=True) for start in (0, steps))
     assert len(watched) == len(trials) * steps
     assert max(own) == pytest.approx(0.01, rel=0.05)
@@ -510,7 +511,7 @@ def test_trials_tell_a_rate_that_is_too_low_or_too_high(tiny_images, tmp_path):
     high = probe.evidence_of(trained(tiny_images, tmp_path, {"optimizer.learning_rate": 0.5})).measures
     assert best_factor(low.trials) > 1
     assert best_factor(high.trials) < 1
-    assert low.trials[1.0].error == 0
+    assert low.trials[1.0].standard_error == 0
     assert low.fit_accuracy > 0.9
 
 
@@ -518,7 +519,7 @@ def test_what_is_tried_without_decay_is_without_it(tiny_images, tmp_path):
     changes = {"optimizer.name": "sgd", "optimizer.learning_rate": 0.01, "optimizer.weight_decay": 0.3}
     recipe = RECIPE.override(SMALL | changes)
     found = trained(tiny_images, tmp_path, changes)
-    where = (found.data, found.machine, 0.001)
+    where = (found.data, found.machine, 10)
     with_decay, without = probe._trials(recipe, *where)
     same, none = probe._trials(recipe.override({"optimizer.weight_decay": 0.0}), *where)
     assert without.loss == same[1.0].loss != with_decay[1.0].loss
@@ -670,8 +671,9 @@ def test_the_command_names_the_problem_and_the_study_that_it_writes_runs(run, tm
     assert "remedied against as-it-is, val/accuracy higher" in capsys.readouterr().out
 
 
-def test_how_long_a_study_takes_is_said_by_its_epochs(run):
+def test_how_long_a_study_takes_is_said_by_its_epochs(run, monkeypatch):
     rows = [row | {"time/seconds": 30.0 * row["epoch"]} for row in run.metrics()]
+    monkeypatch.setattr(run, "metrics", lambda: rows)
     for changes, took in (
         (
             {"epochs": 6},
@@ -684,7 +686,7 @@ def test_how_long_a_study_takes_is_said_by_its_epochs(run):
         ({"batch_size": 5}, "6 pairs of runs"),
     ):
         found = [Finding("a", "b", "c", "d", changes)]
-        told = diagnosis_text(run, rows, found, {"a": run.path / "a.toml"}, [], columns=200)
+        told = diagnosis_text(run, found, {"a": run.path / "a.toml"}, [], columns=200)
         assert told.splitlines()[-1].endswith(took)
 
 
@@ -721,10 +723,24 @@ def test_labels_that_could_not_be_judged_are_not_called_right(run):
     assert "label-noise" in remarked(run)
 
 
+def test_shorter_trainings_must_tell_more():
+    lower = 1.0 - 0.07 * evidence().entropy
+    trials = {1.0: Trial(1.0, 0.0), 0.1: Trial(lower, 0.001), 10.0: Trial(2.0, 0.001)}
+    learning = {"train": (0.3, 0.4, 0.5, 0.55, 0.6)}
+    for steps, found in ((100, ["rate-too-high"]), (20, [])):
+        e = evidence(measured={"trials": trials, "trial_steps": steps, "fit_accuracy": 1.0}, **learning)
+        findings = [one for one in diagnose(e) if one.name == "rate-too-high"]
+        assert [one.name for one in findings] == found
+        assert all("train loss after 100 steps, by peak rate" in one.evidence for one in findings)
+
+
 def test_few_validation_images_show_many_wrong_labels_only(run):
     assert "Wrong labels" not in remarked(run, measured={"surest": Surest(1, 200, 0.97)})
     said = remarked(run, measured={"surest": Surest(1, 33, 0.97), "validation_counts": (165, 165)})
-    assert "With 330 validation images, wrong labels would be found four times out of five where they are 19%" in said
+    assert (
+        "With 330 validation images, wrong labels would be found four times out of five where they are 20% or more."
+        in said
+    )
     assert "Fewer keep a network" not in said
     said = remarked(run, measured={"surest": Surest(1, 14, 0.97), "validation_counts": (70, 70)})
     assert "that takes 250 validation images, and it has 140" in said
@@ -844,7 +860,7 @@ def test_a_gap_too_small_for_its_error_is_told_with_what_would_do(run):
         train=(0.6, 0.8, 0.9, 0.97, 0.99), val=(0.5, 0.6, 0.66, 0.66, 0.66), val_loss=(1.0, 0.9, 0.9, 0.9, 0.9),
     )  # fmt: skip
     (told,) = (said for said in remarks(run, few, diagnose(few)) if said.startswith("Train accuracy is 0.31"))
-    assert f"only one from {large_gap(few)[1]:.3f} on is called overfitting" in told
+    assert f"it takes {large_gap(few)[1]:.3f} of 100 validation images to be called overfitting" in told
     assert 0.3 + 2 * math.sqrt(0.66 * 0.34 / 100) == pytest.approx(large_gap(few)[1])
 
 
@@ -1077,7 +1093,7 @@ def test_what_is_written_is_json(tiny_images, tmp_path):
     text = (found.run.path / "diagnosis.json").read_text("utf-8")
     assert "Infinity" not in text
     assert "NaN" not in text
-    assert json.loads(text)["measures"]["without_decay"] == {"loss": None, "error": 0.0}
+    assert json.loads(text)["measures"]["without_decay"] == {"loss": None, "standard_error": 0.0}
 
 
 def test_a_run_that_began_with_weights_is_not_judged_by_other_first_steps(run, tmp_path, capsys):

@@ -37,12 +37,13 @@ def test_a_dumb_terminal_has_lines_like_a_file(training, monkeypatch):
 
 
 def test_without_a_terminal_the_first_step_and_every_epoch_have_a_line(training):
-    first, *epochs, result, place, page = lines(training)
+    first, *epochs, result, place, page, wrong = lines(training)
     assert first == "  step 1/4 of epoch 1/2 done"
     assert [line[:13] for line in epochs] == ["epoch   1/2  ", "epoch   2/2  "]
     assert result.startswith("train 0.")
     assert place == f"curves and metrics: {training.run.path}"
     assert page == f"a page about it:    fromzero report {training.run.path}"
+    assert wrong == f"what may be wrong:  fromzero diagnose {training.run.path}"
 
 
 def test_names_are_printed_as_they_are(capsys):
@@ -59,7 +60,7 @@ def test_without_a_terminal_a_long_epoch_has_lines_between(training, monkeypatch
 
 
 def test_the_display_on_a_terminal_ends_with_the_result_too(training):
-    *_, result, place, _ = lines(training, force_terminal=True)
+    *_, result, place, _, _ = lines(training, force_terminal=True)
     assert "test 0." in result
     assert str(training.run.path) in place
 
@@ -80,7 +81,7 @@ def test_of_a_fold_no_larger_fraction_is_advised(tiny_images, tmp_path):
 
 
 def test_the_test_accuracy_has_its_interval(training):
-    *_, result, _, _ = lines(training)
+    *_, result, _, _, _ = lines(training)
     share = training.run.summary["test/accuracy"]
     low, high = wilson_interval(share, 40)
     assert f", test {share:.4f} ({low:.4f}–{high:.4f}, 95 %) in " in result
@@ -186,8 +187,8 @@ def test_a_recipe_for_few_pictures_of_another_size_is_named(name, side, other, t
     run = new_training(recipe, replace(tiny_images, train=part, test=part), runs_dir=tmp_path)
     run.close()
     sizes = "few for 32×32, few64 for 64×64 (FOLDER@64)"
-    note = f"  note: --recipe {other} is made for images of about this size: {sizes}"
-    assert [line for line in display.header(run).splitlines() if "is made for" in line] == ([note] if other else [])
+    note = f"  note: --recipe {name} is not made for images of this size, {other} is: {sizes}"
+    assert [line for line in display.header(run).splitlines() if "made for" in line] == ([note] if other else [])
 
 
 @pytest.mark.parametrize(("batch_size", "said"), [(200, "1 step an epoch"), (150, "2 steps an epoch"), (50, None)])

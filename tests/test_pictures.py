@@ -174,7 +174,7 @@ def test_a_part_may_know_no_files(tmp_path):
     images = replace(images, test=replace(images.test, files=()))
     training = new_training(load_recipe("few").override({"epochs": 1}), images, runs_dir=tmp_path)
     training.close()
-    assert "test,red,\n" in (training.run.path / "splits.csv").read_text("utf-8").replace("\r", "")
+    assert "test,red,," in (training.run.path / "splits.csv").read_text("utf-8").replace("\r", "")
 
 
 def test_a_run_validated_on_another_split_is_refused(tmp_path):
@@ -557,7 +557,10 @@ def test_pictures_in_two_classes_are_named(tmp_path):
     folder = write(tmp_path / "set", count=6)
     assert not [note for note in load_images(folder).notes if "two classes" in note]
     shutil.copy(folder / "red" / "002.png", folder / "blue" / "same.png")
-    assert "1 picture is in two classes, to the byte: blue/same.png and red/002.png" in load_images(folder).notes
+    assert (
+        "1 picture is in two classes, to the byte, so a label of each is wrong: blue/same.png and red/002.png"
+        in load_images(folder).notes
+    )
 
 
 def test_copies_in_a_class_are_named(tmp_path):
@@ -858,7 +861,9 @@ def test_what_became_of_a_runs_pictures_is_said(tmp_path, monkeypatch, capsys):
     assert "data folder nowhere is not there; the images of" in capsys.readouterr().err
     other = write(tmp_path / "other", count=10, seed=7)
     assert cli.main(["evaluate", path, "--data-dir", str(other)]) == 1
-    assert f"start anew from its weights: fromzero train {other} --recipe {path}/recipe.toml" in capsys.readouterr().err
+    assert (
+        f"or train anew on them: fromzero train {other} --recipe {path}/recipe.toml; other" in capsys.readouterr().err
+    )
     (tmp_path / "set" / "red").rename(tmp_path / "set" / "a red")  # the first class now
     assert cli.main(["evaluate", path]) == 1
     said = capsys.readouterr().err

@@ -438,7 +438,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     except FromzeroError as error:
         failure = error
     columns = min(console.width, 110)
-    text = diagnosis_text(run, rows, found, studies, said, columns)
+    text = diagnosis_text(run, found, studies, said, columns)
     say(console, text)
     if failure is not None:
         raise failure

@@ -82,6 +82,8 @@ def compare_runs(
     if one.path.samefile(two.path):
         raise InputError(f"{one.path} and {two.path} are the same run: name another one")
     classes = [{spelled(name) for name in run.provenance["data"]["classes"]} for run in (one, two)]
+    if not classes[0] & classes[1]:
+        raise FromzeroError(f"{one.path} and {two.path} have no class in common: nothing compares them")
     if folder is None:
         if classes[0] != classes[1]:
             apart = some(sorted(classes[0] ^ classes[1]))

@@ -16,7 +16,7 @@ from typing import Any
 
 from fromzero.changes import usual_epochs
 from fromzero.errors import counted
-from fromzero.evidence import SMALL_GAP, Evidence, best_factor, late_gain
+from fromzero.evidence import SMALL_GAP, TRIAL_STEPS, Evidence, best_factor, late_gain
 from fromzero.recipe import Recipe
 from fromzero.stats import POWER, wilson_interval
 
@@ -140,8 +140,8 @@ def _decay_too_strong(e: Evidence) -> Finding | None:
     shown = ""
     if m.without_decay is not None and m.trials:
         own, without = m.trials[1.0].loss, m.without_decay
-        if own - without.loss >= max(RATE_GAIN * e.entropy, 3 * without.standard_error):
-            shown = f"train loss after a short training {own:.2f}, without decay {without.loss:.2f}"
+        if own - without.loss >= max(_gain_that_tells(e), 3 * without.standard_error):
+            shown = f"train loss after {counted(m.trial_steps, 'step')} {own:.2f}, without decay {without.loss:.2f}"
     if not shown and optimizer.name != "adamw" and e.gap < SMALL_GAP:
         decayed = [layer for layer in m.layers if optimizer.name != "muon" or layer.name == "predictions"]
         worst = max(decayed, key=lambda layer: layer.weight / max(layer.gradient, 1e-9))
@@ -229,7 +229,7 @@ def _other_rate(e: Evidence, direction: str) -> Finding | None:
         return None
     best = best_factor(trials)
     gain = trials[1.0].loss - trials[best].loss
-    enough = max(RATE_GAIN * e.entropy, 3 * trials[best].standard_error)
+    enough = max(_gain_that_tells(e), 3 * trials[best].standard_error)
     if best == 1 or (best < 1) != (direction == "high") or gain < enough:
         return None
     # Short trainings favour high rates: a run that came much further in all its steps had no need of one.
@@ -243,10 +243,15 @@ def _other_rate(e: Evidence, direction: str) -> Finding | None:
     return Finding(
         f"rate-too-{direction}",
         f"the learning rate is too {direction}",
-        f"train loss after a short training, by peak rate (the run's is {rate:g}): {tried}",
+        f"train loss after {counted(e.measures.trial_steps, 'step')}, by peak rate (the run's is {rate:g}): {tried}",
         f"a peak rate of {rate * best:g}",
         _rates(e.recipe, best),
     )
+
+
+def _gain_that_tells(e: Evidence) -> float:
+    """How much lower the loss of one short training must be than that of another: the fewer steps, the more."""
+    return RATE_GAIN * e.entropy * math.sqrt(TRIAL_STEPS / max(e.measures.trial_steps, 1))
 
 
 def _rates(recipe: Recipe, factor: float) -> dict[str, Any]:

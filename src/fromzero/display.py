@@ -116,7 +116,7 @@ def _of_sizes(training: Training) -> Iterator[str]:
     for_few = recipe.name in ("few", "few64")
     if for_few and recipe.name != made_for:
         sizes = "few for 32×32, few64 for 64×64 (FOLDER@64)"
-        yield f"--recipe {made_for} is made for images of about this size: {sizes}"
+        yield f"--recipe {recipe.name} is not made for images of this size, {made_for} is: {sizes}"
     if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
         yield (
             f"{counted(timetable.first_steps, 'step')} an epoch; with so few images"
@@ -177,6 +177,7 @@ def outcome(training: Training) -> str:
             f" in {duration(summary['time/seconds'])}" + ("; val is the test images" if is_test else ""),
             f"curves and metrics: {training.run.path}",
             f"a page about it:    {command_line('fromzero', 'report', training.run.path)}",
+            f"what may be wrong:  {command_line('fromzero', 'diagnose', training.run.path)}",
         ]
     )
 

@@ -13,6 +13,7 @@ from fromzero.runs import Row
 
 FITTED = 0.9  # clean train accuracy from which a network counts as having learned what it was shown
 SMALL_GAP = 0.08  # between train and validation accuracy
+TRIAL_STEPS = 100  # of a short training at another rate, at most
 UNMOVED = 1e-4  # of a loss, by which trials at other rates do not differ
 
 
@@ -98,7 +99,7 @@ class Measures:
     of train images that get another class when batches of the recipe's size are normalised by themselves;
     seen_accuracies: on the same train images as they are and as augmented; map_sides: of the map that each
     convolution works on, in pixels. Where the run gave a reason to try, else empty and None: trials: factor on the
-    learning rate → what the same few steps from the start came to; without_decay: what they came to at the run's
+    learning rate → what the same `trial_steps` from the start came to; without_decay: what they came to at the run's
     rate without its weight decay; fit_accuracy: on a few images, after steps on nothing else; cooldown: where the
     rate is constant, what a falling one would have brought at the end. mirror_accuracy: the share of validation
     images and of their mirror images that a small network tells apart after a few steps on train images and theirs,
@@ -120,6 +121,7 @@ class Measures:
     layers: tuple[LayerMeasures, ...]
     map_sides: tuple[int, ...]
     trials: Mapping[float, Trial] = field(default_factory=dict)
+    trial_steps: int = TRIAL_STEPS
     without_decay: Trial | None = None
     fit_accuracy: float | None = None
     cooldown: Cooldown | None = None

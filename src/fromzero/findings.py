@@ -28,7 +28,7 @@ from fromzero.diagnosis import (
     untried,
     why_labels_cannot_be_judged,
 )
-from fromzero.errors import FromzeroError, command_line
+from fromzero.errors import FromzeroError, command_line, counted
 from fromzero.evidence import SMALL_GAP, Copies, Evidence, Measures, late_gain
 from fromzero.files import csv_text, finite, write_atomically, write_json
 from fromzero.recipe import Recipe
@@ -81,6 +81,9 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     if copies.found and "copies" in others:
         of = [f"{copied.near} of {copied.of:,} {split}" for split, copied in copies.splits.items() if copied.near]
         said.append(f"{' and '.join(of)} images may be train images, too: see the run's {COPIES}.")
+    if "copies" in others and any("are in train too" in note for note in run.provenance["data"].get("notes", ())):
+        others.remove("copies")
+        said.append("Of the copies noted above, those held out for validation were not trained on, and do not count.")
     if not copies.by_looks:
         said.append(
             "Only copies to the byte were looked for: many images look like one of another class, as copies would."
@@ -104,13 +107,13 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
             said.append(f"Validation figures may flatter: {doubt}.")
     if "overfitting" not in {finding.name for finding in found} and evidence.gap > SMALL_GAP:
         large, beyond_error = large_gap(evidence)
-        told, little = f"{evidence.gap:.2f}", "a gap of that size is not called"
+        told, little = f"{evidence.gap:.2f}", "a gap of that size is not called overfitting"
         if evidence.gap >= large:
-            told = f"{evidence.gap:.3f}"
-            little = f"with so many validation images only one from {beyond_error:.3f} on is called"
+            told, images = f"{evidence.gap:.3f}", counted(evidence.measures.num_validation, "validation image")
+            little = f"it takes {beyond_error:.3f} of {images} to be called overfitting"
         said.append(
-            f"Train accuracy is {told} above validation accuracy. Where the validation loss does not rise, {little}"
-            " overfitting; more images may narrow it."
+            f"Train accuracy is {told} above validation accuracy. Where the validation loss does not rise, {little};"
+            " more images may narrow it."
         )
     explained = {name for finding in found for name in EXPLAINS.get(finding.name, ())}
     looked_for = ", ".join(name for name in others if name not in explained)
@@ -180,7 +183,6 @@ def diagnosis_header(run: Run, rows: Sequence[Row], beyond: str = "") -> str:
 
 def diagnosis_text(
     run: Run,
-    rows: Sequence[Row],
     found: Sequence[Finding],
     studies: Mapping[str, Path],
     remarks: Sequence[str],

@@ -22,6 +22,7 @@ from fromzero.errors import InputError, NonFiniteError
 from fromzero.evaluate import Outcomes, evaluate, predict
 from fromzero.evidence import (
     SMALL_GAP,
+    TRIAL_STEPS,
     Cooldown,
     Copied,
     Copies,
@@ -50,7 +51,7 @@ IMAGES = 1000  # train images that modes, augmentation and units are measured on
 GRADIENT_BATCHES = 4
 SUREST_SHARE = 0.1
 TRIAL_FACTORS, MOST_TRIALS = (1.0, 0.1, 10.0, 0.01, 100.0), 8
-TRIAL_STEPS, FEWEST_TRIAL_STEPS, TRIAL_SECONDS = 100, 25, 60.0  # of each; seconds: of all together
+FEWEST_TRIAL_STEPS, TRIAL_SECONDS = 25, 60.0  # of each, TRIAL_STEPS at most; seconds: of all together
 LEAST_TRIAL_STEPS = 8  # of a run with fewer no trial is made: its last quarter would be a step
 LEAST_COMPARED = 25  # validation images that two trainings are compared on
 DRAWN_BATCH, DRAWN_STEPS = 50, 200  # of what is learned from images drawn anew for each step
@@ -120,7 +121,8 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
         cooldown = _cooldown(trained, validation)
     if trained.run.provenance["from"] is None and not evidence.fitted:
         say("short trainings at other learning rates")
-        found, without_decay = _trials(recipe, data, here, _seconds_a_step(trained))
+        measures = replace(measures, trial_steps=_trial_steps(recipe, data, _seconds_a_step(trained)))
+        found, without_decay = _trials(recipe, data, here, measures.trial_steps)
         if evidence.gap < SMALL_GAP:
             say("a few images by heart")
             factors = {1.0, *(scale * best_factor(found) for scale in (1.0, 0.1) if found)}
@@ -411,9 +413,13 @@ def _by_image(outcomes: Outcomes) -> Tensor:
     return torch.stack([outcomes.losses.double(), (outcomes.predictions == outcomes.labels).double()])
 
 
-def _trials(
-    recipe: Recipe, data: Data, here: Machine, seconds_a_step: float
-) -> tuple[dict[float, Trial], Trial | None]:
+def _trial_steps(recipe: Recipe, data: Data, seconds_a_step: float) -> int:
+    """How many steps a short training at another rate has: as the run at most."""
+    in_all = Timetable.of(recipe, len(data.train.labels)).start_of(recipe.epochs)
+    return min(_affordable_steps(seconds_a_step), in_all)
+
+
+def _trials(recipe: Recipe, data: Data, here: Machine, steps: int) -> tuple[dict[float, Trial], Trial | None]:
     """Factor on the learning rate → train loss over the last quarter of so many first steps; and that at the run's rate
     without its weight decay, if it has any. All begin at the run's first weights and see the same images, in the same
     order. They go through the run's whole course, of rate, augmentation and dropout, in these steps: a high peak may be
@@ -421,7 +427,6 @@ def _trials(
     one beyond is tried, too. Nothing where the run has too few steps."""
     timetable = Timetable.of(recipe, len(data.train.labels))
     in_all = timetable.start_of(recipe.epochs)
-    steps = min(_affordable_steps(seconds_a_step), in_all)
     if steps < LEAST_TRIAL_STEPS:
         return {}, None
     course = [step * in_all // steps for step in range(steps)]  # the run's step that each stands for

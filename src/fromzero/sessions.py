@@ -189,7 +189,9 @@ def _splits(recipe: Recipe, images: ImageSet, data: Data) -> str:
         (
             (split, images.class_names[label], file, begin)
             for part, splits in parts
-            for split, label, file, begin in zip(splits, part.labels, part.files, part.file_hashes, strict=True)
+            for split, label, file, begin in zip(
+                splits, part.labels, part.files or [""] * len(part), part.file_hashes, strict=True
+            )
         ),
     )
 

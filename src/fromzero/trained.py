@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,13 +74,13 @@ def recorded_images(
         images = load_images(f"{data_dir or source}{options}")
     ours, theirs = set(images.class_names), set(recorded["classes"])
     is_elsewhere = Path(images.source).exists() and images.source != split_name(run.recipe.dataset)[0]
-    anew = run.start_command(f"{images.source}{options}" if is_elsewhere else None)
+    words = [f"{images.source}{options}"] if is_elsewhere else []
     if new := sorted(ours - theirs):
         gone = f" and has none called {some(sorted(theirs - ours))}" if theirs - ours else ""
         raise FromzeroError(
             f"{run.path}: {images.source} has {len(new)} class{'' if len(new) == 1 else 'es'} that it was not"
             f" trained on ({some(new)}){gone}; its images were at {source}: give a renamed folder its name back, move"
-            f" new ones away, or start anew with them: {anew} --partial"
+            f" new ones away, or start anew with them: {run.start_command(*words)} --partial"
         )
     found, then = images.fingerprints, recorded["fingerprints"]
     if changed := [split for split in (found | then) if found.get(split) != then.get(split)]:
@@ -87,12 +88,13 @@ def recorded_images(
         told = _changed_files(run, images)
         now, before = (prints.get(split, "none")[:12] for prints in (found, then))
         counts = recorded.get("images", {})  # of older runs it was not recorded
+        anew = command_line("fromzero", "train", *words, "--recipe", run.path / "recipe.toml")
         many = f"{images.counts.get(split, 0):,}, where it had {counts.get(split, 0):,}" if counts else ""
         raise FromzeroError(
             f"{run.path}: the {' and '.join(changed)} images at {images.source} are not those it was trained on"
             f" ({split}: {many + ', ' if many else ''}fingerprint {now}…, recorded {before}…{told}); put them back as"
-            f" they were, or start anew from its weights: {anew}; other pictures are scored by fromzero"
-            " evaluate RUN FOLDER and fromzero compare RUN OTHER FOLDER"
+            f" they were, or train anew on them: {anew}; other pictures are scored by fromzero evaluate RUN FOLDER and"
+            " fromzero compare RUN OTHER FOLDER"
         )
     if images.order_digest != recorded["order"]:
         raise FromzeroError(
@@ -270,10 +272,15 @@ class Classifier(NamedTuple):
         """What `predict` makes probabilities of, float32 (N, classes). Raises NonFiniteError."""
         return outputs(self.network, pixels, self.normalise, self.machine)
 
-    def predict(self, pixels: Tensor, views: str = "none") -> Tensor:
-        """Probabilities float32 (N, classes) of pixels uint8 (N, H, W, C), as `evaluate.predict` has them. Raises
-        NonFiniteError."""
-        return predict(self.network, pixels, self.normalise, self.machine, views)
+    def predict(self, pixels: Tensor | np.ndarray, views: str = "none") -> Tensor:
+        """Probabilities float32 (N, classes) of pixels uint8 (N, H, W, C), a tensor or an array, as `evaluate.predict`
+        has them. Raises InputError for others, NonFiniteError."""
+        pixels = torch.as_tensor(pixels)
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != self.image_shape or not len(pixels):
+            found = f"{str(pixels.dtype).removeprefix('torch.')} {tuple(pixels.shape)}"
+            expected = f"uint8 (N, {', '.join(map(str, self.image_shape))})"
+            raise InputError(f"{self.run.path}: expected pixels {expected}, found {found}; `read` prepares pictures so")
+        return predict(self.network, pixels.to(self.machine.device), self.normalise, self.machine, views)
 
 
 def load_classifier(

@@ -17,7 +17,7 @@ NAME_BYTES = 200  # of a file's or folder's name; systems allow 255, and there i
 RECORDS_AT_ONCE = 250  # of the fingerprint: small enough to stay in the processor's cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Images:
     """Pixels uint8 (N, H, W, C), labels int64 (N,), and, where each has a file of its own, that under the
     image set's `source`, and eight bytes of the SHA-256 of each file, uint64 (N,)."""
@@ -29,6 +29,9 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} images {'×'.join(map(str, self.pixels.shape[1:]))}>"
 
     def take(self, indices: np.ndarray) -> Images:
         """The images at `indices`, in that order (a copy)."""
@@ -48,8 +51,10 @@ class Images:
 
     @property
     def file_hashes(self) -> list[str]:
-        """How the SHA-256 (hex) of each file begins; empty of images that are from none."""
-        return [] if self.file_digests is None else [int(d).to_bytes(8, "little").hex() for d in self.file_digests]
+        """How the SHA-256 (hex) of each file begins; empty texts of images that are from none."""
+        if self.file_digests is None:
+            return [""] * len(self)
+        return [int(digest).to_bytes(8, "little").hex() for digest in self.file_digests]
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the sorted SHA-256 digests of the records, each one label byte (two, little-endian,
@@ -71,7 +76,7 @@ class Images:
         return digests
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageSet:
     """Train and test images, and perhaps validation images of their own, with what identifies them. `source` says where
     they were read from, `notes` what whoever trains on them should know."""
@@ -84,6 +89,10 @@ class ImageSet:
     fingerprints: dict[str, str]
     validation: Images | None = None
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count:,} {split}" for split, count in self.counts.items())
+        return f"<{self.name}: {counts} images {'×'.join(map(str, self.image_shape))}, {self.num_classes} classes>"
 
     @cached_property
     def order_digest(self) -> str:

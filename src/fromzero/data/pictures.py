@@ -119,7 +119,7 @@ def _contradictions(listed: Sequence[File], digests: np.ndarray, path: Path) -> 
         return []
     named = [" and ".join(names_under([file.path for file in files], path)) for files in double]
     are = f"{len(double):,} pictures are" if len(double) > 1 else "1 picture is"
-    return [f"{are} in two classes, to the byte: {some(named, between='; ')}"]
+    return [f"{are} in two classes, to the byte, so a label of each is wrong: {some(named, between='; ')}"]
 
 
 _Decoded = tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]
