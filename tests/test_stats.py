@@ -154,6 +154,7 @@ def test_the_interval_over_seeds_and_images_covers_new_seeds_and_new_images():
         alone = stats.t_interval(arm.mean(1) - against.mean(1))
         covered_by_seeds_alone.append(alone.low <= truth <= alone.high)
         assert found.mean == pytest.approx(alone.mean)
+        assert found.high - found.low >= alone.high - alone.low - 1e-12
     assert 0.94 <= np.mean(covered) <= 0.97
     assert np.mean(covered_by_seeds_alone) < 0.9
 

@@ -259,6 +259,7 @@ def seeds_and_images_interval(arm: ArrayLike, against: ArrayLike) -> Interval:
     variance = max(sum(v for v, _ in parts), parts[0][0], parts[1][0])
     freedom = variance**2 / max(sum(v**2 / f for v, f in parts), 1e-300)
     half = float(stats.t.ppf(1 - LEVEL / 2, max(freedom, 1.0))) * math.sqrt(variance)
+    half = max(half, t_interval(by_seed).high - mean)  # which has fewer degrees of freedom
     return Interval(mean, mean - half, mean + half)
 
 
