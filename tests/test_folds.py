@@ -273,10 +273,13 @@ def test_the_header_says_what_whoever_reads_the_answer_should_know(done):
     assert "in 3 folds; 3 runs, each on about 384 of them, 2 at a time, 1 thread each; test images are not" in header
     assert "note: the run" not in header
     assert found.command.endswith("--folds 3 --jobs 2 --threads 1 --device cpu")
-    other = SimpleNamespace(path=run.path, recipe=run.recipe, provenance={"from": {"run": "other"}}, earlier_ends=[3])
+    other = SimpleNamespace(
+        path=run.path, recipe=run.recipe, provenance={"from": {"run": "other"}}, earlier_ends=[3], seconds=20.0
+    )
     other.recipe = other.recipe.override({"validation.fraction": 0.3})  # which the folds do not have
     noted = folds.fold_header(replace(found, run=other, images=replace(found.images, notes=("one is broken",))))
     assert "\n  note: one is broken\n" in noted
+    assert "\n  the run took 20 s, so these take some 60 s at most\n" in noted
     assert noted.splitlines()[0] == header.splitlines()[0]
     assert "note: the run began with the weights of another one, and these begin with random ones" in noted
     assert "note: the run was extended; these train 8 epochs at once" in noted

@@ -34,7 +34,7 @@ from fromzero.stats import wilson_interval
 from fromzero.study.cells import Cell, Setting, is_finished
 from fromzero.study.execution import alone_in, jobs_and_threads
 from fromzero.study.pools import Event, on_this_machine
-from fromzero.terminal import in_brackets
+from fromzero.terminal import duration, in_brackets
 from fromzero.trained import check_unedited, load_trained, recorded_images
 
 NAMED, PAIRS, LISTED = 10, 3, 100  # classes and labels in the text, pairs of classes, labels in result.json
@@ -131,6 +131,8 @@ def fold_header(found: CrossValidation) -> str:
         f" them, {found.jobs} at a time, {threads} each; test images are not judged",
         *(f"  note: {note}" for note in found.images.notes),
     ]
+    if took := found.run.seconds:
+        lines.append(f"  the run took {duration(took)}, so these take some {duration(count * took)} at most")
     if found.run.provenance["from"]:
         lines.append("  note: the run began with the weights of another one, and these begin with random ones")
     if found.run.earlier_ends:
