@@ -74,6 +74,11 @@ class _Origin(pydantic.BaseModel):
 
 
 class Provenance(pydantic.BaseModel):
+    """provenance.json: where a run's figures come from. `origin`: the run from whose weights it began, the tensors that
+    it `left` and how many of its validation images that one had `seen` in training, None where that cannot be told;
+    `data.order`: digest of the images in their order, `data.held_out`: of those that it validates on; `resumed`: a note
+    for each time that it was gone on with."""
+
     machine: _Machine
     switches: dict[str, str] = {}
     data: _Data
@@ -94,6 +99,8 @@ class _Finding(pydantic.BaseModel):
 
 
 class Diagnosis(pydantic.BaseModel):
+    """diagnosis.json: what `diagnose` said, after which epoch and how many steps of the next."""
+
     epoch: int
     steps: int = 0
     findings: list[_Finding]
@@ -111,6 +118,9 @@ class _Doubtful(pydantic.BaseModel):
 
 
 class CrossValidation(pydantic.BaseModel):
+    """folds/result.json: accuracy on all train images by networks that had not seen them, and its 95 % interval;
+    `doubtful`: images that look like another class than their label's, the least likely first."""
+
     model_config = pydantic.ConfigDict(allow_inf_nan=False)
 
     recipe: str
