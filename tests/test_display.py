@@ -31,7 +31,7 @@ def lines(training, **console):
 
 def test_a_dumb_terminal_has_lines_like_a_file(training, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
-    first, *epochs, _, _, _ = lines(training, force_terminal=True)
+    first, *epochs, _, _, _, _ = lines(training, force_terminal=True)
     assert first == "  step 1/4 of epoch 1/2 done"
     assert [line[:13] for line in epochs] == ["epoch   1/2  ", "epoch   2/2  "]
 

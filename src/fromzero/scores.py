@@ -153,7 +153,6 @@ def scores_text(record: Mapping[str, Any]) -> str:
     lines = ["{run}: {recipe}, {checkpoint} weights, {what}, {device}, {precision}".format_map(record)]
     if record["tta"] != "none":
         lines.append(f"  with test-time augmentation ({record['tta']}): not comparable with figures without")
-    lines += [f"  note: {note}" for note in record["notes"]]
     for label, score in record["scores"].items():
         interval = in_brackets(score["interval"], score["images"])
         shown = "train (clean)" if label == "train" else label
@@ -164,6 +163,5 @@ def scores_text(record: Mapping[str, Any]) -> str:
         f"{name} {recall:.3f}{'' if each else f' (of {count:,})'}" if count else f"{name} no image"
         for (name, recall), count in zip(score["recalls"].items(), counts, strict=True)
     )
-    return "\n".join(
-        [*lines, f"  {'' if label == 'these' else f'{label} '}accuracy by class{each}: " + ", ".join(by_class)]
-    )
+    lines.append(f"  {'' if label == 'these' else f'{label} '}accuracy by class{each}: " + ", ".join(by_class))
+    return "\n".join([*lines, *(f"  note: {note}" for note in record["notes"])])
