@@ -40,7 +40,7 @@ from fromzero.evidence import (
     Trial,
     best_factor,
 )
-from fromzero.findings import diagnosis_header, diagnosis_text, remarks, remedy_study, write_findings
+from fromzero.findings import _copies_held_out, diagnosis_header, diagnosis_text, remarks, remedy_study, write_findings
 from fromzero.recipe import load_recipe
 from fromzero.sessions import new_training, resume
 from fromzero.splits import Data
@@ -723,6 +723,19 @@ def test_labels_that_could_not_be_judged_are_not_called_right(run):
     assert "label-noise" in remarked(run)
 
 
+def test_copies_of_pictures_held_out_are_told_from_those_trained_on():
+    note = "20 of the 120 test pictures are in train too, to the byte: test/a.png and 19 more"
+    of_val = "3 of the 90 val pictures are in train too, to the byte: val/a.png and 2 more"
+    e = evidence(measured={"copies": Copies({"test": Copied(11, 11, 120)})})
+
+    def said(*notes, **images):
+        data = {"notes": notes, "images": {"train": 400, "test": 120, **images}}
+        return _copies_held_out(SimpleNamespace(provenance={"data": data}), e)
+
+    assert said(note) == "Of the test pictures noted as copies 11 are of ones trained on, 9 others of validation's."
+    assert said(note.replace("20 of", "11 of")) == said(of_val) == said() == said(note, validation=90) == ""
+
+
 def test_shorter_trainings_must_tell_more():
     lower = 1.0 - 0.07 * evidence().entropy
     trials = {1.0: Trial(1.0, 0.0), 0.1: Trial(lower, 0.001), 10.0: Trial(2.0, 0.001)}
@@ -741,7 +754,7 @@ def test_few_validation_images_show_many_wrong_labels_only(run):
         "With 330 validation images, wrong labels would be found four times out of five where they are 20% or more."
         in said
     )
-    assert "Fewer keep a network" not in said
+    assert "Even fewer" not in said
     said = remarked(run, measured={"surest": Surest(1, 14, 0.97), "validation_counts": (70, 70)})
     assert "that takes 250 validation images, and it has 140" in said
     for count, confidence, enough in ((33, 0.97, 5), (33, 0.85, 6), (100, 0.8, 23)):
@@ -860,7 +873,7 @@ def test_a_gap_too_small_for_its_error_is_told_with_what_would_do(run):
         train=(0.6, 0.8, 0.9, 0.97, 0.99), val=(0.5, 0.6, 0.66, 0.66, 0.66), val_loss=(1.0, 0.9, 0.9, 0.9, 0.9),
     )  # fmt: skip
     (told,) = (said for said in remarks(run, few, diagnose(few)) if said.startswith("Train accuracy is 0.31"))
-    assert f"it takes {large_gap(few)[1]:.3f} of 100 validation images to be called overfitting" in told
+    assert f"with 100 validation images only a gap of {large_gap(few)[1]:.3f} or more is called overfitting" in told
     assert 0.3 + 2 * math.sqrt(0.66 * 0.34 / 100) == pytest.approx(large_gap(few)[1])
 
 

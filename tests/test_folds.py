@@ -181,6 +181,18 @@ def test_again_nothing_is_trained_but_what_is_missing(done, tmp_path):
     assert folds.fold_result(again) == done[2]
 
 
+def test_a_fold_that_an_earlier_fromzero_made_of_other_images_is_trained_anew(done, tmp_path):
+    shutil.copytree(done[0].path, tmp_path / "run")
+    again = folds.prepare_folds(Run(tmp_path / "run"), 3, device="cpu", jobs=2, threads=1)
+    fold = Run(again.cells[1].path)
+    provenance = fold.provenance
+    provenance["data"]["held_out"] = "0" * 64
+    fold.write_provenance(provenance)
+    notes = [event.text for event in again if event.kind == "note"]
+    assert notes == ["fold-2: an earlier fromzero made other folds: trained anew, the old run is set-aside/fold-2-1"]
+    assert folds.fold_result(again) == done[2]
+
+
 def test_another_number_of_folds_leaves_the_others_alone(done, tmp_path):
     shutil.copytree(done[0].path, tmp_path / "run")
     run = Run(tmp_path / "run")
@@ -279,7 +291,7 @@ def test_the_header_says_what_whoever_reads_the_answer_should_know(done):
     other.recipe = other.recipe.override({"validation.fraction": 0.3})  # which the folds do not have
     noted = folds.fold_header(replace(found, run=other, images=replace(found.images, notes=("one is broken",))))
     assert "\n  note: one is broken\n" in noted
-    assert "\n  the run took 20 s, so these take some 60 s at most\n" in noted
+    assert "\n  a training like the run's takes 20 s, all in turn 60 s\n" in noted
     assert noted.splitlines()[0] == header.splitlines()[0]
     assert "note: the run began with the weights of another one, and these begin with random ones" in noted
     assert "note: the run was extended; these train 8 epochs at once" in noted

@@ -97,7 +97,7 @@ def test_a_gpu_is_made_to_compute_the_same_each_time(monkeypatch):
         try:
             replace(here, device="cuda").set_up()
             assert torch.are_deterministic_algorithms_enabled()
-            assert not torch.backends.cuda.matmul.allow_tf32
+            assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "ieee"
             assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == used
         finally:
             torch.set_deterministic_debug_mode("default")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fromzero
-from fromzero import checkpoint, curves, kernels, machine, optim, training
+from fromzero import checkpoint, curves, kernels, machine, optim, probe, training
 from fromzero.data import Images, ImageSet
 from fromzero.display import header
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError, WriteError
@@ -94,36 +94,54 @@ def _within(run, fails):
         fails()
 
 
-@pytest.mark.parametrize("recipe", ["train3", "quick"])
-def test_what_torch_was_made_to_do_before_changes_no_bits(recipe, tiny_images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("setting", ["matmul", "convolution", "oneDNN", "gradients"])
+def test_what_torch_was_made_to_do_before_changes_no_bits(setting, tiny_images, tmp_path, monkeypatch):
     """Settings that notebooks make, each of which gives other bits, or none, where it is left as it is."""
     monkeypatch.setenv("FROMZERO_KERNELS", "off")
-    small = load_recipe(recipe).override({"epochs": 2, "precision": "float32", "validation.source": "split"})
+    small = load_recipe("train3").override({"epochs": 2, "precision": "float32", "validation.source": "split"})
 
     def losses():
-        run = fromzero.train(small, tiny_images, runs_dir=tmp_path, threads=1)
+        run = fromzero.train(small, tiny_images, runs_dir=tmp_path, threads=2)
+        probe.evidence_of(load_trained(run, images=tiny_images))
         return [row["train/loss"] for row in run.metrics()]
 
     expected = losses()
     conv = torch.backends.mkldnn.conv
     before = conv.fp32_precision
     try:
-        torch.set_float32_matmul_precision("medium")
-        conv.fp32_precision = "bf16"
-        torch.backends.mkldnn.enabled = False
-        torch.set_flush_denormal(True)
-        torch.set_grad_enabled(False)
+        match setting:
+            case "matmul":
+                torch.set_float32_matmul_precision("medium")
+            case "convolution":
+                conv.fp32_precision = "bf16"
+            case "oneDNN":
+                torch.backends.mkldnn.enabled = False
+            case "gradients":
+                torch.set_grad_enabled(False)
         assert losses() == expected
-        torch.set_default_dtype(torch.float64)
-        with pytest.raises(InputError, match=r"type is torch.float64 .* torch.set_default_dtype\(torch.float32\)"):
-            losses()
     finally:
-        torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
-        torch.set_flush_denormal(False)
         torch.backends.mkldnn.enabled = True
         conv.fp32_precision = before
         torch.set_float32_matmul_precision("highest")
+
+
+def test_what_cannot_be_undone_in_torch_is_refused(tiny_images, tmp_path):
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode is on: nothing can be trained"):
+        new_training("train3", tiny_images, runs_dir=tmp_path, threads=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(InputError, match=r"type is torch.float64 .* torch.set_default_dtype\(torch.float32\)"):
+            new_training("train3", tiny_images, runs_dir=tmp_path, threads=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not [*tmp_path.iterdir()]
+    flushed = (  # by the threads that compute in parallel, too
+        "import torch; from fromzero import machine; torch.set_num_threads(2); torch.set_flush_denormal(True)\n"
+        "torch.ones(2**20).add(1); machine.prepare('float32', device='cpu', threads=2)"
+    )
+    done = subprocess.run([sys.executable, "-c", flushed], capture_output=True, text=True, timeout=120)
+    assert "torch.set_flush_denormal is on in this process" in done.stderr
 
 
 def test_switches_of_math_libraries_that_change_bits_are_told_and_refused(tiny_images, tmp_path, monkeypatch):

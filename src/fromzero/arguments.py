@@ -223,7 +223,10 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     study.add_argument("--scale", default="screen", help="the study's: screen, in most full, in some medium (screen)")
     study.add_argument("--seeds", type=int, metavar="N", help="runs of each arm (as the scale says)")
     study.add_argument(
-        "--first-seed", type=int, metavar="N", help="from which seed on (0): others make other runs, for a study anew"
+        "--first-seed",
+        type=int,
+        metavar="N",
+        help="seed of the first runs (as the scale says); others for one anew",
     )
     study.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (one a core; one on a GPU)")
     study.add_argument("--tune", action="store_true", help="first find each arm's best rate, with equal budgets")

@@ -3,6 +3,7 @@ the study that tests it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -66,7 +67,7 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
             f" {share:.0%} or more."
         )
         if {"stopped-early", "underfitting"} & {finding.name for finding in found}:
-            labels += " Fewer keep a network from learning its train images, too."
+            labels += " Even fewer can keep a network from learning its train images."
     if judged_all := _cross_validated(run):
         said += [*filter(None, [labels]), judged_all]
     elif labels:
@@ -81,9 +82,8 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     if copies.found and "copies" in others:
         of = [f"{copied.near} of {copied.of:,} {split}" for split, copied in copies.splits.items() if copied.near]
         said.append(f"{' and '.join(of)} images may be train images, too: see the run's {COPIES}.")
-    if "copies" in others and any("are in train too" in note for note in run.provenance["data"].get("notes", ())):
-        others.remove("copies")
-        said.append("Of the copies noted above, those held out for validation were not trained on, and do not count.")
+    if held_out := _copies_held_out(run, evidence):
+        said.append(held_out)
     if not copies.by_looks:
         said.append(
             "Only copies to the byte were looked for: many images look like one of another class, as copies would."
@@ -110,7 +110,7 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         told, little = f"{evidence.gap:.2f}", "a gap of that size is not called overfitting"
         if evidence.gap >= large:
             told, images = f"{evidence.gap:.3f}", counted(evidence.measures.num_validation, "validation image")
-            little = f"it takes {beyond_error:.3f} of {images} to be called overfitting"
+            little = f"with {images} only a gap of {beyond_error:.3f} or more is called overfitting"
         said.append(
             f"Train accuracy is {told} above validation accuracy. Where the validation loss does not rise, {little};"
             " more images may narrow it."
@@ -166,6 +166,17 @@ def _other_recipe(run: Run, evidence: Evidence) -> str:
         f"{rising}Another recipe may still reach more: --recipe {other} has what helped most on CIFAR-10, a rate that"
         " falls, Muon and batch normalisation."
     )
+
+
+def _copies_held_out(run: Run, evidence: Evidence) -> str:
+    """What became of test pictures that a note says are in the folder train, too, where part of it is validation."""
+    data, copies = run.provenance["data"], evidence.measures.copies.splits.get("test")
+    noted = [re.match(r"([\d,]+) of the [\d,]+ test pictures are in train too", note) for note in data.get("notes", ())]
+    counts = [int(found[1].replace(",", "")) for found in noted if found]
+    if not counts or copies is None or copies.exact >= counts[0] or "validation" in data.get("images", {}):
+        return ""
+    others = counted(counts[0] - copies.exact, "other")
+    return f"Of the test pictures noted as copies {copies.exact:,} are of ones trained on, {others} of validation's."
 
 
 def diagnosis_header(run: Run, rows: Sequence[Row], beyond: str = "") -> str:

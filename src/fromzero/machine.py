@@ -29,6 +29,7 @@ Precision = Literal["bfloat16", "float32"]
 ELEMENTS: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # to compute in
 
 MAX_THREADS = 1024
+PARALLEL = 2**15  # elements that PyTorch gives a thread at least
 NUMERIC_MODULES = (
     "augment",
     "data/images",
@@ -65,8 +66,9 @@ class Machine:
     fromzero: str
 
     def set_up(self) -> None:
-        """Make this process compute as this machine says, whatever it has made torch do before. Raises InputError where
-        torch makes tensors of another type than float32 by default."""
+        """Make this process compute as this machine says, whatever it has made torch do before. Raises InputError for
+        what cannot be undone here: where torch makes tensors of another type than float32 by default, or other threads
+        flush denormals."""
         if torch.get_default_dtype() != torch.float32:
             instead = "fromzero needs torch.set_default_dtype(torch.float32)"
             raise InputError(f"torch's default type is {torch.get_default_dtype()} in this process: {instead}")
@@ -75,6 +77,8 @@ class Machine:
         torch.set_float32_matmul_precision("highest")
         torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
         torch.backends.mkldnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        if not (torch.full((self.threads * PARALLEL,), 1e-40) / 2).all():
+            raise InputError("torch.set_flush_denormal is on in this process: fromzero needs one in which it is not")
         keep_large_buffers()
         kernels.use(self.kernels, ELEMENTS[self.precision])
         if torch.device(self.device).type == "cuda":
@@ -83,7 +87,9 @@ class Machine:
             torch.set_deterministic_debug_mode("error")  # torch.use_deterministic_algorithms imports the compiler
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time
             torch.backends.cudnn.benchmark = False
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            cudnn: Any = torch.backends.cudnn
+            for library in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
+                library.fp32_precision = "ieee"
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """`field: theirs → ours` for every field in which a recorded machine differs from this one."""

@@ -226,6 +226,7 @@ def _mirror_accuracy(recipe: Recipe, data: Data, here: Machine) -> float | None:
         return None
 
 
+@torch.enable_grad()  # whatever the caller has switched off
 def _layers(network: Network, data: Data, recipe: Recipe, here: Machine) -> tuple[LayerMeasures, ...]:
     """Norms of weights and of the loss's gradient, a mean over some batches, and how many units no image activates."""
     model = copy.deepcopy(network)

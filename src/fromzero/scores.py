@@ -88,7 +88,7 @@ def pictures_of(folder: Path, classifier: Classifier) -> Pictures:
 
 def _trained_on(run: Run, paths: Sequence[Path]) -> int:
     """How many of these files are, by their content, ones that the run was trained on."""
-    known = {row["sha256"] for row in run.pictures if row["split"] == "train" and row.get("sha256")}
+    known = {row["sha256"] for row in run.pictures if row.get("split") == "train" and row.get("sha256")}
     begins = (hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths)
     return sum(begin in known for begin in begins) if known else 0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fromzero import checkpoint, machine, networks
@@ -86,7 +87,7 @@ def new_training(
         raise InputError(
             f"{images.source}: class_names: expected texts that differ, found {some(list(map(repr, names)))}"
         )
-    _check_saving(keep, checkpoint_minutes)
+    _check_start(keep, checkpoint_minutes)
     here = machine.prepare(recipe.precision, device=device, threads=threads)
     data = Data.of(recipe, images, here.device)
     _check_memory(recipe, data, here, "make the batch (--batch-size), the images or the network smaller")
@@ -261,7 +262,7 @@ def resumed_training(
     Raises InputError where these are not possible; FromzeroError when the run has ended, when its recipe was edited,
     when the images differ from the recorded ones, or when the machine differs and `allow_inexact` is not set.
     """
-    _check_saving(keep, checkpoint_minutes)
+    _check_start(keep, checkpoint_minutes)
     run = load_run(run, runs_dir)
     with contextlib.ExitStack() as lock:
         lock.enter_context(run.lock())
@@ -370,6 +371,8 @@ def extension_note(before: Recipe, after: Recipe, step: int, timetable: Timetabl
     )
 
 
-def _check_saving(keep: int | None, checkpoint_minutes: float | None) -> None:
+def _check_start(keep: int | None, checkpoint_minutes: float | None) -> None:
+    if torch.is_inference_mode_enabled():
+        raise InputError("torch.inference_mode is on: nothing can be trained in it")
     if (keep is not None and keep < 1) or (checkpoint_minutes is not None and not checkpoint_minutes >= 0):
         raise InputError(f"keep: 1 at least, checkpoint_minutes: 0 at least; found {keep} and {checkpoint_minutes}")

@@ -275,7 +275,7 @@ class Classifier(NamedTuple):
     def predict(self, pixels: Tensor | np.ndarray, views: str = "none") -> Tensor:
         """Probabilities float32 (N, classes) of pixels uint8 (N, H, W, C), a tensor or an array, as `evaluate.predict`
         has them. Raises InputError for others, NonFiniteError."""
-        pixels = torch.as_tensor(pixels)
+        pixels = torch.from_numpy(np.array(pixels)) if isinstance(pixels, np.ndarray) else pixels
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != self.image_shape or not len(pixels):
             found = f"{str(pixels.dtype).removeprefix('torch.')} {tuple(pixels.shape)}"
             expected = f"uint8 (N, {', '.join(map(str, self.image_shape))})"

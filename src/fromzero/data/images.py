@@ -178,4 +178,8 @@ def stratified_folds(labels: np.ndarray, count: int, keys: np.ndarray) -> np.nda
     different, places = np.unique(keys, return_inverse=True)
     lowest = np.full(len(different), count)
     np.minimum.at(lowest, places, folds)  # of a picture that is in two classes
-    return lowest[places]
+    folds = lowest[places]
+    for label in np.unique(labels):
+        if len(np.unique(folds[labels == label])) == 1:
+            folds[labels == label] = -1
+    return folds

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from fromzero import stats
+from fromzero.errors import some
 from fromzero.runs import Run
 from fromzero.stats import Comparison
-from fromzero.study.definition import METRICS, SETTING, Contrast
+from fromzero.study.definition import METRICS, SETTING, TUNING_SEEDS_FROM, Contrast
 from fromzero.study.results import ContrastResult, Result, metric_of
 
 
@@ -24,6 +25,8 @@ def answer(result: Result) -> list[str]:
             edge = ", on the edge of what was tried" * result.is_on_edge(name)
             lines.append(f"  arm {name}: {study.tuning.field} = {best:g}{edge}")
     lines += [f"  note: {said}" for said in [*result.cautions, *result.remarks]]
+    if at_odds := [f"{c.contrast.arm} against {c.contrast.against}" for c in result.contrasts if c.is_at_odds]:
+        lines.append(f"  note: {some(at_odds)}: p decides, not the interval (Student's, for one comparison alone)")
     for arm in result.arms.values():
         lines += [f"  failed: {said}" for said in arm.why_failed]
         if len(arm.runs) < arm.seeds:
@@ -108,7 +111,7 @@ def sentence(found: ContrastResult, comparisons: int, unused_seed: int) -> str:
     approximately, others = "" if x.exact else "about ", ""
     if found.new_images is not None:
         ends = (figure(end, c.metric, sign=True) for end in found.new_images[1:])
-        others = f"; for other images, too, {' to '.join(ends)}"
+        others = f"; with other images too: {' to '.join(ends)}"
     text = head + (
         f"{found.verdict}; {figure(x.difference.mean, c.metric, sign=True)} ({low} to {high}{others}) {unit(c.metric)},"
         f" n = {found.n}, p {approximately}{x.p:.3g}"
@@ -128,10 +131,10 @@ def sentence(found: ContrastResult, comparisons: int, unused_seed: int) -> str:
         )
     if found.to_settle:
         about = "" if found.seeds_needed is None else "about "
-        text += (
-            f"; to settle a difference of this size: a study of {about}{found.to_settle} seeds, begun anew with others"
-            f" (--first-seed {unused_seed})"
-        )
+        fits = found.seeds_needed is not None and unused_seed + found.seeds_needed < TUNING_SEEDS_FROM
+        others = f" (--first-seed {unused_seed})" if fits else ""
+        text += f"; to settle a difference of this size: a study of {about}{found.to_settle} seeds, begun anew"
+        text += f" with others{others}"
     return text
 
 

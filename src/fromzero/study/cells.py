@@ -211,6 +211,10 @@ def differences(cell: Cell, fingerprints: Mapping[str, str]) -> list[str]:
 def _why_anew(cell: Cell, images: ImageSet) -> list[str]:
     """Why what is in the cell's folder cannot be gone on with or counted on; empty when it can."""
     reasons = differences(cell, images.fingerprints)
+    if cell.recipe.validation.source == "fold" and not reasons:
+        judged_on = Data.of(cell.recipe, images, "cpu").validation_digest
+        if Run(cell.path).provenance["data"].get("held_out") != judged_on:
+            reasons.append("an earlier fromzero made other folds")
     if cell.needs_weights and not _has_weights(cell):
         reasons.append("its weights, which are needed, are gone or damaged")
     return reasons

@@ -46,11 +46,11 @@ def study_header(execution: Execution) -> str:
     setting_in_words = study.setting(execution.images.validation is not None)
     lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {setting_in_words}")
     lines += [f"  note: {note}" for note in execution.images.notes]
-    _, count = _num_validation(next(iter(study.arms.values())).recipe, execution.images)
+    held_out, count = _num_validation(next(iter(study.arms.values())).recipe, execution.images)
     if count < FEW_FOR_VALIDATION:
         lines.append(
-            f"  note: about {counted(count, 'validation image')}, which give an accuracy to within ±"
-            f" {100 * widest_error(count):.0f} points at worst: what is settled on them need not hold on others"
+            f"  note: {'about ' * bool(held_out)}{counted(count, 'validation image')}, which give an accuracy to"
+            f" within ± {100 * widest_error(count):.0f} points at worst: on others it may not hold"
         )
     for arm in study.arms.values():
         lines += [f"  note: arm {arm.name}: {note}" for note in study.notes_on(arm, execution.tuned)]
@@ -150,7 +150,8 @@ def _num_validation(recipe: Recipe, images: ImageSet) -> tuple[int, int]:
     if recipe.validation.source != "fold" and images.validation is not None:
         return 0, len(images.validation)
     share = 1 / recipe.validation.folds if recipe.validation.source == "fold" else recipe.validation.fraction
-    return (held_out := round(share * len(images.train))), held_out
+    held_out = max(round(share * len(images.train)), images.num_classes)
+    return held_out, held_out
 
 
 def _work(recipe: Recipe, images: ImageSet) -> float:

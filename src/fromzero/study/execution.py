@@ -347,7 +347,9 @@ def _shapes(recipe: Recipe, images: ImageSet) -> dict[str, tuple[int, ...]]:
 
 def command(study: Study, tuned: bool, options: Sequence[str] = ()) -> str:
     """The command line that carries a study out."""
-    seeds = ["--seeds", str(study.seeds), *["--first-seed", str(study.first_seed)] * bool(study.first_seed)]
+    seeds = ["--seeds", str(study.seeds)]
+    if study.first_seed or "first_seed" in study.text:
+        seeds += ["--first-seed", str(study.first_seed)]
     return command_line("fromzero", "study", study.label, "--scale", study.scale, *seeds, *["--tune"] * tuned, *options)
 
 

@@ -132,7 +132,7 @@ def fold_header(found: CrossValidation) -> str:
         *(f"  note: {note}" for note in found.images.notes),
     ]
     if took := found.run.seconds:
-        lines.append(f"  the run took {duration(took)}, so these take some {duration(count * took)} at most")
+        lines.append(f"  a training like the run's takes {duration(took)}, all in turn {duration(count * took)}")
     if found.run.provenance["from"]:
         lines.append("  note: the run began with the weights of another one, and these begin with random ones")
     if found.run.earlier_ends:

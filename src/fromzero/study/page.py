@@ -44,7 +44,8 @@ HOW_TO_READ = """\
   Student's 95 % interval over seeds. *New images* is the interval for other seeds and other images of the same kind.
 - **p** is that of the exact two-sided sign-flip test (sampled beyond 16 pairs), adjusted by Holm where a claim has
   several comparisons. The verdict is *supported* or *contradicted*, by the sign, when that p is 0.05 or less, else
-  *undecided*. With fewer than six pairs it is always undecided; with six, only all six on one side settle anything.
+  *undecided*; the interval, which is of one comparison alone, does not decide. With fewer than six pairs it is always
+  undecided; with six, only all six on one side settle anything.
 - **Correlation** says what pairing by seed bought: at 0 nothing. **Seen** is how far the true difference must lie from
   zero, or from the margin that a claim has, for so many pairs to find it four times out of five. **To settle** is how
   many seeds would find a difference of the size seen, in a study begun anew with others (`--first-seed`): seeds that

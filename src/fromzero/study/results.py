@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,12 @@ class ContrastResult:
         return any(interval.low < edge < interval.high for edge in self.null)
 
     @property
+    def is_at_odds(self) -> bool:
+        """Whether p, which decides, says another thing than the interval."""
+        is_open = self.telling is not None and self.includes_null(self.telling.difference)
+        return self.telling is not None and self.is_whole and is_open != (self.verdict == "undecided")
+
+    @property
     def is_whole(self) -> bool:
         """Whether every seed has its pair."""
         return len(self.pairs) == self.seeds
@@ -158,8 +165,11 @@ class Result:
 
     @property
     def unused_seed(self) -> int:
-        """A seed from which on none was used here."""
-        return self.study.first_seed + max(self.study.seeds, *self.ran.answered, 0)
+        """A seed from which on none was used for this study at this scale, in its folders here."""
+        alike = glob.escape(f"{self.study.name}-{self.study.scale}")
+        cells = self.folder.parent.glob(f"{alike}*/cells/*-seed*")
+        used = [int(seed) for cell in cells if (seed := cell.name.rpartition("-seed")[2]).isdecimal()]
+        return max([self.study.first_seed + self.study.seeds, *(seed + 1 for seed in used)])
 
     @property
     def num_runs(self) -> str:
@@ -226,8 +236,6 @@ class Result:
                 found.append(f"{two}: every pair of networks is the same one, so what they differ in does nothing here")
             if c.telling is None or not c.is_whole:
                 continue
-            if (c.verdict == "undecided") != c.includes_null(c.telling.difference):
-                found.append(f"{two}: p decides, not the interval, which is Student's and of this comparison alone")
             if c.verdict != "undecided" and c.new_images is not None and c.includes_null(c.new_images):
                 found.append(f"{two}: on other images of the same kind it may be otherwise")
         return found
