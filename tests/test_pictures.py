@@ -609,7 +609,7 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     (others / "blue" / "a.heic").write_bytes(b"")
     (others / "loose.png").write_bytes(b"")
     assert cli.main(command) == 0
-    first, unread, others_, damaged, scores, recalls = capsys.readouterr().out.splitlines()
+    first, scores, recalls, unread, others_, damaged = capsys.readouterr().out.splitlines()
     assert damaged == "  note: left out: 1 of 25 pictures cannot be read (empty: others/blue/damaged.png)"
     assert unread == "  note: not read, 1 of .heic: blue/a.heic; as JPEG or PNG they would be"
     assert others_ == "  note: not read, being no picture in a class folder: loose.png"

@@ -66,9 +66,8 @@ class Machine:
     fromzero: str
 
     def set_up(self) -> None:
-        """Make this process compute as this machine says, whatever it has made torch do before. Raises InputError for
-        what cannot be undone here: where torch makes tensors of another type than float32 by default, or other threads
-        flush denormals."""
+        """Make this process compute as this machine says, whatever it has made torch do before. Raises InputError where
+        torch makes tensors of another type than float32 by default."""
         if torch.get_default_dtype() != torch.float32:
             instead = "fromzero needs torch.set_default_dtype(torch.float32)"
             raise InputError(f"torch's default type is {torch.get_default_dtype()} in this process: {instead}")
@@ -77,8 +76,6 @@ class Machine:
         torch.set_float32_matmul_precision("highest")
         torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
         torch.backends.mkldnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-        if not (torch.full((self.threads * PARALLEL,), 1e-40) / 2).all():
-            raise InputError("torch.set_flush_denormal is on in this process: fromzero needs one in which it is not")
         keep_large_buffers()
         kernels.use(self.kernels, ELEMENTS[self.precision])
         if torch.device(self.device).type == "cuda":
@@ -115,7 +112,7 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
 
     precision: "auto", "bfloat16" or "float32"; device: "auto", "cpu", "cuda" or "cuda:N"; threads: CPU threads, by
     default as `resources.num_threads` says, at most `OMP_NUM_THREADS`. Raises InputError for a device that is not there
-    or cannot compute so.
+    or cannot compute so, and where threads flush denormals, which changes bits and cannot be undone.
     """
     kind = chosen_device(device)
     if threads is not None and not 1 <= threads <= MAX_THREADS:
@@ -141,6 +138,8 @@ def prepare(precision: str = "auto", *, device: str = "auto", threads: int | Non
         fromzero=f"{metadata.version('fromzero')} ({_source_digest()})",
     )
     chosen_machine.set_up()
+    if not (torch.full((chosen_machine.threads * PARALLEL,), 1e-40) / 2).all():  # by threads that nothing here reaches
+        raise InputError("torch.set_flush_denormal is on in this process: fromzero needs one in which it is not")
     return chosen_machine
 
 
