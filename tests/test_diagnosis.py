@@ -724,16 +724,16 @@ def test_labels_that_could_not_be_judged_are_not_called_right(run):
 
 
 def test_copies_of_pictures_held_out_are_told_from_those_trained_on():
-    note = "20 of the 120 test pictures are in train too, to the byte: test/a.png and 19 more"
-    of_val = "3 of the 90 val pictures are in train too, to the byte: val/a.png and 2 more"
-    e = evidence(measured={"copies": Copies({"test": Copied(11, 11, 120)})})
+    def said(*pairs):
+        return _copies_held_out(SimpleNamespace(pictures=[{"split": split, "sha256": begin} for split, begin in pairs]))
 
-    def said(*notes, **images):
-        data = {"notes": notes, "images": {"train": 400, "test": 120, **images}}
-        return _copies_held_out(SimpleNamespace(provenance={"data": data}), e)
-
-    assert said(note) == "Of the test pictures noted as copies 11 are of ones trained on, 9 others of validation's."
-    assert said(note.replace("20 of", "11 of")) == said(of_val) == said() == said(note, validation=90) == ""
+    pictures = [("train", "a"), ("validation", "b"), ("validation", "c"), ("test", "a"), ("test", "b"), ("test", "d")]
+    assert said(*pictures) == (
+        "1 test picture is a validation picture, too, to the byte: not trained on, so not counted among the copies."
+    )
+    assert said(*pictures, ("test", "c")).startswith("2 test pictures are validation pictures, too")
+    assert said(*pictures, ("train", "b")) == said(("test", "a"), ("train", "a")) == said(("test", "")) == ""
+    assert _copies_held_out(SimpleNamespace(pictures=[{"split": "test"}, {"sha256": "b"}])) == ""  # of older runs
 
 
 def test_shorter_trainings_must_tell_more():

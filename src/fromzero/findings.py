@@ -3,7 +3,6 @@ the study that tests it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +36,7 @@ from fromzero.runs import FOLDS, LABELS, Row, Run
 from fromzero.terminal import duration
 
 STUDY_SEEDS = 6  # the fewest pairs that can settle anything
-MOST_SEEDS = 900  # beyond, a study begins with seed 0: those from 1,000 on tune
+LATEST_START = 900  # behind higher seeds a study begins with 0: those from 1,000 on are for tuning
 SHOWS_FEW = 0.1  # of the labels; where only more wrong ones would show, that is said
 FEW_IMAGES = 5000  # the recipe few is as good as strong from 4,000, and took a third of the time (docs/results.md)
 
@@ -82,7 +81,7 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     if copies.found and "copies" in others:
         of = [f"{copied.near} of {copied.of:,} {split}" for split, copied in copies.splits.items() if copied.near]
         said.append(f"{' and '.join(of)} images may be train images, too: see the run's {COPIES}.")
-    if held_out := _copies_held_out(run, evidence):
+    if held_out := _copies_held_out(run):
         said.append(held_out)
     if not copies.by_looks:
         said.append(
@@ -168,15 +167,15 @@ def _other_recipe(run: Run, evidence: Evidence) -> str:
     )
 
 
-def _copies_held_out(run: Run, evidence: Evidence) -> str:
-    """What became of test pictures that a note says are in the folder train, too, where part of it is validation."""
-    data, copies = run.provenance["data"], evidence.measures.copies.splits.get("test")
-    noted = [re.match(r"([\d,]+) of the [\d,]+ test pictures are in train too", note) for note in data.get("notes", ())]
-    counts = [int(found[1].replace(",", "")) for found in noted if found]
-    if not counts or copies is None or copies.exact >= counts[0] or "validation" in data.get("images", {}):
+def _copies_held_out(run: Run) -> str:
+    """How many test pictures are validation pictures, too, which nothing was trained on."""
+    rows = [row for row in run.pictures if row.get("sha256")]
+    of = {split: {row["sha256"] for row in rows if row.get("split") == split} for split in ("train", "validation")}
+    count = sum(row.get("split") == "test" and row["sha256"] in of["validation"] - of["train"] for row in rows)
+    if not count:
         return ""
-    others = counted(counts[0] - copies.exact, "other")
-    return f"Of the test pictures noted as copies {copies.exact:,} are of ones trained on, {others} of validation's."
+    is_one = "test pictures are validation pictures" if count > 1 else "test picture is a validation picture"
+    return f"{count:,} {is_one}, too, to the byte: not trained on, so not counted among the copies."
 
 
 def diagnosis_header(run: Run, rows: Sequence[Row], beyond: str = "") -> str:
@@ -267,7 +266,7 @@ def study_text(
             "base": "recipe.toml",
             "recipe": common,
             "arms": {name: dict(changes) for name, changes in arms.items()},
-            "scale": {"screen": {"seeds": STUDY_SEEDS} | ({"first_seed": unseen} if unseen < MOST_SEEDS else {})},
+            "scale": {"screen": {"seeds": STUDY_SEEDS} | ({"first_seed": unseen} if unseen < LATEST_START else {})},
         }
     )
 

@@ -19,7 +19,8 @@ def answer(result: Result) -> list[str]:
     """What the study says, in words: a line for the verdict, one for each comparison, one for each failure."""
     study = result.study
     lines = [f"{study.name} ({result.title}): {result.verdict}. {study.claim}"]
-    lines += [f"  {sentence(c, len(result.group(c.contrast.group)), result.unused_seed)}" for c in result.contrasts]
+    unused = result.unused_seed
+    lines += [f"  {sentence(c, len(result.group(c.contrast.group)), unused)}" for c in result.contrasts]
     for name in result.sweep:
         if study.tuning is not None and (best := result.arms[name].value) is not None:
             edge = ", on the edge of what was tried" * result.is_on_edge(name)
@@ -132,9 +133,9 @@ def sentence(found: ContrastResult, comparisons: int, unused_seed: int) -> str:
     if found.to_settle:
         about = "" if found.seeds_needed is None else "about "
         fits = found.seeds_needed is not None and unused_seed + found.seeds_needed < TUNING_SEEDS_FROM
-        others = f" (--first-seed {unused_seed})" if fits else ""
+        option = f" (--first-seed {unused_seed})" if fits else ""
         text += f"; to settle a difference of this size: a study of {about}{found.to_settle} seeds, begun anew"
-        text += f" with others{others}"
+        text += f" with others{option}"
     return text
 
 

@@ -215,21 +215,21 @@ def load_study(
     name = name or Path(source).stem
     settings = dict(file.scale[scale])
     images, scale_arms = settings.pop("images", None), settings.pop("arms", {})
-    given, expected = settings.pop("seeds", None), f"expected a number from 2 to {MOST_SEEDS:,}, found"
-    if seeds is None:
-        seeds = given
-        if type(seeds) is not int or not 2 <= seeds <= MOST_SEEDS:
-            wrong(("scale", scale, "seeds"), f"seeds: {expected} {seeds!r}{': one run says nothing' * (seeds == 1)}")
-    elif not 2 <= seeds <= MOST_SEEDS:
-        raise InputError(f"--seeds: {expected} {seeds}{': one run says nothing' * (seeds == 1)}")
-    given, latest = settings.pop("first_seed", 0), TUNING_SEEDS_FROM - seeds
-    expected = f"expected a number from 0 to {latest:,}, so that the last is below {TUNING_SEEDS_FROM:,}, found"
-    if first_seed is None:
-        first_seed = given
-        if type(first_seed) is not int or not 0 <= first_seed <= latest:
-            wrong(("scale", scale, "first_seed"), f"first_seed: {expected} {first_seed!r}")
-    elif not 0 <= first_seed <= latest:
-        raise InputError(f"--first-seed: {expected} {first_seed}")
+
+    def number(key: str, asked: int | None, given: Any, least: int, most: int, why: str = "") -> int:
+        """What was asked for by an option, else what the scale says."""
+        value = given if asked is None else asked
+        if type(value) is int and least <= value <= most:
+            return value
+        alone = ": one run says nothing" * (key == "seeds" and value == 1)
+        said = f"expected a number from {least} to {most:,}{why}, found {value!r}{alone}"
+        if asked is None:
+            wrong(("scale", scale, key), f"{key}: {said}")
+        raise InputError(f"--{key.replace('_', '-')}: {said}")
+
+    seeds = number("seeds", seeds, settings.pop("seeds", None), 2, MOST_SEEDS)
+    latest, why = TUNING_SEEDS_FROM - seeds, f", so that the last is below {TUNING_SEEDS_FROM:,}"
+    first_seed = number("first_seed", first_seed, settings.pop("first_seed", 0), 0, latest, why)
     common = _overridden(base, file.recipe, ("recipe",), wrong)
     common = _overridden(common, settings, ("scale", scale), wrong)
     if images is not None:

@@ -50,7 +50,7 @@ def study_header(execution: Execution) -> str:
     if count < FEW_FOR_VALIDATION:
         lines.append(
             f"  note: {'about ' * bool(held_out)}{counted(count, 'validation image')}, which give an accuracy to"
-            f" within ± {100 * widest_error(count):.0f} points at worst: on others it may not hold"
+            f" within ± {100 * widest_error(count):.0f} points at worst; what they settle need not hold for others"
         )
     for arm in study.arms.values():
         lines += [f"  note: arm {arm.name}: {note}" for note in study.notes_on(arm, execution.tuned)]
