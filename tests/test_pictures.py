@@ -609,7 +609,7 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     (others / "blue" / "a.heic").write_bytes(b"")
     (others / "loose.png").write_bytes(b"")
     assert cli.main(command) == 0
-    first, scores, recalls, unread, others_, damaged = capsys.readouterr().out.splitlines()
+    first, scores, recalls, *mistakes, unread, others_, damaged = capsys.readouterr().out.splitlines()
     assert damaged == "  note: left out: 1 of 25 pictures cannot be read (empty: others/blue/damaged.png)"
     assert unread == "  note: not read, 1 of .heic: blue/a.heic; as JPEG or PNG they would be"
     assert others_ == "  note: not read, being no picture in a class folder: loose.png"
@@ -620,6 +620,23 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     told = [line.split() for line in capsys.readouterr().out.splitlines()]
     right = [Path(picture).parent.name == name for name, _, picture in told]
     assert f"accuracy {sum(right) / 24:.4f} (" in scores
+    wrong = [(float(sure), name, path) for (name, sure, path), ok in zip(told, right, strict=True) if not ok]
+    assert len(wrong) > 10  # so many are listed
+    header, *listed = mistakes
+    assert header == f"  mistakes, by the network or in the label, the surest 10 of {len(wrong)} (--json lists all):"
+    assert [line.split("(")[1].split(")")[0] for line in listed] == [
+        f"{sure:.3f}" for sure, _, _ in sorted(wrong, reverse=True)[:10]
+    ]
+    shown = {path: (name, f"{sure:.3f}") for sure, name, path in wrong}
+    for line in listed:
+        path = line.rsplit(": ", 1)[1]
+        name, sure = shown[str(tmp_path / path)]
+        assert line == f"    labelled {Path(path).parent.name}, looks like {name} ({sure}): {path}"
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["mistakes"]
+    assert {str(tmp_path / one["picture"]): one["prediction"] for one in found} == {
+        path: name for _, name, path in wrong
+    }
     blue, green = sum(right[:12]) / 12, sum(right[12:]) / 12
     assert recalls == f"  accuracy by class: blue {blue:.3f} (of 12), green {green:.3f} (of 12), red no image"
     assert cli.main([*command, "--data-dir", "set"]) == 2

@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from fromzero.data.decoding import unreadable
 from fromzero.data.listing import SPLITS, labelled_pictures
 from fromzero.data.pictures import DAMAGED_SHARE, TOO_MANY
 from fromzero.errors import InputError, command_line, counted
-from fromzero.evaluate import Normalise, evaluate
-from fromzero.machine import Machine
+from fromzero.evaluate import Outcomes, evaluate
 from fromzero.runs import Run
 from fromzero.splits import Subset, validation_label
 from fromzero.stats import wilson_interval
 from fromzero.terminal import in_brackets
 from fromzero.trained import Classifier, Trained
+
+LISTED = 10  # mistakes in the text; JSON has all
 
 
 def own_scores(trained: Trained, views: str = "none") -> dict[str, Any]:
@@ -35,7 +35,12 @@ def own_scores(trained: Trained, views: str = "none") -> dict[str, Any]:
         **_how(trained, f"of {trained.reached}", views),
         "validation": run.recipe.validation.source,
         "notes": [*doubts(trained), validation_label(run.recipe, images), *images.notes],
-        "scores": _scores(trained.network, subsets, data.normalise, trained.machine, views, images.class_names),
+        "scores": {
+            name: _score(
+                evaluate(trained.network, *subset, data.normalise, trained.machine, views=views), images.class_names
+            )
+            for name, subset in subsets.items()
+        },
     }
 
 
@@ -46,13 +51,29 @@ def scores_on(folder: Path, classifier: Classifier, views: str = "none") -> dict
     pictures = pictures_of(folder, classifier)
     step = classifier.checkpoint.state.get("step")
     within = f" (step {step:,})" if step and run.summary is None else ""
-    subsets, names = {"these": pictures.subset}, classifier.class_names
+    outcomes = evaluate(classifier.network, *pictures.subset, classifier.normalise, classifier.machine, views=views)
     return {
         **_how(classifier, f"of epoch {classifier.checkpoint.epochs}{within}, on {folder}", views),
         "left_out": pictures.left_out,
         "notes": [*doubts(classifier), *pictures.notes],
-        "scores": _scores(classifier.network, subsets, classifier.normalise, classifier.machine, views, names),
+        "scores": {"these": _score(outcomes, classifier.class_names)},
+        "mistakes": _mistakes(outcomes, pictures, classifier, views),
     }
+
+
+def _mistakes(outcomes: Outcomes, pictures: Pictures, classifier: Classifier, views: str) -> list[dict[str, Any]]:
+    """The pictures whose class was not predicted, those that the network is surest of first."""
+    wrong = (outcomes.predictions != outcomes.labels).nonzero().squeeze(1)
+    if not len(wrong):
+        return []
+    said = outcomes.predictions[wrong]
+    sure = classifier.predict(pictures.subset.pixels[wrong], views).gather(1, said[:, None]).squeeze(1)
+    names = classifier.class_names
+    found = zip(wrong.tolist(), outcomes.labels[wrong].tolist(), said.tolist(), sure.tolist(), strict=True)
+    return [
+        {"picture": str(pictures.paths[at]), "label": names[label], "prediction": names[other], "probability": share}
+        for at, label, other, share in sorted(found, key=lambda one: -one[3])
+    ]
 
 
 class Pictures(NamedTuple):
@@ -121,31 +142,20 @@ def _how(of: Trained | Classifier, what: str, views: str) -> dict[str, Any]:
     }
 
 
-def _scores(
-    network: nn.Module,
-    subsets: Mapping[str, Subset],
-    normalise: Normalise,
-    here: Machine,
-    views: str,
-    class_names: Sequence[str],
-) -> dict[str, Any]:
-    """By the name of the images: how many, accuracy with its 95 % interval by that number, mean loss in nats, and by
-    class how many and their accuracy, None where there is no image."""
-    found = {}
-    for label, subset in subsets.items():
-        outcomes = evaluate(network, *subset, normalise, here, views=views)
-        images, classes = len(outcomes.labels), len(class_names)
-        counts = np.bincount(outcomes.labels.cpu(), minlength=classes).tolist()
-        recalls = [None if math.isnan(recall) else recall for recall in outcomes.recalls(classes)]
-        found[label] = {
-            "images": images,
-            "accuracy": outcomes.accuracy,
-            "interval": wilson_interval(outcomes.accuracy, images),
-            "loss": outcomes.loss,
-            "class_images": dict(zip(class_names, counts, strict=True)),
-            "recalls": dict(zip(class_names, recalls, strict=True)),
-        }
-    return found
+def _score(outcomes: Outcomes, class_names: Sequence[str]) -> dict[str, Any]:
+    """How many images, accuracy with its 95 % interval by that number, mean loss in nats, and by class how many and
+    their accuracy, None where there is no image."""
+    images, classes = len(outcomes.labels), len(class_names)
+    counts = np.bincount(outcomes.labels.cpu(), minlength=classes).tolist()
+    recalls = [None if math.isnan(recall) else recall for recall in outcomes.recalls(classes)]
+    return {
+        "images": images,
+        "accuracy": outcomes.accuracy,
+        "interval": wilson_interval(outcomes.accuracy, images),
+        "loss": outcomes.loss,
+        "class_images": dict(zip(class_names, counts, strict=True)),
+        "recalls": dict(zip(class_names, recalls, strict=True)),
+    }
 
 
 def scores_text(record: Mapping[str, Any]) -> str:
@@ -164,4 +174,9 @@ def scores_text(record: Mapping[str, Any]) -> str:
         for (name, recall), count in zip(score["recalls"].items(), counts, strict=True)
     )
     lines.append(f"  {'' if label == 'these' else f'{label} '}accuracy by class{each}: " + ", ".join(by_class))
+    if mistakes := record.get("mistakes"):
+        more = f", the surest {LISTED} of {len(mistakes):,} (--json lists all)" if len(mistakes) > LISTED else ""
+        lines.append(f"  mistakes, by the network or in the label{more}:")
+    for one in (mistakes or [])[:LISTED]:
+        lines.append("    labelled {label}, looks like {prediction} ({probability:.3f}): {picture}".format_map(one))
     return "\n".join([*lines, *(f"  note: {note}" for note in record["notes"])])
