@@ -294,8 +294,9 @@ def _map_sides(recipe: Recipe, data: Data) -> Iterator[int]:
 
 def _copies(trained: Trained) -> Copies:
     """Validation images, and test images where those are others, that are among the train images: byte for byte, or
-    nearly, mirrored ones too. Where images of other classes look as alike, looks say nothing and only bytes count; nor
-    do they say anything of a class that is alike all over, where few of the classes are: copies are of all classes."""
+    nearly, mirrored ones too. Where images of other classes look as alike, or images have too few pixels, looks say
+    nothing and only bytes count; nor do they say anything of a class that is alike all over, where few of the classes
+    are: copies are of all classes."""
     data, images = trained.data, trained.images
     parts = {"validation": (data.validation, trained.validation_images.files)}
     if trained.run.recipe.validation.source != "test":
@@ -321,7 +322,7 @@ def _copies(trained: Trained) -> Copies:
     near = exact | (same > MIN_CORRELATION).numpy()
     # A copy may have a wrong label: a few that look like one of another class say nothing beside many of their own.
     elsewhere = ((other > MIN_CORRELATION).numpy() & ~exact).mean()
-    by_looks = elsewhere <= max(TWINS, near.mean() / 4)
+    by_looks = min(looked_at.shape[1:3]) >= SIDE and elsewhere <= max(TWINS, near.mean() / 4)
     if not by_looks:
         near = exact
     shares = {label: near[labels.numpy() == label].mean() for label in labels.unique().tolist()}
