@@ -518,6 +518,20 @@ def test_a_split_holds_out_its_share_of_each_class_and_loses_none(fraction):
     assert np.bincount(labels[held]).tolist() == counts
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
+def test_copies_neither_fill_what_is_held_out_nor_lie_on_both_sides(fraction):
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        keys = np.concatenate((rng.permutation(30), np.full(20, 7), rng.permutation(12) + 20)).astype(np.uint64)
+        labels = np.repeat((0, 1), (50, 12))  # ten pictures are in both
+        kept, held = stratified_split(labels, fraction, keys)
+        assert not {*keys[kept]} & {*keys[held]}
+        counts = np.bincount(labels[held], minlength=2)
+        assert 1 <= counts[0] <= round(fraction * 50)
+        assert 1 <= counts[1] <= 2  # of the two that are in no other class
+    assert not len(stratified_split(np.array([0, 0, 1, 1]), fraction, np.array([5, 5, 5, 5]))[1])
+
+
 def test_a_split_depends_on_labels_fraction_and_purpose_alone():
     labels = np.arange(1000) % 10
     first = stratified_split(labels, 0.2, "a")

@@ -23,9 +23,10 @@ import fromzero
 from fromzero import cli as command_line
 from fromzero import networks, stats
 from fromzero.data import cifar, load_images
-from fromzero.errors import FromzeroError, InputError, StoppedError, TooLargeError, WriteError
+from fromzero.errors import BusyError, FromzeroError, InputError, ReadError, StoppedError, TooLargeError, WriteError
 from fromzero.files import finite
 from fromzero.recipe import load_recipe
+from fromzero.runs import Run
 from fromzero.study import pools, worker
 from fromzero.study.answers import _compared, answer, record, sentence
 from fromzero.study.cells import (
@@ -921,6 +922,34 @@ def test_a_cell_whose_records_cannot_be_written_is_kept_and_goes_on_later(data_f
                 list(train_cell(cell, execution.images, execution.setting, pytest.fail))
             assert time.monotonic() - began < 20, "it does not wait for a writer that there is not"
     assert not (execution.folder / "set-aside").exists()
+    again = _begun(cell, execution.images, execution.setting, pytest.fail)
+    assert again.state.counters.step == 3
+    again.close()
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "provenance.json", "metrics.jsonl", "last.safetensors"])
+def test_a_cell_whose_files_cannot_be_read_now_is_kept(name, data_folder, tmp_path, text, monkeypatch):
+    execution = prepare_study(load_study(written(tmp_path, text), "half"), runs_dir=tmp_path, jobs=1)
+    cell = left_after_three_steps(execution)
+    (cell.path / "metrics.jsonl").touch()
+
+    def failing(method):
+        def read(self, *arguments, **options):
+            if self.name == name:
+                raise OSError(errno.EMFILE, "Too many open files")
+            return method(self, *arguments, **options)
+
+        return read
+
+    with monkeypatch.context() as patch:
+        for method in ("read_text", "read_bytes"):
+            patch.setattr(Path, method, failing(getattr(Path, method)))
+        with pytest.raises(ReadError, match=rf"{name}.*Too many open files"):
+            list(train_cell(cell, execution.images, execution.setting, pytest.fail))
+    with Run(cell.path).lock(), pytest.raises(BusyError):  # somebody goes on with it by hand
+        _begun(cell, execution.images, execution.setting, pytest.fail)
+    assert not (execution.folder / "set-aside").exists()
+    assert not list(cell.path.rglob("*.damaged"))
     again = _begun(cell, execution.images, execution.setting, pytest.fail)
     assert again.state.counters.step == 3
     again.close()

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fromzero.errors import FromzeroError, command_line
+from fromzero.errors import FromzeroError, ReadError, command_line
 from fromzero.files import publish, stage, write_atomically
 
 FORMAT = "1"
@@ -119,22 +119,26 @@ def save_best(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """The checkpoint in a file. Raises DamagedCheckpointError, or OSError when it cannot be read."""
-    return decode(path.read_bytes(), path)
+    """The checkpoint in a file. Raises DamagedCheckpointError, FileNotFoundError when there is none, ReadError when it
+    cannot be read."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ReadError(f"{path}: cannot be read: {error.strerror}") from None
+    return decode(data, path)
 
 
 def load_last(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint of `folder`, or None if none was ever written. Damaged ones are named in a warning
-    and passed over. Raises DamagedCheckpointError when there are some and all are damaged."""
-    damaged, unreadable = [], False
+    and passed over. Raises DamagedCheckpointError when there are some and all are damaged; ReadError where one cannot
+    be read that may be whole."""
+    damaged = []
     for path in [folder / LAST, *_older(folder)]:
         try:
             found = load(path)
         except FileNotFoundError:
-            continue
-        except OSError as error:
-            damaged.append(f"{path}: cannot be read: {error.strerror}")
-            unreadable = True
             continue
         except DamagedCheckpointError as error:
             damaged.append(str(error))
@@ -143,8 +147,7 @@ def load_last(folder: Path) -> Checkpoint | None:
             warnings.warn(f"{message}; using {path.name} instead", stacklevel=2)
         return found
     if damaged:
-        none = "no checkpoint can be read" if unreadable else "no whole checkpoint is left"
-        raise DamagedCheckpointError("; ".join(damaged) + f"; {none}{best_left(folder)}")
+        raise DamagedCheckpointError("; ".join(damaged) + f"; no whole checkpoint is left{best_left(folder)}")
     return None
 
 
@@ -152,7 +155,7 @@ def best_left(folder: Path) -> str:
     """Where no other checkpoint is left, what can be said of the best one; nothing where that is damaged or gone."""
     try:
         epoch = load(folder / BEST).state["epoch"]
-    except (OSError, KeyError, DamagedCheckpointError):
+    except (FileNotFoundError, KeyError, FromzeroError):
         return ""
     score = command_line("fromzero", "evaluate", folder.parent, "--checkpoint", "best")
     return f"; the weights of its best epoch, {epoch}, are: {score}"
@@ -170,7 +173,7 @@ def set_aside_damaged(folder: Path, used: Checkpoint) -> None:
 def set_aside_newer_best(folder: Path, epoch: int) -> None:
     """Keep best weights of a later epoch than `epoch`, if there are any, under a name that nothing reads. A run that
     goes on from there by another course never comes by them; by the same one it writes them again."""
-    with contextlib.suppress(OSError, KeyError, DamagedCheckpointError):
+    with contextlib.suppress(FileNotFoundError, KeyError, DamagedCheckpointError):
         if load(folder / BEST).state["epoch"] > epoch:
             os.replace(folder / BEST, (folder / BEST).with_suffix(".abandoned"))
 

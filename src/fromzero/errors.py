@@ -31,6 +31,10 @@ class BusyError(FromzeroError):
     """Another process writes to the run; when it has ended, this one can."""
 
 
+class ReadError(InputError):
+    """A file that is there could not be read, as when too many are open: it may be the next time."""
+
+
 class WriteError(FromzeroError):
     """A run's record could not be written, as on a full disk; what was there before is whole."""
 

@@ -85,8 +85,8 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         said.append(held_out)
     if not copies.by_looks:
         said.append(
-            "Only copies to the byte were looked for: the images are too small, or too much like those of other classes,"
-            " to tell copies by their looks."
+            "Only copies to the byte were looked for: the images are too small, or too much like those of other"
+            " classes, to tell copies by their looks."
         )
     if "mirrored-images" in others and mirrors_one_way_round(evidence) and few_are_wrong(evidence):
         others.remove("mirrored-images")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
 
-from fromzero.errors import FromzeroError
+from fromzero.errors import FromzeroError, ReadError
 
 # What is read of a run's records, and so must be there and be of that type; whatever else they hold is kept.
 FIGURES = tuple(f"{curve}{what}" for curve in ("train/", "train/running_", "val/") for what in ("accuracy", "loss"))
@@ -133,14 +132,14 @@ class CrossValidation(pydantic.BaseModel):
     doubtful: list[_Doubtful]
 
 
-def read_record(path: Path, model: type[pydantic.BaseModel], mend: Callable[[], str]) -> dict[str, Any]:
+def read_record(path: Path, model: type[pydantic.BaseModel], mend: str) -> dict[str, Any]:
     """The JSON object in that file, which holds what `model` asks for. Raises FromzeroError, with what to do (`mend`),
-    when it is damaged or not there."""
+    when it is damaged or not there, ReadError when it cannot be read."""
     found = read_object(path, mend)
     try:
         model.model_validate(found, strict=True)
     except pydantic.ValidationError as error:
-        raise FromzeroError(f"{path}: {damage(error)}; {mend()}") from None
+        raise FromzeroError(f"{path}: {damage(error)}; {mend}") from None
     return found
 
 
@@ -150,17 +149,20 @@ def damage(error: pydantic.ValidationError) -> str:
     return f"damaged: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
 
 
-def read_object(path: Path, mend: Callable[[], str] | None = None) -> dict[str, Any]:
-    """The JSON object in that file. Raises FromzeroError when it is damaged, with what to do then (`mend`), or not
-    there."""
+def read_object(path: Path, mend: str = "") -> dict[str, Any]:
+    """The JSON object in that file. Raises FromzeroError when it is damaged or not there, with what to do then
+    (`mend`), ReadError when it cannot be read."""
+    then = f"; {mend}" if mend else ""
     try:
         found = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FromzeroError(f"{path}: damaged: {error}{f'; {mend()}' if mend else ''}") from None
+        raise FromzeroError(f"{path}: damaged: {error}{then}") from None
+    except FileNotFoundError as error:
+        raise FromzeroError(f"{path}: {error.strerror}{then}") from None
     except OSError as error:
-        raise FromzeroError(f"{path}: {error.strerror}{f'; {mend()}' if mend else ''}") from None
+        raise ReadError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(found, dict):
-        raise FromzeroError(f"{path}: damaged: expected an object{f'; {mend()}' if mend else ''}")
+        raise FromzeroError(f"{path}: damaged: expected an object{then}")
     return found
 
 

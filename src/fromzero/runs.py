@@ -31,7 +31,7 @@ from typing import Any
 
 import filelock
 
-from fromzero.errors import BusyError, FromzeroError, InputError, WriteError, command_line, nearest
+from fromzero.errors import BusyError, FromzeroError, InputError, ReadError, WriteError, command_line, nearest
 from fromzero.files import append_line, sync_folder, write_atomically, write_json
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.records import (
@@ -126,7 +126,7 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """Where the run's figures come from: versions, machine, command, commit, data."""
         mend = "put it back from a copy: without it the weights in checkpoints cannot be used"
-        return read_record(self.path / "provenance.json", Provenance, lambda: mend)
+        return read_record(self.path / "provenance.json", Provenance, mend)
 
     @property
     def doubt_of_validation(self) -> str:
@@ -157,7 +157,7 @@ class Run:
         if not (self.path / "summary.json").exists():
             return None
         mend = f"remove it, then: {self.resume_command}"
-        found = read_object(self.path / "summary.json", lambda: mend)
+        found = read_object(self.path / "summary.json", mend)
         if wrong := [key for key in SUMMARY_KEYS if not is_figure(key, found.get(key))]:
             raise FromzeroError(f"{self.path}/summary.json: damaged: {', '.join(wrong)}: not a possible value; {mend}")
         return found if found["epoch"] == self.recipe.epochs else None
@@ -175,7 +175,7 @@ class Run:
         mend = (
             f"an earlier fromzero may have written it: {command_line('fromzero', 'diagnose', self.path)} writes it anew"
         )
-        return read_record(self.path / "diagnosis.json", Diagnosis, lambda: mend)
+        return read_record(self.path / "diagnosis.json", Diagnosis, mend)
 
     @property
     def cross_validation(self) -> dict[str, Any] | None:
@@ -184,7 +184,7 @@ class Run:
         if not path.exists():
             return None
         mend = f"remove it, or write it anew: {command_line('fromzero', 'cross-validate', self.path)}"
-        return read_record(path, CrossValidation, lambda: mend)
+        return read_record(path, CrossValidation, mend)
 
     def cross_validated(self, epochs: int) -> dict[str, Any] | None:
         """The same of trainings like this one after so many epochs: not of a run that began with other weights or was
@@ -216,7 +216,7 @@ class Run:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise FromzeroError(f"{self.path}/metrics.jsonl: {error.strerror}") from None
+            raise ReadError(f"{self.path}/metrics.jsonl: cannot be read: {error.strerror}") from None
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)

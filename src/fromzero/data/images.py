@@ -153,14 +153,25 @@ def stratified_split(labels: np.ndarray, fraction: float, by: str | np.ndarray) 
     least one and never all. Never depends on a recipe's seed.
 
     by: a purpose, from which a fixed order is drawn; or a key for each image (N,), of which the lowest are held out.
-    Images of one key are counted once and stay together; of a class that has one key only, none is held out."""
+    Images of one key stay together, so that a little fewer may be held out, and none of a class that has one key only.
+    Those of a key that is in several classes are kept: they could only be scored by one of their labels."""
     keys = np.argsort(permutation(len(labels), 0, by)) if isinstance(by, str) else by
+    different, places = np.unique(keys, return_inverse=True)
+    in_classes = np.unique(np.column_stack((places, labels)), axis=0)[:, 0]
+    is_in_one = np.bincount(in_classes, minlength=len(different)) == 1
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = labels == label
-        different = np.unique(keys[members])
-        count = min(max(round(fraction * len(different)), 1), len(different) - 1)
-        held_out |= members & np.isin(keys, different[:count])
+        own, counts = np.unique(places[members], return_counts=True)
+        room = max(round(fraction * np.count_nonzero(members)), 1)
+        chosen: list[int] = []
+        for place, count in zip(own.tolist(), counts.tolist(), strict=True):
+            if count <= room and is_in_one[place] and len(chosen) < len(own) - 1:
+                chosen.append(place)
+                room -= count
+        if not chosen and len(own) > 1:
+            chosen = own[is_in_one[own]][counts[is_in_one[own]].argsort(kind="stable")][:1].tolist()
+        held_out |= members & np.isin(places, chosen)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from fromzero import files
 from fromzero.data.decoding import Wrong, pool_of_threads, read_pictures, size_of_picture, unreadable
-from fromzero.data.images import Images, ImageSet, own_name
+from fromzero.data.images import Images, ImageSet, own_name, stratified_split
 from fromzero.data.listing import SPLITS, File, list_pictures, names_under, readable
 from fromzero.errors import InputError, some
 from fromzero.resources import check_memory
@@ -55,7 +55,7 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
         else:
             if alone := [name for name, count in zip(class_names, np.bincount(labels), strict=True) if count < 2]:
                 raise InputError(f"{path}: class {alone[0]!r} has one picture, too few to keep some for the test")
-            splits[_fifth(labels, digests)] = "test"
+            splits[stratified_split(labels, TEST_SHARE, digests)[1]] = "test"
             if "test" not in splits:
                 raise InputError(f"{path}: each class has copies of one picture only; none is left for the test")
             notes.append("no folder test: a fifth of each class, copies together, is kept for it")
@@ -207,21 +207,3 @@ def _decoded(path: Path, listed: Sequence[File], side: int | None) -> _Decoded:
     larger = f" ({path.resolve().name}@64: to 64×64, best with --recipe few64)" if are_larger and not side else ""
     notes.append(f"pictures of {of} pixels, cut to squares and scaled to {width}×{height}{larger}")
     return pixels, digests, whole, notes
-
-
-def _fifth(labels: np.ndarray, digests: np.ndarray) -> np.ndarray:
-    """The pictures kept for the test: of each class those whose digests are the lowest, copies together, and at least
-    one picture with its copies; none of a class that is one picture."""
-    kept = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        values, counts = np.unique(digests[members], return_counts=True)
-        room, chosen = max(round(TEST_SHARE * len(members)), 1), []
-        for value, count in zip(values, counts, strict=True):
-            if count <= room:
-                chosen.append(value)
-                room -= count
-        if not chosen and len(values) > 1:
-            chosen.append(values[counts.argmin()])
-        kept.append(members[np.isin(digests[members], chosen)])
-    return np.concatenate(kept)

@@ -19,8 +19,9 @@ import numpy as np
 
 from fromzero import checkpoint, machine, sessions, trained
 from fromzero.changes import differing_fields, value_text
+from fromzero.checkpoint import DamagedCheckpointError
 from fromzero.data import ImageSet
-from fromzero.errors import BusyError, FromzeroError, TooLargeError, WriteError
+from fromzero.errors import BusyError, FromzeroError, ReadError, TooLargeError, WriteError
 from fromzero.evaluate import evaluate
 from fromzero.files import write_atomically
 from fromzero.recipe import Recipe
@@ -147,7 +148,7 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
         else:
             try:
                 return sessions.resumed_training(Run(cell.path), images, keep=1)
-            except (TooLargeError, WriteError):  # which say nothing against the run
+            except (BusyError, ReadError, TooLargeError, WriteError):  # which say nothing against the run
                 raise
             except FromzeroError as error:
                 why = str(error).removeprefix(f"{cell.path}: ").partition(", so the result")[0]
@@ -181,12 +182,14 @@ def _never_began(path: Path) -> bool:
 
 def differences(cell: Cell, fingerprints: Mapping[str, str]) -> list[str]:
     """Why the run in the cell's folder, ended or not, is not the one that the study asks for on images of these
-    fingerprints; empty when it is."""
+    fingerprints; empty when it is. Raises ReadError where that cannot be told."""
     run = Run(cell.path)
     try:
         run.check()
         recipe, provenance = run.recipe, run.provenance
         start_is_newer = cell.after is not None and Run(cell.after).provenance["started"] > provenance["started"]
+    except ReadError:
+        raise
     except FromzeroError as error:
         return [str(error).removeprefix(f"{cell.path}/").partition("; ")[0]]
     reasons = []
@@ -221,7 +224,7 @@ def _why_anew(cell: Cell, images: ImageSet) -> list[str]:
 
 
 def _has_weights(cell: Cell) -> bool:
-    with contextlib.suppress(FromzeroError, OSError):
+    with contextlib.suppress(FileNotFoundError, DamagedCheckpointError):
         checkpoint.load(cell.path / "checkpoints" / checkpoint.LAST)
         return True
     return False
