@@ -56,13 +56,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if argv[0] in COMMANDS_ELSEWHERE:
             raise InputError(f"unknown command {argv[0]!r}; here it is: fromzero {COMMANDS_ELSEWHERE[argv[0]]}")
         raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], commands) or '; see: fromzero --help'}")
-    arguments, left = parser.parse_known_args(_with_known_spelling(argv, commands))
-    left = _late_positionals(commands[argv[0]], arguments, left) if left else left
+    if not argv or argv[0] not in commands:
+        parser.parse_args(argv)
+        parser.print_help()
+        raise SystemExit(0)
+    words = _with_known_spelling(argv, commands)[1:]
+    known = [s for action in commands[argv[0]]._actions for s in action.option_strings if s.startswith("--")]
+    for word in words[words.index("--") :] if "--" in words else ():
+        if (name := word.partition("=")[0]) in known:
+            raise InputError(f"{name} stands behind --, which ends the options; see: fromzero {argv[0]} --help")
+    arguments, left = commands[argv[0]].parse_known_intermixed_args(words, argparse.Namespace(command=argv[0]))
     if left:
-        known = [s for action in commands[argv[0]]._actions for s in action.option_strings if s.startswith("--")]
         word = left[0].partition("=")[0]
-        if word in known:
-            raise InputError(f"{word} stands behind --, which ends the options; see: fromzero {argv[0]} --help")
         if word.startswith("-"):
             here = ELSEWHERE.get(word.lstrip("-").replace("_", "-"))
             if here and (argv[0] == "train" or (here.split()[0] in known and here != "--runs-dir")):
@@ -71,24 +76,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             hint = hint.replace("nearest: ", "nearest: --") or f"; see: fromzero {argv[0]} --help"
             raise InputError(f"unknown option {word}{hint}")
         raise InputError(f"unexpected argument {left[0]!r}; see: fromzero {argv[0]} --help")
-    if not hasattr(arguments, "command"):
-        parser.print_help()
-        raise SystemExit(0)
     return arguments
-
-
-def _late_positionals(command: argparse.ArgumentParser, arguments: argparse.Namespace, left: list[str]) -> list[str]:
-    """Give words that stand behind options to arguments that may be left out, which argparse takes for left out by
-    then; returns the words that are still left."""
-    optional = [a for a in command._actions if a.nargs == "?" and not a.option_strings]
-    for action in (a for a in optional if getattr(arguments, a.dest) is None):
-        if left and not left[0].startswith("-"):
-            try:
-                setattr(arguments, action.dest, command._get_value(action, left[0]))
-            except argparse.ArgumentError as error:
-                command.error(str(error))
-            left = left[1:]
-    return left
 
 
 def _with_known_spelling(argv: list[str], commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:
