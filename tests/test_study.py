@@ -44,7 +44,7 @@ from fromzero.study.display import study_header
 from fromzero.study.execution import best_values, prepare_study, sweep
 from fromzero.study.page import write_lessons
 from fromzero.study.pools import _ray_events
-from fromzero.study.results import ContrastResult, Result, Spread, _commit, list_results, read_result
+from fromzero.study.results import ContrastResult, Spread, _commit, list_results, read_result
 from fromzero.trained import last_checkpoint
 from fromzero.verify import first_difference
 
@@ -699,7 +699,7 @@ def test_what_intervals_and_equal_pairs_do_not_say_is_said():
         return ContrastResult(contrast, compared, 0.03, verdict, 0.1, None, new_images, {0: 0.1}, 1, trained_alike)
 
     def remarked(*said, **named):
-        return " ".join(Result.remarks.fget(SimpleNamespace(contrasts=(outcome(*said, **named),))))
+        return " ".join(outcome(*said, **named).remarks)
 
     assert remarked("supported", narrow) == remarked("undecided", wide) == ""
     assert "on other images of the same kind it may be otherwise" in remarked("supported", narrow, wide)
@@ -707,6 +707,57 @@ def test_what_intervals_and_equal_pairs_do_not_say_is_said():
     at_odds = [(verdict, interval) for verdict in ("supported", "undecided") for interval in (wide, narrow)]
     assert [outcome(*each).is_at_odds for each in at_odds] == [True, False, False, True]
     assert "every pair of networks is the same one" in remarked("undecided", wide, trained_alike=True)
+
+
+def test_a_pair_that_is_far_from_all_others_is_named():
+    contrast = Contrast("one", "two", "val/accuracy", "higher", 0.0, CLAIM)
+
+    def remarked(*differences):
+        compared = stats.compare(np.array(differences) + 0.5, np.full(len(differences), 0.5))
+        pairs = dict(enumerate(differences, 3))
+        return ContrastResult(contrast, compared, 0.03, "undecided", 0.1, None, None, pairs, len(pairs)).remarks
+
+    (said,) = remarked(0.007, -0.035, -0.007, -0.832, -0.119, -0.063, -0.063)
+    assert said == (
+        "the pair of seed 6 (−83.20 points) is far from all others, whose mean is −4.67: look at its two runs"
+    )
+    assert not remarked(0.007, -0.035, -0.007, -0.232, -0.119, -0.063, -0.063)
+    assert not remarked(0.007, -0.035, -0.832), "too few to say what is far"
+    assert not remarked(*[0.01] * 7)
+
+
+def test_another_study_of_the_same_recipes_is_named(tmp_path, text):
+    def answered(name, text, **options):
+        file = tmp_path / f"{name}.toml"
+        file.write_text(text)
+        execution = prepare_study(load_study(file, "half", **options), runs_dir=tmp_path, jobs=1)
+        list(execution)
+        return read_result(execution.folder)
+
+    first = answered("first", text)
+    assert first.cautions == first.remarks == []
+    turned = answered("turned", text.replace("higher", "lower"))
+    (caution,) = turned.cautions
+    assert caution.startswith("first-half compared such recipes with the same seeds; where its figures decide")
+    assert caution.endswith("--first-seed 2")
+    other = answered("other", text, first_seed=2)
+    assert other.cautions == []
+    assert other.remarks[0].startswith("first-half, turned-half compared such recipes with other seeds: its answer")
+    assert answered("unlike", text.replace("dense = [2]", "dense = [3]"), first_seed=4).remarks == []
+
+
+def test_a_study_can_be_repeated_from_its_folder(tmp_path, data_folder):
+    (tmp_path / "own.toml").write_text('base = "train1"\nname = "own"\nepochs = 1\n')
+    text = STUDY.format(dataset=data_folder)
+    file = written(tmp_path, re.sub(r'base = ".*?"', 'base = "own.toml"', text, count=1))
+    first = load_study(file, "half")
+    execution = prepare_study(first, runs_dir=tmp_path / "runs", jobs=1)
+    list(execution)
+    copied = Path(shutil.copytree(execution.folder, tmp_path / "elsewhere" / "copy"))
+    again = load_study(copied / "study.toml", "half")
+    assert [arm.recipe for arm in again.arms.values()] == [
+        arm.recipe.override({"name": again.arms[name].recipe.name}) for name, arm in first.arms.items()
+    ]
 
 
 def test_a_record_that_is_lost_is_said_to_be(tmp_path, text):
@@ -1311,7 +1362,9 @@ def test_tuning_gives_every_arm_the_same_budget_and_shows_all_of_it(tmp_path, te
     assert "**on the edge of what was tried**" in page
     assert "1e+30: diverged or missing" in page
     assert "tuned: `optimizer.learning_rate = 0.01`" in page
-    assert "  arm wide: optimizer.learning_rate = 0.01, on the edge of what was tried" in answer(result)
+    assert "  arm wide: optimizer.learning_rate = 0.01" in answer(result)
+    assert any(said.startswith("arm wide: optimizer.learning_rate = 0.01 is on the edge") for said in result.remarks)
+    assert record(result)["sweep"]["wide"][1e30] == [None, None]
 
 
 # ---- the command line

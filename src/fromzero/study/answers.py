@@ -11,7 +11,7 @@ from fromzero import stats
 from fromzero.errors import some
 from fromzero.runs import Run
 from fromzero.stats import Comparison
-from fromzero.study.definition import METRICS, SETTING, TUNING_SEEDS_FROM, Contrast
+from fromzero.study.definition import METRICS, SETTING, TUNING_SEEDS_FROM, Contrast, figure, unit
 from fromzero.study.results import ContrastResult, Result, metric_of
 
 
@@ -23,8 +23,7 @@ def answer(result: Result) -> list[str]:
     lines += [f"  {sentence(c, len(result.group(c.contrast.group)), unused)}" for c in result.contrasts]
     for name in result.sweep:
         if study.tuning is not None and (best := result.arms[name].value) is not None:
-            edge = ", on the edge of what was tried" * result.is_on_edge(name)
-            lines.append(f"  arm {name}: {study.tuning.field} = {best:g}{edge}")
+            lines.append(f"  arm {name}: {study.tuning.field} = {best:g}")
     lines += [f"  note: {said}" for said in [*result.cautions, *result.remarks]]
     if at_odds := [f"{c.contrast.arm} against {c.contrast.against}" for c in result.contrasts if c.is_at_odds]:
         lines.append(f"  note: {some(at_odds)}: p decides, not the interval (Student's, for one comparison alone)")
@@ -70,6 +69,7 @@ def record(result: Result) -> dict[str, Any]:
         "machines": result.machines,
         "commits": result.commits,
         "arms": arms,
+        "sweep": result.sweep,
         "comparisons": [_compared(c) for c in result.contrasts],
     }
 
@@ -111,8 +111,8 @@ def sentence(found: ContrastResult, comparisons: int, unused_seed: int) -> str:
     low, high = figure(x.difference.low, c.metric, sign=True), figure(x.difference.high, c.metric, sign=True)
     approximately, others = "" if x.exact else "about ", ""
     if found.new_images is not None:
-        ends = (figure(end, c.metric, sign=True) for end in found.new_images[1:])
-        others = f"; with other images too: {' to '.join(ends)}"
+        ends = [figure(end, c.metric, sign=True) for end in found.new_images[1:]]
+        others = f"; with other images too: {' to '.join(ends)}" if ends != [low, high] else "; with other images, too"
     text = head + (
         f"{found.verdict}; {figure(x.difference.mean, c.metric, sign=True)} ({low} to {high}{others}) {unit(c.metric)},"
         f" n = {found.n}, p {approximately}{x.p:.3g}"
@@ -160,19 +160,8 @@ def claimed(contrast: Contrast) -> str:
     return f" {contrast.direction}"
 
 
-def figure(value: float, metric: str, *, sign: bool = False) -> str:
-    """A difference of that metric: shares in points, losses in nats."""
-    text = f"{100 * value:{'+' if sign else ''}.2f}" if METRICS[metric] else f"{value:{'+' if sign else ''}.4f}"
-    return text.replace("-", "−")
-
-
 def correlation(comparison: Comparison) -> str:
     """That of its pairs; a dash where an arm's runs are all equal."""
     if not np.isfinite(comparison.correlation) or comparison.n < 3:
         return "–"
     return f"{comparison.correlation:z.2f}".replace("-", "−")
-
-
-def unit(metric: str) -> str:
-    """In what `figure` shows that metric."""
-    return "points" if METRICS[metric] else "nats"

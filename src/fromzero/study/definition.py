@@ -167,6 +167,17 @@ class _File(_Table):
     tuning: _Tuning | None = None
 
 
+def figure(value: float, metric: str, *, sign: bool = False) -> str:
+    """A difference of that metric: shares in points, losses in nats."""
+    text = f"{100 * value:{'+' if sign else ''}.2f}" if METRICS[metric] else f"{value:{'+' if sign else ''}.4f}"
+    return text.replace("-", "−")
+
+
+def unit(metric: str) -> str:
+    """In what `figure` shows that metric."""
+    return "points" if METRICS[metric] else "nats"
+
+
 def study_names() -> list[str]:
     """Names of the studies that come with fromzero."""
     return names_of("study")
@@ -208,6 +219,8 @@ def load_study(
         raise InputError(f"{label}: has no scale {scale!r}{nearest(scale, file.scale)}")
     if base is None:
         beside = Path(source).parent / file.base
+        if (recorded := Path(source).with_name("base.toml")).is_file() and recorded.with_name("study.json").is_file():
+            beside = recorded  # in the folder that a study leaves
         try:
             base = load_recipe(beside if beside.is_file() else file.base)
         except InputError as error:

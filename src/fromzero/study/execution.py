@@ -200,7 +200,7 @@ class Execution:
             then = recorded_study(self.folder, before)
         except (FromzeroError, OSError, ValueError):
             return described.model_copy(update=lost | {"answered": before.answered})
-        kept = [arm for arm in now.arms if arm in then.arms and _is_same(then.arms[arm], now.arms[arm])]
+        kept = [arm for arm in now.arms if arm in then.arms and is_same_arm(then.arms[arm], now.arms[arm])]
         seen = before.answered or before.changed
         if seen and then.arms.keys() & now.arms.keys():
             parts = {
@@ -333,7 +333,7 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
         lock.release()
 
 
-def _is_same(one: Arm, other: Arm) -> bool:
+def is_same_arm(one: Arm, other: Arm) -> bool:
     """Whether the runs of one arm are those of the other."""
     changed = differing_fields(one.recipe, other.recipe).keys() - {"dataset"}  # its images may lie elsewhere now
     return one.after == other.after and not changed

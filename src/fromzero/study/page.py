@@ -15,8 +15,8 @@ from fromzero import stats
 from fromzero.errors import InputError
 from fromzero.files import write_atomically
 from fromzero.runs import check_named, write_named
-from fromzero.study.answers import beyond, claimed, correlation, figure, unit
-from fromzero.study.definition import CLAIM, METRICS, TUNING_SEEDS_FROM, Study, study_names
+from fromzero.study.answers import beyond, claimed, correlation
+from fromzero.study.definition import CLAIM, METRICS, TUNING_SEEDS_FROM, Study, figure, study_names, unit
 from fromzero.study.results import ArmResult, ContrastResult, Result, Spread, by_lesson
 from fromzero.terminal import duration
 

@@ -6,6 +6,7 @@ import glob
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +19,32 @@ from fromzero.provenance import last_machine, last_switches
 from fromzero.runs import Row, Run
 from fromzero.stats import Comparison, Interval, Verdict
 from fromzero.study.cells import Cell, cells_of, differences, read_outcomes
-from fromzero.study.definition import CLAIM, METRICS, MOST_SEEDS, Arm, Contrast, Study, load_study, study_names
+from fromzero.study.definition import (
+    CLAIM,
+    METRICS,
+    MOST_SEEDS,
+    Arm,
+    Contrast,
+    Study,
+    figure,
+    load_study,
+    study_names,
+    unit,
+)
 from fromzero.study.execution import (
     RECORD,
     Description,
     Sweep,
     best_values,
     command,
+    is_same_arm,
     read_description,
     read_json,
     recorded_study,
     sweep,
 )
+
+FAR = 4  # of ten normal differences, one in 700 studies has one so far out; of six, one in 40
 
 
 class Spread(NamedTuple):
@@ -101,6 +116,17 @@ class ContrastResult:
     trained_alike: bool = False
 
     @property
+    def outlier(self) -> int | None:
+        """The seed whose difference is so far from the median that it alone decides the mean: FAR times as far as any
+        other. None where no difference is."""
+        values = np.array([*self.pairs.values()])
+        if len(values) < stats.FEWEST_PAIRS:
+            return None
+        distances = np.abs(values - np.median(values))
+        second, most = np.sort(distances)[-2:]
+        return [*self.pairs][int(distances.argmax())] if most > FAR * max(second, 1e-6) else None
+
+    @property
     def null(self) -> tuple[float, ...]:
         """The differences at the edge of what the claim denies: zero, or where its margin ends."""
         margin = self.contrast.margin
@@ -138,6 +164,27 @@ class ContrastResult:
         return f"{float(f'{self.seeds_needed:.2g}'):,.0f}"
 
     @property
+    def remarks(self) -> list[str]:
+        """What its figures alone do not say."""
+        found = []
+        if self.outlier is not None:
+            others = [difference for seed, difference in self.pairs.items() if seed != self.outlier]
+            one, mean = (
+                figure(float(value), self.contrast.metric, sign=True)
+                for value in (self.pairs[self.outlier], np.mean(others))
+            )
+            found.append(
+                f"the pair of seed {self.outlier} ({one} {unit(self.contrast.metric)}) is far from all others, whose"
+                f" mean is {mean}: look at its two runs"
+            )
+        if self.trained_alike:
+            found.append("every pair of networks is the same one, so what they differ in does nothing here")
+        is_settled = self.telling is not None and self.is_whole and self.verdict != "undecided"
+        if is_settled and self.new_images is not None and self.includes_null(self.new_images):
+            found.append("on other images of the same kind it may be otherwise")
+        return found
+
+    @property
     def telling(self) -> Comparison | None:
         """The comparison, where its pairs tell a spread. Where all are equal, as of networks that all say one class, an
         interval of no width would be a claim."""
@@ -165,11 +212,29 @@ class Result:
 
     @property
     def unused_seed(self) -> int:
-        """A seed from which on none was used for this study at this scale, in its folders here."""
+        """A seed from which on none was used for this study at this scale, or for what it asks, in folders here."""
         alike = glob.escape(f"{self.study.name}-{self.study.scale}")
-        cells = self.folder.parent.glob(f"{alike}*/cells/*-seed*")
+        folders = [*self.folder.parent.glob(f"{alike}*"), *self.asked_before]
+        cells = (cell for folder in folders for cell in folder.glob("cells/*-seed*"))
         used = [int(seed) for cell in cells if (seed := cell.name.rpartition("-seed")[2]).isdecimal()]
         return max([self.study.first_seed + self.study.seeds, *(seed + 1 for seed in used)])
+
+    @cached_property
+    def asked_before(self) -> dict[Path, range]:
+        """Other studies here that have figures of two recipes that the claim compares, on the same images, and their
+        seeds."""
+        asked = [(self.study.arms[c.arm], self.study.arms[c.against]) for c in self.study.contrasts if c.group == CLAIM]
+        found = {}
+        for record in sorted(self.folder.parent.glob("*/study.json")):
+            other = None if record.parent == self.folder else _recorded(record.parent, record.stat().st_mtime_ns)
+            if other is None or other[1].fingerprints != self.ran.fingerprints or other[1].tuned != self.ran.tuned:
+                continue
+            study = other[0]
+            theirs = [(study.arms[c.arm], study.arms[c.against]) for c in study.contrasts]
+            is_asked = any(_are_same(pair, two) for pair in asked for two in theirs)
+            if is_asked and any(record.parent.glob("cells/*/summary.json")):
+                found[record.parent] = range(study.first_seed, study.first_seed + study.seeds)
+        return found
 
     @property
     def num_runs(self) -> str:
@@ -219,6 +284,12 @@ class Result:
                 "runs had ended when this study's record (study.json, or a file beside it) was lost, so what was asked"
                 f" of them before is not known; if it was changed because of figures, p is too small: {anew}"
             )
+        own = range(self.study.first_seed, self.study.first_seed + self.study.seeds)
+        if alike := [folder.name for folder, seeds in self.asked_before.items() if {*own} & {*seeds}]:
+            found.append(
+                f"{some(alike)} compared such recipes with the same seeds; where its figures decide what is asked here,"
+                f" p is too small: {anew}"
+            )
         if parts := " and ".join(part for part in self.ran.changed if part != RECORD):
             found.append(
                 f"when this study had figures, its {parts} changed; where those decide what is asked, p is too small:"
@@ -229,16 +300,20 @@ class Result:
     @property
     def remarks(self) -> list[str]:
         """What its figures alone do not say."""
-        found = []
-        for c in self.contrasts:
-            two = f"{c.contrast.arm} against {c.contrast.against}"
-            if c.trained_alike:
-                found.append(f"{two}: every pair of networks is the same one, so what they differ in does nothing here")
-            if c.telling is None or not c.is_whole:
-                continue
-            if c.verdict != "undecided" and c.new_images is not None and c.includes_null(c.new_images):
-                found.append(f"{two}: on other images of the same kind it may be otherwise")
-        return found
+        found = [
+            f"arm {name}: {self.study.tuning.field} = {self.arms[name].value:g} is on the edge of what was tried, so a"
+            " better one may lie beyond, and arms may not have been tuned equally well"
+            for name in self.sweep
+            if self.study.tuning is not None and self.arms[name].value is not None and self.is_on_edge(name)
+        ]
+        own = range(self.study.first_seed, self.study.first_seed + self.study.seeds)
+        if others := [folder.name for folder, seeds in self.asked_before.items() if not {*own} & {*seeds}]:
+            found.append(
+                f"{some(others)} compared such recipes with other seeds: its answer counts as much as this one, and of"
+                " studies begun anew until one is supported many are where there is nothing"
+            )
+        two = ((f"{c.contrast.arm} against {c.contrast.against}", c.remarks) for c in self.contrasts)
+        return [*found, *(f"{names}: {said}" for names, remarks in two for said in remarks)]
 
     @property
     def is_begun(self) -> bool:
@@ -311,6 +386,21 @@ def read_result(folder: Path) -> Result:
         machines=tuple(sorted({_machine(p) for p in provenances})),
         commits=tuple(sorted({_commit(p) for p in provenances})),
     )
+
+
+@cache
+def _recorded(folder: Path, changed: int) -> tuple[Study, Description] | None:
+    """The study in a folder whose record was `changed` then; None where it is damaged."""
+    try:
+        ran = read_description(folder)
+        return recorded_study(folder, ran), ran
+    except (FromzeroError, OSError):
+        return None
+
+
+def _are_same(pair: tuple[Arm, Arm], other: tuple[Arm, Arm]) -> bool:
+    """Whether two arms are those two, in either order."""
+    return any(all(map(is_same_arm, pair, two)) for two in (other, other[::-1]))
 
 
 def metric_of(row: Row, metric: str) -> float:
