@@ -52,6 +52,7 @@ LESSONS = [
     "early-dropout",
     "early-pooling",
     "ladder",
+    "ladder-rates",
     "padding",
     "plateau",
     "save-and-continue",
