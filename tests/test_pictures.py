@@ -16,12 +16,13 @@ from safetensors.numpy import load_file
 
 from benchmarks.pictures import parts_of
 from fromzero import Run, checkpoint, cli, list_runs, load_images, load_recipe
+from fromzero.card import card
 from fromzero.data import decoding, listing, split_name, split_recorded, stratified_split
 from fromzero.errors import FromzeroError, InputError
 from fromzero.files import csv_text
 from fromzero.sessions import new_training, resumed_training
 from fromzero.splits import Data
-from fromzero.trained import load_trained
+from fromzero.trained import load_classifier, load_trained
 
 COLORS = {"blue": (20, 40, 200), "green": (30, 180, 60), "red": (210, 30, 40)}
 CHANGES = ["--network.channels", "[[4],[8]]", "--network.pool", "4", "--network.dense", "[16]", "--epochs", "2"]
@@ -668,6 +669,38 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     for folder, why in refused.items():
         assert cli.main(["evaluate", str(run.path), folder, "--threads", "1"]) == 2
         assert f"{folder}: {why}" in capsys.readouterr().err
+
+
+def test_what_earlier_weights_were_trained_on_is_counted_in_another_folder(tmp_path, monkeypatch, capsys):
+    """The same pictures, split anew by hand: half of the test pictures were train pictures of the first run."""
+    folder = write(tmp_path / "set", count=20)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "set", *CHANGES]) == 0
+    (first,) = list_runs()
+    trained = [Path(row["file"]) for row in first.pictures if row["split"] == "train"]
+    for split in ("train", "test"):
+        for color in COLORS:
+            (tmp_path / "anew" / split / color).mkdir(parents=True)
+    for number, file in enumerate(sorted(path.relative_to(folder) for path in folder.glob("*/*.png"))):
+        shutil.copy(folder / file, tmp_path / "anew" / ("test" if number % 3 == 0 else "train") / file)
+    moved = [path.relative_to(tmp_path / "anew" / "test") for path in (tmp_path / "anew" / "test").glob("*/*.png")]
+    seen = len({*trained} & {*moved})
+    assert seen > 3
+    capsys.readouterr()
+    assert cli.main(["train", "anew", "--from", str(first.path), *CHANGES]) == 0
+    told = f"{seen} test images are train images of {first.path}, with whose weights it began: test flatters"
+    assert told in " ".join(capsys.readouterr().out.split())
+    second = next(run for run in list_runs() if run.name.startswith("anew"))
+    assert told in second.doubts
+    assert f"({told})" in card(load_classifier(second))
+    capsys.readouterr()
+    for command in (["evaluate", second.path, "anew/test"], ["compare", first.path, second.path, "anew/test"]):
+        assert cli.main([*map(str, command), "--threads", "1"]) == 0
+        said = f"{seen} of these {len(moved)} pictures are train pictures of {first.path}, with whose weights it began"
+        assert said in " ".join(capsys.readouterr().out.split())
+    shutil.rmtree(first.path)
+    assert cli.main(["evaluate", str(second.path), "anew/test", "--threads", "1"]) == 0
+    assert "may have been trained on these pictures" in " ".join(capsys.readouterr().out.split())
 
 
 def test_many_copies_do_not_fill_the_test_set(tmp_path):

@@ -185,23 +185,22 @@ def test_what_the_first_weights_had_seen_of_validation_is_counted(tiny_images, t
         return training
 
     first = begun(0.2)
-    assert first.run.doubt_of_validation == ""
-    assert begun(0.2, start_from=first.run).run.doubt_of_validation == ""
+    assert first.run.doubt_of("validation") == ""
+    assert begun(0.2, start_from=first.run).run.doubt_of("validation") == ""
     larger = begun(0.4, start_from=first.run)
     seen = len({*larger.data.held.tolist()} - {*first.data.held.tolist()})
     assert seen > 0
     told = f"{seen} validation images are train images of {first.run.path}, with whose weights it began: validation fl"
-    assert larger.run.doubt_of_validation.startswith(told)
+    assert larger.run.doubt_of("validation").startswith(told)
     assert told in header(larger)
     provenance = first.run.provenance
     provenance["data"]["held_out"] = "0" * 64  # as an earlier fromzero, which split in another way
     first.run.write_provenance(provenance)
-    assert (
-        "which may have been trained on its validation images"
-        in begun(0.2, start_from=first.run).run.doubt_of_validation
+    assert "which may have been trained on its validation images" in begun(0.2, start_from=first.run).run.doubt_of(
+        "validation"
     )
     third = begun(0.4, start_from=larger.run)  # whose weights may be those of the first
-    assert "which may have been trained on its validation images" in third.run.doubt_of_validation
+    assert "which may have been trained on its validation images" in third.run.doubt_of("validation")
 
 
 def test_a_run_folder_holds_everything(small, tiny_images, tmp_path):

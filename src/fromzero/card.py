@@ -92,8 +92,11 @@ def _accuracies(classifier: Classifier) -> list[str]:
     if ends := run.earlier_ends:
         test += f". They were scored before, after epoch {', '.join(map(str, ends))}, and the run was extended then"
     chosen = ", by which these weights were chosen" if classifier.checkpoint.file.stem == "best" else ""
-    doubt = f" ({run.doubt_of_validation})" if run.doubt_of_validation else ""
-    return [f"Test images: {test}.", f"Validation images: {row['val/accuracy']:.4f}{chosen}{doubt}.", train, seeds]
+    of_test, of_validation = (
+        f" ({doubt})" * bool(doubt) for doubt in (run.doubt_of("test"), run.doubt_of("validation"))
+    )
+    validation = f"Validation images: {row['val/accuracy']:.4f}{chosen}{of_validation}."
+    return [f"Test images: {test}{of_test}.", validation, train, seeds]
 
 
 def _of_folds(classifier: Classifier) -> list[str]:

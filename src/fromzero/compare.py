@@ -213,10 +213,7 @@ def _on_pictures(folder: Path, side: Classifier) -> _Side:
 
 def _doubts(side: _Side) -> list[str]:
     """What speaks against taking what a run says of these images for how well it was trained."""
-    found = [*doubts(side.of), *side.notes]
-    if isinstance(side.of, Classifier) and (origin := side.of.run.provenance["from"]):
-        found.append(f"it began with the weights of {origin['run']}, which may have been trained on these images")
-    return found
+    return [*doubts(side.of), *side.notes]
 
 
 def _described(side: Trained | Classifier, right: np.ndarray) -> dict[str, Any]:

@@ -75,8 +75,7 @@ def header(training: Training) -> str:
 
 def _of_weights(training: Training) -> Iterator[str]:
     """What its first weights make doubtful, and what became of its best ones."""
-    if doubt := training.run.doubt_of_validation:
-        yield doubt
+    yield from training.run.doubts
     to_come = training.state.counters.epoch < training.recipe.epochs
     if to_come and training.run.metrics() and not (training.run.checkpoints / BEST).exists():
         yield "the best weights of the epochs before are not there any more: best counts from here on"

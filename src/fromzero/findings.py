@@ -103,8 +103,7 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     if origin := run.provenance["from"]:
         began = f"The run began with the weights of {origin['run']}:"
         said.append(f"{began} its first steps were not tried again, and a study begins anew.")
-        if doubt := run.doubt_of_validation:
-            said.append(f"Validation figures may flatter: {doubt}.")
+        said += [f"Figures may flatter: {doubt}." for doubt in run.doubts]
     if "overfitting" not in {finding.name for finding in found} and evidence.gap > SMALL_GAP:
         large, beyond_error = large_gap(evidence)
         told, little = f"{evidence.gap:.2f}", "a gap of that size is not called overfitting"

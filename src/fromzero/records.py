@@ -70,13 +70,14 @@ class _Origin(pydantic.BaseModel):
     step: int | None
     left: list[str]
     seen: int | None = None
+    seen_test: int | None = 0
 
 
 class Provenance(pydantic.BaseModel):
     """provenance.json: where a run's figures come from. `origin`: the run from whose weights it began, the tensors that
-    it `left` and how many of its validation images that one had `seen` in training, None where that cannot be told;
-    `data.order`: digest of the images in their order, `data.held_out`: of those that it validates on; `resumed`: a note
-    for each time that it was gone on with."""
+    it `left` and how many of its validation images that one, or those it began with, had `seen` in training, and of its
+    test images (`seen_test`), None where that cannot be told; `data.order`: digest of the images in their order,
+    `data.held_out`: of those that it validates on; `resumed`: a note for each time that it was gone on with."""
 
     machine: _Machine
     switches: dict[str, str] = {}

@@ -27,7 +27,7 @@ import socket
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 
@@ -128,20 +128,32 @@ class Run:
         mend = "put it back from a copy: without it the weights in checkpoints cannot be used"
         return read_record(self.path / "provenance.json", Provenance, mend)
 
-    @property
-    def doubt_of_validation(self) -> str:
-        """Why its validation figures may flatter, in words: the weights that it began with may have been trained on
+    def doubt_of(self, split: Literal["validation", "test"]) -> str:
+        """Why figures of that split may flatter, in words: the weights that it began with may have been trained on
         these images. Empty where they were not."""
         origin = self.provenance["from"]
-        if origin is None or origin.get("seen") == 0:
+        seen = 0 if origin is None else origin.get("seen") if split == "validation" else origin.get("seen_test", 0)
+        if origin is None or seen == 0:
             return ""
-        if origin.get("seen"):
-            are = "image is a train image" if origin["seen"] == 1 else "images are train images"
-            return (
-                f"{origin['seen']:,} validation {are} of {origin['run']}, with whose weights it began: validation"
-                " flatters"
-            )
-        return f"it began with the weights of {origin['run']}, which may have been trained on its validation images"
+        if seen:
+            are = "image is a train image" if seen == 1 else "images are train images"
+            return f"{seen:,} {split} {are} of {origin['run']}, with whose weights it began: {split} flatters"
+        return f"it began with the weights of {origin['run']}, which may have been trained on its {split} images"
+
+    @property
+    def doubts(self) -> list[str]:
+        """The same of both."""
+        return [*filter(None, (self.doubt_of("validation"), self.doubt_of("test")))]
+
+    def lineage(self) -> Iterator[Run]:
+        """This run, the one from whose weights it began, the one from whose weights that began and so on, as far as
+        their folders are there: the last that comes then began with the weights of another."""
+        run: Run | None = self
+        while run is not None:
+            yield run
+            origin = run.provenance["from"]
+            before = None if origin is None else Run(Path(origin["run"]))
+            run = before if before is not None and (before.path / "recipe.toml").is_file() else None
 
     @property
     def began(self) -> datetime:

@@ -100,18 +100,27 @@ def pictures_of(folder: Path, classifier: Classifier) -> Pictures:
     if asked == source or (asked.parent == source and asked.name.lower() in SPLITS["train"]):
         apart = command_line("fromzero", "evaluate", run.path)
         notes.append(f"the run was trained on pictures in it: this says little of new ones; its own test: {apart}")
-    elif seen := _trained_on(run, [paths[index] for index in read]):
-        are = "is" if seen == 1 else "are"
-        notes.append(f"{seen:,} of these {len(read):,} pictures {are} train pictures of the run, to the byte")
+    else:
+        notes += _trained_on(run, [paths[index] for index in read])
     these = Subset(pixels, torch.from_numpy(truth[read]).to(classifier.machine.device))
     return Pictures(these, [paths[index] for index in read], len(wrong), notes)
 
 
-def _trained_on(run: Run, paths: Sequence[Path]) -> int:
-    """How many of these files are, by their content, ones that the run was trained on."""
-    known = {row["sha256"] for row in run.pictures if row.get("split") == "train" and row.get("sha256")}
-    begins = (hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths)
-    return sum(begin in known for begin in begins) if known else 0
+def _trained_on(run: Run, paths: Sequence[Path]) -> list[str]:
+    """How many of these files are, by their content, ones that the run or those with whose weights it began were
+    trained on, in words."""
+    begins, notes = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths], []
+    for one in run.lineage():
+        known = {row["sha256"] for row in one.pictures if row.get("split") == "train" and row.get("sha256")}
+        of = "of the run" if one is run else f"of {one.path}, with whose weights it began"
+        if seen := sum(begin in known for begin in begins):
+            are = "is a train picture" if seen == 1 else "are train pictures"
+            notes.append(f"{seen:,} of these {len(paths):,} pictures {are} {of}, to the byte")
+        if not known and one is not run:
+            notes.append(f"it began with the weights of {one.path}, which may have been trained on these pictures")
+    if origin := one.provenance["from"]:
+        notes.append(f"it began with the weights of {origin['run']}, which may have been trained on these pictures")
+    return notes
 
 
 def doubts(of: Trained | Classifier) -> list[str]:
@@ -121,8 +130,8 @@ def doubts(of: Trained | Classifier) -> list[str]:
         on_own_test = isinstance(of, Trained) and of.run.recipe.validation.source != "test"
         later = "; the test images are scored when it does, so that nothing is chosen by them" if on_own_test else ""
         found.append(f"the run has not ended{later}")
-    if isinstance(of, Trained) and (doubt := of.run.doubt_of_validation):
-        found.append(doubt)
+    if isinstance(of, Trained):
+        found += of.run.doubts
     if of.checkpoint.state.get("step") == 0:
         found.append("these are the weights it began with; none has been saved since")
     return found

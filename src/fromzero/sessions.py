@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
-from fromzero.data import NAMED, ImageSet, load_images, split_name, split_recorded
+from fromzero.data import NAMED, Images, ImageSet, load_images, split_name, split_recorded
 from fromzero.errors import FromzeroError, InputError, WriteError, counted, some
 from fromzero.files import csv_text
 from fromzero.machine import Machine
@@ -26,7 +26,7 @@ from fromzero.provenance import describe_program, last_machine, other_switches
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.resources import check_memory
 from fromzero.runs import Run, create_run, load_run
-from fromzero.splits import Data, check_image_set
+from fromzero.splits import Data, check_image_set, validation_images
 from fromzero.state import State, least_memory, load_weights, model_weights
 from fromzero.steps import initial_state
 from fromzero.timetable import Timetable
@@ -106,7 +106,7 @@ def new_training(
             "recipe": source.recipe.name,
             "step": found.state.get("step"),
             "left": left,
-            "seen": _num_seen(source, images, data),
+            **_num_seen(source, recipe, images, data),
         }
     state.start_average()
     total = networks.num_parameters(recipe.network, images.image_shape, images.num_classes)
@@ -149,19 +149,46 @@ def new_training(
     return training
 
 
-def _num_seen(source: Run, images: ImageSet, data: Data) -> int | None:
-    """How many of the validation images the weights of `source` were trained on; None where that cannot be told, as it
-    had other images or began itself with weights of which it cannot."""
-    origin = source.provenance["from"]
-    if source.provenance["data"]["order"] != images.order_digest or (origin and origin.get("seen") != 0):
-        return None
-    if data.held is None:  # they are no train images of anybody's
-        return 0
-    before = Data.of(source.recipe, images, "cpu")
-    recorded = source.provenance["data"].get("held_out")
-    if before.validation_digest != recorded:  # by an earlier fromzero, which split in another way
-        return None
-    return len(data.held if before.held is None else np.setdiff1d(data.held, before.held))
+def _num_seen(source: Run, recipe: Recipe, images: ImageSet, data: Data) -> dict[str, int | None]:
+    """How many of the validation and of the test images the weights of `source` were trained on, by what is in them:
+    `seen` and `seen_test` of its record. Images that are among the train images here as well do not count. None where
+    that cannot be told: of weights trained on other images of the same classes, which have no known files."""
+    known: set[Any] = set()
+    for run in source.lineage():
+        theirs = _train_keys(run, images)
+        if theirs is None:
+            return {"seen": None, "seen_test": None}
+        known |= theirs
+    if run.provenance["from"] is not None:  # its folder is not there any more
+        return {"seen": None, "seen_test": None}
+    known -= _kept_keys(images, data.held)
+    parts = {"seen": validation_images(recipe, images, data.held), "seen_test": images.test}
+    return {name: sum(key in known for key in _keys(part)) for name, part in parts.items()}
+
+
+def _train_keys(run: Run, images: ImageSet) -> set[Any] | None:
+    """What is in those of these images that a run was trained on itself, by `_keys`; None where that cannot be told."""
+    recorded = run.provenance["data"]
+    if recorded["order"] == images.order_digest:
+        before = Data.of(run.recipe, images, "cpu")
+        if before.validation_digest != recorded.get("held_out"):  # by an earlier fromzero, which split in another way
+            return None
+        return _kept_keys(images, before.held)
+    if not {*recorded["classes"]} & {*images.class_names}:
+        return set()
+    known = {row.get("sha256", "") for row in run.pictures if row["split"] == "train"}
+    return known if known and "" not in known and images.train.files else None
+
+
+def _kept_keys(images: ImageSet, held: np.ndarray | None) -> set[Any]:
+    """What is in the train images but for those held out, by `_keys`."""
+    keys = _keys(images.train)
+    return {keys[index] for index in np.delete(np.arange(len(keys)), [] if held is None else held).tolist()}
+
+
+def _keys(part: Images) -> list[Any]:
+    """What is in each image: of a picture how its file's SHA-256 begins, of others the SHA-256 of label and pixels."""
+    return part.record_digests if part.file_digests is None else part.file_hashes
 
 
 @contextlib.contextmanager
@@ -210,7 +237,8 @@ def _check_memory(recipe: Recipe, data: Data, here: Machine, instead: str) -> No
 
 def _dataset_of(recipe: Recipe, images: ImageSet) -> str:
     """What the recipe in the run folder names, so that it is the images that the run was given, wherever one stands: a
-    recipe that names a path was loaded from it; one that names `cifar10` may have been given others, from Python."""
+    recipe that names a path was loaded from it; one that names `cifar10` may have been given others, from Python. Of
+    images that are nowhere, as arrays, the name is left, so that no others are loaded in their place."""
     path, asked = split_name(recipe.dataset)
     if path not in NAMED:
         whole = f"{Path(path).resolve()}{asked}"
@@ -219,7 +247,7 @@ def _dataset_of(recipe: Recipe, images: ImageSet) -> str:
     name, options = split_recorded(images.name, images.source)
     if name in NAMED:
         return images.name
-    return images.source + options if images.source and Path(images.source).exists() else recipe.dataset
+    return images.source + options if images.source and Path(images.source).exists() else images.name
 
 
 def _weights_for(images: ImageSet, found: Checkpoint, source: Run, *, partial: bool) -> dict[str, Tensor]:

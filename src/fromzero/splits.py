@@ -112,6 +112,15 @@ def _held_out(recipe: Recipe, images: ImageSet) -> tuple[np.ndarray, np.ndarray]
     return stratified_split(train.labels, validation.fraction, by)
 
 
+def validation_images(recipe: Recipe, images: ImageSet, held: np.ndarray | None) -> Images:
+    """Those that a training validates on, with what is known of their files; held: as `Data` has it."""
+    if held is not None:
+        return images.train.take(held)
+    if recipe.validation.source == "split" and images.validation is not None:
+        return images.validation
+    return images.test
+
+
 def validation_label(recipe: Recipe, images: ImageSet) -> str:
     """What the validation figures of a run on these images are, to be said wherever they appear."""
     if recipe.validation.source == "test":

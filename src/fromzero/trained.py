@@ -21,7 +21,7 @@ from fromzero.modules import Network
 from fromzero.networks import ImageShape
 from fromzero.recipe import default_of
 from fromzero.runs import Row, Run, load_run
-from fromzero.splits import Data
+from fromzero.splits import Data, validation_images
 from fromzero.state import load_weights, model_weights
 from fromzero.timetable import Timetable
 
@@ -200,11 +200,7 @@ class Trained(NamedTuple):
     @property
     def validation_images(self) -> Images:
         """The images that it validates on, with what is known of their files."""
-        if self.data.held is not None:
-            return self.images.train.take(self.data.held)
-        if self.run.recipe.validation.source == "split" and self.images.validation is not None:
-            return self.images.validation
-        return self.images.test
+        return validation_images(self.run.recipe, self.images, self.data.held)
 
     def rows(self) -> list[Row]:
         """The rows of metrics up to these weights: the run may have gone on since. Of weights with no epoch behind

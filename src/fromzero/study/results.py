@@ -44,7 +44,7 @@ from fromzero.study.execution import (
     sweep,
 )
 
-FAR = 4  # of ten normal differences, one in 700 studies has one so far out; of six, one in 40
+FAR = 6  # of six normal differences, one in two hundred studies has one so far out; of ten, one in seven thousand
 
 
 class Spread(NamedTuple):
