@@ -4,6 +4,8 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
+import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,7 +47,7 @@ def made(request):
         expected = expected and os.name == "posix" and any(map(shutil.which, ("cc", "gcc", "clang")))
         assert not expected or os.environ.get("FROMZERO_KERNELS") == "off", here.why_no_kernels
         pytest.skip(f"no kernels for {request.param} on this machine")
-    return kernels._loaded[request.param]
+    return kernels._chosen.kernels
 
 
 def error(ours, exact):
@@ -191,13 +193,13 @@ def test_a_network_drops_in_a_convolution_what_it_drops_behind_it(made):
     shape = {"channels": [[16, 32], [32]], "padding": ["valid", "same"], "activation_layers": [False, True]}
     recipe = load_recipe("train2").override({f"network.{name}": value for name, value in shape.items()})
     model = networks.build(recipe.network, (14, 14, 16), 10, seed=1)
-    model.reseed(3, 5)
     torch.manual_seed(0)
     x, found = torch.randn(6, 16, 14, 14), []
     for used in (True, False):
         if not used:
             kernels.use(kernels.NONE, made.element)
         model.zero_grad()
+        model.reseed(3, 5)
         with torch.autocast("cpu", torch.bfloat16, enabled=made.element == torch.bfloat16):
             y = model(x)
         y.float().logsumexp(1).sum().backward()
@@ -310,6 +312,29 @@ def test_what_is_not_finite_stays_so(made):
     for infinity in (torch.inf, -torch.inf):
         lone = torch.full((1, 1), infinity, dtype=made.element)
         assert not made.normalise(lone, zero, one, zero, "gelu").isfinite().any()
+
+
+def test_threads_that_compute_in_other_types_do_not_disturb_each_other():
+    threads = {name: machine.prepare(name, device="cpu", threads=1) for name in ("bfloat16", "float32")}
+    chosen = {}
+
+    def compute(name, first, second):
+        first.wait()
+        threads[name].set_up()
+        second.set()
+        time.sleep(0.05)  # while the other one chooses
+        chosen[name] = kernels._chosen.kernels
+
+    one, two = threading.Event(), threading.Event()
+    one.set()
+    both = [threading.Thread(target=compute, args=of) for of in (("bfloat16", one, two), ("float32", two, two))]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    for name, here in threads.items():
+        expected = None if here.kernels == kernels.NONE else machine.ELEMENTS[here.precision]
+        assert (None if chosen[name] is None else chosen[name].element) == expected
 
 
 def test_each_threads_scratch_memory_begins_where_vectors_are_aligned(made):

@@ -1,6 +1,7 @@
 """The notes' three networks: their tables, their functions, their weights."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -40,6 +41,22 @@ TABLES = {
 }  # fmt: skip
 TOTALS = {"train1": 1_602_058, "train2": 1_602_058, "train3": 11_018_058}
 CIFAR = (32, 32, 3)
+
+
+def test_each_pass_of_a_training_that_is_ones_own_has_masks_of_its_own():
+    recipe = load_recipe("train1").override({"network.channels": [[4], [8]], "network.pool": 4, "network.dense": [16]})
+    model = networks.build(recipe.network, (16, 16, 3), 5)
+    x = torch.rand(8, 3, 16, 16)
+    passes = [model(x) for _ in range(3)]
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(passes))
+    model.reseed(3, 5)
+    fifth, sixth = model(x), model(x)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    model.train()
+    for step, expected in ((5, fifth), (6, sixth)):
+        model.reseed(3, step)
+        assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import filelock
@@ -34,7 +34,7 @@ from fromzero.splits import Data, check_image_set
 from fromzero.state import State
 from fromzero.steps import Batch, hardest, initial_state, mixed, train_step
 from fromzero.timetable import Timetable
-from fromzero.trained import load_classifier, load_network, load_trained
+from fromzero.trained import last_checkpoint, load_classifier, load_network, load_trained
 from fromzero.training import Training
 from fromzero.verify import first_difference
 from tests import faults
@@ -670,7 +670,8 @@ def test_rows_after_the_last_checkpoint_are_cut_not_doubled(small, tiny_images, 
         if progress.counters.step == 2:
             broken.save()
         if progress.row and progress.row["epoch"] == 2:
-            break  # as a kill would: no checkpoint since step 2, two rows written
+            broken.close()  # as a kill would: no checkpoint since step 2, two rows written
+            break
     assert len(broken.run.metrics()) == 2
     with open(broken.run.path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 3, "st')  # a row cut in half
@@ -864,6 +865,35 @@ def test_test_images_that_cannot_be_scored_are_an_error(small, tiny_images, tmp_
     assert run.run.summary is None
 
 
+@pytest.mark.parametrize("where", ["break", "error"])
+def test_a_loop_that_is_left_has_saved(where, small, tiny_images, tmp_path):
+    straight = fromzero.train(small, tiny_images, runs_dir=tmp_path / "straight", threads=1)
+    training = new_training(small, tiny_images, runs_dir=tmp_path, threads=1)
+    with suppress(ZeroDivisionError):
+        for progress in training:
+            if progress.row:
+                if where == "error":
+                    1 / 0  # noqa: B018
+                break
+    assert last_checkpoint(training.run).epochs == 1
+    run = fromzero.resume(training.run, images=tiny_images)
+    assert first_difference(run, straight) is None
+
+
+def test_asking_to_stop_ends_a_loop_over_trainings(small, tiny_images, tmp_path):
+    def many():
+        for seed in range(3):
+            try:
+                for _ in new_training(small.override({"seed": seed}), tiny_images, runs_dir=tmp_path, threads=1):
+                    signal.raise_signal(signal.SIGINT)
+            except Exception:
+                pytest.fail("it is no error")
+
+    with pytest.raises(StoppedError):
+        many()
+    assert len(fromzero.list_runs(tmp_path)) == 1
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_whole(small, tiny_images, tmp_path, monkeypatch):
     run = new_training(small, tiny_images, runs_dir=tmp_path)
     iterator = iter(run)
@@ -879,8 +909,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(small, tiny_images, tmp_
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FromzeroError, match=r"No space left on device; checkpoints saved before are whole"):
         run.save()
+    iterator.close()  # which cannot save, either
     monkeypatch.undo()
-    iterator.close()
     assert (run.run.checkpoints / "last.safetensors").read_bytes() == whole
     assert resumed_training(run.run, tiny_images).state.counters.step == 3
     other = new_training(small, tiny_images, runs_dir=tmp_path)
@@ -963,6 +993,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(small, ti
         if progress.counters.step in (2, 3):
             run.save()
         if progress.counters.step == 5:
+            run.close()
             break
     last = run.run.checkpoints / "last.safetensors"
     data = bytearray(last.read_bytes())

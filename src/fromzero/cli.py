@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 from fromzero.arguments import DEFAULT_RECIPE, parse
 from fromzero.changes import in_words, notes_on_changes
-from fromzero.errors import FromzeroError, InputError, NonFiniteError, command_line, counted, one_line, printable, some
+from fromzero.errors import (
+    FromzeroError,
+    InputError,
+    NonFiniteError,
+    StoppedError,
+    command_line,
+    counted,
+    one_line,
+    printable,
+    some,
+)
 from fromzero.recipe import (
     Recipe,
     field_types,
@@ -57,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
         return 0
-    except FromzeroError as error:
+    except (FromzeroError, StoppedError) as error:
         print(printable(f"fromzero: {error}"), file=sys.stderr)
         return error.exit_code
     except OSError as error:

@@ -43,9 +43,9 @@ class NonFiniteError(FromzeroError):
     """A loss or gradient became infinite or NaN. In a step the weights are left as they were."""
 
 
-class StoppedError(FromzeroError):
-    """The run was asked to stop, and has been saved, to be resumed, or has just ended. `exit_code` is 128 + the
-    signal's number."""
+class StoppedError(KeyboardInterrupt):
+    """The run was asked to stop, and has been saved, to be resumed, or has just ended. Like any Ctrl-C it passes what
+    catches errors, so that a loop over trainings ends. `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

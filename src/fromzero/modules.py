@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,8 @@ WINOGRAD_INPUTS = 16  # channels from which Winograd's method is used; between i
 @dataclass
 class Masks:
     """What the dropout masks of a network are functions of: seed and step, which give a key of 64 bits, beside the
-    number of the layer, of which there are so many; and whether dropout is on.
+    number of the layer, of which there are so many; and whether dropout is on. used: whether a forward pass has drawn
+    them; another one without a new step takes the next.
 
     words: the key as int32 (2,) on the network's device, for those who compute by PyTorch: where the network is
     compiled, a number would be part of the program, and every step another one."""
@@ -39,6 +40,7 @@ class Masks:
     step: int = 0
     layers: int = 0
     on: bool = True
+    used: bool = False
     words: Tensor = field(init=False)
     ahead: dict[int, _Ahead] = field(default_factory=dict)  # by layer
 
@@ -51,7 +53,7 @@ class Masks:
 
     def reseed(self, seed: int, step: int, on: bool = True) -> None:
         """Make the next masks those of (seed, step), or none."""
-        self.seed, self.step, self.on = seed, step, on
+        self.seed, self.step, self.on, self.used = seed, step, on, False
         if on and self.layers:
             self.words = self._words(1)[0]
 
@@ -101,7 +103,9 @@ def steps_ahead(device: torch.device, count: int) -> int:
 
 
 class Network(nn.Sequential):
-    """Layers one after the other; dropout masks come from one key that is another at every step."""
+    """Layers one after the other: float32 images (N, C, H, W), as `Normalise` makes them, → outputs (N, classes), whose
+    softmax are probabilities. Dropout masks come from one key, another at every step: those of (seed, step) after
+    `reseed`, else of the step after the one before."""
 
     def __init__(self, modules: Mapping[str, nn.Module], masks: Masks):
         super().__init__()
@@ -115,6 +119,13 @@ class Network(nn.Sequential):
         what is evaluated after it would be normalised by them: statistics follow a batch by its share."""
         for norm in self.batch_norms:
             norm.momentum = BATCH_NORM_MOMENTUM if share == 1 else 1 - (1 - BATCH_NORM_MOMENTUM) ** share
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not torch.compiler.is_compiling():  # which goes on with steps of its own, each reseeded
+            if self.masks.used:
+                self.masks.reseed(self.masks.seed, self.masks.step + 1, self.masks.on)
+            self.masks.used = True
+        return cast(Tensor, super().forward(x))
 
     def reseed(self, seed: int, step: int, dropout: bool = True) -> None:
         """Make the dropout masks of the next forward pass those of (seed, step), or turn dropout off."""

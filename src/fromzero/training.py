@@ -56,8 +56,8 @@ class Training:
     """A run that is being trained. Iterate over it to train: it yields a Progress after every step and every epoch,
     writes the run folder as it goes, and ends with summary.json and curves.png there.
 
-    Raises StoppedError when stopped by Ctrl-C or SIGTERM (saved first), NonFiniteError when a value overflows. Who
-    leaves the loop lets go of the run, for others to write to it: it is gone on with by `resumed_training`.
+    Raises StoppedError when stopped by Ctrl-C or SIGTERM (saved first), NonFiniteError when a value overflows. When
+    the loop is left, the run is saved and let go of, for others to write to it: `resumed_training` goes on with it.
     """
 
     run: Run
@@ -71,7 +71,7 @@ class Training:
     lock: ExitStack = field(default_factory=ExitStack)  # held by the run's one writer, until it ends or is closed
 
     def close(self) -> None:
-        """Let go of the run without training on."""
+        """Let go of the run without training on, or saving."""
         self._is_held = False
         self.lock.close()
 
@@ -82,6 +82,7 @@ class Training:
         if self.recipe.compile and self.machine.device != "cpu":
             self.state.compile_network()
         self._began_at = self._saved_at = self._ticked_at = time.monotonic()
+        self._saved = self._place
         self._save_seconds = 0.0  # of the last save here; what saves took before a resume says little of this disk
         self._is_held, self._is_iterated = True, False
 
@@ -114,6 +115,10 @@ class Training:
             self._draw()
             if stop.signal is not None:  # whoever trains one run after another is to stop here
                 raise StoppedError(f"stopped; {self.run.path} has ended", stop.signal)
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self.state.counters.step, self.state.counters.epoch
 
     def _check_held(self, *, again: bool = False) -> None:
         if again or not self._is_held:
@@ -217,10 +222,15 @@ class Training:
 
     @contextmanager
     def _making_the_best_of_failures(self) -> Iterator[None]:
-        """When a value overflows, what the run has reached stays: its best weights and its curves. Where torch.compile
-        fails, say so and what to do; a traceback of its own names neither."""
+        """When the loop is left, what the run has reached is saved; when a value overflows, its best weights and its
+        curves are. Where torch.compile fails, say so and what to do; a traceback of its own names neither."""
         try:
             yield
+        except GeneratorExit:
+            if self._is_held and self._saved != self._place:
+                with suppress(FromzeroError):  # whoever leaves does not wait for an answer
+                    self.save()
+            raise
         except NonFiniteError:
             with suppress(OSError):  # that it overflowed says more
                 self._save_best()
@@ -250,7 +260,7 @@ class Training:
             raise FromzeroError(
                 f"{self.run.checkpoints}: saving failed: {error.strerror}; {self.run.saved_before}"
             ) from None
-        self._saved_at = time.monotonic()
+        self._saved, self._saved_at = self._place, time.monotonic()
         self._save_seconds = self._saved_at - started
         self.state.counters.saving_seconds += self._save_seconds
 

@@ -1,6 +1,6 @@
 """Kernels that are compiled for this processor: 3×3 convolutions by Winograd's method, up to twice as fast as oneDNN's,
-those of an image's few channels directly, with the pooling behind them; pooling with the ReLU behind it; batch
-normalisation with a residual sum and the activation behind it; a whitening layer; Muon's steps and those of SGD; a
+those of an image's few channels directly, with the pooling behind them; pooling with the ReLU behind it; dropout;
+batch normalisation with a residual sum and the activation behind it; a whitening layer; steps of Muon, Adam and SGD; a
 batch's pixels.
 
 Where none could be made (`building`), PyTorch's own are used: the same functions, other bits. So what is used has a
@@ -10,7 +10,9 @@ name, and `Machine` records it.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,34 +46,44 @@ __all__ = [
     "within",
 ]
 
-_loaded: dict[torch.dtype, Kernels] = {}
+
+class _Chosen(threading.local):
+    """The kernels by which a thread computes: those it chose, else those that were chosen last when it began."""
+
+    last: ClassVar[Kernels | None] = None
+
+    def __init__(self) -> None:
+        self.kernels = _Chosen.last
+
+    def choose(self, kernels: Kernels | None) -> None:
+        self.kernels = _Chosen.last = kernels
+
+
+_chosen = _Chosen()
 
 
 def use(name: str, element: torch.dtype) -> None:
     """From now on compute in `element` by the kernels of that name, and in other types by PyTorch's; NONE: all by
-    PyTorch's; in this process, whichever thread computes. Raises FromzeroError where those kernels are not."""
-    global _loaded  # replaced whole: other threads may compute meanwhile
-    if name == NONE:
-        _loaded = {}
-        return
-    found = building.made(element)
-    if found.kernels is None or name != found.name:
-        _loaded = {}
+    PyTorch's; in this thread, as another one may compute in another type. Raises FromzeroError where those kernels are
+    not."""
+    found = building.Made(NONE, None) if name == NONE else building.made(element)
+    if name != found.name:
+        _chosen.choose(None)
         raise FromzeroError(f"the kernels {name} are not on this machine; it has: {found.name}")
-    if _loaded != {element: found.kernels}:
-        _loaded = {element: found.kernels}
+    _chosen.choose(found.kernels)
 
 
 def in_use(x: Tensor) -> Kernels | None:
     """The kernels that compute on `x`, if any: those of the type that autocast would give it."""
     if x.device.type != "cpu" or x.dtype == torch.float64:  # which autocast leaves as it is
         return None
-    return _loaded.get(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype)
+    kernel, dtype = _chosen.kernels, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return kernel if kernel is not None and kernel.element == dtype else None
 
 
 def within(tensors: Iterable[Tensor], limit: float) -> bool:
     """Whether no value of any of them is NaN or beyond ± limit."""
-    kernel = next(iter(_loaded.values()), None)
+    kernel = _chosen.kernels
     rest: list[Tensor] = []
     for x in tensors:
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
@@ -122,4 +134,4 @@ def normalise_pixels(pixels: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def _of_bytes(pixels: Tensor) -> Kernels | None:
     """The kernels that read these bytes, if any: in whatever type they compute, that of bytes is the same."""
     readable = pixels.device.type == "cpu" and pixels.is_contiguous() and pixels.dtype == torch.uint8
-    return next(iter(_loaded.values()), None) if readable else None
+    return _chosen.kernels if readable else None
