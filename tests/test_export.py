@@ -16,6 +16,7 @@ from fromzero.card import card
 from fromzero.data.images import Images, ImageSet
 from fromzero.errors import InputError
 from fromzero.recipe import load_recipe, recipe_names
+from fromzero.scores import own_scores
 from fromzero.stats import wilson_interval
 from fromzero.trained import load_classifier, load_trained
 
@@ -76,6 +77,13 @@ def test_a_card_says_what_is_recorded_of_the_weights(copied, tiny_images, tmp_pa
     low, high = wilson_interval(copied.summary["test/accuracy"], len(tiny_images.test))
     interval = f"({low:.4f}–{high:.4f}, 95 % for {len(tiny_images.test)} images)"
     assert f"- Test images: **{copied.summary['test/accuracy']:.4f}** {interval}.\n" in text
+    scores = own_scores(load_trained(copied, images=tiny_images))["scores"]["test"]
+    worst = min((name for name in scores["recalls"]), key=lambda name: scores["recalls"][name])
+    told = f"`{worst}` {scores['recalls'][worst]:.3f} (of {scores['class_images'][worst]})"
+    assert f"- Test images by class: {told}, " in text
+    most = max(scores["class_images"], key=lambda name: scores["class_images"][name])
+    share = scores["class_images"][most] / len(tiny_images.test)
+    assert f". To always say `{most}` is right for {share:.1%} of them.\n" in text
     assert f"- Validation images: {copied.metrics()[-1]['val/accuracy']:.4f}.\n" in text
     assert f"output: {', '.join(f'`{name}`' for name in tiny_images.class_names)}." in text
     assert "Trained from scratch. Weights after epoch 3 of 3, at step" in text

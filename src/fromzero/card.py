@@ -4,16 +4,19 @@ arXiv:1810.03993). It says what the run's folder records, and of what is not rec
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from fromzero.changes import in_words
 from fromzero.data.decoding import preparation
-from fromzero.errors import counted
+from fromzero.errors import counted, some
 from fromzero.networks import num_parameters
 from fromzero.provenance import last_machine
 from fromzero.runs import Row
 from fromzero.stats import wilson_interval
 from fromzero.terminal import in_brackets
 from fromzero.trained import Classifier
+
+MOST_CLASSES = 25  # whose accuracy is listed, the worst ones
 
 
 def card(classifier: Classifier) -> str:
@@ -86,9 +89,10 @@ def _accuracies(classifier: Classifier) -> list[str]:
         if classifier.checkpoint.file.stem == "best":
             watched = "these weights were chosen by the same images, so it flatters"
         return [f"Test images: {_with_interval(row['val/accuracy'], count)}; {watched}.", train, seeds]
-    test = "not recorded of these weights; `fromzero evaluate` scores them"
+    test, by_class = "not recorded of these weights; `fromzero evaluate` scores them", {}
     if run.summary is not None and run.summary["epoch"] == row["epoch"]:
         test = _with_interval(run.summary["test/accuracy"], count)
+        by_class = run.summary.get("test/by_class", {})
     if ends := run.earlier_ends:
         test += f". They were scored before, after epoch {', '.join(map(str, ends))}, and the run was extended then"
     chosen = ", by which these weights were chosen" if classifier.checkpoint.file.stem == "best" else ""
@@ -96,7 +100,21 @@ def _accuracies(classifier: Classifier) -> list[str]:
         f" ({doubt})" * bool(doubt) for doubt in (run.doubt_of("test"), run.doubt_of("validation"))
     )
     validation = f"Validation images: {row['val/accuracy']:.4f}{chosen}{of_validation}."
-    return [f"Test images: {test}{of_test}.", validation, train, seeds]
+    return [f"Test images: {test}{of_test}.", *_by_class(by_class), validation, train, seeds]
+
+
+def _by_class(found: Mapping[str, tuple[int, int]]) -> list[str]:
+    """How many test images of each class are right, the worst class first, and what it would take to do as well as
+    the commonest class alone; nothing where that is not recorded."""
+    counts = {name: (right, count) for name, (right, count) in found.items() if count}
+    if not counts:
+        return []
+    worst_first = sorted(counts, key=lambda name: counts[name][0] / counts[name][1])
+    told = [f"{_code(name)} {counts[name][0] / counts[name][1]:.3f} (of {counts[name][1]:,})" for name in worst_first]
+    commonest = max(counts, key=lambda name: counts[name][1])
+    share = counts[commonest][1] / sum(count for _, count in counts.values())
+    always = f"To always say {_code(commonest)} is right for {share:.1%} of them."
+    return [f"Test images by class: {some(told, most=MOST_CLASSES)}. {always}"]
 
 
 def _of_folds(classifier: Classifier) -> list[str]:

@@ -83,10 +83,11 @@ class Outcomes(NamedTuple):
         """Share of images whose class was predicted."""
         return (self.predictions == self.labels).double().mean().item()
 
-    def recalls(self, num_classes: int) -> list[float]:
-        """Accuracy among the images of each class; NaN for a class without images."""
-        correct = (self.predictions == self.labels).double()
-        return [correct[self.labels == c].mean().item() for c in range(num_classes)]
+    def by_class(self, num_classes: int) -> list[tuple[int, int]]:
+        """Of each class how many images were right, and how many there are."""
+        right = self.labels[self.predictions == self.labels]
+        counts = [of.bincount(minlength=num_classes).tolist() for of in (right, self.labels)]
+        return list(zip(*counts, strict=True))
 
 
 def evaluate(

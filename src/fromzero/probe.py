@@ -96,7 +96,7 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
         class_names=images.class_names,
         train_counts=tuple(torch.bincount(data.train.labels, minlength=data.num_classes).tolist()),
         validation_counts=tuple(torch.bincount(data.validation.labels, minlength=data.num_classes).tolist()),
-        recalls=tuple(None if math.isnan(r) else r for r in validation.recalls(data.num_classes)),
+        recalls=tuple(right / count if count else None for right, count in validation.by_class(data.num_classes)),
         loss_se=_standard_error(validation),
         surest=surest_of(probabilities, data.validation.labels),
         copies=copies,

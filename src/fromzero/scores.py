@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from fromzero.data.decoding import unreadable
@@ -155,15 +153,16 @@ def _score(outcomes: Outcomes, class_names: Sequence[str]) -> dict[str, Any]:
     """How many images, accuracy with its 95 % interval by that number, mean loss in nats, and by class how many and
     their accuracy, None where there is no image."""
     images, classes = len(outcomes.labels), len(class_names)
-    counts = np.bincount(outcomes.labels.cpu(), minlength=classes).tolist()
-    recalls = [None if math.isnan(recall) else recall for recall in outcomes.recalls(classes)]
+    by_class = outcomes.by_class(classes)
     return {
         "images": images,
         "accuracy": outcomes.accuracy,
         "interval": wilson_interval(outcomes.accuracy, images),
         "loss": outcomes.loss,
-        "class_images": dict(zip(class_names, counts, strict=True)),
-        "recalls": dict(zip(class_names, recalls, strict=True)),
+        "class_images": {name: count for name, (_, count) in zip(class_names, by_class, strict=True)},
+        "recalls": {
+            name: right / count if count else None for name, (right, count) in zip(class_names, by_class, strict=True)
+        },
     }
 
 

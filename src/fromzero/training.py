@@ -277,10 +277,12 @@ class Training:
         """Score the test images, once, and write the summary, which says that the run has ended."""
         counters, last = self.state.counters, self.run.metrics()[-1]
         if self.recipe.validation.source == "test":  # they have just been scored
-            accuracy, loss = last["val/accuracy"], last["val/loss"]
+            found = {"test/accuracy": last["val/accuracy"], "test/loss": last["val/loss"]}
         else:
             test = self._evaluated("test", self.data.test, between)
-            accuracy, loss = test.accuracy, test.loss
+            names = self.images.class_names
+            by_class = dict(zip(names, test.by_class(len(names)), strict=True))
+            found = {"test/accuracy": test.accuracy, "test/loss": test.loss, "test/by_class": by_class}
         self._tick()
         self.run.write_summary(
             {
@@ -293,8 +295,7 @@ class Training:
                 "val/source": self.recipe.validation.source,
                 "best/epoch": counters.best_epoch,
                 "best/val/accuracy": counters.best_accuracy,
-                "test/accuracy": accuracy,
-                "test/loss": loss,
+                **found,
                 "time/seconds": round(counters.seconds, 3),
                 "time/saving_seconds": round(counters.saving_seconds, 3),
                 "time/images_per_second": round(
