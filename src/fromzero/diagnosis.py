@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fromzero.changes import usual_epochs
-from fromzero.errors import counted
+from fromzero.errors import counted, some
 from fromzero.evidence import SMALL_GAP, TRIAL_STEPS, Evidence, best_factor, late_gain
 from fromzero.recipe import Recipe
 from fromzero.stats import POWER, wilson_interval
@@ -118,14 +118,17 @@ def _imbalance(e: Evidence) -> Finding | None:
     common_recall = _mean(e.measures.recalls[label] for label in counts if label not in rare)
     if not common_recall - rare_recall >= RECALL_GAP:
         return None
-    names, num_rare = e.measures.class_names, sum(e.measures.validation_counts[label] for label in rare)
+    names, held = e.measures.class_names, e.measures.validation_counts
+    missed = [
+        f"{names[label]!r} {recall:.2f} (of {counted(held[label], 'image')})"
+        for label in sorted(counts, key=counts.__getitem__)
+        if (recall := e.measures.recalls[label]) is not None
+    ]
     return Finding(
         "imbalance",
         "classes with few images are missed",
         f"{counts[commonest]:,} train images of {names[commonest]!r}, {counts[rarest]:,} of {names[rarest]!r};"
-        f" recall on validation {rare_recall:.2f} in the"
-        f" {'rare class' if len(rare) == 1 else f'{len(rare)} rare classes'} ({counted(num_rare, 'image')}),"
-        f" {common_recall:.2f} in the others",
+        f" recall on validation, the rarest first: {some(missed, most=5)}",
         "collect more images of the rare classes, and look at accuracy by class (fromzero evaluate), not at the mean",
     )
 
@@ -478,11 +481,19 @@ def _has_large_gap(e: Evidence) -> bool:
     return e.gap >= large_gap(e)[1]
 
 
-def _overfitting(e: Evidence) -> Finding | None:
+def loss_rise(e: Evidence) -> tuple[float, float]:
+    """By how much the validation loss has risen from its lowest while the train loss fell, and from how much on that
+    is more than images, or an epoch, make it move."""
     lowest = min(e.rows, key=lambda row: row["val/loss"])
     rise = min(e.last["val/loss"], e.late_median(lambda row: row["val/loss"])) - lowest["val/loss"]
     fell = e.last["train/loss"] < lowest["train/loss"]
-    rises = fell and rise > max(2 * e.measures.loss_se, LOSS_RISE * lowest["val/loss"])
+    return rise if fell else 0.0, max(2 * e.measures.loss_se, LOSS_RISE * lowest["val/loss"])
+
+
+def _overfitting(e: Evidence) -> Finding | None:
+    lowest = min(e.rows, key=lambda row: row["val/loss"])
+    rise, enough = loss_rise(e)
+    rises = rise > enough
     if not (rises and e.gap > SMALL_GAP) and not _has_large_gap(e):
         return None
     augment = e.recipe.augment
@@ -535,7 +546,9 @@ def _stopped_early(e: Evidence) -> Finding | None:
     ended = e.last["epoch"] >= e.recipe.epochs
     return Finding(
         "stopped-early",
-        "training ended before the network had learned its train images",
+        "training ended before the network had learned its train images"
+        if ended
+        else "the network has not learned its train images yet",
         f"{e.accuracies}; it can learn them: {fit:.2f} of a hundred, by steps on nothing else",
         remedy if ended else "the epochs that are left: fromzero resume",
         {"epochs": more} if ended else {},
@@ -574,10 +587,10 @@ def _rate_never_falls(e: Evidence) -> Finding | None:
     return Finding(
         "rate-never-falls",
         "the learning rate never falls, so the last steps still throw the weights about",
-        f"with {steps} more steps over which it falls to zero, validation accuracy {falling.accuracy:.3f}, loss"
-        f" {falling.loss:.2f}; with the same steps at {e.recipe.optimizer.learning_rate:g} {held.accuracy:.3f},"
-        f" {held.loss:.2f} ({halfway.accuracy:.3f}, {halfway.loss:.2f} after half of them); before them"
-        f" {before.accuracy:.3f}, {before.loss:.2f}",
+        f"with {steps} more steps over which it falls to zero, validation loss {falling.loss:.2f}, accuracy"
+        f" {falling.accuracy:.3f}; with the same steps at {e.recipe.optimizer.learning_rate:g} {held.loss:.2f},"
+        f" {held.accuracy:.3f} ({halfway.loss:.2f}, {halfway.accuracy:.3f} after half of them); before them"
+        f" {before.loss:.2f}, {before.accuracy:.3f}",
         "a rate that falls to zero over the last fifth of the steps",
         {"schedule.name": "cooldown"},
     )

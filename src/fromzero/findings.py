@@ -23,6 +23,7 @@ from fromzero.diagnosis import (
     hardly_mistaken,
     hidden_by_few,
     large_gap,
+    loss_rise,
     mirrors_one_way_round,
     share_of_wrong_labels_seen,
     untried,
@@ -105,15 +106,7 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         said.append(f"{began} its first steps were not tried again, and a study begins anew.")
         said += [f"Figures may flatter: {doubt}." for doubt in run.doubts]
     if "overfitting" not in {finding.name for finding in found} and evidence.gap > SMALL_GAP:
-        large, beyond_error = large_gap(evidence)
-        told, little = f"{evidence.gap:.2f}", "a gap of that size is not called overfitting"
-        if evidence.gap >= large:
-            told, images = f"{evidence.gap:.3f}", counted(evidence.measures.num_validation, "validation image")
-            little = f"with {images} only a gap of {beyond_error:.3f} or more is called overfitting"
-        said.append(
-            f"Train accuracy is {told} above validation accuracy. Where the validation loss does not rise, {little};"
-            " more images may narrow it."
-        )
+        said.append(_of_gap(evidence, was_judged="overfitting" in others))
     explained = {name for finding in found for name in EXPLAINS.get(finding.name, ())}
     looked_for = ", ".join(name for name in others if name not in explained)
     if found:
@@ -123,10 +116,24 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     if hidden := [name for name in others if name in explained]:
         said.append(f"Not found, or explained by the above: {', '.join(hidden)}.")
     if run.summary is None:
-        said.append(f"The run has not ended; if it was stopped, {run.resume_command} trains it on.")
+        said.insert(0, f"The run has not ended; if it was stopped, {run.resume_command} trains it on.")
     elif {finding.name for finding in found} <= {"validation-too-small"} and (more := _other_recipe(run, evidence)):
         said.append(more)
     return said
+
+
+def _of_gap(evidence: Evidence, *, was_judged: bool) -> str:
+    """What a gap between train and validation accuracy means that is not called overfitting."""
+    gap = evidence.last["train/accuracy"] - evidence.last["val/accuracy"]
+    said = f"Train accuracy is {gap:.2f} above validation accuracy; more images would probably narrow that."
+    if not was_judged:
+        return said
+    rise, enough = loss_rise(evidence)
+    beyond_error = large_gap(evidence)[1]
+    images = counted(evidence.measures.num_validation, "validation image")
+    risen = f"has risen by {rise:.2f}, which is less than the {enough:.2f} that count" if rise > 0 else "has not risen"
+    why = f"the validation loss {risen}, and by itself a gap counts from {beyond_error:.2f} on with {images}"
+    return f"{said} It is not called overfitting: {why}."
 
 
 def _cross_validated(run: Run) -> str:
@@ -152,7 +159,8 @@ def _other_recipe(run: Run, evidence: Evidence) -> str:
     if (usual := usual_epochs(recipe)) > recipe.epochs:
         return f"{recipe.name} has {usual} epochs, where this run has {recipe.epochs}: more of them may reach more."
     rising = ""
-    if recipe.schedule.name == "constant" and (gain := late_gain(rows)) > LATE_GAIN:
+    by_heart = evidence.gap > SMALL_GAP  # of which more epochs bring more
+    if recipe.schedule.name == "constant" and not by_heart and (gain := late_gain(rows)) > LATE_GAIN:
         rising = (
             f"Its train accuracy rose by {100 * gain:.0f} points in the last quarter of its epochs: more of them"
             f" ({run.resume_command} --epochs {2 * recipe.epochs}) may reach more. "
