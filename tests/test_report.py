@@ -87,7 +87,7 @@ def test_a_page_shows_the_pictures_whose_labels_are_wrong_and_no_test_picture(pi
     assert f"{run.summary['val/accuracy']:.4f}</td>" in page
     assert f"{run.summary['train/accuracy']:.4f}</td>" in page
     assert "fromzero diagnose" in page
-    assert not re.search(r'(src|href)="(?!data:)', page), "it needs nothing else"
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "it needs nothing else"
     assert cli.main(["diagnose", str(run.path), "--threads", "1"]) == 0
     assert cli.main(["report", str(run.path), str(tmp_path / "page.html"), "--threads", "1"]) == 0
     found = json.loads((run.path / "diagnosis.json").read_text("utf-8"))["findings"]
@@ -96,7 +96,12 @@ def test_a_page_shows_the_pictures_whose_labels_are_wrong_and_no_test_picture(pi
     assert all(f"<b>{finding['name']}</b>" in page for finding in found)
     remarks = json.loads((run.path / "diagnosis.json").read_text("utf-8"))["remarks"]
     assert any("could not be judged" in remark for remark in remarks)
-    assert all(f"<p>{remark}</p>" in page for remark in remarks)
+    here = [remark.replace(f"which fromzero report {run.path} shows", "below") for remark in remarks]
+    assert here != remarks
+    assert all(f"<p>{remark}</p>" in page for remark in here)
+    share, count = run.summary["test/accuracy"], len(images.test)
+    assert f"<b>Right on {100 * share:.1f} % of {count} test images</b>" in page
+    assert f"What may be wrong first: {found[0]['meaning']}" in page
     assert cli.main(["resume", str(run.path), "--epochs", "9", "--threads", "1"]) == 0
     assert cli.main(["report", str(run.path), "--threads", "1"]) == 0
     page = (run.path / "report.html").read_text("utf-8")

@@ -226,21 +226,23 @@ def diagnosis_text(
         say("   shown by: ", finding.evidence)
         say("   try:      ", finding.remedy)
         if finding.name in studies:
-            of_a_cost = not {"network.channels", "batch_size"} & set(finding.changes)
-            longer = seconds = run.seconds
-            took = f", each about as long as this one ({duration(seconds)})"
-            if "epochs" in finding.changes:
-                longer = seconds * finding.changes["epochs"] / run.recipe.epochs
-                took = f", one about as long as this one ({duration(seconds)}), the other {duration(longer)}"
-            took += f": some {duration(STUDY_SEEDS * (seconds + longer))} of training in all"
             say("   test it:  ", study_command(run, studies[finding.name]), whole=True)  # to be copied
-            say(
-                "             ",
-                f"{finding.changed}; {STUDY_SEEDS} pairs of runs{took if run.seconds and of_a_cost else ''}",
-            )
+            say("             ", f"{finding.changed}; {study_cost(run, finding.changes)}")
     for remark in remarks:
         say("", remark)
     return "\n".join(lines)
+
+
+def study_cost(run: Run, changes: Mapping[str, Any]) -> str:
+    """How many runs a study of these changes has and, where that can be told, how long they take."""
+    pairs, longer = f"{STUDY_SEEDS} pairs of runs", (seconds := run.seconds)
+    if not seconds or {"network.channels", "batch_size"} & changes.keys():
+        return pairs
+    took = f"each about as long as this one ({duration(seconds)})"
+    if "epochs" in changes:
+        longer = seconds * changes["epochs"] / run.recipe.epochs
+        took = f"one about as long as this one ({duration(seconds)}), the other {duration(longer)}"
+    return f"{pairs}, {took}: some {duration(STUDY_SEEDS * (seconds + longer))} of training in all"
 
 
 def study_command(run: Run, study: Path) -> str:

@@ -17,7 +17,7 @@ from fromzero.curves import curves_png
 from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, command_line, counted
 from fromzero.evaluate import predict
-from fromzero.findings import study_command
+from fromzero.findings import study_command, study_cost
 from fromzero.runs import FOLDS, LABELS, Row, Run
 from fromzero.splits import validation_label
 from fromzero.stats import wilson_interval
@@ -27,6 +27,7 @@ MOST_MISTAKES = 24  # pictures of each split
 MOST_CLASSES = 25  # whose confusions are shown as a matrix
 MOST_CONFUSIONS = 10
 CALIBRATION_BINS = 10
+LEAST = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)  # of the likeliest class's probability, for it to be an answer
 SPLITS = {"train": "train images", "val": "validation images", "test": "test images"}
 
 
@@ -106,6 +107,27 @@ def calibration(scored: Scored) -> tuple[list[Bin], float]:
     return bins, error
 
 
+class Answered(NamedTuple):
+    """Where a network answers only if it is at least so sure: on how many images that is, and which share is right,
+    with its 95 % interval."""
+
+    least: float
+    images: int
+    accuracy: float
+    interval: tuple[float, float]
+
+
+def answered(scored: Scored) -> list[Answered]:
+    """For each of LEAST that leaves an image."""
+    found = []
+    for least in LEAST:
+        right = scored.right[scored.confidence >= least]
+        if len(right):
+            share = float(right.mean())
+            found.append(Answered(least, len(right), share, wilson_interval(share, len(right))))
+    return found
+
+
 def report(trained: Trained) -> str:
     """A run as one HTML page that needs nothing else.
 
@@ -168,7 +190,7 @@ def page(
     environment.globals.update(
         counted=counted, in_words=in_words, isnan=math.isnan, told=_told, zip=zip, command_line=command_line
     )
-    environment.globals["study_command"] = study_command
+    environment.globals.update(study_command=study_command, study_cost=study_cost)
     return environment.from_string(template).render(
         run=run,
         recipe=run.recipe,
@@ -189,6 +211,8 @@ def page(
         commonest=[(truth, taken_for, count) for truth, taken_for, count in commonest if count],
         matrix=confusions.tolist() if len(names) <= MOST_CLASSES else None,
         bins=[one for one in bins if one.images],
+        answered=answered(scored[judged]),
+        remarks=[] if diagnosis is None else _here(diagnosis["remarks"], run, folds is not None),
         calibration_error=error,
         source=images.source if images.train.files else None,
         folds=folds,
@@ -197,6 +221,18 @@ def page(
         mistakes={
             split: _mistakes(scored[split], part) for split, part in parts.items() if split == "train" or not on_test
         },
+    )
+
+
+def _here(remarks: Sequence[str], run: Run, with_folds: bool) -> list[str]:
+    """The remarks of a diagnosis for whoever has this page before them."""
+    report, folds = (command_line("fromzero", command, run.path) for command in ("report", "cross-validate"))
+    found = [remark.replace(f"which {report} shows", "below") for remark in remarks]
+    if not with_folds:
+        return found
+    asked = [remark for remark in found if f" {folds} looks for them" in remark]
+    return [remark for remark in found if remark not in asked] + ["Wrong labels: see Doubtful labels below."] * bool(
+        asked
     )
 
 
