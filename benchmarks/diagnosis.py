@@ -307,8 +307,8 @@ def page(found, remedies):
             " notes' networks, smaller) and `norm` (Muon, batch normalisation, GELU, as `quick`) on 5,000 images of"
             " CIFAR-10, `digits` (SGD with momentum), and `residual` (AdamW, residual blocks, ReLU) on 4,000 images of"
             f" CIFAR-10. Rules and thresholds were chosen, changed and counted before on seeds up to {LAST_SEEN}"
-            f" (docs/log.md), {'some of which are' if seen else 'none of which is'} counted below. The kinds and the"
-            " images are always the same, so nothing is said of what is not here.",
+            f" (docs/log.md), {'some of which are' if seen else 'none of which is'} counted in the tables that follow."
+            " The kinds and the images are always the same, so nothing is said of what is not here.",
             "",
             f"### plain, norm and digits, {seeds_of(found['rows'], residual=False)}",
             *summary([row for row in found["rows"] if row["base"] != "residual"]),

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fromzero.data import Images, cifar, load_images, stratified_split
+from fromzero import resume, train
+from fromzero.data import Images, ImageSet, cifar, load_images, stratified_split
 from fromzero.data.images import own_name
 from fromzero.errors import InputError
 from fromzero.recipe import load_recipe
@@ -516,6 +517,27 @@ def test_a_split_holds_out_its_share_of_each_class_and_loses_none(fraction):
     assert np.array_equal(held, np.sort(held))
     counts = [min(max(round(fraction * n), 1), n - 1) for n in (10, 40, 100, 3)]
     assert np.bincount(labels[held]).tolist() == counts
+
+
+def test_arrays_are_images_and_a_run_on_them_takes_no_others_for_them(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def part(count):
+        return rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8), [n % 3 for n in range(count)]
+
+    images = ImageSet.of(["a", "b", "c"], part(60), part(12))
+    assert (images.name, images.counts, images.train.labels.dtype) == ("arrays", {"train": 60, "test": 12}, np.int64)
+    assert images.fingerprints["train"] == images.train.fingerprint()
+    changes = {"network.channels": [[4]], "network.pool": 4, "network.dense": [], "epochs": 1}
+    recipe = load_recipe("train1").override(changes | {"validation.source": "split"})
+    run = train(recipe, images, runs_dir=tmp_path, threads=1)
+    assert run.recipe.dataset == "arrays"
+    with pytest.raises(InputError, match="unknown data set 'arrays'"):
+        train(run.recipe, runs_dir=tmp_path, threads=1)
+    assert resume(run, images=images, epochs=2).summary["epoch"] == 2
+    for pixels, labels in ((part(9)[0] / 255, [0] * 9), (part(9)[0], [0.5] * 9), (part(9)[0][0], [0])):
+        with pytest.raises(InputError, match=r"expected pixels uint8 \(N, H, W, C\)"):
+            ImageSet.of(["a", "b"], (pixels, labels), part(9))
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])

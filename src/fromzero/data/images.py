@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fromzero.errors import InputError
 from fromzero.rng import permutation
@@ -90,6 +92,23 @@ class ImageSet:
     validation: Images | None = None
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        class_names: Sequence[str],
+        train: tuple[ArrayLike, ArrayLike],
+        test: tuple[ArrayLike, ArrayLike],
+        validation: tuple[ArrayLike, ArrayLike] | None = None,
+        name: str = "arrays",
+    ) -> ImageSet:
+        """Of arrays: pixels (N, H, W, C) as bytes, labels (N,) as places in class_names. Raises InputError for pixels
+        that are none: who has shares from 0 to 1 multiplies by 255 and rounds."""
+        one, two, own = _images(*train), _images(*test), None if validation is None else _images(*validation)
+        fingerprints = {"train": one.fingerprint(), "test": two.fingerprint()}
+        if own is not None:
+            fingerprints["validation"] = own.fingerprint()
+        return cls(own_name(name, "arrays"), one, two, tuple(class_names), "memory", fingerprints, own)
+
     def __repr__(self) -> str:
         counts = ", ".join(f"{count:,} {split}" for split, count in self.counts.items())
         return f"<{self.name}: {counts} images {'×'.join(map(str, self.image_shape))}, {self.num_classes} classes>"
@@ -140,6 +159,15 @@ class ImageSet:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+def _images(pixels: ArrayLike, labels: ArrayLike) -> Images:
+    """Images of what can be made arrays of bytes and of whole numbers without loss. Raises InputError."""
+    of_pixels, of_labels = np.asarray(pixels), np.asarray(labels)
+    if of_pixels.dtype != np.uint8 or of_pixels.ndim != 4 or of_labels.dtype.kind not in "iu":
+        found = f"{of_pixels.dtype} {of_pixels.shape} with labels {of_labels.dtype}"
+        raise InputError(f"expected pixels uint8 (N, H, W, C) with labels that are whole numbers (N,), found {found}")
+    return Images(np.ascontiguousarray(of_pixels), of_labels.astype(np.int64))
 
 
 def own_name(stem: str, otherwise: str) -> str:
