@@ -119,7 +119,7 @@ def test_smoothed_labels_are_said_to_be(tiny_images, tmp_path):
     for smoothing, said in ((0.0, False), (0.1, True)):
         recipe = load_recipe("train1").override({"label_smoothing": smoothing})
         run = new_training(recipe, tiny_images, runs_dir=tmp_path)
-        assert ("  labels are smoothed by 0.1 in the running loss only" in display.header(run)) == said
+        assert ("the running loss is against labels smoothed by 0.1" in display.header(run)) == said
 
 
 def test_mirrored_images_are_said_to_be(tiny_images, tmp_path):

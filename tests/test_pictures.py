@@ -56,7 +56,7 @@ def test_a_folder_a_class_becomes_train_and_a_fifth_test(tmp_path):
     assert (len(images.train), len(images.test), images.validation) == (48, 12, None)
     assert images.image_shape == (32, 32, 3)
     assert np.bincount(images.test.labels).tolist() == [4, 4, 4]
-    assert images.notes == ("no folder test: a fifth of each class, copies together, is kept for it",)
+    assert images.notes == ("no folder test: a fifth of each class is kept for it (identical files stay together)",)
     for part in (images.train, images.test):
         for label, color in enumerate(COLORS):
             mean = part.pixels[part.labels == label].mean((0, 1, 2))
@@ -501,14 +501,17 @@ def test_what_is_left_out_is_said(tmp_path):
         shutil.copy(folder / "red" / "000.png", folder / unseen)
     found, notes = listing.pictures_at([folder / "red"])
     assert [p.name for p in found] == ["000.png", "001.png", "002.png", "003.png"]
-    assert notes == [f"{folder}/red: not read, 1 of .heic: a.heic; as JPEG or PNG they would be"]
+    assert notes == [
+        f"{folder}/red: not read, 1 of .heic: a.heic; as JPEG or PNG they would be",
+        f"{folder}/red: not read, being no pictures by their names or places: linked",
+    ]
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "a.CR2").write_bytes(b"")
     with pytest.raises(InputError, match=r"no pictures .* in it; not read, 1 of \.cr2: a\.CR2"):
         listing.pictures_at([tmp_path / "raw"])
     unread, others = (note for note in load_images(folder).notes if note.startswith("not read"))
     assert unread == "not read, 1 of .heic: red/a.heic; as JPEG or PNG they would be"
-    assert others == "not read, being no picture in a class folder: loose.png, red/linked"
+    assert others == "not read, being no pictures by their names or places: loose.png, red/linked"
     (folder / "red" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(InputError, match=r"gone\.png: cannot be read: No such file"):
         load_images(folder)
@@ -524,7 +527,7 @@ def test_folders_within_a_class_are_of_that_class(tmp_path):
     images = load_images(folder)
     assert images.fingerprints == load_images(flat).fingerprints
     assert "pictures in a folder within a class are of that class: red/2021" in images.notes
-    assert "not read, being no picture in a class folder: red/2021/a.txt" in images.notes
+    assert "not read, being no pictures by their names or places: red/2021/a.txt" in images.notes
     (folder / "blue").rename(tmp_path / "was")
     (folder / "blue").mkdir()
     (tmp_path / "was").rename(folder / "blue" / "2021")
@@ -613,7 +616,7 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     first, scores, recalls, *mistakes, unread, others_, damaged = capsys.readouterr().out.splitlines()
     assert damaged == "  note: left out: 1 of 25 pictures cannot be read (empty: others/blue/damaged.png)"
     assert unread == "  note: not read, 1 of .heic: blue/a.heic; as JPEG or PNG they would be"
-    assert others_ == "  note: not read, being no picture in a class folder: loose.png"
+    assert others_ == "  note: not read, being no pictures by their names or places: loose.png"
     assert first.startswith(f"{run.path}: train1, last weights, of epoch 2, on others, cpu, float32")
     pictures = [str(path) for path in sorted(others.glob("*/0*.png"))]
     assert len(pictures) == 24
@@ -755,7 +758,7 @@ def test_a_run_on_pictures_goes_on_to_the_same_bits_even_when_they_have_moved(tm
     assert cli.main(["train", "photos@32", *CHANGES]) == 0
     shown = capsys.readouterr().out
     assert "note: pictures of 50×40 pixels, cut to squares and scaled to 32×32" in shown
-    assert "note: no folder test: a fifth of each class, copies together, is kept for it" in shown
+    assert "note: no folder test: a fifth of each class is kept for it (identical files stay together)" in shown
     assert cli.main(["resume", "photos-32-987", "--epochs", "3", "--threads", "1"]) == 0
     (tmp_path / "photos").rename(tmp_path / "moved")
     capsys.readouterr()
@@ -923,3 +926,25 @@ def test_what_became_of_a_runs_pictures_is_said(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "10 pictures in it, and in no class folder; expected" in said
     assert f"red is a class: name the folder that it lies in, {other}" in said
+
+
+def test_names_that_may_mean_another_thing_are_told(tmp_path, monkeypatch, capsys):
+    """A folder called as a split, or as a data set that is known by name; a text where a list belongs."""
+    folder = write(tmp_path / "set", count=10)
+    (folder / "red").rename(folder / "test")
+    assert "the folder test, without folders in it, is a class here and no split" in load_images(folder).notes
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "set", *CHANGES]) == 0
+    (run,) = list_runs()
+    with pytest.raises(InputError, match="expected a list of paths"):
+        load_classifier(run).read("set/test/000.png")
+    (tmp_path / "broken.png").write_bytes(b"")
+    capsys.readouterr()
+    pictures = ["set/test/000.png", "broken.png"]
+    assert cli.main(["predict", str(run.path), *pictures, "--json", "--threads", "1"]) == 2
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["classes"].keys() == {"blue", "green", "test"}
+    assert second == {"picture": "broken.png", "error": "empty"}
+    (tmp_path / "digits").mkdir()
+    with pytest.warns(UserWarning, match=r"digits is the data set of that name; for the folder: \./digits"):
+        load_images("digits")

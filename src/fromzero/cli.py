@@ -344,13 +344,21 @@ def _predict(arguments: argparse.Namespace) -> None:
                 classes = {
                     name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"): value for name, value in says
                 }
-                print(json.dumps({"picture": os.fsencode(paths[index]).decode(errors="replace"), "classes": classes}))
+                print(json.dumps({"picture": _text(paths[index]), "classes": classes}))
                 continue
             told = "  ".join(f"{printable(name):<{longest}}  {probability:.4f}" for name, probability in says)
             shown = printable(one_line(str(paths[index])))
             print(f"{told}  {shown}")
+    if wrong and arguments.json:
+        for index, of in wrong.items():
+            print(json.dumps({"picture": _text(paths[index]), "error": of.why}))
     if wrong:
         raise InputError(unreadable(paths, wrong))
+
+
+def _text(path: Path) -> str:
+    """A path as text, whatever its bytes are."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -62,11 +62,11 @@ def header(training: Training) -> str:
     ]
     if here.why_no_kernels:
         lines.append(f"  by PyTorch's kernels, which are slower: {here.why_no_kernels}")
+    lines += [f"  {remark}" for remark in _of_recipe(training)]
     lines += [
         f"  note: {note}"
         for note in (*images.notes, *_of_weights(training), *_of_classes(training), *_of_sizes(training))
     ]
-    lines += [f"  {remark}" for remark in _of_recipe(training)]
     if training.state.counters.step:
         done = f"{training.state.counters.epoch} of {recipe.epochs} epochs done"
         lines.append(f"  going on at step {training.state.counters.step:,}, {done}")
@@ -147,7 +147,7 @@ def _of_recipe(training: Training) -> Iterator[str]:
             " the label of the larger part"
         )
     if recipe.label_smoothing:
-        yield f"labels are smoothed by {recipe.label_smoothing:g} in the running loss only"
+        yield f"the running loss is against labels smoothed by {recipe.label_smoothing:g}, others against plain ones"
 
 
 def epoch_line(now: Timed, *, narrow: bool = False) -> str:

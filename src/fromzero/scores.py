@@ -173,7 +173,7 @@ def scores_text(record: Mapping[str, Any]) -> str:
         lines.append(f"  with test-time augmentation ({record['tta']}): not comparable with figures without")
     for label, score in record["scores"].items():
         interval = in_brackets(score["interval"], score["images"])
-        shown = "train (clean)" if label == "train" else label
+        shown = {"train": "train (clean)", "these": "these pictures"}.get(label, label)
         lines.append(f"  {shown:<28} accuracy {score['accuracy']:.4f} ({interval})  loss {score['loss']:.4f}")
     counts = list(score["class_images"].values())
     each = f", {counted(counts[0], 'image')} each" if len(set(counts)) == 1 else ""

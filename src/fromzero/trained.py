@@ -185,6 +185,9 @@ class Trained(NamedTuple):
     checkpoint: Checkpoint
     machine: Machine
 
+    def __repr__(self) -> str:
+        return f"<weights of {self.run.path}, {self.reached}, on {self.images!r}>"
+
     @property
     def steps_beyond(self) -> int:
         """How many steps beyond the end of their last whole epoch the weights are: a stop comes within one."""
@@ -250,12 +253,17 @@ class Classifier(NamedTuple):
     class_names: tuple[str, ...]
     machine: Machine
 
+    def __repr__(self) -> str:
+        return f"<classifier of {self.run.path}: {', '.join(self.class_names)}>"
+
     def read(self, paths: Sequence[str | Path]) -> tuple[Tensor, list[int], dict[int, Wrong]]:
         """Pictures prepared as the run's were: pixels uint8 (N, H, W, 3) on its device, the places among `paths` that
         these are of, and what is wrong with the files at other places. Raises InputError where its images have other
         channels."""
         from fromzero.data.decoding import read_pictures  # with Pillow, which few need
 
+        if isinstance(paths, str | Path):
+            raise InputError(f"{paths}: expected a list of paths; of one picture a list with that")
         height, width, channels = self.image_shape
         if channels != 3:
             has = counted(channels, "channel")

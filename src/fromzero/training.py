@@ -51,7 +51,7 @@ class Progress(NamedTuple):
     ended: bool = False
 
 
-@dataclass
+@dataclass(repr=False)
 class Training:
     """A run that is being trained. Iterate over it to train: it yields a Progress after every step and every epoch,
     writes the run folder as it goes, and ends with summary.json and curves.png there.
@@ -69,6 +69,9 @@ class Training:
     checkpoint_minutes: float | None = None
     keep: int = 2
     lock: ExitStack = field(default_factory=ExitStack)  # held by the run's one writer, until it ends or is closed
+
+    def __repr__(self) -> str:
+        return f"<training of {self.run.path}, step {self.state.counters.step:,}>"
 
     def close(self) -> None:
         """Let go of the run without training on, or saving."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 
 from fromzero.data.cifar import is_cifar, load_cifar, load_cifar10
@@ -58,6 +59,8 @@ def load_images(
     file is damaged (which, what was expected, what was found), when it cannot be had, or when `data_dir` is given for
     what is not looked for: digits, and whatever is named by its path.
     """
+    if str(dataset) in NAMED and os.path.isdir(dataset):
+        warnings.warn(f"{dataset} is the data set of that name; for the folder: ./{dataset}", stacklevel=2)
     match str(dataset):
         case "cifar10":
             return load_cifar10(data_dir, offline=offline)
@@ -90,7 +93,9 @@ def load_images(
         case name if (parts := name.partition(":"))[0] in NAMED:
             raise InputError(f"data set {name!r}: {parts[2]!r} is no number of train images, as in {parts[0]}:5000")
         case name:
-            raise InputError(f"unknown data set {name!r}: not a path that exists{nearest(name, NAMED)}")
+            instead = "; a path given beside a recipe that names it counts: fromzero train FOLDER --recipe FILE"
+            also = instead if os.path.isabs(name) else ""  # as a run's recipe has it
+            raise InputError(f"unknown data set {name!r}: not a path that exists{nearest(name, NAMED)}{also}")
 
 
 def _load_pictures(path: Path, side: int | None = None) -> ImageSet:

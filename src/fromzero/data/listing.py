@@ -83,7 +83,7 @@ def pictures_at(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     for path in paths:
         with readable(path):
             pictures, others, _ = _under(path) if path.is_dir() else ([path], [], [])
-        said = _not_read([entry for entry in others if entry.suffix.lower() in UNREAD], path)
+        said = _not_read(others, path)
         if not pictures:
             raise InputError("; ".join([f"{path}: no pictures ({', '.join(ENDINGS)}) in it", *said]))
         found += pictures
@@ -95,7 +95,7 @@ def list_pictures(path: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
     """The class names, all pictures in a fixed order, and notes on what lies elsewhere. Raises InputError when the
     folder has another shape."""
     found: dict[str, Path] = {}
-    loose = []
+    loose, split_like = [], []
     for folder in _folders(path):
         split = next((split for split, names in SPLITS.items() if folder.name.lower() in names), None)
         if split is None or not _folders(folder):  # else a class that is called like a split
@@ -111,11 +111,13 @@ def list_pictures(path: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
     elif found:
         raise InputError(f"{path}: has {' and '.join(f.name for f in found.values())}, but no train with class folders")
     else:
+        split_like = [one.name for one in loose if one.name.lower() in itertools.chain(*SPLITS.values())]
         found, loose = {"train": path}, []
     class_names = tuple(folder.name for folder in _folders(found["train"]))
     if len(class_names) < 2:
         below = [folder for folder in _folders(found["train"]) if len(_folders(folder)) > 1]
-        meant = f"; {below[0]} has folders in it: if those are the classes, name that" if below else ""
+        are = "the splits or the classes"
+        meant = f"; {below[0]} has folders in it: if those are {are}, name that" if below else ""
         raise InputError(
             f"{found['train']}: expected a folder for each of at least two classes with its pictures in it, or train,"
             f" val and test with such, or CIFAR's data_batch files; found {_inside(found['train'])}{meant}"
@@ -146,7 +148,7 @@ def list_pictures(path: Path) -> tuple[tuple[str, ...], list[File], list[str]]:
             listed += [File(split, labels[spelled(folder.name)], picture) for picture in pictures]
             left_out += others
             deeper += within
-    notes = []
+    notes = [f"the folder {name}, without folders in it, is a class here and no split" for name in split_like]
     if deeper:
         notes.append(f"pictures in a folder within a class are of that class: {some(names_under(deeper, path))}")
     notes += _not_read(left_out, path)
@@ -161,7 +163,7 @@ def _not_read(left_out: Sequence[Path], path: Path) -> list[str]:
         named = some(names_under(unread, path))
         notes.append(f"not read, {len(unread):,} of {kinds}: {named}; as JPEG or PNG they would be")
     if others := [entry for entry in left_out if entry not in unread]:
-        notes.append(f"not read, being no picture in a class folder: {some(names_under(others, path))}")
+        notes.append(f"not read, being no pictures by their names or places: {some(names_under(others, path))}")
     return notes
 
 

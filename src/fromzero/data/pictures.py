@@ -58,7 +58,7 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
             splits[stratified_split(labels, TEST_SHARE, digests)[1]] = "test"
             if "test" not in splits:
                 raise InputError(f"{path}: each class has copies of one picture only; none is left for the test")
-            notes.append("no folder test: a fifth of each class, copies together, is kept for it")
+            notes.append("no folder test: a fifth of each class is kept for it (identical files stay together)")
     for split in np.unique(splits):
         present = set(labels[splits == split].tolist())
         if absent := [name for label, name in enumerate(class_names) if label not in present]:
