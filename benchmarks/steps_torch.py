@@ -10,6 +10,7 @@ import contextlib
 import tempfile
 
 from benchmarks import networks
+from benchmarks.targets import PLAIN_FLOAT32
 from benchmarks.timing import Stopwatch, main_of_worker
 
 
@@ -69,7 +70,7 @@ def plain_side(side, description, batch_size, threads, optimizer):
 
     if threads:
         torch.set_num_threads(threads)
-    precise = side == "plain PyTorch float32"
+    precise = side == PLAIN_FLOAT32
     torch.manual_seed(0)
     model = plain_network(description).to(memory_format=torch.channels_last)
     moves = torch.optim.SGD(

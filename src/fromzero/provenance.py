@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def _program() -> str:
     return {"__main__.py": "python -m fromzero", "worker.py": "python -m fromzero.study.worker"}.get(name, name)
 
 
+@cache
 def _commit() -> str | None:
     """The commit of fromzero's own source, "-dirty" added when it differs; None when installed without it."""
     here = Path(__file__).parent

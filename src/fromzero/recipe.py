@@ -334,6 +334,11 @@ class Recipe(_Part):
     def _losses_are_of_one_image(self) -> Recipe:
         if self.skip_easy and self.augment.cutmix:
             raise ValueError("skip_easy goes by the loss of each image, which augment.cutmix mixes: give one of them")
+        if self.skip_easy > self.hardest:
+            raise ValueError(
+                f"skip_easy: {self.skip_easy:g} of the images are to be skipped by their losses, and hardest trains on"
+                f" {self.hardest:g} of them, which have one: lower skip_easy or raise hardest"
+            )
         if self.augment.cutmix and round(self.hardest * self.batch_size) < 2:
             raise ValueError("augment.cutmix needs two images a step at least: raise batch_size or hardest")
         return self

@@ -149,11 +149,6 @@ def check_image_set(recipe: Recipe, images: ImageSet) -> None:
     own = [("validation", images.validation)] if images.validation is not None else []
     if missing := {"train", "test"} - images.fingerprints.keys():  # by which a resume knows them again
         raise InputError(f"{images.name}: fingerprints has no {' and no '.join(sorted(missing))}: Images.fingerprint()")
-    if recipe.skip_easy > recipe.hardest:
-        raise InputError(
-            f"skip_easy: {recipe.skip_easy:g} of the images are to be skipped by their losses, and hardest trains on"
-            f" {recipe.hardest:g} of them, which have one: lower skip_easy or raise hardest"
-        )
     if images.num_classes < 2:
         raise InputError(f"{images.source}: expected two classes at least, found {images.num_classes}")
     for split, part in (("train", images.train), ("test", images.test), *own):

@@ -151,14 +151,8 @@ class State:
         if self.proxy is not None:
             self.proxy.load_checkpoint(Checkpoint(_under("proxy/", checkpoint), {}, checkpoint.path))
         for name, weight in self.model.named_parameters():
-            prefix = f"optimizer/{name}/"
-            slots = {
-                key.removeprefix(prefix): _like(weight, tensor)
-                for key, tensor in checkpoint.tensors.items()
-                if key.startswith(prefix)
-            }
-            if slots:
-                self.optimizer.state[weight] = slots
+            if slots := _under(f"optimizer/{name}/", checkpoint):
+                self.optimizer.state[weight] = {slot: _like(weight, tensor) for slot, tensor in slots.items()}
         if losses := _under("images/", checkpoint):
             device = next(self.model.parameters()).device
             self.losses, self.skipped = (losses[name].to(device, copy=True) for name in ("losses", "skipped"))

@@ -188,8 +188,7 @@ def correlation(a: ArrayLike, b: ArrayLike) -> float:
     x, y = np.asarray(a, float), np.asarray(b, float)
     if min(np.ptp(x), np.ptp(y)) < 1e-12:  # of equal values the mean is another by rounding
         return math.nan
-    x, y = x - x.mean(), y - y.mean()
-    return float((x * y).sum() / math.sqrt(float((x**2).sum() * (y**2).sum())))
+    return float(np.corrcoef(x, y)[0, 1])
 
 
 def power(effect: float, n: int, level: float = LEVEL) -> float:

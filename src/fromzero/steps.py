@@ -1,4 +1,5 @@
-"""The state before the first step of a training, and a step: pure functions of state, recipe and images."""
+"""The state before the first step of a training, and a step, which moves it on: what becomes of it is a function of the
+state, the recipe and the images alone."""
 
 from __future__ import annotations
 
@@ -93,8 +94,8 @@ def train_step(
 ) -> Step:
     """Move the weights by one step on `batch`.
 
-    progress: epochs done so far, fractions included. Raises NonFiniteError, the weights untouched, when the loss or a
-    gradient is infinite or NaN, or a gradient beyond ± LARGEST_GRADIENT.
+    progress: epochs done so far, fractions included. Raises NonFiniteError, the weights untouched (statistics of
+    batches aside), when the loss or a gradient is infinite or NaN, or a gradient beyond ± LARGEST_GRADIENT.
     """
     model, step = state.model, state.counters.step
     if not model.training:

@@ -100,9 +100,9 @@ class ContrastResult:
     """A comparison and what it says. Without two pairs there is no `comparison`. smallest: how far a true difference
     must lie from `null` for this many runs to find it four times out of five; seeds_needed: how many would find the
     one seen, None when more than a study may have; new_images: the interval for new images as well; seeds: of the
-    study, some of which may have no pair; trained_alike: whether all epochs of both runs of each pair have the same
-    figures. Then the verdict is undecided: runs that fail do so because of what is
-    compared, and those that are left are another sample."""
+    study, some of which may have no pair: then the verdict is undecided, as runs that fail do so because of what is
+    compared, and those that are left are another sample; trained_alike: whether all epochs of both runs of each pair
+    have the same figures."""
 
     contrast: Contrast
     comparison: Comparison | None
