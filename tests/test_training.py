@@ -203,6 +203,25 @@ def test_what_the_first_weights_had_seen_of_validation_is_counted(tiny_images, t
     assert "which may have been trained on its validation images" in third.run.doubt_of("validation")
 
 
+def test_the_runs_before_one_are_followed_as_far_as_they_are_there(small, tiny_images, tmp_path):
+    runs = [fromzero.train(small, tiny_images, runs_dir=tmp_path, threads=1)]
+    for _ in range(2):
+        runs.append(fromzero.train(small, tiny_images, runs_dir=tmp_path, threads=1, start_from=runs[-1]))
+    assert [run.path for run in runs[2].lineage()] == [run.path for run in reversed(runs)]
+
+    def changed(run, **changes):
+        run.write_provenance(run.provenance | changes)
+
+    first = runs[0].provenance
+    changed(runs[0], **{"from": runs[2].provenance["from"] | {"run": str(runs[2].path)}})  # in the place of the first
+    assert len([*runs[2].lineage()]) == 3
+    changed(runs[0], started="2100-01-01T00:00:00Z", **{"from": None})
+    assert [run.path for run in runs[2].lineage()] == [runs[2].path, runs[1].path]
+    runs[0].write_provenance(first)
+    (runs[1].path / "provenance.json").write_text("{")
+    assert [run.path for run in runs[2].lineage()] == [runs[2].path]
+
+
 def test_a_run_folder_holds_everything(small, tiny_images, tmp_path):
     run = fromzero.train(small, tiny_images, runs_dir=tmp_path)
     assert run.path.name == f"{tiny_images.name}-{run.summary['parameters']}"

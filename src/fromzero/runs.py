@@ -147,13 +147,21 @@ class Run:
 
     def lineage(self) -> Iterator[Run]:
         """This run, the one from whose weights it began, the one from whose weights that began and so on, as far as
-        their folders are there: the last that comes then began with the weights of another."""
-        run: Run | None = self
-        while run is not None:
+        their folders are there and whole: the last that comes then began with the weights of another. A run that
+        began later than what is said to have begun with its weights is another one, in the place of that."""
+        run, provenance, seen = self, self.provenance, {self.path}
+        while True:
             yield run
-            origin = run.provenance["from"]
-            before = None if origin is None else Run(Path(origin["run"]))
-            run = before if before is not None and (before.path / "recipe.toml").is_file() else None
+            if (origin := provenance["from"]) is None or (path := Path(origin["run"])) in seen:
+                return
+            run, began = Run(path), provenance["started"]
+            try:
+                provenance = run.provenance
+            except FromzeroError:
+                return
+            if provenance["started"] > began:
+                return
+            seen.add(path)
 
     @property
     def began(self) -> datetime:
