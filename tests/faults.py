@@ -18,7 +18,7 @@ import torch
 
 from fromzero import checkpoint, files
 from fromzero.checkpoint import Checkpoint
-from fromzero.errors import FromzeroError
+from fromzero.errors import FromzeroError, StoppedError
 
 TORN_BYTES = 4096
 
@@ -272,7 +272,7 @@ def in_child(action):
             os.dup2(null, 2)
             action(lambda step: os.write(writer, step.to_bytes(8, "little")))
             code = 0
-        except FromzeroError as error:
+        except (FromzeroError, StoppedError) as error:
             code = error.exit_code
         finally:
             os._exit(code)

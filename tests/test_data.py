@@ -531,13 +531,16 @@ def test_arrays_are_images_and_a_run_on_them_takes_no_others_for_them(tmp_path):
     changes = {"network.channels": [[4]], "network.pool": 4, "network.dense": [], "epochs": 1}
     recipe = load_recipe("train1").override(changes | {"validation.source": "split"})
     run = train(recipe, images, runs_dir=tmp_path, threads=1)
-    assert run.recipe.dataset == "arrays"
-    with pytest.raises(InputError, match="unknown data set 'arrays'"):
+    assert run.recipe.dataset == "arrays (in memory)"
+    with pytest.raises(InputError, match=r"unknown data set 'arrays \(in memory\)'"):
         train(run.recipe, runs_dir=tmp_path, threads=1)
     assert resume(run, images=images, epochs=2).summary["epoch"] == 2
     for pixels, labels in ((part(9)[0] / 255, [0] * 9), (part(9)[0], [0.5] * 9), (part(9)[0][0], [0])):
         with pytest.raises(InputError, match=r"expected pixels uint8 \(N, H, W, C\)"):
             ImageSet.of(["a", "b"], (pixels, labels), part(9))
+    for labels in (np.zeros((9, 1), int), [0] * 8):
+        with pytest.raises(InputError, match="expected a label for each of 9 images"):
+            ImageSet.of(["a", "b"], (part(9)[0], labels), part(9))
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])

@@ -928,7 +928,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(small, tiny_images, tmp_
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FromzeroError, match=r"No space left on device; checkpoints saved before are whole"):
         run.save()
-    iterator.close()  # which cannot save, either
+    with pytest.warns(UserWarning, match="No space left on device; checkpoints saved before are whole"):
+        iterator.close()  # which cannot save, either
     monkeypatch.undo()
     assert (run.run.checkpoints / "last.safetensors").read_bytes() == whole
     assert resumed_training(run.run, tiny_images).state.counters.step == 3
@@ -1103,6 +1104,7 @@ def test_a_checkpoint_folder_that_was_removed_is_made_anew(small, tiny_images, t
     shutil.rmtree(again.run.path)
     with pytest.raises(FromzeroError, match="the folder was moved or removed"):
         again.save()
+    again.close()
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for word in words[words.index("--") :] if "--" in words else ():
         if (name := word.partition("=")[0]) in known:
             raise InputError(f"{name} stands behind --, which ends the options; see: fromzero {argv[0]} --help")
-    arguments, left = commands[argv[0]].parse_known_intermixed_args(words, argparse.Namespace(command=argv[0]))
+    command = commands[argv[0]]
+    # Words among options are given to arguments by the latter alone, words behind -- by the former.
+    parse_words = command.parse_known_args if "--" in words else command.parse_known_intermixed_args
+    arguments, left = parse_words(words, argparse.Namespace(command=argv[0]))
     if left:
         word = left[0].partition("=")[0]
         if word.startswith("-"):

@@ -88,7 +88,8 @@ def _accuracies(classifier: Classifier) -> list[str]:
         watched = "training was watched by the same images"
         if classifier.checkpoint.file.stem == "best":
             watched = "these weights were chosen by the same images, so it flatters"
-        return [f"Test images: {_with_interval(row['val/accuracy'], count)}; {watched}.", train, seeds]
+        doubt = f" ({run.doubt_of('test')})" * bool(run.doubt_of("test"))
+        return [f"Test images: {_with_interval(row['val/accuracy'], count)}; {watched}{doubt}.", train, seeds]
     test, by_class = "not recorded of these weights; `fromzero evaluate` scores them", {}
     if run.summary is not None and run.summary["epoch"] == row["epoch"]:
         test = _with_interval(run.summary["test/accuracy"], count)

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from fromzero.errors import FromzeroError, ReadError, command_line
+from fromzero.errors import FromzeroError, ReadError, command_line, is_passing
 from fromzero.files import publish, stage, write_atomically
 
 FORMAT = "1"
@@ -119,21 +119,22 @@ def save_best(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """The checkpoint in a file. Raises DamagedCheckpointError, FileNotFoundError when there is none, ReadError when it
-    cannot be read."""
+    """The checkpoint in a file. Raises DamagedCheckpointError, also where it cannot be read, ReadError where it may be
+    the next time, and FileNotFoundError where there is none."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ReadError(f"{path}: cannot be read: {error.strerror}") from None
+        kind = ReadError if is_passing(error) else DamagedCheckpointError
+        raise kind(f"{path}: cannot be read: {error.strerror}") from None
     return decode(data, path)
 
 
 def load_last(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint of `folder`, or None if none was ever written. Damaged ones are named in a warning
-    and passed over. Raises DamagedCheckpointError when there are some and all are damaged; ReadError where one cannot
-    be read that may be whole."""
+    and passed over. Raises DamagedCheckpointError when there are some and all are damaged; ReadError where one
+    may be read the next time."""
     damaged = []
     for path in [folder / LAST, *_older(folder)]:
         try:

@@ -4,6 +4,7 @@ Every error here is one line that names what, where and what to do (a table may 
 leaves with `exit_code`; nothing else is ever shown for bad input. Imports nothing of fromzero.
 """
 
+import errno
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -35,6 +36,11 @@ class ReadError(InputError):
     """A file that is there could not be read, as when too many are open: it may be the next time."""
 
 
+def is_passing(error: OSError) -> bool:
+    """Whether what could not be opened or read may be the next time."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT)
+
+
 class WriteError(FromzeroError):
     """A run's record could not be written, as on a full disk; what was there before is whole."""
 
@@ -48,8 +54,11 @@ class StoppedError(KeyboardInterrupt):
     catches errors, so that a loop over trainings ends. `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
+        super().__init__(message, signal_number)  # both, so that it can be pickled
         self.exit_code = 128 + signal_number
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -131,8 +131,9 @@ def _of_gap(evidence: Evidence, *, was_judged: bool) -> str:
     rise, enough = loss_rise(evidence)
     beyond_error = large_gap(evidence)[1]
     images = counted(evidence.measures.num_validation, "validation image")
-    risen = f"has risen by {rise:.2f}, which is less than the {enough:.2f} that count" if rise > 0 else "has not risen"
-    why = f"the validation loss {risen}, and by itself a gap counts from {beyond_error:.2f} on with {images}"
+    risen = f"has risen by {rise:.3f}, which is less than the {enough:.3f} that count" if rise > 0 else "has not risen"
+    judged = f" ({evidence.gap:.3f}, of the last epochs and classes as in train)"
+    why = f"the validation loss {risen}, and by itself a gap{judged} counts from {beyond_error:.3f} on with {images}"
     return f"{said} It is not called overfitting: {why}."
 
 

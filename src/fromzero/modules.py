@@ -105,7 +105,7 @@ def steps_ahead(device: torch.device, count: int) -> int:
 class Network(nn.Sequential):
     """Layers one after the other: float32 images (N, C, H, W), as `Normalise` makes them, → outputs (N, classes), whose
     softmax are probabilities. Dropout masks come from one key, another at every step: those of (seed, step) after
-    `reseed`, else of the step after the one before."""
+    `reseed`, else, in training mode and where PyTorch does not compile it, of the step after the one before."""
 
     def __init__(self, modules: Mapping[str, nn.Module], masks: Masks):
         super().__init__()
@@ -122,7 +122,7 @@ class Network(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and not torch.compiler.is_compiling():  # which goes on with steps of its own, each reseeded
-            if self.masks.used:
+            if self.masks.used and torch._C._current_graph_task_id() == -1:  # else a gradient has it computed again
                 self.masks.reseed(self.masks.seed, self.masks.step + 1, self.masks.on)
             self.masks.used = True
         return cast(Tensor, super().forward(x))

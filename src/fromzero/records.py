@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from fromzero.errors import FromzeroError, ReadError
+from fromzero.errors import FromzeroError, ReadError, is_passing
 
 # What is read of a run's records, and so must be there and be of that type; whatever else they hold is kept.
 FIGURES = tuple(f"{curve}{what}" for curve in ("train/", "train/running_", "val/") for what in ("accuracy", "loss"))
@@ -158,10 +158,10 @@ def read_object(path: Path, mend: str = "") -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FromzeroError(f"{path}: damaged: {error}{then}") from None
-    except FileNotFoundError as error:
-        raise FromzeroError(f"{path}: {error.strerror}{then}") from None
     except OSError as error:
-        raise ReadError(f"{path}: cannot be read: {error.strerror}") from None
+        if is_passing(error):
+            raise ReadError(f"{path}: cannot be read: {error.strerror}") from None
+        raise FromzeroError(f"{path}: {error.strerror}{then}") from None
     if not isinstance(found, dict):
         raise FromzeroError(f"{path}: damaged: expected an object{then}")
     return found

@@ -31,7 +31,16 @@ from typing import Any, Literal
 
 import filelock
 
-from fromzero.errors import BusyError, FromzeroError, InputError, ReadError, WriteError, command_line, nearest
+from fromzero.errors import (
+    BusyError,
+    FromzeroError,
+    InputError,
+    ReadError,
+    WriteError,
+    command_line,
+    is_passing,
+    nearest,
+)
 from fromzero.files import append_line, sync_folder, write_atomically, write_json
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.records import (
@@ -236,7 +245,8 @@ class Run:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise ReadError(f"{self.path}/metrics.jsonl: cannot be read: {error.strerror}") from None
+            kind = ReadError if is_passing(error) else FromzeroError
+            raise kind(f"{self.path}/metrics.jsonl: cannot be read: {error.strerror}") from None
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)

@@ -152,15 +152,21 @@ def new_training(
 def _num_seen(source: Run, recipe: Recipe, images: ImageSet, data: Data) -> dict[str, int | None]:
     """How many of the validation and of the test images the weights of `source` were trained on, by what is in them:
     `seen` and `seen_test` of its record. Images that are among the train images here as well do not count. None where
-    that cannot be told: of weights trained on other images of the same classes, which have no known files."""
-    known: set[Any] = set()
-    for run in source.lineage():
-        theirs = _train_keys(run, images)
-        if theirs is None:
-            return {"seen": None, "seen_test": None}
-        known |= theirs
-    if run.provenance["from"] is not None:  # its folder is not there any more
-        return {"seen": None, "seen_test": None}
+    that cannot be told: of weights trained on other images, which have no known files, but for those of other classes
+    altogether."""
+    runs, known = [*source.lineage()], set[Any]()
+    is_told = runs[-1].provenance["from"] is None  # else the folder of a run before is not there any more
+    for run in runs:
+        try:
+            theirs = _train_keys(run, images)
+        except FromzeroError:
+            theirs = None
+        known |= theirs or set()
+        is_told = is_told and theirs is not None
+    if not is_told:
+        own_test = (run.provenance["data"]["fingerprints"]["test"] == images.fingerprints["test"] for run in runs)
+        is_apart = runs[-1].provenance["from"] is None and all(own_test)  # they all kept these images for the test
+        return {"seen": None, "seen_test": 0 if is_apart else None}
     known -= _kept_keys(images, data.held)
     parts = {"seen": validation_images(recipe, images, data.held), "seen_test": images.test}
     return {name: sum(key in known for key in _keys(part)) for name, part in parts.items()}
@@ -174,10 +180,11 @@ def _train_keys(run: Run, images: ImageSet) -> set[Any] | None:
         if before.validation_digest != recorded.get("held_out"):  # by an earlier fromzero, which split in another way
             return None
         return _kept_keys(images, before.held)
-    if not {*recorded["classes"]} & {*images.class_names}:
-        return set()
-    known = {row.get("sha256", "") for row in run.pictures if row["split"] == "train"}
-    return known if known and "" not in known and images.train.files else None
+    known = {row.get("sha256", "") for row in run.pictures if row.get("split") == "train"}
+    if known and "" not in known and images.train.files:
+        return known
+    has_files = bool(run.pictures) and bool(images.train.files)
+    return None if has_files or {*recorded["classes"]} & {*images.class_names} else set()
 
 
 def _kept_keys(images: ImageSet, held: np.ndarray | None) -> set[Any]:
@@ -247,7 +254,8 @@ def _dataset_of(recipe: Recipe, images: ImageSet) -> str:
     name, options = split_recorded(images.name, images.source)
     if name in NAMED:
         return images.name
-    return images.source + options if images.source and Path(images.source).exists() else images.name
+    is_there = images.source not in ("", "memory") and Path(images.source).exists()
+    return images.source + options if is_there else f"{images.name} (in memory)"
 
 
 def _weights_for(images: ImageSet, found: Checkpoint, source: Run, *, partial: bool) -> dict[str, Tensor]:

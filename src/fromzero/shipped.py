@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fromzero.errors import InputError, ReadError, nearest
+from fromzero.errors import InputError, ReadError, is_passing, nearest
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -32,10 +32,9 @@ def text_of(kind: Kind, source: str | Path) -> str:
         except ValueError as error:
             reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
             raise InputError(f"{kind} file {name!r}: {reason}") from None
-        except FileNotFoundError as error:
-            raise InputError(f"{kind} file {name!r}: {error.strerror}") from None
         except OSError as error:
-            raise ReadError(f"{kind} file {name!r}: {error.strerror}") from None
+            what = ReadError if is_passing(error) else InputError
+            raise what(f"{kind} file {name!r}: {error.strerror}") from None
     if kind == "recipe" and os.path.isfile(path / "recipe.toml"):
         raise InputError(f"{name!r} is the folder of a run; for its recipe give {path / 'recipe.toml'}")
     raise InputError(f"unknown {kind} {name!r}{nearest(name, names_of(kind))} (or give a .toml file)")

@@ -7,6 +7,7 @@ an epoch skips is part of the state, so a training that was stopped anywhere and
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -230,9 +231,11 @@ class Training:
         try:
             yield
         except GeneratorExit:
-            if self._is_held and self._saved != self._place:
-                with suppress(FromzeroError):  # whoever leaves does not wait for an answer
+            if self._is_held and self._saved != self._place and not sys.is_finalizing():  # when nothing can be saved
+                try:
                     self.save()
+                except FromzeroError as error:  # whoever leaves does not wait for an answer
+                    warnings.warn(str(error), stacklevel=2)
             raise
         except NonFiniteError:
             with suppress(OSError):  # that it overflowed says more

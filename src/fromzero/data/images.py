@@ -167,6 +167,8 @@ def _images(pixels: ArrayLike, labels: ArrayLike) -> Images:
     if of_pixels.dtype != np.uint8 or of_pixels.ndim != 4 or of_labels.dtype.kind not in "iu":
         found = f"{of_pixels.dtype} {of_pixels.shape} with labels {of_labels.dtype}"
         raise InputError(f"expected pixels uint8 (N, H, W, C) with labels that are whole numbers (N,), found {found}")
+    if of_labels.shape != of_pixels.shape[:1] or not len(of_labels):
+        raise InputError(f"expected a label for each of {len(of_pixels):,} images, (N,), found {of_labels.shape}")
     return Images(np.ascontiguousarray(of_pixels), of_labels.astype(np.int64))
 
 

@@ -219,7 +219,8 @@ def load_study(
         raise InputError(f"{label}: has no scale {scale!r}{nearest(scale, file.scale)}")
     if base is None:
         beside = Path(source).parent / file.base
-        if (recorded := Path(source).with_name("base.toml")).is_file() and recorded.with_name("study.json").is_file():
+        recorded = Path(source).with_name("base.toml")
+        if Path(source).name == "study.toml" and recorded.is_file() and recorded.with_name("study.json").is_file():
             beside = recorded  # in the folder that a study leaves
         try:
             base = load_recipe(beside if beside.is_file() else file.base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import warnings
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,10 @@ from fromzero.study.execution import (
     sweep,
 )
 
+LATEST = "9999"
 FAR = 6  # of six normal differences, one in two hundred studies has one so far out; of ten, one in seven thousand
+
+FAR_AT_LEAST = 0.02  # of accuracies, or nats: less matters to nobody
 
 
 class Spread(NamedTuple):
@@ -124,7 +128,7 @@ class ContrastResult:
             return None
         distances = np.abs(values - np.median(values))
         second, most = np.sort(distances)[-2:]
-        return [*self.pairs][int(distances.argmax())] if most > FAR * max(second, 1e-6) else None
+        return [*self.pairs][int(distances.argmax())] if most > max(FAR * second, FAR_AT_LEAST) else None
 
     @property
     def null(self) -> tuple[float, ...]:
@@ -221,8 +225,8 @@ class Result:
 
     @cached_property
     def asked_before(self) -> dict[Path, range]:
-        """Other studies here that have figures of two recipes that the claim compares, on the same images, and their
-        seeds."""
+        """Other studies here that had figures of two recipes that the claim compares, on the same images, before this
+        one began, and their seeds."""
         asked = [(self.study.arms[c.arm], self.study.arms[c.against]) for c in self.study.contrasts if c.group == CLAIM]
         found = {}
         for record in sorted(self.folder.parent.glob("*/study.json")):
@@ -232,7 +236,7 @@ class Result:
             study = other[0]
             theirs = [(study.arms[c.arm], study.arms[c.against]) for c in study.contrasts]
             is_asked = any(_are_same(pair, two) for pair in asked for two in theirs)
-            if is_asked and any(record.parent.glob("cells/*/summary.json")):
+            if is_asked and _began(record.parent) < _began(self.folder):
                 found[record.parent] = range(study.first_seed, study.first_seed + study.seeds)
         return found
 
@@ -396,6 +400,15 @@ def _recorded(folder: Path, changed: int) -> tuple[Study, Description] | None:
         return recorded_study(folder, ran), ran
     except (FromzeroError, OSError):
         return None
+
+
+def _began(folder: Path) -> str:
+    """When the first run of a study began, as text that sorts by time; beyond all times where there is none."""
+    found = [LATEST]
+    for record in folder.glob("cells/*/provenance.json"):
+        with contextlib.suppress(FromzeroError):
+            found.append(Run(record.parent).provenance["started"])
+    return min(found)
 
 
 def _are_same(pair: tuple[Arm, Arm], other: tuple[Arm, Arm]) -> bool:
