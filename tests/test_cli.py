@@ -54,6 +54,14 @@ def trained(tmp_path_factory):
     return folder, done.stdout
 
 
+def test_words_behind_two_dashes_are_no_options():
+    parsed = arguments.parse(["predict", "--json", "--", "run", "-x.jpg"])
+    assert (str(parsed.RUN), [str(path) for path in parsed.PICTURE], parsed.json) == ("run", ["-x.jpg"], True)
+    assert arguments.parse(["train", "--recipe", "few", "--", "-photos"]).DATASET == "-photos"
+    parsed = arguments.parse(["predict", "run", "a.jpg", "--top", "2", "b.jpg"])
+    assert [str(path) for path in parsed.PICTURE] == ["a.jpg", "b.jpg"]
+
+
 def test_train_prints_a_line_an_epoch_and_where_the_run_is(trained):
     folder, printed = trained
     lines = printed.splitlines()

@@ -701,6 +701,19 @@ def test_what_earlier_weights_were_trained_on_is_counted_in_another_folder(tmp_p
         assert cli.main([*map(str, command), "--threads", "1"]) == 0
         said = f"{seen} of these {len(moved)} pictures are train pictures of {first.path}, with whose weights it began"
         assert said in " ".join(capsys.readouterr().out.split())
+    for split in ("train", "test"):  # by other names they are the same pictures
+        for color in COLORS:
+            (tmp_path / "anew" / split / color).rename(tmp_path / "anew" / split / f"{color}ish")
+    assert cli.main(["train", "anew", "--from", str(first.path), "--partial", *CHANGES]) == 0
+    (third,) = (run for run in list_runs() if run.name == "anew-987-2")
+    assert told in third.doubts
+    recipe = (first.path / "recipe.toml").read_text()
+    (first.path / "recipe.toml").unlink()  # of a run before the one that is asked for
+    assert cli.main(["train", "anew", "--from", str(third.path), *CHANGES]) == 0
+    (first.path / "recipe.toml").write_text(recipe)
+    for split in ("train", "test"):
+        for color in COLORS:
+            (tmp_path / "anew" / split / f"{color}ish").rename(tmp_path / "anew" / split / color)
     shutil.rmtree(first.path)
     assert cli.main(["evaluate", str(second.path), "anew/test", "--threads", "1"]) == 0
     assert "may have been trained on these pictures" in " ".join(capsys.readouterr().out.split())

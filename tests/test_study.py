@@ -725,6 +725,7 @@ def test_a_pair_that_is_far_from_all_others_is_named():
     assert not remarked(0.007, -0.035, -0.007, -0.232, -0.119, -0.063, -0.063)
     assert not remarked(0.007, -0.035, -0.832), "too few to say what is far"
     assert not remarked(*[0.01] * 7)
+    assert not remarked(*[0.0] * 6, 0.0005), "one image"
 
 
 def test_another_study_of_the_same_recipes_is_named(tmp_path, text):
@@ -755,6 +756,8 @@ def test_a_study_can_be_repeated_from_its_folder(tmp_path, data_folder):
     execution = prepare_study(first, runs_dir=tmp_path / "runs", jobs=1)
     list(execution)
     copied = Path(shutil.copytree(execution.folder, tmp_path / "elsewhere" / "copy"))
+    (copied / "other.toml").write_text(text)  # which has a base of its own
+    assert load_study(copied / "other.toml", "half").base.name == "train1"
     again = load_study(copied / "study.toml", "half")
     assert [arm.recipe for arm in again.arms.values()] == [
         arm.recipe.override({"name": again.arms[name].recipe.name}) for name, arm in first.arms.items()
