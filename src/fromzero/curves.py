@@ -54,7 +54,8 @@ def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str)
         if len(rows) == 1:
             axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
         axes.set_ylabel(quantity if quantity == "accuracy" else "loss (cross-entropy, nats)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ticks = MaxNLocator(integer=True).tick_values(epochs[0], epochs[-1])
+        axes.set_xticks([*(tick for tick in ticks if epochs[0] <= tick < 0.94 * epochs[-1]), epochs[-1]])
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     accuracy, loss = figure.axes
@@ -64,13 +65,14 @@ def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str)
         remarks.append("the highest losses are cut off")
     loss.set_title("\n".join(remarks), fontsize=10)
     best = max(rows, key=lambda row: (row["val/accuracy"], -row["val/loss"]))
-    accuracy.plot(best["epoch"], best["val/accuracy"], "o", color=VALIDATION.color, mfc="white", ms=6)
+    place, ring = (best["epoch"], best["val/accuracy"], "o"), "best on validation"
+    accuracy.plot(*place, color=VALIDATION.color, mfc="white", ms=6, label=ring)
     accuracy.set_title(
         f"validation: last {rows[-1]['val/accuracy']:.4f}, best {best['val/accuracy']:.4f} (epoch {best['epoch']})",
         fontsize=10,
     )
     # Below both: wherever it lay in a picture of three epochs, it would lie over a curve.
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.suptitle(
         f"{title} · {recipe.name} · seed {recipe.seed} · {validation}",
         fontsize=10,

@@ -30,7 +30,10 @@ def fetch_cifar10(folder: Path, *, offline: bool = False) -> Path:
     Mirrors are tried in order; `FROMZERO_CIFAR10_MIRROR` names a folder on the web to try first (same file names).
     Raises InputError, saying where to put the file by hand, when `offline` or when no mirror answers.
     """
-    advice = f"put cifar-10-binary.tar.gz (or the python version) into {folder}, or name its folder by --data-dir"
+    advice = (
+        f"put cifar-10-binary.tar.gz (or the python version) into {folder}, or name its folder by --data-dir, in Python"
+        f" data_dir (it is at {MIRRORS[0][0]}; digits need no download)"
+    )
     if offline:
         raise InputError(f"CIFAR-10 is not on this machine and --offline forbids the download: {advice}")
     mirrors = list(MIRRORS)
