@@ -16,8 +16,9 @@ from fromzero.errors import InputError
 
 BINARY_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 PYTHON_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+ORIGIN = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MIRRORS = (
-    ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", BINARY_SHA256),
+    (ORIGIN, BINARY_SHA256),
     ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", PYTHON_SHA256),
 )
 REACH_SECONDS = 3.0  # for all mirrors together: without a network the answer comes within 5 seconds
@@ -32,7 +33,7 @@ def fetch_cifar10(folder: Path, *, offline: bool = False) -> Path:
     """
     advice = (
         f"put cifar-10-binary.tar.gz (or the python version) into {folder}, or name its folder by --data-dir, in Python"
-        f" data_dir (it is at {MIRRORS[0][0]}; digits need no download)"
+        f" data_dir (it is at {ORIGIN}; digits need no download)"
     )
     if offline:
         raise InputError(f"CIFAR-10 is not on this machine and --offline forbids the download: {advice}")
