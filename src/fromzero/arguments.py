@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if (name := word.partition("=")[0]) in known:
             raise InputError(f"{name} stands behind --, which ends the options; see: fromzero {argv[0]} --help")
     command = commands[argv[0]]
-    # Words among options are given to arguments by the latter alone, words behind -- by the former.
+    # The one gives arguments the words that stand among options, the other those behind a --, and neither does both.
     parse_words = command.parse_known_args if "--" in words else command.parse_known_intermixed_args
     arguments, left = parse_words(words, argparse.Namespace(command=argv[0]))
     if left:
@@ -84,8 +84,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def _with_known_spelling(argv: list[str], commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:
     """The words with options as they are declared: `--batch-size` is `--batch_size`, `--data_dir` is `--data-dir`."""
-    if not argv or argv[0] not in commands:
-        return argv
     known = {name.replace("_", "-"): name for name in commands[argv[0]]._option_string_actions}
     words = []
     for word in argv:

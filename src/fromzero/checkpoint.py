@@ -174,7 +174,7 @@ def set_aside_damaged(folder: Path, used: Checkpoint) -> None:
 def set_aside_newer_best(folder: Path, epoch: int) -> None:
     """Keep best weights of a later epoch than `epoch`, if there are any, under a name that nothing reads. A run that
     goes on from there by another course never comes by them; by the same one it writes them again."""
-    with contextlib.suppress(FileNotFoundError, KeyError, DamagedCheckpointError):
+    with contextlib.suppress(OSError, KeyError, DamagedCheckpointError):
         if load(folder / BEST).state["epoch"] > epoch:
             os.replace(folder / BEST, (folder / BEST).with_suffix(".abandoned"))
 

@@ -108,7 +108,9 @@ def compare_runs(
             f" a folder with a folder for each class: {command_line('fromzero', 'compare', one.path, two.path)} FOLDER"
         )
     right = [np.array([side.right[key] for key in common]) for side in sides]
-    notes = [f"{name}: {note}" for name, side in zip(NAMES, sides, strict=True) for note in _doubts(side)]
+    notes = [
+        f"{name}: {note}" for name, side in zip(NAMES, sides, strict=True) for note in (*doubts(side.of), *side.notes)
+    ]
     if copies := max(side.images - len(side.right) for side in sides):
         many = f"{counted(copies, 'more image')} {'is a copy' if copies == 1 else 'are copies'}"
         notes.append(f"{many}, to the byte; each picture counts once")
@@ -209,11 +211,6 @@ def _on_pictures(folder: Path, side: Classifier) -> _Side:
     pictures = pictures_of(folder, side)
     contents = [hashlib.sha256(path.read_bytes()).digest() for path in pictures.paths]
     return _Side.scored(side, pictures.subset, side.normalise, side.class_names, contents, pictures.notes)
-
-
-def _doubts(side: _Side) -> list[str]:
-    """What speaks against taking what a run says of these images for how well it was trained."""
-    return [*doubts(side.of), *side.notes]
 
 
 def _described(side: Trained | Classifier, right: np.ndarray) -> dict[str, Any]:

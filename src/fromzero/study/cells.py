@@ -72,7 +72,7 @@ def cells_of(study: Study, folder: Path, best: Mapping[str, float]) -> list[Cell
     """A cell for each arm and seed, seed by seed; the arms at their best values, where those are known."""
     starts = {arm.after for arm in study.arms.values()}
     found = []
-    for seed in range(study.first_seed, study.first_seed + study.seeds):
+    for seed in study.seed_range:
         for arm in study.arms.values():
             tuned = {study.tuning.field: best[arm.name]} if study.tuning and arm.name in best else {}
             path = folder / "cells" / f"{arm.name}-seed{seed}"

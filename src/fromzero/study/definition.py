@@ -98,6 +98,11 @@ class Study:
         changes = differing_fields(self.base, next(iter(self.arms.values())).recipe)
         return {path: value for path, value in changes.items() if path not in SETTING}
 
+    @property
+    def seed_range(self) -> range:
+        """The seeds that each arm is trained with."""
+        return range(self.first_seed, self.first_seed + self.seeds)
+
     def in_words(self, arm: Arm, mark: str = "") -> str:
         """What an arm is: base or other arm, what it changes in that, each change between marks, and where it starts.
         Of the first arm it leaves out what `setting` says."""

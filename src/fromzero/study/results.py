@@ -221,7 +221,7 @@ class Result:
         folders = [*self.folder.parent.glob(f"{alike}*"), *self.asked_before]
         cells = (cell for folder in folders for cell in folder.glob("cells/*-seed*"))
         used = [int(seed) for cell in cells if (seed := cell.name.rpartition("-seed")[2]).isdecimal()]
-        return max([self.study.first_seed + self.study.seeds, *(seed + 1 for seed in used)])
+        return max([self.study.seed_range.stop, *(seed + 1 for seed in used)])
 
     @cached_property
     def asked_before(self) -> dict[Path, range]:
@@ -237,7 +237,7 @@ class Result:
             theirs = [(study.arms[c.arm], study.arms[c.against]) for c in study.contrasts]
             is_asked = any(_are_same(pair, two) for pair in asked for two in theirs)
             if is_asked and _began(record.parent) < _began(self.folder):
-                found[record.parent] = range(study.first_seed, study.first_seed + study.seeds)
+                found[record.parent] = study.seed_range
         return found
 
     @property
@@ -288,8 +288,8 @@ class Result:
                 "runs had ended when this study's record (study.json, or a file beside it) was lost, so what was asked"
                 f" of them before is not known; if it was changed because of figures, p is too small: {anew}"
             )
-        own = range(self.study.first_seed, self.study.first_seed + self.study.seeds)
-        if alike := [folder.name for folder, seeds in self.asked_before.items() if {*own} & {*seeds}]:
+        own = {*self.study.seed_range}
+        if alike := [folder.name for folder, seeds in self.asked_before.items() if own & {*seeds}]:
             found.append(
                 f"{some(alike)} compared such recipes with the same seeds; where its figures decide what is asked here,"
                 f" p is too small: {anew}"
@@ -310,11 +310,11 @@ class Result:
             for name in self.sweep
             if self.study.tuning is not None and self.arms[name].value is not None and self.is_on_edge(name)
         ]
-        own = range(self.study.first_seed, self.study.first_seed + self.study.seeds)
-        if others := [folder.name for folder, seeds in self.asked_before.items() if not {*own} & {*seeds}]:
+        own = {*self.study.seed_range}
+        if others := [folder.name for folder, seeds in self.asked_before.items() if not own & {*seeds}]:
             found.append(
-                f"{some(others)} compared such recipes with other seeds: its answer counts as much as this one, and of"
-                " studies begun anew until one is supported many are where there is nothing"
+                f"{some(others)} compared such recipes with other seeds: its answer counts as much as this one, and"
+                " whoever begins anew until a claim is supported finds it too often where there is nothing"
             )
         two = ((f"{c.contrast.arm} against {c.contrast.against}", c.remarks) for c in self.contrasts)
         return [*found, *(f"{names}: {said}" for names, remarks in two for said in remarks)]
