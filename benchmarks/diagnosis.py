@@ -194,7 +194,7 @@ def remedied(base, case, seeds, folder, data_dir):
     finding = found[0] if found else Finding("nothing", "", "", "")
     accuracies = {"as it is": [], "remedied": []}
     for seed in seeds if finding.changes else ():
-        accuracies["as it is"].append(trained(base, case, seed, folder, data_dir)[0].metrics()[-1]["val/accuracy"])
+        accuracies["as it is"].append(trained(base, case, seed, folder, data_dir)[0].metrics()[-1][finding.metric])
         recipe = recipe_of(base, case, seed).override(finding.changes)
         name = name_of(base, case, seed) + "-remedied"
         shutil.rmtree(Path(folder) / name, ignore_errors=True)
@@ -205,7 +205,7 @@ def remedied(base, case, seeds, folder, data_dir):
         except NonFiniteError:
             pass
         rows = training.run.metrics()
-        accuracies["remedied"].append(rows[-1]["val/accuracy"] if rows else 0.0)
+        accuracies["remedied"].append(rows[-1][finding.metric] if rows else 0.0)
     row = {"date": time.strftime("%Y-%m-%d"), "base": base, "case": case.name}
     row |= {"finding": finding.name, "changed": finding.changed, **accuracies}
     if finding.changes:
@@ -340,7 +340,8 @@ def remedied_section(remedies):
         [
             "",
             "The recipe with what the first finding proposes, beside the recipe as it is, in pairs of seeds"
-            f" {remedies['seeds'][0]} to {remedies['seeds'][-1]} ({dates}; validation accuracy, last epoch,"
+            f" {remedies['seeds'][0]} to {remedies['seeds'][-1]} ({dates}; validation accuracy, of *imbalance* the mean"
+            " of the classes', last epoch,"
             f" 95 % t interval, verdict by the exact sign-flip test): {said}, of {len(trials)}, not corrected for their"
             " number, some by earlier rules. Rules were chosen and remedies changed after these seeds had been seen,"
             " and five that gained nothing are no longer proposed (docs/log.md), so the share is no forecast. Of"

@@ -787,6 +787,17 @@ def test_of_how_many_rare_images_it_speaks():
     assert missed in found.evidence
 
 
+def test_the_remedy_of_rare_classes_is_compared_by_the_mean_of_the_classes(run):
+    (found,) = diagnose(evidence(**PLANTED["imbalance"]))
+    assert (found.changes, found.metric) == ({"logit_adjustment": 1.0}, "val/balanced_accuracy")
+    study = remedy_study(found, run.recipe)
+    assert 'metric = "val/balanced_accuracy"' in study
+    assert "With logit_adjustment = 1.0 the mean of the classes' validation accuracies is higher" in study
+    (again,) = diagnose(evidence(**PLANTED["imbalance"] | {"changes": {"logit_adjustment": 0.5}}))
+    assert again.changes == {}
+    assert again.remedy.startswith("collect more images of the rare classes; look at accuracy by class")
+
+
 def test_weights_within_an_epoch_are_judged_by_their_own_figures(tiny_images, tmp_path):
     """And count once: a row more would look like an epoch that brought nothing."""
     training = new_training(RECIPE.override(SMALL | {"epochs": 3}), tiny_images, runs_dir=tmp_path, threads=1)

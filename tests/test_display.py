@@ -99,7 +99,13 @@ def test_classes_with_few_images_are_named(tiny_images, tmp_path):
     note = (
         f"135 train images of '{name}', 1 of '{tiny_images.class_names[2]}': to always say '{name}' is right for 77% of"
     )
-    assert any(note in line for line in lines)
+    (line,) = (line for line in lines if note in line)
+    assert line.endswith("; --logit-adjustment 1 trains for all classes alike")
+    adjusted = new_training(
+        recipe.override({"logit_adjustment": 1}), replace(tiny_images, train=part), runs_dir=tmp_path
+    )
+    adjusted.close()
+    assert any(line.endswith("of them") for line in display.header(adjusted).splitlines())
     assert not any("no validation image" in line for line in lines)
     rest = replace(part, labels=np.where(labels < 3, 0, labels))
     run = new_training(recipe, replace(tiny_images, train=rest), runs_dir=tmp_path)

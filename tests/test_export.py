@@ -83,7 +83,8 @@ def test_a_card_says_what_is_recorded_of_the_weights(copied, tiny_images, tmp_pa
     assert f"- Test images by class: {told}, " in text
     most = max(scores["class_images"], key=lambda name: scores["class_images"][name])
     share = scores["class_images"][most] / len(tiny_images.test)
-    assert f". To always say `{most}` is right for {share:.1%} of them.\n" in text
+    mean = sum(scores["recalls"].values()) / len(scores["recalls"])  # of as many images each
+    assert f". Their mean is {mean:.4f}. To always say `{most}` is right for {share:.1%} of the images.\n" in text
     assert f"- Validation images: {copied.metrics()[-1]['val/accuracy']:.4f}.\n" in text
     assert f"output: {', '.join(f'`{name}`' for name in tiny_images.class_names)}." in text
     assert "Trained from scratch. Weights after epoch 3 of 3, at step" in text

@@ -89,7 +89,8 @@ def value_at(tree, path):
 
 OTHER = {
     "name": "other", "dataset": "digits", "seed": 1, "epochs": 7, "batch_size": 64, "normalise": "standard",
-    "precision": "float32", "compile": True, "label_smoothing": 0.1, "ema_decay": 0.99, "skip_easy": 0.3,
+    "precision": "float32", "compile": True, "label_smoothing": 0.1, "logit_adjustment": 1.0,
+    "ema_decay": 0.99, "skip_easy": 0.3,
     "hardest": 0.5, "proxy_channels": [[8], [8], [8], [9]], "clean_train_images": 1,
     "network.channels": [[8, 8], [8], [8], [9]],
     "network.padding": ["same", "valid", "same", "same"], "network.pool": 1, "network.block_dropout": 0.1,

@@ -1256,6 +1256,35 @@ def test_the_generalisation_gap_and_losses_are_metrics(finished, tmp_path, text)
     assert found.new_images is None
 
 
+def test_the_mean_of_the_classes_accuracies_is_a_metric_where_it_was_recorded(finished, text):
+    _, execution, _ = finished
+    balanced = text.replace('base = "train1"', 'base = "train1"\nmetric = "val/balanced_accuracy"')
+    rows, records = rows_of(execution.folder), execution.folder / "cells" / "wide-seed0" / "metrics.jsonl"
+    before = records.read_text()
+    (execution.folder / "study.toml").write_text(balanced)
+    try:
+        found = read_result(execution.folder)
+        pairs = found.contrasts[0].pairs
+        expected = [
+            rows[f"wide-seed{s}"][-1]["val/balanced_accuracy"] - rows[f"narrow-seed{s}"][-1]["val/balanced_accuracy"]
+            for s in range(6)
+        ]
+        assert list(pairs.values()) == pytest.approx(expected)
+        assert found.contrasts[0].new_images is None
+        assert "points" in answer(found)[1]
+        older = [json.loads(line) for line in before.splitlines()]
+        for row in older:
+            del row["val/balanced_accuracy"]
+        records.write_text("".join(json.dumps(row) + "\n" for row in older))
+        with pytest.raises(FromzeroError, match="an earlier fromzero did not record it"):
+            read_result(execution.folder)
+        (execution.folder / "study.toml").write_text(text)
+        assert "val/balanced_accuracy" not in record(read_result(execution.folder))["arms"]["wide"]["runs"][0]
+    finally:
+        (execution.folder / "study.toml").write_text(text)
+        records.write_text(before)
+
+
 def test_pages_link_to_names_with_spaces(finished, tmp_path):
     _, execution, _ = finished
     folder = tmp_path / "studies" / "my units-screen"

@@ -25,7 +25,7 @@ from fromzero import checkpoint, curves, kernels, machine, optim, probe, trainin
 from fromzero.data import Images, ImageSet
 from fromzero.display import header
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError, WriteError
-from fromzero.evaluate import Normalise, evaluate
+from fromzero.evaluate import Normalise, Outcomes, evaluate
 from fromzero.files import write_atomically
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.runs import Run, create_run
@@ -1455,6 +1455,88 @@ def test_label_smoothing_is_in_the_loss_that_is_trained_not_in_what_is_scored(sm
     right = -run.state.model(run.data.normalise(run.data.validation.pixels)).log_softmax(1)
     by_hand = right.gather(1, run.data.validation.labels[:, None]).mean().item()
     assert scored.loss == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_logit_adjustment_is_in_the_loss_that_is_trained_not_in_what_is_scored(small, tiny_images, tmp_path):
+    """Menon et al. (2021), equation 10: the log of each class's share, times tau, is added to the outputs."""
+    labels = np.where(tiny_images.train.labels < 4, 0, tiny_images.train.labels)  # and 1, 2 and 3 have none
+    images = replace(tiny_images, train=replace(tiny_images.train, labels=labels))
+    changes = {"logit_adjustment": 0.7, "epochs": 1, "batch_size": 1000, "precision": "float32"}
+    changes |= {"network.block_dropout": 0.0, "network.dense_dropout": 0.0}
+    run = new_training(small.override(changes), images, runs_dir=tmp_path)
+    pixels, labels = run.data.train
+    with torch.no_grad():
+        logits = run.state.model(run.data.normalise(pixels))
+    counts = torch.tensor([max(int((labels == label).sum()), 1) for label in range(10)])
+    expected = F.cross_entropy(logits + 0.7 * (counts / counts.sum()).log(), labels).item()
+    assert expected != pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-3)
+    for _ in run:
+        pass
+    row = run.run.metrics()[0]
+    assert row["train/running_loss"] == pytest.approx(expected, rel=1e-5)
+    scored = run.state.model(run.data.normalise(run.data.validation.pixels))
+    assert row["val/loss"] == pytest.approx(F.cross_entropy(scored, run.data.validation.labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"hardest": 0.5}, {"skip_easy": 0.3}])
+def test_images_are_ranked_by_the_loss_that_is_trained(changes, small, tiny_images, tmp_path, monkeypatch):
+    """A strong adjustment puts the rarest class's images above all others', whatever the network says."""
+    order = np.argsort(tiny_images.train.labels != 7, kind="stable")[: len(tiny_images.train) // 2]
+    labels = np.where(tiny_images.train.labels == 7, 7, 2)[order]
+    labels[np.flatnonzero(labels == 7)[4:]] = 2
+    images = replace(tiny_images, train=Images(tiny_images.train.pixels[order], labels))
+    recipe = small.override({"logit_adjustment": 10.0, "epochs": 2, "batch_size": 1000, **changes})
+    recipe = recipe.override({"optimizer.learning_rate": 1e-8})
+    run, seen = new_training(recipe, images, runs_dir=tmp_path), []
+    train = train_step
+
+    def watching(state, batch, *others):
+        if state is run.state:
+            seen.append(batch.labels)
+        return train(state, batch, *others)
+
+    monkeypatch.setattr(training, "train_step", watching)
+    for _ in run:
+        pass
+    rare = int((run.data.train.labels == 7).sum())
+    assert 0 < rare < len(seen[-1]) < len(run.data.train.labels)
+    assert int((seen[-1] == 7).sum()) == rare
+
+
+def test_balanced_accuracy_is_the_mean_over_the_classes_that_are_there():
+    labels = torch.tensor([0] * 8 + [2] * 2)
+    predictions = torch.tensor([0] * 8 + [0, 2])
+    found = Outcomes(torch.zeros(10), predictions, labels)
+    assert (found.accuracy, found.balanced_accuracy) == (pytest.approx(0.9), pytest.approx(0.75))
+
+
+def test_arguments_of_other_types_are_refused_by_name(small, tiny_images, tmp_path):
+    for arguments, options, complaint in (
+        ((small, []), {}, "images: expected ImageSet | None, found list []"),
+        ((small, tiny_images.train.pixels), {}, "images: expected ImageSet | None, found ndarray array("),
+        (({"epochs": 1}, tiny_images), {}, "recipe: expected Recipe | str | Path, found dict {'epochs': 1}"),
+        ((small, tiny_images), {"threads": 1.5}, "threads: expected int | None, found float 1.5"),
+        ((small, tiny_images), {"checkpoint_minutes": "often"}, "checkpoint_minutes: expected float | None, found str"),
+        ((small, tiny_images), {"device": 0}, "device: expected str | torch.device, found int 0"),
+        ((small, tiny_images), {"runs_dir": None}, "runs_dir: expected str | Path, found NoneType None"),
+    ):
+        with pytest.raises(InputError) as refused:
+            new_training(*arguments, **{"runs_dir": tmp_path, **options})
+        assert str(refused.value).startswith(complaint)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(TypeError, match="thread"):
+        new_training(small, tiny_images, thread=1)
+    for call in (fromzero.load_run, fromzero.load_classifier, fromzero.load_trained, fromzero.resume):
+        with pytest.raises(InputError, match=r"run: expected Run \| str \| Path, found int 3"):
+            call(3)
+    for call, what in ((fromzero.load_images, "dataset"), (fromzero.load_recipe, "source")):
+        with pytest.raises(InputError, match=rf"{what}: expected str \| Path, found NoneType None"):
+            call(None)
+    assert not [*tmp_path.iterdir()]
+    options = {"threads": np.int64(1), "keep": np.int32(3), "checkpoint_minutes": np.float32(2), "device": "cpu"}
+    run = new_training(small, tiny_images, runs_dir=str(tmp_path), **options | {"device": torch.device("cpu")})
+    run.close()
+    assert run.run.provenance["machine"]["threads"] == 1
 
 
 def test_a_crop_larger_than_the_images_or_before_a_flat_head_is_refused(small, tiny_images, tmp_path):

@@ -114,7 +114,8 @@ def _by_class(found: Mapping[str, tuple[int, int]]) -> list[str]:
     told = [f"{_code(name)} {counts[name][0] / counts[name][1]:.3f} (of {counts[name][1]:,})" for name in worst_first]
     commonest = max(counts, key=lambda name: counts[name][1])
     share = counts[commonest][1] / sum(count for _, count in counts.values())
-    always = f"To always say {_code(commonest)} is right for {share:.1%} of them."
+    mean = sum(right / count for right, count in counts.values()) / len(counts)
+    always = f"Their mean is {mean:.4f}. To always say {_code(commonest)} is right for {share:.1%} of the images."
     return [f"Test images by class: {some(told, most=MOST_CLASSES)}. {always}"]
 
 

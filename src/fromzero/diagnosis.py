@@ -49,13 +49,14 @@ MOST_HELD_OUT = 0.25  # of the images, for validation
 @dataclass(frozen=True)
 class Finding:
     """A problem: its name, what it means, the figures that show it, what to do, and the recipe fields that a test of
-    that changes; none where no field can mend it."""
+    that changes, none where no field can mend it; metric: what is to be higher then."""
 
     name: str
     meaning: str
     evidence: str
     remedy: str
     changes: Mapping[str, Any] = field(default_factory=dict)
+    metric: str = "val/accuracy"
 
     @property
     def changed(self) -> str:
@@ -124,12 +125,21 @@ def _imbalance(e: Evidence) -> Finding | None:
         for label in sorted(counts, key=counts.__getitem__)
         if (recall := e.measures.recalls[label]) is not None
     ]
+    remedy, changes = "collect more images of the rare classes", dict[str, float]()
+    if not e.recipe.logit_adjustment:
+        remedy = (
+            "logit adjustment, which trains for the mean of the classes' accuracies (that of all images may fall);"
+            " better, more images of the rare classes"
+        )
+        changes = {"logit_adjustment": 1.0}
     return Finding(
         "imbalance",
         "classes with few images are missed",
         f"{counts[commonest]:,} train images of {names[commonest]!r}, {counts[rarest]:,} of {names[rarest]!r};"
         f" recall on validation, the rarest first: {some(missed, most=5)}",
-        "collect more images of the rare classes, and look at accuracy by class (fromzero evaluate), not at the mean",
+        f"{remedy}; look at accuracy by class (fromzero evaluate), not of all images",
+        changes,
+        metric="val/balanced_accuracy",
     )
 
 

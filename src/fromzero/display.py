@@ -96,6 +96,7 @@ def _of_classes(training: Training) -> Iterator[str]:
         yield (
             f"{of_train[most]:,} train images of {names[most]!r}, {of_train[fewest]:,} of {names[fewest]!r}: to always"
             f" say {names[most]!r} is right for {share:.0%} of them"
+            + ("" if training.recipe.logit_adjustment else "; --logit-adjustment 1 trains for all classes alike")
         )
     if missing := [name for name, count in zip(names, of_validation, strict=True) if not count]:
         yield f"no validation image of {some(missing)}"

@@ -5,11 +5,17 @@ leaves with `exit_code`; nothing else is ever shown for bad input. Imports nothi
 """
 
 import errno
+import inspect
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import PurePath
+from typing import ParamSpec, TypeVar
 from unicodedata import category
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class FromzeroError(Exception):
@@ -59,6 +65,29 @@ class StoppedError(KeyboardInterrupt):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def checking_types(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which refuses what is of other types than its parameters' by an InputError that names them. What
+    can be made one without loss is, as numpy's numbers can."""
+    import pydantic  # which takes a while, and whoever asks for help needs none
+
+    checked = pydantic.validate_call(config=pydantic.ConfigDict(arbitrary_types_allowed=True))(function)
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature.bind(*args, **kwargs).arguments  # a TypeError where there is no such parameter
+        try:
+            return checked(*args, **kwargs)
+        except pydantic.ValidationError as error:
+            place = error.errors()[0]["loc"][0]
+            name = [*signature.parameters][place] if isinstance(place, int) else place
+            found, shown = type(given[name]).__name__, " ".join(repr(given[name]).split())
+            expected = function.__annotations__[name]
+            raise InputError(f"{name}: expected {expected}, found {found} {shown:.60}") from None
+
+    return call
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -83,6 +83,13 @@ class Outcomes(NamedTuple):
         """Share of images whose class was predicted."""
         return (self.predictions == self.labels).double().mean().item()
 
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean of the accuracies of all classes that have an image."""
+        counts = self.by_class(int(self.labels.max()) + 1)
+        recalls = [right / count for right, count in counts if count]
+        return sum(recalls) / len(recalls)
+
     def by_class(self, num_classes: int) -> list[tuple[int, int]]:
         """Of each class how many images were right, and how many there are."""
         right = self.labels[self.predictions == self.labels]

@@ -255,16 +255,23 @@ def study_command(run: Run, study: Path) -> str:
 
 def remedy_study(finding: Finding, recipe: Recipe, dataset: str | None = None) -> str:
     """The study that tests a finding's remedy, as `study_text` has it: the recipe as it is and remedied."""
-    claim = f"With {finding.changed} validation accuracy is higher than without (against {finding.name})."
-    return study_text(claim, recipe, {"as-it-is": {}, "remedied": finding.changes}, dataset, recipe.seed)
+    what = "the mean of the classes' validation accuracies" if "balanced" in finding.metric else "validation accuracy"
+    claim = f"With {finding.changed} {what} is higher than without (against {finding.name})."
+    arms = {"as-it-is": {}, "remedied": finding.changes}
+    return study_text(claim, recipe, arms, dataset, recipe.seed, finding.metric)
 
 
 def study_text(
-    claim: str, recipe: Recipe, arms: Mapping[str, Mapping[str, Any]], dataset: str | None, last_seed: int
+    claim: str,
+    recipe: Recipe,
+    arms: Mapping[str, Mapping[str, Any]],
+    dataset: str | None,
+    last_seed: int,
+    metric: str = "val/accuracy",
 ) -> str:
     """A study, as TOML beside the recipe of a run: arms that change it in these fields, with the same seeds, on
     held-out train images. dataset: where they are, if not where the recipe says; last_seed: up to which seeds were
-    seen, and so do not count for what was asked because of them."""
+    seen, and so do not count for what was asked because of them; metric: what is compared."""
     unseen = last_seed + 1
     common: dict[str, Any] = {"epochs": recipe.epochs}  # which an extension changes in the run's recipe
     if dataset is not None:
@@ -274,6 +281,7 @@ def study_text(
     return tomli_w.dumps(
         {
             "claim": claim,
+            "metric": metric,
             "base": "recipe.toml",
             "recipe": common,
             "arms": {name: dict(changes) for name, changes in arms.items()},

@@ -20,7 +20,7 @@ import pydantic
 import tomli_w
 from pydantic import Field
 
-from fromzero.errors import InputError, nearest
+from fromzero.errors import InputError, checking_types, nearest
 from fromzero.shipped import names_of, text_of
 
 Padding = Literal["same", "valid"]
@@ -280,6 +280,14 @@ class Recipe(_Part):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each label spread over all classes (Szegedy et al., 2016)"
     )
+    logit_adjustment: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="in training the outputs have this times the log of each class's share of the train images added:"
+        " with 1 the network learns to be right for all classes alike, however many images each has (Menon et al.,"
+        " 2021, arXiv:2007.07314); 0: off",
+    )
     ema_decay: float = Field(
         0.0,
         ge=0,
@@ -408,6 +416,7 @@ def recipe_purpose(name: str) -> str:
     return header.lstrip("# ").partition("\n")[0].removeprefix(f"{name}: ")
 
 
+@checking_types
 def load_recipe(source: str | Path) -> Recipe:
     """The built-in recipe of that name, or the recipe in that TOML file.
 

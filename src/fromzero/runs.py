@@ -37,6 +37,7 @@ from fromzero.errors import (
     InputError,
     ReadError,
     WriteError,
+    checking_types,
     command_line,
     is_passing,
     nearest,
@@ -402,6 +403,7 @@ def create_run(runs_dir: Path, name: str) -> Run:
     return Run(path)
 
 
+@checking_types
 def load_run(run: Run | str | Path, runs_dir: str | Path = "runs") -> Run:
     """The run at a path, or the one of that name under `runs_dir`; a run is itself. Raises InputError when there is
     none."""

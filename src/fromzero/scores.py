@@ -158,6 +158,7 @@ def _score(outcomes: Outcomes, class_names: Sequence[str]) -> dict[str, Any]:
         "images": images,
         "accuracy": outcomes.accuracy,
         "interval": wilson_interval(outcomes.accuracy, images),
+        "balanced_accuracy": outcomes.balanced_accuracy,
         "loss": outcomes.loss,
         "class_images": {name: count for name, (_, count) in zip(class_names, by_class, strict=True)},
         "recalls": {
@@ -181,7 +182,8 @@ def scores_text(record: Mapping[str, Any]) -> str:
         f"{name} {recall:.3f}{'' if each else f' (of {count:,})'}" if count else f"{name} no image"
         for (name, recall), count in zip(score["recalls"].items(), counts, strict=True)
     )
-    lines.append(f"  {'' if label == 'these' else f'{label} '}accuracy by class{each}: " + ", ".join(by_class))
+    mean = "" if each else f" (mean {score['balanced_accuracy']:.4f})"
+    lines.append(f"  {'' if label == 'these' else f'{label} '}accuracy by class{mean}{each}: " + ", ".join(by_class))
     if mistakes := record.get("mistakes"):
         more = f", the surest {LISTED} of {len(mistakes):,} (--json lists all)" if len(mistakes) > LISTED else ""
         lines.append(f"  mistakes, by the network or in the label{more}:")

@@ -18,7 +18,7 @@ from torch import Tensor
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, Images, ImageSet, load_images, split_name, split_recorded
-from fromzero.errors import FromzeroError, InputError, WriteError, counted, some
+from fromzero.errors import FromzeroError, InputError, WriteError, checking_types, counted, some
 from fromzero.files import csv_text
 from fromzero.machine import Machine
 from fromzero.optim import learning_rate_at
@@ -35,7 +35,7 @@ from fromzero.training import Training
 
 
 def train(
-    recipe: Recipe | str, images: ImageSet | None = None, *, runs_dir: str | Path = "runs", **options: Any
+    recipe: Recipe | str | Path, images: ImageSet | None = None, *, runs_dir: str | Path = "runs", **options: Any
 ) -> Run:
     """Train a network and return its run folder.
 
@@ -57,15 +57,16 @@ def resume(run: Run | str | Path, **options: Any) -> Run:
     return training.run
 
 
+@checking_types
 def new_training(
-    recipe: Recipe | str,
+    recipe: Recipe | str | Path,
     images: ImageSet | None = None,
     *,
     runs_dir: str | Path = "runs",
     name: str | None = None,
     start_from: Run | str | Path | None = None,
     partial: bool = False,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     threads: int | None = None,
     checkpoint_minutes: float | None = None,
     keep: int = 2,
@@ -79,7 +80,7 @@ def new_training(
     does not fit.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    images = images or load_images(recipe.dataset)
+    images = load_images(recipe.dataset) if images is None else images
     recipe = recipe.override({"dataset": _dataset_of(recipe, images)})
     check_image_set(recipe, images)
     names = images.class_names
@@ -88,7 +89,7 @@ def new_training(
             f"{images.source}: class_names: expected texts that differ, found {some(list(map(repr, names)))}"
         )
     _check_start(keep, checkpoint_minutes)
-    here = machine.prepare(recipe.precision, device=device, threads=threads)
+    here = machine.prepare(recipe.precision, device=str(device), threads=threads)
     data = Data.of(recipe, images, here.device)
     _check_memory(recipe, data, here, "make the batch (--batch-size), the images or the network smaller")
     state = initial_state(recipe, data, here)
@@ -276,6 +277,7 @@ def _weights_for(images: ImageSet, found: Checkpoint, source: Run, *, partial: b
     )
 
 
+@checking_types
 def resumed_training(
     run: Run | str | Path,
     images: ImageSet | None = None,
@@ -283,7 +285,7 @@ def resumed_training(
     runs_dir: str | Path = "runs",
     epochs: int | None = None,
     allow_inexact: bool = False,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     threads: int | None = None,
     data_dir: str | Path | None = None,
     offline: bool = False,
@@ -308,7 +310,7 @@ def resumed_training(
         images = recorded_images(run, images, data_dir=data_dir, offline=offline)
         here = machine.prepare(
             recorded["precision"] if recipe.precision == "auto" else recipe.precision,
-            device=device or recorded["device"],
+            device=str(device or recorded["device"]),
             threads=recorded["threads"] if threads is None else threads,
         )
         differences = [*here.differences(recorded), *other_switches(run.provenance)]

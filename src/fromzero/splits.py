@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,13 @@ class Data:
         """(height, width, channels)."""
         height, width, channels = self.train.pixels.shape[1:]
         return height, width, channels
+
+    @cached_property
+    def log_shares(self) -> Tensor:
+        """The log of each class's share of the train images, float32 (classes,); a class without one counts as having
+        one."""
+        counts = self.train.labels.bincount(minlength=self.num_classes).clamp(min=1)
+        return (counts / counts.sum()).log()
 
     @property
     def validation_digest(self) -> str:

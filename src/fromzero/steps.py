@@ -39,22 +39,25 @@ def initial_state(recipe: Recipe, data: Data, here: Machine) -> State:
 class Batch(NamedTuple):
     """What a step is made of: normalised images (B, C, H, W); labels int64 (B,), of mixed images those of the larger
     part; `share`, its size over that of a full batch, below 1 for an epoch's last one; of mixed images the share of
-    each class in them, float32 (B, classes)."""
+    each class in them, float32 (B, classes); what logit adjustment adds to the outputs in the loss, float32
+    (classes,)."""
 
     images: Tensor
     labels: Tensor
     share: float = 1.0
     targets: Tensor | None = None
+    adjustment: Tensor | None = None
 
     def take(self, places: Tensor) -> Batch:
         """The images at `places`, in that order; as a batch it counts as before."""
         targets = None if self.targets is None else self.targets[places]
-        return Batch(self.images[places], self.labels[places], self.share, targets)
+        return self._replace(images=self.images[places], labels=self.labels[places], targets=targets)
 
-    def loss(self, logits: Tensor, label_smoothing: float) -> Tensor:
-        """The mean cross-entropy (nats) of logits (B, classes)."""
+    def loss(self, logits: Tensor, label_smoothing: float, reduction: str = "mean") -> Tensor:
+        """The cross-entropy (nats) of logits (B, classes): the mean, or with the reduction "none" of each image."""
         targets = self.labels if self.targets is None else self.targets
-        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        adjusted = logits if self.adjustment is None else logits + self.adjustment
+        return F.cross_entropy(adjusted, targets, label_smoothing=label_smoothing, reduction=reduction)
 
 
 def batch_at(data: Data, indices: Tensor, recipe: Recipe, epoch: int, step: int, progress: float) -> Batch:
@@ -64,7 +67,8 @@ def batch_at(data: Data, indices: Tensor, recipe: Recipe, epoch: int, step: int,
     if augmentation.scales and progress < augmentation.scale_epochs:
         pixels = augment.scaled(pixels, augmentation.scale)
     images = augment.cut_out(data.normalise(pixels), augmentation, seed, step)
-    return Batch(images, data.train.labels[indices])
+    adjustment = recipe.logit_adjustment * data.log_shares if recipe.logit_adjustment else None
+    return Batch(images, data.train.labels[indices], adjustment=adjustment)
 
 
 def mixed(batch: Batch, num_classes: int, recipe: Recipe, step: int) -> Batch:
@@ -138,7 +142,7 @@ def hardest(
     proxy.model.weigh_batch(batch.share)
     with torch.no_grad(), machine.autocast():
         logits = proxy.model(batch.images)
-    losses = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing, reduction="none")
+    losses = batch.loss(logits.float(), recipe.label_smoothing, reduction="none")
     count = max(1, round(recipe.hardest * len(batch.labels)))
     chosen = losses.argsort(descending=True, stable=True)[:count].sort().values
     if proxy.counters.step % PROXY_EVERY == 0:

@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fromzero import checkpoint, machine, networks
 from fromzero.checkpoint import Checkpoint
 from fromzero.data import NAMED, Images, ImageSet, load_images, split_name, split_recorded
-from fromzero.errors import FromzeroError, InputError, NonFiniteError, command_line, counted, nearest, some
+from fromzero.errors import (
+    FromzeroError,
+    InputError,
+    NonFiniteError,
+    checking_types,
+    command_line,
+    counted,
+    nearest,
+    some,
+)
 from fromzero.evaluate import Normalise, evaluate, outputs, predict
 from fromzero.machine import Machine
 from fromzero.modules import Network
@@ -220,6 +230,7 @@ class Trained(NamedTuple):
         return {"epoch": 0, "step": 0, "learning_rate": rate, "time/seconds": 0.0, **scores, **running}
 
 
+@checking_types
 def load_trained(
     run: Run | str | Path,
     which: str = "last",
@@ -227,7 +238,7 @@ def load_trained(
     runs_dir: str | Path = "runs",
     images: ImageSet | None = None,
     precision: str | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     threads: int | None = None,
     data_dir: str | Path | None = None,
     offline: bool = False,
@@ -276,10 +287,10 @@ class Classifier(NamedTuple):
         """What `predict` makes probabilities of, float32 (N, classes). Raises NonFiniteError."""
         return outputs(self.network, pixels, self.normalise, self.machine)
 
-    def predict(self, pixels: Tensor | np.ndarray, views: str = "none") -> Tensor:
+    def predict(self, pixels: Tensor | ArrayLike, views: str = "none") -> Tensor:
         """Probabilities float32 (N, classes) of pixels uint8 (N, H, W, C), a tensor or an array, as `evaluate.predict`
         has them. Raises InputError for others, NonFiniteError."""
-        pixels = torch.from_numpy(np.array(pixels)) if isinstance(pixels, np.ndarray) else pixels
+        pixels = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.array(pixels))
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != self.image_shape or not len(pixels):
             found = f"{str(pixels.dtype).removeprefix('torch.')} {tuple(pixels.shape)}"
             expected = f"uint8 (N, {', '.join(map(str, self.image_shape))})"
@@ -287,13 +298,14 @@ class Classifier(NamedTuple):
         return predict(self.network, pixels.to(self.machine.device), self.normalise, self.machine, views)
 
 
+@checking_types
 def load_classifier(
     run: Run | str | Path,
     which: str = "last",
     *,
     runs_dir: str | Path = "runs",
     precision: str | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     threads: int | None = None,
 ) -> Classifier:
     """A run's network with its `last` or `best` weights and what it needs to look at pictures; the images that it was
@@ -313,11 +325,11 @@ def load_classifier(
     return Classifier(run, network, found, normalise, (height, width, channels), tuple(recorded["classes"]), here)
 
 
-def _machine(run: Run, precision: str | None, device: str, threads: int | None) -> Machine:
+def _machine(run: Run, precision: str | None, device: str | torch.device, threads: int | None) -> Machine:
     """As the run was computed, but for what is asked. Raises InputError for what is no precision or device."""
     if precision not in (None, "auto", "bfloat16", "float32"):
         raise InputError(f"precision {precision!r}: auto, bfloat16 or float32")
-    return machine.prepare(precision or run.provenance["machine"]["precision"], device=device, threads=threads)
+    return machine.prepare(precision or run.provenance["machine"]["precision"], device=str(device), threads=threads)
 
 
 def load_network(

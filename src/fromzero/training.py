@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fromzero import checkpoint
@@ -154,7 +153,7 @@ class Training:
         batch = mixed(batch, self.images.num_classes, self.recipe, counters.step)
         made = train_step(self.state, batch, rate, self.recipe, progress, self.machine)
         if self.state.losses is not None:
-            self.state.losses[indices] = F.cross_entropy(made.logits, batch.labels, reduction="none")
+            self.state.losses[indices] = batch.loss(made.logits, label_smoothing=0.0, reduction="none")
         counters.step += 1
         self.state.update_average(self.recipe.ema_decay)
         counters.running_loss += made.loss * len(indices)
@@ -181,6 +180,7 @@ class Training:
         }
         for split, outcome in outcomes.items():
             row |= {f"{split}/loss": outcome.loss, f"{split}/accuracy": outcome.accuracy}
+        row["val/balanced_accuracy"] = outcomes["val"].balanced_accuracy
         return row | {"time/seconds": round(counters.seconds, 3)}
 
     def _evaluated(self, what: str, subset: Subset, between: Callable[[], None]) -> Outcomes:

@@ -14,7 +14,7 @@ from pathlib import Path
 from fromzero.data.cifar import is_cifar, load_cifar, load_cifar10
 from fromzero.data.digits import load_digits
 from fromzero.data.images import NAMED, Images, ImageSet, stratified_folds, stratified_split
-from fromzero.errors import InputError, nearest
+from fromzero.errors import InputError, checking_types, nearest
 
 __all__ = [
     "NAMED",
@@ -47,6 +47,7 @@ def split_recorded(name: str, source: str) -> tuple[str, str]:
     return (part[1], part[2]) if part else (name, "")
 
 
+@checking_types
 def load_images(
     dataset: str | Path = "cifar10", *, data_dir: str | Path | None = None, offline: bool = False
 ) -> ImageSet:

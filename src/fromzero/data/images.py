@@ -96,14 +96,14 @@ class ImageSet:
     def of(
         cls,
         class_names: Sequence[str],
-        train: tuple[ArrayLike, ArrayLike],
-        test: tuple[ArrayLike, ArrayLike],
-        validation: tuple[ArrayLike, ArrayLike] | None = None,
+        train: Images | tuple[ArrayLike, ArrayLike],
+        test: Images | tuple[ArrayLike, ArrayLike],
+        validation: Images | tuple[ArrayLike, ArrayLike] | None = None,
         name: str = "arrays",
     ) -> ImageSet:
-        """Of arrays: pixels (N, H, W, C) as bytes, labels (N,) as places in class_names. Raises InputError for pixels
-        that are none: who has shares from 0 to 1 multiplies by 255 and rounds."""
-        one, two, own = _images(*train), _images(*test), None if validation is None else _images(*validation)
+        """Of arrays, or of images of another set: pixels (N, H, W, C) as bytes, labels (N,) as places in class_names.
+        Raises InputError for pixels that are none: who has shares from 0 to 1 multiplies by 255 and rounds."""
+        one, two, own = _images(train), _images(test), None if validation is None else _images(validation)
         fingerprints = {"train": one.fingerprint(), "test": two.fingerprint()}
         if own is not None:
             fingerprints["validation"] = own.fingerprint()
@@ -161,8 +161,9 @@ class ImageSet:
         return len(self.class_names)
 
 
-def _images(pixels: ArrayLike, labels: ArrayLike) -> Images:
+def _images(of: Images | tuple[ArrayLike, ArrayLike]) -> Images:
     """Images of what can be made arrays of bytes and of whole numbers without loss. Raises InputError."""
+    pixels, labels = (of.pixels, of.labels) if isinstance(of, Images) else of
     of_pixels, of_labels = np.asarray(pixels), np.asarray(labels)
     if of_pixels.dtype != np.uint8 or of_pixels.ndim != 4 or of_labels.dtype.kind not in "iu":
         found = f"{of_pixels.dtype} {of_pixels.shape} with labels {of_labels.dtype}"

@@ -11,8 +11,8 @@ from fromzero import stats
 from fromzero.errors import some
 from fromzero.runs import Run
 from fromzero.stats import Comparison
-from fromzero.study.definition import METRICS, SETTING, TUNING_SEEDS_FROM, Contrast, figure, unit
-from fromzero.study.results import ContrastResult, Result, metric_of
+from fromzero.study.definition import SETTING, TUNING_SEEDS_FROM, Contrast, figure, unit
+from fromzero.study.results import ContrastResult, Result, metrics_of
 
 
 def answer(result: Result) -> list[str]:
@@ -93,7 +93,7 @@ def _compared(found: ContrastResult) -> dict[str, Any]:
 def _figures(run: Run) -> dict[str, Any]:
     last, summary = run.metrics()[-1], run.summary or {}
     others = ("best/val/accuracy", "test/accuracy", "test/loss", "time/seconds")
-    return {key: metric_of(last, key) for key in METRICS} | {key: summary[key] for key in others}
+    return metrics_of(last) | {key: summary[key] for key in others}
 
 
 def sentence(found: ContrastResult, comparisons: int, unused_seed: int) -> str:

@@ -25,6 +25,7 @@ from fromzero.stats import Direction
 
 METRICS = {  # what a row of metrics records, and what follows from it: key → whether it is a share (shown in points)
     "val/accuracy": True,
+    "val/balanced_accuracy": True,  # the mean of the classes' accuracies
     "val/loss": False,
     "train/accuracy": True,
     "train/loss": False,

@@ -417,10 +417,17 @@ def _are_same(pair: tuple[Arm, Arm], other: tuple[Arm, Arm]) -> bool:
 
 
 def metric_of(row: Row, metric: str) -> float:
-    """A metric of one epoch."""
+    """A metric of one epoch. Raises FromzeroError where a run of an earlier fromzero has not recorded it."""
     if metric == "generalisation_gap":
         return float(row["train/accuracy"] - row["val/accuracy"])
+    if metric not in row:
+        raise FromzeroError(f"{metric}: an earlier fromzero did not record it; train anew to have it")
     return float(row[metric])
+
+
+def metrics_of(row: Row) -> dict[str, float]:
+    """All metrics of one epoch; of an earlier fromzero's those that it recorded."""
+    return {metric: metric_of(row, metric) for metric in METRICS if metric in row or metric == "generalisation_gap"}
 
 
 def _arm_result(
@@ -493,7 +500,7 @@ def _contrasts(study: Study, arms: dict[str, ArmResult]) -> tuple[ContrastResult
 def _trained_alike(one: ArmResult, two: ArmResult, seeds: Sequence[int]) -> bool:
     """Whether all epochs of both runs of each of these pairs have the same figures."""
     rows = ([row for seed in seeds for row in arm.runs[seed].metrics()] for arm in (one, two))
-    ours, theirs = ([[metric_of(row, metric) for metric in METRICS] for row in of] for of in rows)
+    ours, theirs = ([metrics_of(row) for row in of] for of in rows)
     return ours == theirs
 
 
