@@ -13,7 +13,6 @@ from fromzero.data import ImageSet
 from fromzero.errors import counted, printable
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.recipe import Recipe
-from fromzero.runs import Run
 from fromzero.stats import FEW_FOR_VALIDATION, fewest_pairs, widest_error
 from fromzero.study.cells import Cell
 from fromzero.study.execution import Execution
@@ -121,7 +120,7 @@ class _Progress:
         head = f"[{self.ended}/{len(self.work)}] {cell.name}"
         if event.kind == "failed":
             return f"{head}  failed: {event.text}"
-        summary = Run(cell.path).summary or {}
+        summary = cell.run.summary or {}
         return (
             f"{head}  train {summary['train/accuracy']:.4f}  val {summary['val/accuracy']:.4f}"
             f"  {duration(summary['time/seconds'])}  {self.time_left}"

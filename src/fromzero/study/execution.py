@@ -34,7 +34,6 @@ from fromzero.networks import build
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.records import damage, read_object
 from fromzero.resources import num_threads
-from fromzero.runs import Run
 from fromzero.splits import check_image_set
 from fromzero.study.cells import Cell, Setting, cells_of, differences, is_finished, trials_of
 from fromzero.study.definition import Arm, Study, load_study
@@ -127,7 +126,8 @@ class Execution:
                         answered = now
                         self._describe(before.model_copy(update={"answered": answered}))
                     yield event
-                if self.keep_weights and (gone := sum(not Run(c.path).checkpoints.exists() for c in self._ended())):
+                ended = [cell.run for cell in self.cells if cell.run.summary is not None] if self.keep_weights else []
+                if gone := sum(not run.checkpoints.exists() for run in ended):
                     text = f"of {counted(gone, 'run')} that had ended before no weights are left to keep; who needs"
                     text += f" them removes their folders from {self.folder / 'cells'}, and does this again"
                     yield Event("note", self.cells[0], text=text)
@@ -213,9 +213,6 @@ class Execution:
             changed = dict.fromkeys([*before.changed, *(part for part, differs in parts.items() if differs)])
             described = described.model_copy(update={"answered": before.answered, "changed": tuple(changed)})
         return described
-
-    def _ended(self) -> list[Cell]:
-        return [cell for cell in self.cells if Run(cell.path).summary is not None]
 
     def _describe(self, description: Description) -> None:
         write_atomically(self.folder / "study.toml", self.study.text.encode())
@@ -360,7 +357,7 @@ def sweep(study: Study, folder: Path, fingerprints: Mapping[str, str]) -> Sweep:
     for cell in trials_of(study, folder):
         assert study.tuning is not None
         value = cell.recipe.fields()[study.tuning.field]
-        run, score = Run(cell.path), None
+        run, score = cell.run, None
         if (run.path / "recipe.toml").is_file() and not differences(cell, fingerprints):
             score = None if run.summary is None else float(run.summary["val/accuracy"])
         scores.setdefault(cell.arm, {}).setdefault(value, []).append(score)

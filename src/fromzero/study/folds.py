@@ -160,7 +160,7 @@ def _judged(found: CrossValidation) -> tuple[np.ndarray, np.ndarray]:
     fold = np.zeros(len(images.train), np.int64)
     probabilities = np.zeros((len(images.train), images.num_classes), np.float32)
     for number, cell in enumerate(found.cells, 1):
-        trained = load_trained(Run(cell.path), images=images, device=setting.device, threads=setting.threads)
+        trained = load_trained(cell.run, images=images, device=setting.device, threads=setting.threads)
         data = trained.data
         assert data.held is not None
         said = predict(trained.network, data.validation.pixels, data.normalise, trained.machine)

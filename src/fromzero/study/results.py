@@ -429,7 +429,7 @@ def _arm_result(
     runs, failed = {}, {}
     network = cells[0].recipe.network  # of the tuned value, where there is one
     for cell in cells:
-        run = Run(cell.path)
+        run = cell.run
         if cell.name in failures:
             failed[cell.name] = failures[cell.name]
         is_swept = value is not None or not ran.tuned
