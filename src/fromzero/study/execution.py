@@ -107,7 +107,7 @@ class Execution:
         return replace(cell, recipe=cell.recipe.override({"dataset": self.setting.dataset}))
 
     def __iter__(self) -> Iterator[Event]:
-        with alone_in(self.folder, "carries this study out"):
+        with alone_in(self.folder, "carries this study out", self.command):
             before = self._before()
             self._describe(before)
             began, answered = time.monotonic(), before.answered
@@ -131,10 +131,6 @@ class Execution:
                     text = f"of {counted(gone, 'run')} that had ended before no weights are left to keep; who needs"
                     text += f" them removes their folders from {self.folder / 'cells'}, and does this again"
                     yield Event("note", self.cells[0], text=text)
-            except StoppedError as stopped:
-                number = stopped.exit_code - 128
-                message = f"stopped; every run is saved; go on with: {self.command}"
-                raise StoppedError(message, number) from None
             finally:
                 seconds = round(before.seconds + time.monotonic() - began, 1)
                 self._describe(before.model_copy(update={"seconds": seconds, "answered": answered}))
@@ -311,9 +307,9 @@ def jobs_and_threads(jobs: int | None, threads: int | None, on_gpu: bool, cells:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, doing: str) -> Iterator[None]:
+def alone_in(folder: Path, doing: str, command: str) -> Iterator[None]:
     """Make that folder and hold the right to write to it. Raises FromzeroError where another process holds it, which is
-    said to be `doing` that."""
+    said to be `doing` that; StoppedError, with the `command` that goes on, where what is done in it was stopped."""
     lock = filelock.FileLock(folder / "lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -326,6 +322,9 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
         raise InputError(f"{folder}: files cannot be locked there; name another --runs-dir") from None
     try:
         yield
+    except StoppedError as stopped:
+        message = f"stopped; every run is saved; go on with: {command}"
+        raise StoppedError(message, stopped.exit_code - 128) from None
     finally:
         lock.release()
 
