@@ -557,7 +557,7 @@ def _study(arguments: argparse.Namespace) -> None:
     study = load_study(arguments.STUDY, arguments.scale, seeds=arguments.seeds, first_seed=arguments.first_seed)
     from fromzero.study import page
     from fromzero.study.answers import answer, record
-    from fromzero.study.display import study_header, watch_study
+    from fromzero.study.display import study_header, watch_cells
     from fromzero.study.execution import PICTURE, RESULT, prepare_study
     from fromzero.study.results import read_result
     from fromzero.terminal import lasting_console, say
@@ -566,7 +566,7 @@ def _study(arguments: argparse.Namespace) -> None:
     execution = prepare_study(study, place=arguments.on, **_options(arguments, *names))
     console = lasting_console()
     say(console, study_header(execution))
-    watch_study(execution, console)
+    watch_cells(study.name, [*execution.trials, *execution.cells], execution.images, execution, console)
     result = read_result(execution.folder)
     page.draw_result(result, execution.folder / PICTURE)
     write_json(execution.folder / RESULT, finite(record(result)), alone=False)

@@ -64,11 +64,6 @@ def study_header(execution: Execution) -> str:
     return "\n".join(lines)
 
 
-def watch_study(execution: Execution, console: Console) -> None:
-    """Carry a study out, showing how it goes. Raises what carrying it out raises."""
-    watch_cells(execution.study.name, [*execution.trials, *execution.cells], execution.images, execution, console)
-
-
 def watch_cells(name: str, cells: Sequence[Cell], images: ImageSet, events: Iterable[Event], console: Console) -> None:
     """Show what happens to cells. Raises what `events` raises."""
     progress = _Progress(cells, images)
