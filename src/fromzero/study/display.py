@@ -45,7 +45,7 @@ def study_header(execution: Execution) -> str:
     setting_in_words = study.setting(execution.images.validation is not None)
     lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {setting_in_words}")
     lines += [f"  note: {note}" for note in execution.images.notes]
-    held_out, count = _num_validation(next(iter(study.arms.values())).recipe, execution.images)
+    held_out, count = _num_validation(study.first.recipe, execution.images)
     if count < FEW_FOR_VALIDATION:
         lines.append(
             f"  note: {'about ' * bool(held_out)}{counted(count, 'validation image')}, which give an accuracy to"

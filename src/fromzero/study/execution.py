@@ -260,7 +260,7 @@ def prepare_study(
         "--offline": offline,
         "--keep-weights": keep_weights,
     }
-    dataset = next(iter(study.arms.values())).recipe.dataset
+    dataset = study.first.recipe.dataset
     stem, asked = split_name(dataset)
     if stem not in NAMED and not os.path.exists(stem) and (data_dir is not None or os.path.isabs(stem)):
         if data_dir is None:
