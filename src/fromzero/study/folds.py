@@ -22,7 +22,7 @@ import torch
 
 from fromzero.changes import DATA_FIELDS, in_words
 from fromzero.data import ImageSet, stratified_folds
-from fromzero.errors import FromzeroError, InputError, command_line, counted, options_typed, some
+from fromzero.errors import FromzeroError, InputError, command_line, counted, one_line, options_typed, some
 from fromzero.evaluate import predict
 from fromzero.files import csv_text, write_atomically, write_json
 from fromzero.findings import images_of
@@ -233,7 +233,7 @@ def fold_text(found: CrossValidation, result: Mapping[str, Any]) -> str:
         moved = [] if found.data_dir is None else ["--data-dir", str(found.data_dir)]
         lines.append(f"  pictures of these: {command_line('fromzero', 'report', found.run.path, *moved)}")
         lines.append("  mend labels in a copy of the pictures: the run needs its own as they are")
-    return "\n".join(line.replace("\n", "\\n") for line in lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _of_recipe(run: Run) -> str:
