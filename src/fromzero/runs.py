@@ -47,8 +47,8 @@ from fromzero.records import (
     FIGURES,
     ROW_KEYS,
     SUMMARY_KEYS,
-    CrossValidation,
     Diagnosis,
+    FoldResult,
     Provenance,
     is_figure,
     read_object,
@@ -213,7 +213,7 @@ class Run:
         if not path.exists():
             return None
         mend = f"remove it, or write it anew: {command_line('fromzero', 'cross-validate', self.path)}"
-        return read_record(path, CrossValidation, mend)
+        return read_record(path, FoldResult, mend)
 
     def cross_validated(self, epochs: int) -> dict[str, Any] | None:
         """The same of trainings like this one after so many epochs: not of a run that began with other weights or was
