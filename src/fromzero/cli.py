@@ -461,13 +461,13 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.report import report
-        from fromzero.runs import check_named, write_named
+        from fromzero.runs import Run, check_named, write_named
         from fromzero.trained import proposing_others
 
     trained = _trained(arguments)
     _check_whole(trained)
     path = arguments.FILE or trained.run.path
-    if (path / "recipe.toml").is_file() and not path.samefile(trained.run.path):
+    if Run(path).is_there and not path.samefile(trained.run.path):
         raise InputError(f"{path} is another run; a page is about one: {command_line('fromzero', 'report', path)}")
     path = path / "report.html" if path.is_dir() else path
     check_named(path, ".html", ".htm")

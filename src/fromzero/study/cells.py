@@ -113,7 +113,7 @@ def train_cell(
 ) -> Iterator[float]:
     """Train a cell to its end, yielding the share that is done, first that from before. Raises what a training raises;
     StoppedError when asked to stop, the cell saved. `note` is told what a user should know."""
-    if (cell.path / "recipe.toml").is_file():
+    if cell.run.is_there:
         _wait_for_writer(cell.run)
     if not _is_trained(cell, images):
         with closing(_begun(cell, images, setting, note)) as training:
@@ -142,12 +142,12 @@ def read_outcomes(run: Run) -> np.ndarray | None:
 
 def _is_trained(cell: Cell, images: ImageSet) -> bool:
     """Whether the cell's run has ended, with this recipe, these images and this start."""
-    return (cell.path / "recipe.toml").is_file() and not _why_anew(cell, images) and cell.run.has_ended()
+    return cell.run.is_there and not _why_anew(cell, images) and cell.run.has_ended()
 
 
 def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str], None]) -> Training:
     """The cell's training, gone on with where that can be done exactly, else new."""
-    if (cell.path / "recipe.toml").is_file():
+    if cell.run.is_there:
         if reasons := _why_anew(cell, images):
             note(f"{cell.name}: {'; '.join(reasons)}: trained anew, the old run is {_set_aside(cell)}")
         else:
@@ -162,7 +162,7 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
         shutil.rmtree(cell.path)
     elif cell.path.exists():
         note(f"{cell.name}: what was there is no run: it is {_set_aside(cell)} now")
-    if cell.after is not None and not ((cell.after / "recipe.toml").is_file() and Run(cell.after).summary):
+    if cell.after is not None and not (Run(cell.after).is_there and Run(cell.after).summary):
         raise FromzeroError(f"{cell.after.name}, from whose weights it starts, has not ended")
     return sessions.new_training(
         cell.recipe,

@@ -357,7 +357,7 @@ def sweep(study: Study, folder: Path, fingerprints: Mapping[str, str]) -> Sweep:
         assert study.tuning is not None
         value = cell.recipe.fields()[study.tuning.field]
         run, score = cell.run, None
-        if (run.path / "recipe.toml").is_file() and not differences(cell, fingerprints):
+        if run.is_there and not differences(cell, fingerprints):
             score = None if run.summary is None else float(run.summary["val/accuracy"])
         scores.setdefault(cell.arm, {}).setdefault(value, []).append(score)
     return scores

@@ -433,7 +433,7 @@ def _arm_result(
         if cell.name in failures:
             failed[cell.name] = failures[cell.name]
         is_swept = value is not None or not ran.tuned
-        if not is_swept or not (run.path / "recipe.toml").is_file():
+        if not is_swept or not run.is_there:
             continue
         if reasons := differences(cell, ran.fingerprints):
             failed[cell.name] = f"{'; '.join(reasons)}; the same command trains it anew"
