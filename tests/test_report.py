@@ -43,9 +43,9 @@ def test_confusions_mistakes_and_loss():
 
 def test_calibration_is_the_distance_of_confidence_and_accuracy():
     bins, error = calibration(THREE)
-    assert [one.images for one in bins] == [0] * 6 + [2, 0, 1, 2]
-    assert bins[6].confidence == pytest.approx(0.6)
-    assert bins[6].accuracy == 0.5
+    assert [(one.low, one.images) for one in bins] == [(0.6, 2), (0.8, 1), (0.9, 2)]
+    assert bins[0].confidence == pytest.approx(0.6)
+    assert bins[0].accuracy == 0.5
     assert error == pytest.approx((2 * 0.1 + 0.2 + 2 * abs(0.92 - 0.5)) / 5)
     assert calibration(scored([0, 0], [[1.0, 0.0], [1.0, 0.0]]))[1] == 0
 

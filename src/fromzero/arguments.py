@@ -146,7 +146,9 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     resume = add_of_run("resume", "continue a stopped run, bit for bit; or extend one with --epochs")
     resume.add_argument("--epochs", type=_count, help="a new total of epochs")
     resume.add_argument("--allow-inexact", action="store_true", help="go on even if the machine differs")
-    _add_shared(resume, "runs", "data", "machine", "saving", "tensorboard")
+    recorded = "as recorded"
+    _add_shared(resume, "runs", "data", "machine", "saving", "tensorboard", device=recorded, threads=recorded)
+    resume.set_defaults(device=None)
 
     evaluate = add_of_run("evaluate", "score a run's weights again, on its own images or on others")
     evaluate.add_argument("FOLDER", nargs="?", type=_path, help="pictures to score it on, one folder for each class")
@@ -188,7 +190,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     )
     cross_validate.add_argument("--folds", type=_count, default=5, metavar="K", help="as many parts and networks (5)")
     cross_validate.add_argument("--jobs", type=_count, metavar="N", help="runs at a time (one a core; one on a GPU)")
-    _add_shared(cross_validate, "runs", "data", "machine")
+    _add_shared(cross_validate, "runs", "data", "machine", threads="one a run")
 
     report = add_of_run("report", "write a page about a run: curves, findings, confusions, surest mistakes")
     report.add_argument(
@@ -221,7 +223,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     study.add_argument("--tune", action="store_true", help="first find each arm's best rate, with equal budgets")
     study.add_argument("--on", choices=("local", "ray"), default="local", help="where the runs train (local)")
     study.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of runs that have ended")
-    _add_shared(study, "runs", "data", "machine")
+    _add_shared(study, "runs", "data", "machine", threads="one a run")
 
     lessons = add("lessons", "list the notes' lessons and your own studies, with their verdicts so far")
     lessons.add_argument("STUDY", nargs="*", help="only these, by name")
@@ -283,21 +285,20 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_shared(command: argparse.ArgumentParser, *groups: str) -> None:
+def _add_shared(
+    command: argparse.ArgumentParser,
+    *groups: str,
+    device: str = "cuda where there is one",
+    threads: str = "one a core",
+) -> None:
+    """Options of these groups; device, threads: in words, what they are where they are not given."""
     if "runs" in groups:
         command.add_argument("--runs-dir", type=_path, default=Path("runs"), help="where run folders are kept (runs)")
     if "data" in groups:
         command.add_argument("--data-dir", type=_path, help="where CIFAR-10 is, or where a run's images are now")
         command.add_argument("--offline", action="store_true", help="never download")
     if "machine" in groups:
-        of_old = command.prog.endswith("resume")
-        default = "as recorded" if of_old else "{}"
-        command.add_argument(
-            "--device",
-            default=None if of_old else "auto",
-            help=f"cpu, cuda or cuda:N ({default.format('cuda where there is one')})",
-        )
-        threads = "one a run" if command.prog.endswith(("study", "cross-validate")) else default.format("one a core")
+        command.add_argument("--device", default="auto", help=f"cpu, cuda or cuda:N ({device})")
         command.add_argument("--threads", type=_count, help=f"CPU threads ({threads})")
     if "saving" in groups:
         command.add_argument(

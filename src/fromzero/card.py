@@ -84,12 +84,14 @@ def _accuracies(classifier: Classifier) -> list[str]:
     seeds = "Of one training: another seed would differ."
     if last_machine(provenance)["precision"] != "float32":
         seeds += " Scored in bfloat16; the model computes in float32, which may change what it says of a few images."
+    of_test, of_validation = (
+        f" ({doubt})" * bool(doubt) for doubt in (run.doubt_of("test"), run.doubt_of("validation"))
+    )
     if run.recipe.validation.source == "test":
         watched = "training was watched by the same images"
         if classifier.checkpoint.file.stem == "best":
             watched = "these weights were chosen by the same images, so it flatters"
-        doubt = f" ({run.doubt_of('test')})" * bool(run.doubt_of("test"))
-        return [f"Test images: {_with_interval(row['val/accuracy'], count)}; {watched}{doubt}.", train, seeds]
+        return [f"Test images: {_with_interval(row['val/accuracy'], count)}; {watched}{of_test}.", train, seeds]
     test, by_class = "not recorded of these weights; `fromzero evaluate` scores them", {}
     if run.summary is not None and run.summary["epoch"] == row["epoch"]:
         test = _with_interval(run.summary["test/accuracy"], count)
@@ -97,9 +99,6 @@ def _accuracies(classifier: Classifier) -> list[str]:
     if ends := run.earlier_ends:
         test += f". They were scored before, after epoch {', '.join(map(str, ends))}, and the run was extended then"
     chosen = ", by which these weights were chosen" if classifier.checkpoint.file.stem == "best" else ""
-    of_test, of_validation = (
-        f" ({doubt})" * bool(doubt) for doubt in (run.doubt_of("test"), run.doubt_of("validation"))
-    )
     validation = f"Validation images: {row['val/accuracy']:.4f}{chosen}{of_validation}."
     return [f"Test images: {test}{of_test}.", *_by_class(by_class), validation, train, seeds]
 

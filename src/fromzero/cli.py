@@ -161,10 +161,8 @@ def _train(arguments: argparse.Namespace) -> None:
     training = new_training(
         recipe,
         images,
-        runs_dir=arguments.runs_dir,
         start_from=getattr(arguments, "from"),
-        partial=arguments.partial,
-        **_machine_options(arguments),
+        **_options(arguments, "runs_dir", "partial", "device", "threads", "keep", "checkpoint_minutes"),
     )
     origin = training.run.provenance["from"] or {}
     if origin:
@@ -195,14 +193,8 @@ def _resume(arguments: argparse.Namespace) -> None:
 
     run = load_run(arguments.RUN, arguments.runs_dir)
     before, num_rows = run.recipe, len(run.metrics())
-    training = sessions.resumed_training(
-        run,
-        epochs=arguments.epochs,
-        allow_inexact=arguments.allow_inexact,
-        data_dir=arguments.data_dir,
-        offline=arguments.offline,
-        **_machine_options(arguments),
-    )
+    names = ("epochs", "allow_inexact", "data_dir", "offline", "device", "threads", "keep", "checkpoint_minutes")
+    training = sessions.resumed_training(run, **_options(arguments, *names))
     if training.recipe.epochs != before.epochs:
         step = training.state.counters.step
         note = sessions.extension_note(before, training.recipe, step, training.timetable)
@@ -303,14 +295,8 @@ def _classifier(arguments: argparse.Namespace) -> Classifier:
     with _importing():
         from fromzero.trained import load_classifier
 
-    return load_classifier(
-        arguments.RUN,
-        arguments.checkpoint,
-        runs_dir=arguments.runs_dir,
-        precision=arguments.precision,
-        device=arguments.device,
-        threads=arguments.threads,
-    )
+    options = _options(arguments, "runs_dir", "precision", "device", "threads")
+    return load_classifier(arguments.RUN, arguments.checkpoint, **options)
 
 
 def _warn_of_views(recipe: Recipe, views: str) -> None:
@@ -399,16 +385,9 @@ def _trained(arguments: argparse.Namespace) -> Trained:
     with _importing():
         from fromzero.trained import load_trained
 
-    return load_trained(
-        arguments.RUN,
-        getattr(arguments, "checkpoint", "last"),
-        runs_dir=arguments.runs_dir,
-        precision=getattr(arguments, "precision", None),
-        device=arguments.device,
-        threads=arguments.threads,
-        data_dir=arguments.data_dir,
-        offline=arguments.offline,
-    )
+    which, precision = getattr(arguments, "checkpoint", "last"), getattr(arguments, "precision", None)
+    options = _options(arguments, "runs_dir", "device", "threads", "data_dir", "offline")
+    return load_trained(arguments.RUN, which, precision=precision, **options)
 
 
 def _check_whole(trained: Trained) -> None:
@@ -474,10 +453,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         load_run(arguments.OTHER, arguments.runs_dir),
         arguments.FOLDER,
         arguments.checkpoint,
-        data_dir=arguments.data_dir,
-        offline=arguments.offline,
-        device=arguments.device,
-        threads=arguments.threads,
+        **_options(arguments, "data_dir", "offline", "device", "threads"),
     )
     print(json.dumps(record) if arguments.json else printable(comparison_text(record)))
 
@@ -485,13 +461,13 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     with _importing():
         from fromzero.report import report
-        from fromzero.runs import check_named, write_named
+        from fromzero.runs import Run, check_named, write_named
         from fromzero.trained import proposing_others
 
     trained = _trained(arguments)
     _check_whole(trained)
     path = arguments.FILE or trained.run.path
-    if (path / "recipe.toml").is_file() and not path.samefile(trained.run.path):
+    if Run(path).is_there and not path.samefile(trained.run.path):
         raise InputError(f"{path} is another run; a page is about one: {command_line('fromzero', 'report', path)}")
     path = path / "report.html" if path.is_dir() else path
     check_named(path, ".html", ".htm")
@@ -581,26 +557,16 @@ def _study(arguments: argparse.Namespace) -> None:
     study = load_study(arguments.STUDY, arguments.scale, seeds=arguments.seeds, first_seed=arguments.first_seed)
     from fromzero.study import page
     from fromzero.study.answers import answer, record
-    from fromzero.study.display import study_header, watch_study
+    from fromzero.study.display import study_header, watch_cells
     from fromzero.study.execution import PICTURE, RESULT, prepare_study
     from fromzero.study.results import read_result
     from fromzero.terminal import lasting_console, say
 
-    execution = prepare_study(
-        study,
-        runs_dir=arguments.runs_dir,
-        jobs=arguments.jobs,
-        threads=arguments.threads,
-        device=arguments.device,
-        place=arguments.on,
-        tune=arguments.tune,
-        keep_weights=arguments.keep_weights,
-        data_dir=arguments.data_dir,
-        offline=arguments.offline,
-    )
+    names = ("runs_dir", "jobs", "threads", "device", "tune", "keep_weights", "data_dir", "offline")
+    execution = prepare_study(study, place=arguments.on, **_options(arguments, *names))
     console = lasting_console()
     say(console, study_header(execution))
-    watch_study(execution, console)
+    watch_cells(study.name, [*execution.trials, *execution.cells], execution.images, execution, console)
     result = read_result(execution.folder)
     page.draw_result(result, execution.folder / PICTURE)
     write_json(execution.folder / RESULT, finite(record(result)), alone=False)
@@ -642,15 +608,8 @@ def _cross_validate(arguments: argparse.Namespace) -> None:
         from fromzero.study.display import watch_cells
         from fromzero.terminal import lasting_console, say
 
-    found = folds.prepare_folds(
-        load_run(arguments.RUN, arguments.runs_dir),
-        arguments.folds,
-        jobs=arguments.jobs,
-        threads=arguments.threads,
-        device=arguments.device,
-        data_dir=arguments.data_dir,
-        offline=arguments.offline,
-    )
+    options = _options(arguments, "jobs", "threads", "device", "data_dir", "offline")
+    found = folds.prepare_folds(load_run(arguments.RUN, arguments.runs_dir), arguments.folds, **options)
     console = lasting_console()
     say(console, folds.fold_header(found))
     watch_cells("folds", found.cells, found.images, found, console)
@@ -664,9 +623,9 @@ def _recipes(arguments: argparse.Namespace) -> None:
     print("fromzero summary NAME prints a recipe's network")
 
 
-def _machine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(arguments, name) for name in ("device", "threads", "keep", "checkpoint_minutes")}
-    return {name: value for name, value in given.items() if value is not None}
+def _options(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options as functions take them, by the same names; those not given and without a default are left out."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

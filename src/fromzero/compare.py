@@ -6,7 +6,6 @@ several seeds can: it is written and named.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -209,8 +208,7 @@ def _on_validation(a: Trained, b: Trained) -> list[_Side]:
 
 def _on_pictures(folder: Path, side: Classifier) -> _Side:
     pictures = pictures_of(folder, side)
-    contents = [hashlib.sha256(path.read_bytes()).digest() for path in pictures.paths]
-    return _Side.scored(side, pictures.subset, side.normalise, side.class_names, contents, pictures.notes)
+    return _Side.scored(side, pictures.subset, side.normalise, side.class_names, pictures.hashes, pictures.notes)
 
 
 def _described(side: Trained | Classifier, right: np.ndarray) -> dict[str, Any]:

@@ -201,10 +201,6 @@ def _dropout_too_strong(e: Evidence) -> Finding | None:
     )
 
 
-def _rate_too_high(e: Evidence) -> Finding | None:
-    return _collapse(e) or _other_rate(e, "high")
-
-
 def _collapse(e: Evidence) -> Finding | None:
     """A network that had learned and says nothing any more."""
     lowest = min(e.rows, key=lambda row: row["train/loss"])
@@ -219,10 +215,6 @@ def _collapse(e: Evidence) -> Finding | None:
         f"a peak rate of {rate / 3:.2g}",
         _rates(e.recipe, 1 / 3),
     )
-
-
-def _rate_too_low(e: Evidence) -> Finding | None:
-    return _other_rate(e, "low")
 
 
 def _other_rate(e: Evidence, direction: str) -> Finding | None:
@@ -664,8 +656,8 @@ RULES: dict[str, Callable[[Evidence], Finding | None]] = {
     "imbalance": _imbalance,
     "decay-too-strong": _decay_too_strong,
     "dropout-too-strong": _dropout_too_strong,
-    "rate-too-high": _rate_too_high,
-    "rate-too-low": _rate_too_low,
+    "rate-too-high": lambda e: _collapse(e) or _other_rate(e, "high"),
+    "rate-too-low": lambda e: _other_rate(e, "low"),
     "vanishing-gradients": _vanishing_gradients,
     "dead-units": _dead_units,
     "pooling-too-early": _pooling_too_early,

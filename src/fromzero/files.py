@@ -12,7 +12,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,12 @@ def sync_folder(folder: Path) -> None:
 def _write(path: Path, partial: Path, data: bytes) -> None:
     """Write `data` durably to `partial`, which is to become `path`."""
     try:
-        with _naming(path), open(partial, "wb") as file:
+        with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(path)  # an error of a full disk names none
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
@@ -112,16 +113,6 @@ def _write(path: Path, partial: Path, data: bytes) -> None:
 def _rename(partial: Path, path: Path) -> None:
     os.replace(partial, path)
     sync_folder(path.parent)
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file in an error of a full disk, which names none."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 def _partial(path: Path) -> Path:

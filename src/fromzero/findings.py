@@ -46,7 +46,8 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     """What else whoever reads the findings should know, a sentence or two each: which problems could not be judged and
     why, which were looked for and not found, and what may reach more where no fault is found."""
     said: list[str] = []
-    others = [name for name in RULES if name not in {finding.name for finding in found}]
+    named = {finding.name for finding in found}
+    others = [name for name in RULES if name not in named]
     judged = "label-noise" in others and not hardly_mistaken(evidence)  # else wrong ones are too few for a problem
     if "validation-too-small" not in others:
         hideable = {*hidden_by_few(evidence)} - ({"label-noise"} if judged else set())
@@ -66,7 +67,7 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
             f"With {count:,} validation images, wrong labels would be found four times out of five where they are"
             f" {share:.0%} or more."
         )
-        if {"stopped-early", "underfitting"} & {finding.name for finding in found}:
+        if {"stopped-early", "underfitting"} & named:
             labels += " Even fewer can keep a network from learning its train images."
     if judged_all := _cross_validated(run):
         said += [*filter(None, [labels]), judged_all]
@@ -105,9 +106,9 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         began = f"The run began with the weights of {origin['run']}:"
         said.append(f"{began} its first steps were not tried again, and a study begins anew.")
         said += [f"Figures may flatter: {doubt}." for doubt in run.doubts]
-    if "overfitting" not in {finding.name for finding in found} and evidence.gap > SMALL_GAP:
+    if "overfitting" not in named and evidence.gap > SMALL_GAP:
         said.append(_of_gap(evidence, was_judged="overfitting" in others))
-    explained = {name for finding in found for name in EXPLAINS.get(finding.name, ())}
+    explained = {name for cause in named for name in EXPLAINS.get(cause, ())}
     looked_for = ", ".join(name for name in others if name not in explained)
     if found:
         said.append(f"Not found: {looked_for}.")
@@ -117,7 +118,7 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         said.append(f"Not found, or explained by the above: {', '.join(hidden)}.")
     if run.summary is None:
         said.insert(0, f"The run has not ended; if it was stopped, {run.resume_command} trains it on.")
-    elif {finding.name for finding in found} <= {"validation-too-small"} and (more := _other_recipe(run, evidence)):
+    elif named <= {"validation-too-small"} and (more := _other_recipe(run, evidence)):
         said.append(more)
     return said
 

@@ -384,7 +384,7 @@ class Recipe(_Part):
 
     def to_toml(self) -> str:
         """The complete recipe as TOML; `load_recipe` reads it back to an equal one."""
-        text = tomli_w.dumps(_plain(self.model_dump()))
+        text = tomli_w.dumps(self.model_dump())
         # tomli-w puts every element on a line of its own; [[32, 64], [128]] reads better on one.
         for pattern, joined in ((r",\n *\]", "]"), (r"\[\n +", "["), (r",\n +", ", ")):
             text = re.sub(pattern, joined, text)
@@ -545,11 +545,3 @@ def _list_depth(annotation: Any) -> int:
     if get_origin(annotation) is tuple:
         return 1 + _list_depth(get_args(annotation)[0])
     return 0
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return value

@@ -117,7 +117,7 @@ class _Doubtful(pydantic.BaseModel):
     looks_like_probability: float
 
 
-class CrossValidation(pydantic.BaseModel):
+class FoldResult(pydantic.BaseModel):
     """folds/result.json: accuracy on all train images by networks that had not seen them, and its 95 % interval;
     `doubtful`: images that look like another class than their label's, the least likely first."""
 

@@ -82,7 +82,7 @@ class Scored(NamedTuple):
 
 class Bin(NamedTuple):
     """Of the images that a network is so sure of: from which confidence to which, how many, the mean, and the share
-    that is right; both NaN without images."""
+    that is right."""
 
     low: float
     high: float
@@ -92,19 +92,16 @@ class Bin(NamedTuple):
 
 
 def calibration(scored: Scored) -> tuple[list[Bin], float]:
-    """Bins of equal width from 0 to 1, and the expected calibration error: the distance between confidence and
-    accuracy, its mean over the images (Guo et al., 2017, section 2)."""
+    """Those of the bins of equal width from 0 to 1 that have images, and the expected calibration error: the distance
+    between confidence and accuracy, its mean over the images (Guo et al., 2017, section 2)."""
     sure, right = scored.confidence, scored.right
     places = np.minimum((sure * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    bins, error = [], 0.0
-    for place in range(CALIBRATION_BINS):
+    bins = []
+    for place in np.unique(places).tolist():
         inside = places == place
-        count = int(inside.sum())
-        confidence = float(sure[inside].mean(dtype=float)) if count else math.nan
-        accuracy = float(right[inside].mean()) if count else math.nan
-        bins.append(Bin(place / CALIBRATION_BINS, (place + 1) / CALIBRATION_BINS, count, confidence, accuracy))
-        error += count / len(places) * abs(confidence - accuracy) if count else 0.0
-    return bins, error
+        ends = place / CALIBRATION_BINS, (place + 1) / CALIBRATION_BINS
+        bins.append(Bin(*ends, int(inside.sum()), float(sure[inside].mean(dtype=float)), float(right[inside].mean())))
+    return bins, sum(one.images / len(places) * abs(one.confidence - one.accuracy) for one in bins)
 
 
 class Answered(NamedTuple):
@@ -195,7 +192,6 @@ def page(
         run=run,
         recipe=run.recipe,
         provenance=run.provenance,
-        epoch=rows[-1]["epoch"],
         reached=trained.reached,
         weights=trained.checkpoint.file.stem,
         validation=validation,
@@ -210,7 +206,7 @@ def page(
         by_class=[(int(n), _share(right, n), _share(right, k)) for n, k, right in zip(given, said, found, strict=True)],
         commonest=[(truth, taken_for, count) for truth, taken_for, count in commonest if count],
         matrix=confusions.tolist() if len(names) <= MOST_CLASSES else None,
-        bins=[one for one in bins if one.images],
+        bins=bins,
         answered=answered(scored[judged]),
         remarks=[] if diagnosis is None else _here(diagnosis["remarks"], run, folds is not None),
         calibration_error=error,

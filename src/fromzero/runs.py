@@ -48,8 +48,8 @@ from fromzero.records import (
     FIGURES,
     ROW_KEYS,
     SUMMARY_KEYS,
-    CrossValidation,
     Diagnosis,
+    FoldResult,
     Provenance,
     is_figure,
     read_object,
@@ -78,7 +78,7 @@ def check_named(path: Path, ending: str, *others: str) -> None:
     if (path.exists() and not path.is_file()) or (target.exists() and not target.is_file()):
         raise InputError(f"{path} is {'a folder' if target.is_dir() else 'no file to write to'}; name a file")
     folder = target.parent.parent if target.parent.name == "checkpoints" else target.parent
-    if (folder / "recipe.toml").is_file() and (folder != target.parent or target.name in OWN_FILES):
+    if Run(folder).is_there and (folder != target.parent or target.name in OWN_FILES):
         raise InputError(f"{path} is where a run keeps its own records and weights; name another file")
     if not {path.suffix.lower(), target.suffix.lower()} <= {ending, *others}:
         raise InputError(f"{path} is no {ending} file by its name; name another file")
@@ -96,6 +96,11 @@ class Run:
     @property
     def name(self) -> str:
         return Path(os.path.abspath(self.path)).name  # of "..", too, and of links their own
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the folder is a run's: the recipe is what is written last."""
+        return (self.path / "recipe.toml").is_file()
 
     @property
     def resume_command(self) -> str:
@@ -214,7 +219,7 @@ class Run:
         if not path.exists():
             return None
         mend = f"remove it, or write it anew: {command_line('fromzero', 'cross-validate', self.path)}"
-        return read_record(path, CrossValidation, mend)
+        return read_record(path, FoldResult, mend)
 
     def cross_validated(self, epochs: int) -> dict[str, Any] | None:
         """The same of trainings like this one after so many epochs: not of a run that began with other weights or was
@@ -411,7 +416,7 @@ def load_run(run: Run | str | Path, runs_dir: str | Path = "runs") -> Run:
         return run
     places = (Path(run), Path(runs_dir) / run)
     for path in places:
-        if (path / "recipe.toml").is_file():
+        if Run(path).is_there:
             return Run(path if path.name not in ("", "..") else path.resolve())  # which are no names
     for path in places:
         if (path / "provenance.json").exists():
@@ -434,4 +439,4 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
     def key(run: Run) -> list[str | int]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", run.name)]
 
-    return sorted((Run(path) for path in folder.iterdir() if (path / "recipe.toml").is_file()), key=key)
+    return sorted((run for run in map(Run, folder.iterdir()) if run.is_there), key=key)

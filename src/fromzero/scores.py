@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,11 +74,12 @@ def _mistakes(outcomes: Outcomes, pictures: Pictures, classifier: Classifier, vi
 
 
 class Pictures(NamedTuple):
-    """Labelled pictures of a folder, their files, how many could not be read and are left out, and what to know of
-    them."""
+    """Labelled pictures of a folder, their files and how the SHA-256 (hex) of each begins, how many could not be read
+    and are left out, and what to know of them."""
 
     subset: Subset
     paths: list[Path]
+    hashes: list[str]
     left_out: int
     notes: list[str]
 
@@ -89,7 +89,7 @@ def pictures_of(folder: Path, classifier: Classifier) -> Pictures:
     InputError where more than DAMAGED_SHARE of them cannot be read, as for training."""
     run = classifier.run
     paths, truth, notes = labelled_pictures(folder, classifier.class_names)
-    pixels, read, wrong = classifier.read(paths)
+    pixels, hashes, read, wrong = classifier.read_hashed(paths)
     if len(wrong) > DAMAGED_SHARE * len(paths):
         raise InputError(f"{unreadable(paths, wrong)}; {TOO_MANY}: repair or remove them")
     if wrong:
@@ -99,21 +99,21 @@ def pictures_of(folder: Path, classifier: Classifier) -> Pictures:
         apart = command_line("fromzero", "evaluate", run.path)
         notes.append(f"the run was trained on pictures in it: this says little of new ones; its own test: {apart}")
     else:
-        notes += _trained_on(run, [paths[index] for index in read])
+        notes += _trained_on(run, hashes)
     these = Subset(pixels, torch.from_numpy(truth[read]).to(classifier.machine.device))
-    return Pictures(these, [paths[index] for index in read], len(wrong), notes)
+    return Pictures(these, [paths[index] for index in read], hashes, len(wrong), notes)
 
 
-def _trained_on(run: Run, paths: Sequence[Path]) -> list[str]:
+def _trained_on(run: Run, hashes: Sequence[str]) -> list[str]:
     """How many of these files are, by their content, ones that the run or those with whose weights it began were
     trained on, in words."""
-    begins, notes = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths], []
+    notes = []
     for one in run.lineage():
         known = {row["sha256"] for row in one.pictures if row.get("split") == "train" and row.get("sha256")}
         of = "of the run" if one is run else f"of {one.path}, with whose weights it began"
-        if seen := sum(begin in known for begin in begins):
+        if seen := sum(begin in known for begin in hashes):
             are = "is a train picture" if seen == 1 else "are train pictures"
-            notes.append(f"{seen:,} of these {len(paths):,} pictures {are} {of}, to the byte")
+            notes.append(f"{seen:,} of these {len(hashes):,} pictures {are} {of}, to the byte")
         if not known and one is not run:
             notes.append(f"it began with the weights of {one.path}, which may have been trained on these pictures")
     if origin := one.provenance["from"]:

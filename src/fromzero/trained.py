@@ -271,6 +271,11 @@ class Classifier(NamedTuple):
         """Pictures prepared as the run's were: pixels uint8 (N, H, W, 3) on its device, the places among `paths` that
         these are of, and what is wrong with the files at other places. Raises InputError where its images have other
         channels."""
+        pixels, _, read, wrong = self.read_hashed(paths)
+        return pixels, read, wrong
+
+    def read_hashed(self, paths: Sequence[str | Path]) -> tuple[Tensor, list[str], list[int], dict[int, Wrong]]:
+        """The same, and behind the pixels how the SHA-256 (hex) of each of their files begins."""
         from fromzero.data.decoding import read_pictures  # with Pillow, which few need
 
         if isinstance(paths, str | Path):
@@ -279,9 +284,10 @@ class Classifier(NamedTuple):
         if channels != 3:
             has = counted(channels, "channel")
             raise InputError(f"{self.run.path}: its images have {has}; pictures are read as red, green, blue")
-        pixels, _, wrong = read_pictures([Path(path) for path in paths], height, width, "reading")
+        pixels, digests, wrong = read_pictures([Path(path) for path in paths], height, width, "reading")
         read = [index for index in range(len(paths)) if index not in wrong]
-        return torch.from_numpy(pixels[read]).to(self.machine.device), read, wrong
+        hashes = [int(digest).to_bytes(8, "little").hex() for digest in digests[read]]
+        return torch.from_numpy(pixels[read]).to(self.machine.device), hashes, read, wrong
 
     def outputs(self, pixels: Tensor) -> Tensor:
         """What `predict` makes probabilities of, float32 (N, classes). Raises NonFiniteError."""

@@ -40,7 +40,7 @@ def record(result: Result) -> dict[str, Any]:
     study, ran = result.study, result.ran
     arms = {
         name: {
-            "changes": arm.arm.changes if name != next(iter(result.arms)) else study.first_changes,
+            "changes": study.changes_of(arm.arm),
             "like": arm.arm.like,
             "starts_from": arm.arm.after,
             "tuned_value": arm.value,
@@ -61,7 +61,7 @@ def record(result: Result) -> dict[str, Any]:
         "cautions": result.cautions,
         "remarks": result.remarks,
         "base": study.base.name,
-        "setting": {path: next(iter(study.arms.values())).recipe.fields()[path] for path in SETTING},
+        "setting": {path: study.first.recipe.fields()[path] for path in SETTING},
         "seeds": study.seeds,
         "first_seed": study.first_seed,
         "images": {"name": ran.images, "train": ran.train_images, "fingerprints": ran.fingerprints, "notes": ran.notes},

@@ -49,6 +49,11 @@ class Cell:
     keeps_outcomes: bool = False
 
     @property
+    def run(self) -> Run:
+        """The run in its folder, there or not."""
+        return Run(self.path)
+
+    @property
     def name(self) -> str:
         return self.path.name
 
@@ -100,7 +105,7 @@ def is_finished(cell: Cell, images: ImageSet) -> bool:
     if not _is_trained(cell, images):
         return False
     kept = (cell.path / OUTCOMES).exists() if cell.keeps_outcomes else cell.needs_weights
-    return kept or not Run(cell.path).checkpoints.exists()
+    return kept or not cell.run.checkpoints.exists()
 
 
 def train_cell(
@@ -108,8 +113,8 @@ def train_cell(
 ) -> Iterator[float]:
     """Train a cell to its end, yielding the share that is done, first that from before. Raises what a training raises;
     StoppedError when asked to stop, the cell saved. `note` is told what a user should know."""
-    if (cell.path / "recipe.toml").is_file():
-        _wait_for_writer(Run(cell.path))
+    if cell.run.is_there:
+        _wait_for_writer(cell.run)
     if not _is_trained(cell, images):
         with closing(_begun(cell, images, setting, note)) as training:
             steps = training.timetable.start_of(training.recipe.epochs)
@@ -119,7 +124,7 @@ def train_cell(
     if cell.keeps_outcomes and not (cell.path / OUTCOMES).exists():
         _record_outcomes(cell, images)
     if not (cell.keep_weights or cell.needs_weights):
-        shutil.rmtree(cell.path / "checkpoints", ignore_errors=True)
+        shutil.rmtree(cell.run.checkpoints, ignore_errors=True)
     yield 1.0
 
 
@@ -137,17 +142,17 @@ def read_outcomes(run: Run) -> np.ndarray | None:
 
 def _is_trained(cell: Cell, images: ImageSet) -> bool:
     """Whether the cell's run has ended, with this recipe, these images and this start."""
-    return (cell.path / "recipe.toml").is_file() and not _why_anew(cell, images) and Run(cell.path).has_ended()
+    return cell.run.is_there and not _why_anew(cell, images) and cell.run.has_ended()
 
 
 def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str], None]) -> Training:
     """The cell's training, gone on with where that can be done exactly, else new."""
-    if (cell.path / "recipe.toml").is_file():
+    if cell.run.is_there:
         if reasons := _why_anew(cell, images):
             note(f"{cell.name}: {'; '.join(reasons)}: trained anew, the old run is {_set_aside(cell)}")
         else:
             try:
-                return sessions.resumed_training(Run(cell.path), images, keep=1)
+                return sessions.resumed_training(cell.run, images, keep=1)
             except (BusyError, ReadError, TooLargeError, WriteError):  # which say nothing against the run
                 raise
             except FromzeroError as error:
@@ -157,7 +162,7 @@ def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str],
         shutil.rmtree(cell.path)
     elif cell.path.exists():
         note(f"{cell.name}: what was there is no run: it is {_set_aside(cell)} now")
-    if cell.after is not None and not ((cell.after / "recipe.toml").is_file() and Run(cell.after).summary):
+    if cell.after is not None and not (Run(cell.after).is_there and Run(cell.after).summary):
         raise FromzeroError(f"{cell.after.name}, from whose weights it starts, has not ended")
     return sessions.new_training(
         cell.recipe,
@@ -183,10 +188,9 @@ def _never_began(path: Path) -> bool:
 def differences(cell: Cell, fingerprints: Mapping[str, str]) -> list[str]:
     """Why the run in the cell's folder, ended or not, is not the one that the study asks for on images of these
     fingerprints; empty when it is. Raises ReadError where that cannot be told."""
-    run = Run(cell.path)
     try:
-        run.check()
-        recipe, provenance = run.recipe, run.provenance
+        cell.run.check()
+        recipe, provenance = cell.run.recipe, cell.run.provenance
         start_is_newer = cell.after is not None and Run(cell.after).provenance["started"] > provenance["started"]
     except ReadError:
         raise
@@ -216,7 +220,7 @@ def _why_anew(cell: Cell, images: ImageSet) -> list[str]:
     reasons = differences(cell, images.fingerprints)
     if cell.recipe.validation.source == "fold" and not reasons:
         judged_on = Data.of(cell.recipe, images, "cpu").validation_digest
-        if Run(cell.path).provenance["data"].get("held_out") != judged_on:
+        if cell.run.provenance["data"].get("held_out") != judged_on:
             reasons.append("an earlier fromzero made other folds")
     if cell.needs_weights and not _has_weights(cell):
         reasons.append("its weights, which are needed, are gone or damaged")
@@ -225,7 +229,7 @@ def _why_anew(cell: Cell, images: ImageSet) -> list[str]:
 
 def _has_weights(cell: Cell) -> bool:
     with contextlib.suppress(FileNotFoundError, DamagedCheckpointError):
-        checkpoint.load(cell.path / "checkpoints" / checkpoint.LAST)
+        checkpoint.load(cell.run.checkpoints / checkpoint.LAST)
         return True
     return False
 
@@ -257,7 +261,7 @@ def _wait_for_writer(run: Run) -> None:
 def _record_outcomes(cell: Cell, images: ImageSet) -> None:
     """Score the validation images once more with the last weights and keep which were right; none where the weights are
     gone or do not give the recorded accuracy: an interval can be done without, a wrong one not."""
-    run = Run(cell.path)
+    run = cell.run
     recorded = run.provenance["machine"]
     right = b""
     with contextlib.suppress(FromzeroError):

@@ -94,9 +94,16 @@ class Study:
     label: str
 
     @property
-    def first_changes(self) -> dict[str, Any]:
-        """What study and scale change in the base for the first arm, but for what `setting` says."""
-        changes = differing_fields(self.base, next(iter(self.arms.values())).recipe)
+    def first(self) -> Arm:
+        """The arm that others are compared with and described by, where they do not say otherwise."""
+        return next(iter(self.arms.values()))
+
+    def changes_of(self, arm: Arm) -> dict[str, Any]:
+        """What an arm changes in the one it is described by; study and scale in the base, for the first arm, but for
+        what `setting` says."""
+        if arm.name != self.first.name:
+            return arm.changes
+        changes = differing_fields(self.base, arm.recipe)
         return {path: value for path, value in changes.items() if path not in SETTING}
 
     @property
@@ -107,12 +114,11 @@ class Study:
     def in_words(self, arm: Arm, mark: str = "") -> str:
         """What an arm is: base or other arm, what it changes in that, each change between marks, and where it starts.
         Of the first arm it leaves out what `setting` says."""
-        first = next(iter(self.arms))
-        changes = self.first_changes if arm.name == first else arm.changes
+        changes = self.changes_of(arm)
         said = ", ".join(f"{mark}{path} = {value_text(value)}{mark}" for path, value in changes.items())
-        if arm.name == first:
+        if arm.name == self.first.name:
             said = f"{self.base.name} with {said}" if said else self.base.name
-        elif not said or arm.like != first:
+        elif not said or arm.like != self.first.name:
             said = f"like {arm.like}: {said}" if said else f"like {arm.like}"
         return said + (f"; starts from the weights of {arm.after}" if arm.after else "")
 
@@ -120,13 +126,12 @@ class Study:
         """What whoever wrote the arm should know of what it changes, and of what it leaves; tuned: a sweep sets a
         field."""
         swept = {self.tuning.field: None} if tuned and self.tuning else {}
-        if arm.name == next(iter(self.arms)):
-            return notes_on_changes(self.base, arm.recipe, swept | self.first_changes)
-        return notes_on_changes(self.arms[arm.like].recipe, arm.recipe, swept | arm.changes)
+        reference = self.base if arm.name == self.first.name else self.arms[arm.like].recipe
+        return notes_on_changes(reference, arm.recipe, swept | self.changes_of(arm))
 
     def setting(self, own_validation: bool) -> str:
         """What arms that do not say otherwise have in common, in words; own_validation: the images have such."""
-        recipe = next(iter(self.arms.values())).recipe
+        recipe = self.first.recipe
         validation, held = recipe.validation, "validation images of their own"
         if validation.source == "fold":
             held = f"fold {validation.fold} of {validation.folds} for validation"

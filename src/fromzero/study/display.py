@@ -13,7 +13,6 @@ from fromzero.data import ImageSet
 from fromzero.errors import counted, printable
 from fromzero.networks import num_multiply_adds, num_parameters
 from fromzero.recipe import Recipe
-from fromzero.runs import Run
 from fromzero.stats import FEW_FOR_VALIDATION, fewest_pairs, widest_error
 from fromzero.study.cells import Cell
 from fromzero.study.execution import Execution
@@ -46,7 +45,7 @@ def study_header(execution: Execution) -> str:
     setting_in_words = study.setting(execution.images.validation is not None)
     lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {setting_in_words}")
     lines += [f"  note: {note}" for note in execution.images.notes]
-    held_out, count = _num_validation(next(iter(study.arms.values())).recipe, execution.images)
+    held_out, count = _num_validation(study.first.recipe, execution.images)
     if count < FEW_FOR_VALIDATION:
         lines.append(
             f"  note: {'about ' * bool(held_out)}{counted(count, 'validation image')}, which give an accuracy to"
@@ -63,11 +62,6 @@ def study_header(execution: Execution) -> str:
                 f" undecided; from --seeds {fewest} on something can be settled"
             )
     return "\n".join(lines)
-
-
-def watch_study(execution: Execution, console: Console) -> None:
-    """Carry a study out, showing how it goes. Raises what carrying it out raises."""
-    watch_cells(execution.study.name, [*execution.trials, *execution.cells], execution.images, execution, console)
 
 
 def watch_cells(name: str, cells: Sequence[Cell], images: ImageSet, events: Iterable[Event], console: Console) -> None:
@@ -121,7 +115,7 @@ class _Progress:
         head = f"[{self.ended}/{len(self.work)}] {cell.name}"
         if event.kind == "failed":
             return f"{head}  failed: {event.text}"
-        summary = Run(cell.path).summary or {}
+        summary = cell.run.summary or {}
         return (
             f"{head}  train {summary['train/accuracy']:.4f}  val {summary['val/accuracy']:.4f}"
             f"  {duration(summary['time/seconds'])}  {self.time_left}"

@@ -34,7 +34,6 @@ from fromzero.networks import build
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.records import damage, read_object
 from fromzero.resources import num_threads
-from fromzero.runs import Run
 from fromzero.splits import check_image_set
 from fromzero.study.cells import Cell, Setting, cells_of, differences, is_finished, trials_of
 from fromzero.study.definition import Arm, Study, load_study
@@ -108,7 +107,7 @@ class Execution:
         return replace(cell, recipe=cell.recipe.override({"dataset": self.setting.dataset}))
 
     def __iter__(self) -> Iterator[Event]:
-        with alone_in(self.folder, "carries this study out"):
+        with alone_in(self.folder, "carries this study out", self.command):
             before = self._before()
             self._describe(before)
             began, answered = time.monotonic(), before.answered
@@ -127,14 +126,11 @@ class Execution:
                         answered = now
                         self._describe(before.model_copy(update={"answered": answered}))
                     yield event
-                if self.keep_weights and (gone := sum(not Run(c.path).checkpoints.exists() for c in self._ended())):
+                ended = [cell.run for cell in self.cells if cell.run.summary is not None] if self.keep_weights else []
+                if gone := sum(not run.checkpoints.exists() for run in ended):
                     text = f"of {counted(gone, 'run')} that had ended before no weights are left to keep; who needs"
                     text += f" them removes their folders from {self.folder / 'cells'}, and does this again"
                     yield Event("note", self.cells[0], text=text)
-            except StoppedError as stopped:
-                number = stopped.exit_code - 128
-                message = f"stopped; every run is saved; go on with: {self.command}"
-                raise StoppedError(message, number) from None
             finally:
                 seconds = round(before.seconds + time.monotonic() - began, 1)
                 self._describe(before.model_copy(update={"seconds": seconds, "answered": answered}))
@@ -214,9 +210,6 @@ class Execution:
             described = described.model_copy(update={"answered": before.answered, "changed": tuple(changed)})
         return described
 
-    def _ended(self) -> list[Cell]:
-        return [cell for cell in self.cells if Run(cell.path).summary is not None]
-
     def _describe(self, description: Description) -> None:
         write_atomically(self.folder / "study.toml", self.study.text.encode())
         write_atomically(self.folder / "base.toml", self.study.base.to_toml().encode())
@@ -267,7 +260,7 @@ def prepare_study(
         "--offline": offline,
         "--keep-weights": keep_weights,
     }
-    dataset = next(iter(study.arms.values())).recipe.dataset
+    dataset = study.first.recipe.dataset
     stem, asked = split_name(dataset)
     if stem not in NAMED and not os.path.exists(stem) and (data_dir is not None or os.path.isabs(stem)):
         if data_dir is None:
@@ -314,9 +307,9 @@ def jobs_and_threads(jobs: int | None, threads: int | None, on_gpu: bool, cells:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, doing: str) -> Iterator[None]:
+def alone_in(folder: Path, doing: str, command: str) -> Iterator[None]:
     """Make that folder and hold the right to write to it. Raises FromzeroError where another process holds it, which is
-    said to be `doing` that."""
+    said to be `doing` that; StoppedError, with the `command` that goes on, where what is done in it was stopped."""
     lock = filelock.FileLock(folder / "lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -329,6 +322,9 @@ def alone_in(folder: Path, doing: str) -> Iterator[None]:
         raise InputError(f"{folder}: files cannot be locked there; name another --runs-dir") from None
     try:
         yield
+    except StoppedError as stopped:
+        message = f"stopped; every run is saved; go on with: {command}"
+        raise StoppedError(message, stopped.exit_code - 128) from None
     finally:
         lock.release()
 
@@ -360,8 +356,8 @@ def sweep(study: Study, folder: Path, fingerprints: Mapping[str, str]) -> Sweep:
     for cell in trials_of(study, folder):
         assert study.tuning is not None
         value = cell.recipe.fields()[study.tuning.field]
-        run, score = Run(cell.path), None
-        if (run.path / "recipe.toml").is_file() and not differences(cell, fingerprints):
+        run, score = cell.run, None
+        if run.is_there and not differences(cell, fingerprints):
             score = None if run.summary is None else float(run.summary["val/accuracy"])
         scores.setdefault(cell.arm, {}).setdefault(value, []).append(score)
     return scores

@@ -22,7 +22,7 @@ import torch
 
 from fromzero.changes import DATA_FIELDS, in_words
 from fromzero.data import ImageSet, stratified_folds
-from fromzero.errors import FromzeroError, InputError, StoppedError, command_line, counted, options_typed, some
+from fromzero.errors import FromzeroError, InputError, command_line, counted, one_line, options_typed, some
 from fromzero.evaluate import predict
 from fromzero.files import csv_text, write_atomically, write_json
 from fromzero.findings import images_of
@@ -59,7 +59,7 @@ class CrossValidation:
         return self.run.path / FOLDS
 
     def __iter__(self) -> Iterator[Event]:
-        with alone_in(self.folder, "cross-validates this run"):
+        with alone_in(self.folder, "cross-validates this run", self.command):
             waiting, failed = [], []
             for cell in self.cells:
                 if is_finished(cell, self.images):
@@ -67,13 +67,9 @@ class CrossValidation:
                 else:
                     waiting.append(cell)
             self.cells[0].path.parent.mkdir(exist_ok=True)
-            try:
-                for event in on_this_machine(waiting, self.setting, self.jobs, self.folder / "workers.log"):
-                    failed += [event.cell.name] * (event.kind == "failed")
-                    yield event
-            except StoppedError as stopped:
-                message = f"stopped; every run is saved; go on with: {self.command}"
-                raise StoppedError(message, stopped.exit_code - 128) from None
+            for event in on_this_machine(waiting, self.setting, self.jobs, self.folder / "workers.log"):
+                failed += [event.cell.name] * (event.kind == "failed")
+                yield event
             if failed:
                 raise FromzeroError(f"{self.folder}: {' and '.join(failed)} failed; to try again: {self.command}")
 
@@ -143,7 +139,7 @@ def fold_header(found: CrossValidation) -> str:
 def fold_result(found: CrossValidation) -> dict[str, Any]:
     """What the folds' networks say of the images that they were not trained on, as JSON data, written to result.json
     and, image by image, to labels.csv. Raises FromzeroError where a run is not there, and NonFiniteError."""
-    with alone_in(found.folder, "cross-validates this run"):
+    with alone_in(found.folder, "cross-validates this run", found.command):
         fold, probabilities = _judged(found)
         rows = _rows(found.images, fold, probabilities)
         result = _result(found, fold, probabilities, rows)
@@ -160,7 +156,7 @@ def _judged(found: CrossValidation) -> tuple[np.ndarray, np.ndarray]:
     fold = np.zeros(len(images.train), np.int64)
     probabilities = np.zeros((len(images.train), images.num_classes), np.float32)
     for number, cell in enumerate(found.cells, 1):
-        trained = load_trained(Run(cell.path), images=images, device=setting.device, threads=setting.threads)
+        trained = load_trained(cell.run, images=images, device=setting.device, threads=setting.threads)
         data = trained.data
         assert data.held is not None
         said = predict(trained.network, data.validation.pixels, data.normalise, trained.machine)
@@ -237,7 +233,7 @@ def fold_text(found: CrossValidation, result: Mapping[str, Any]) -> str:
         moved = [] if found.data_dir is None else ["--data-dir", str(found.data_dir)]
         lines.append(f"  pictures of these: {command_line('fromzero', 'report', found.run.path, *moved)}")
         lines.append("  mend labels in a copy of the pictures: the run needs its own as they are")
-    return "\n".join(line.replace("\n", "\\n") for line in lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _of_recipe(run: Run) -> str:

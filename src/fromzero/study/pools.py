@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 from fromzero.errors import FromzeroError, InputError, StoppedError
 from fromzero.resources import num_threads, usable_cores, usable_processors
-from fromzero.runs import Run
 from fromzero.signals import StopSignals
 from fromzero.study.cells import Cell, Setting
 from fromzero.study.worker import TASKS, Task, outcome_of
@@ -250,7 +249,7 @@ def _ray_events(ray: Any, train: Any, cells: Sequence[Cell], setting: Setting, s
                 outcome = {"failed": "was stopped on the machine that trained it"}
             if "failed" in outcome:
                 yield Event("failed", cell, text=outcome["failed"])
-            elif "done" in outcome and Run(cell.path).summary is None:
+            elif "done" in outcome and cell.run.summary is None:
                 why = "its run folder is not here: run folders must lie on a path that all machines share (--runs-dir)"
                 yield Event("failed", cell, text=why)
             elif "done" in outcome:
@@ -270,4 +269,4 @@ def _ray_events(ray: Any, train: Any, cells: Sequence[Cell], setting: Setting, s
 
 def _share_done(cell: Cell) -> float:
     """The share of a cell's epochs that its run folder shows."""
-    return len(Run(cell.path).metrics()) / cell.recipe.epochs
+    return len(cell.run.metrics()) / cell.recipe.epochs

@@ -436,11 +436,11 @@ def _arm_result(
     runs, failed = {}, {}
     network = cells[0].recipe.network  # of the tuned value, where there is one
     for cell in cells:
-        run = Run(cell.path)
+        run = cell.run
         if cell.name in failures:
             failed[cell.name] = failures[cell.name]
         is_swept = value is not None or not ran.tuned
-        if not is_swept or not (run.path / "recipe.toml").is_file():
+        if not is_swept or not run.is_there:
             continue
         if reasons := differences(cell, ran.fingerprints):
             failed[cell.name] = f"{'; '.join(reasons)}; the same command trains it anew"
