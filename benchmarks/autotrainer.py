@@ -22,7 +22,7 @@ class AutoTrainer:
         self.look_at_gradients()
 
     def look(self, progress):
-        if progress.row is None or progress.ended:
+        if progress.row is None:
             return
         self.accuracies.append(progress.row["train/running_accuracy"])
         if len(self.accuracies) % 3 == 0:

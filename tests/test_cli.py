@@ -101,7 +101,19 @@ def test_evaluate_prints_for_programs_what_it_says_in_words(trained, capsys):
         assert line in said
     for name, recall in found["scores"]["test"]["recalls"].items():
         assert f"{name} {recall:.3f}" in said
-    assert sum(found["scores"]["test"]["class_images"].values()) == found["scores"]["test"]["images"]
+    test = found["scores"]["test"]
+    assert sum(test["class_images"].values()) == test["images"]
+    assert f"accuracy by class (mean {test['balanced_accuracy']:.4f}): " in said
+    taken_for = test["taken_for"]
+    assert {name: sum(row.values()) for name, row in taken_for.items()} == test["class_images"]
+    for name, precision in test["precisions"].items():
+        answers = sum(row.get(name, 0) for row in taken_for.values())
+        assert precision == (taken_for[name].get(name, 0) / answers if answers else None)
+    confused = max((n, one, other) for one, row in taken_for.items() for other, n in row.items() if one != other)
+    commonest = [
+        f"{one} for {other} {n}" for one, row in taken_for.items() for other, n in row.items() if n == confused[0]
+    ]
+    assert any(f"  taken for another: {told}" in said for told in commonest)
     assert found["notes"]
     assert all(f"  note: {note}\n" in said for note in found["notes"])
 
@@ -285,6 +297,11 @@ BAD = [
     (["val", "x"], "unknown command 'val'; here it is: fromzero evaluate"),
     (["train", "x", "--verbose"], "unknown option --verbose; see: fromzero train --help"),
     (["train", "x", "--imgsz", "3"], "unknown option --imgsz; here it is: @PIXELS behind the folder, as in photos@64"),
+    (
+        ["train", "x", "--class_weight", "3"],
+        "unknown option --class_weight; here it is: --logit_adjustment 1, where rare",
+    ),
+    (["tune", "x"], "unknown command 'tune'; here it is: fromzero study"),
     (["resume", "x", "--gpu"], "unknown option --gpu; here it is: --device cuda"),
     (["train", "--epohcs", "3"], "unknown option --epohcs; nearest: --epochs"),
     (["train", "--optimizer.lr", "3"], "unknown option --optimizer.lr; nearest: --optimizer.learning_rate"),
@@ -547,7 +564,7 @@ def test_output_that_cannot_be_written_ends_no_training(tmp_path):
     assert done.returncode == 0
     assert done.stderr == "warning: output: No space left on device; nothing more is printed\n"
     (run,) = library.list_runs(tmp_path / "runs")
-    assert run.has_ended()
+    assert run.has_ended
 
 
 def test_a_damaged_run_is_named_and_does_not_hide_the_others(trained, capsys):

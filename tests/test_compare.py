@@ -207,7 +207,7 @@ def test_of_other_pictures_in_train_more_seeds_tell_and_of_other_sizes_cross_val
         for name in (photos / "train", mended, f"{photos / 'train'}@24")
     )
     told = comparison_text(compare_runs(one, two, photos / "fresh"))
-    assert "Several seeds of each can, compared on pictures that none was trained on." in told
+    assert "Nor can a study, whose runs share their pictures: several seeds of each can, on pictures that none" in told
     assert "cross-validate" not in told
     assert f"fromzero cross-validate {larger.path}" in comparison_text(compare_runs(one, larger))
 

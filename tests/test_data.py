@@ -22,7 +22,8 @@ from fromzero.data.images import own_name
 from fromzero.errors import InputError
 from fromzero.recipe import load_recipe
 from fromzero.sessions import new_training
-from fromzero.trained import recorded_images
+from fromzero.splits import Data
+from fromzero.trained import load_trained, recorded_images
 from tests.conftest import CIFAR10_NAMES
 
 TEST_BATCH = {"binary": "test_batch.bin", "python": "test_batch"}
@@ -535,12 +536,42 @@ def test_arrays_are_images_and_a_run_on_them_takes_no_others_for_them(tmp_path):
     with pytest.raises(InputError, match=r"unknown data set 'arrays \(in memory\)'"):
         train(run.recipe, runs_dir=tmp_path, threads=1)
     assert resume(run, images=images, epochs=2).summary["epoch"] == 2
+    given = "it was trained on arrays, which are not kept; from Python give them again"
+    with pytest.raises(InputError, match=given):
+        load_trained(run)
+    classifier = load_trained(run, images=images)
+    assert classifier.images is images
     for pixels, labels in ((part(9)[0] / 255, [0] * 9), (part(9)[0], [0.5] * 9), (part(9)[0][0], [0])):
         with pytest.raises(InputError, match=r"expected pixels uint8 \(N, H, W, C\)"):
             ImageSet.of(["a", "b"], (pixels, labels), part(9))
     for labels in (np.zeros((9, 1), int), [0] * 8):
         with pytest.raises(InputError, match="expected a label for each of 9 images"):
             ImageSet.of(["a", "b"], (part(9)[0], labels), part(9))
+
+
+def test_copies_in_arrays_stay_together_and_are_told():
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), np.arange(40) % 2
+    some = np.concatenate((np.arange(40), np.arange(40), np.arange(40)))  # as who copies rare ones would
+    test = (np.concatenate((pixels[:3], pixels[3:5] // 2)), np.append(labels[:3], [0, 0]))
+    images = ImageSet.of(["a", "b"], (pixels[some], labels[some]), test)
+    assert images.notes == (
+        "3 of the 5 test images are train images too, to the byte",
+        "80 of the 120 train images are copies of others: they count twice",
+    )
+    recipe = load_recipe("train1").override({"validation.source": "split", "validation.fraction": 0.3})
+    data = Data.of(recipe, images, "cpu")
+    known, held = ({image.tobytes() for image in part.pixels.numpy()} for part in (data.train, data.validation))
+    assert len(held) >= 8
+    assert not known & held
+    again = ImageSet.of(images.class_names, images.train.take(np.arange(40)), images.test, images.test)
+    assert again.notes == tuple(
+        f"3 of the 5 {split} images are train images too, to the byte" for split in ("test", "validation")
+    )
+    with pytest.raises(InputError, match=r"of grey images pixels\[\.\.\., None\]"):
+        ImageSet.of(["a", "b"], (pixels[..., 0], labels), test)
+    with pytest.raises(InputError, match=r"channels seem to come first: pixels\.transpose\(0, 2, 3, 1\)"):
+        ImageSet.of(["a", "b"], (pixels.transpose(0, 3, 1, 2), labels), test)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])

@@ -664,7 +664,7 @@ def test_the_command_names_the_problem_and_the_study_that_it_writes_runs(run, tm
     recorded = json.loads((run.path / "diagnosis.json").read_text("utf-8"))
     assert recorded["findings"][0]["name"] == "rate-too-high"
     assert set(recorded["measures"]["trials"]) >= {"0.01", "0.1", "1", "10", "100"}
-    assert run.has_ended()  # the folder is still a run's
+    assert run.has_ended  # the folder is still a run's
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # where the recipe's own name of the folder leads nowhere
     assert cli.main(["study", str(tmp_path / study), "--seeds", "2", "--jobs", "1", "--threads", "1"]) == 0

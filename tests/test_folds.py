@@ -291,7 +291,7 @@ def test_the_header_says_what_whoever_reads_the_answer_should_know(done):
     other.recipe = other.recipe.override({"validation.fraction": 0.3})  # which the folds do not have
     noted = folds.fold_header(replace(found, run=other, images=replace(found.images, notes=("one is broken",))))
     assert "\n  note: one is broken\n" in noted
-    assert "\n  a training like the run's takes 20 s, all in turn 60 s\n" in noted
+    assert "\n  a training like the run's takes 20 s, all in turn 60 s, less with 2 at a time\n" in noted
     assert noted.splitlines()[0] == header.splitlines()[0]
     assert "note: the run began with the weights of another one, and these begin with random ones" in noted
     assert "note: the run was extended; these train 8 epochs at once" in noted

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -626,7 +628,8 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     assert f"accuracy {sum(right) / 24:.4f} (" in scores
     wrong = [(float(sure), name, path) for (name, sure, path), ok in zip(told, right, strict=True) if not ok]
     assert len(wrong) > 10  # so many are listed
-    header, *listed = mistakes
+    confused, header, *listed = mistakes
+    assert confused.startswith("  taken for another: ")
     assert header == f"  mistakes, by the network or in the label, the surest 10 of {len(wrong)} (--json lists all):"
     assert [line.split("(")[1].split(")")[0] for line in listed] == [
         f"{sure:.3f}" for sure, _, _ in sorted(wrong, reverse=True)[:10]
@@ -642,7 +645,10 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
         path: name for _, name, path in wrong
     }
     blue, green = sum(right[:12]) / 12, sum(right[12:]) / 12
-    assert recalls == f"  accuracy by class: blue {blue:.3f} (of 12), green {green:.3f} (of 12), red no image"
+    assert (
+        recalls
+        == f"  accuracy by class (mean 0.5000): blue {blue:.3f} (of 12), green {green:.3f} (of 12), red no image"
+    )
     assert cli.main([*command, "--data-dir", "set"]) == 2
     assert "--data-dir is where a run's own images are, and others are scored" in capsys.readouterr().err
     assert cli.main([*command, "--precision", "bfloat16"]) == 0
@@ -941,6 +947,44 @@ def test_what_became_of_a_runs_pictures_is_said(tmp_path, monkeypatch, capsys):
     assert f"red is a class: name the folder that it lies in, {other}" in said
 
 
+def test_pictures_come_as_files_bytes_or_what_pillow_has_read(tmp_path, monkeypatch, capsys):
+    folder = write(tmp_path / "set", count=10)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "set", *CHANGES, "--run-name", "mine"]) == 0
+    assert [run.name for run in list_runs()] == ["mine"]
+    classifier, path = load_classifier("mine"), folder / "red" / "003.png"
+    content = path.read_bytes()
+    with path.open("rb") as file, Image.open(path) as opened:
+        pixels, read, wrong = classifier.read([path, str(path), content, io.BytesIO(content), file, opened, b"no"])
+    assert (read, [*wrong]) == ([0, 1, 2, 3, 4, 5], [6])
+    assert all(torch.equal(one, pixels[0]) for one in pixels)
+    with pytest.raises(InputError, match="expected paths, bytes, binary files or Pillow's images, found int"):
+        classifier.read([path, 3])
+    assert classifier.predict(pixels[:0]).shape == (0, 3)
+    for odd in (["a.png"], pixels[0], pixels.float(), np.zeros((2, 3))):
+        with pytest.raises(InputError, match=r"expected pixels uint8 \(N, "):
+            classifier.predict(odd)
+    capsys.readouterr()
+    assert cli.main(["predict", "mine", str(path), "--threads", "1"]) == 0
+    expected = capsys.readouterr().out.replace(str(path), "-")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert cli.main(["predict", "mine", "-", "--threads", "1"]) == 0
+    assert capsys.readouterr().out == expected
+    assert cli.main(["train", "set", *CHANGES, "--run-name", "a/b"]) == 2
+    assert "is to be the name of a folder" in capsys.readouterr().err
+
+
+def test_a_page_does_not_go_among_pictures(tmp_path, monkeypatch, capsys):
+    folder = write(tmp_path / "set", count=10)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "set", *CHANGES, "--run-name", "mine"]) == 0
+    assert cli.main(["report", "mine", "set"]) == 2
+    assert "set: is a folder of pictures, which fromzero evaluate runs/mine set scores" in capsys.readouterr().err
+    assert not (folder / "report.html").exists()
+    assert cli.main(["report", "mine", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").exists()
+
+
 def test_names_that_may_mean_another_thing_are_told(tmp_path, monkeypatch, capsys):
     """A folder called as a split, or as a data set that is known by name; a text where a list belongs."""
     folder = write(tmp_path / "set", count=10)
@@ -949,7 +993,7 @@ def test_names_that_may_mean_another_thing_are_told(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "set", *CHANGES]) == 0
     (run,) = list_runs()
-    with pytest.raises(InputError, match="expected a list of paths"):
+    with pytest.raises(InputError, match="expected a list of pictures"):
         load_classifier(run).read("set/test/000.png")
     (tmp_path / "broken.png").write_bytes(b"")
     capsys.readouterr()

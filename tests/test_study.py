@@ -1,5 +1,6 @@
 """Studies: what a file may say, which cells run, that stopping changes no answer, and what the answers are."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -1283,6 +1284,22 @@ def test_the_mean_of_the_classes_accuracies_is_a_metric_where_it_was_recorded(fi
     finally:
         (execution.folder / "study.toml").write_text(text)
         records.write_text(before)
+
+
+def test_of_more_than_two_arms_the_means_are_told(finished, text):
+    _, execution, _ = finished
+    assert not any("by arm" in line for line in answer(read_result(execution.folder)))
+    result = read_result(execution.folder)
+    three = dataclasses.replace(result, arms=result.arms | {"other": result.arms["narrow"]})
+    (line,) = (line for line in answer(three) if "by arm" in line)
+    spreads = {name: Spread.of([*arm.values("val/accuracy").values()]) for name, arm in result.arms.items()}
+    told = {name: f"{name} {100 * s.mean:.2f} ± {100 * s.sd:.2f}" for name, s in spreads.items()}
+    assert told["wide"] in line
+    assert line.count(told["narrow"].partition(" ")[2]) == 2
+    first = max(spreads, key=lambda name: spreads[name].mean)
+    assert line.startswith(
+        "  val/accuracy by arm, mean ± standard deviation: " + (told[first] if first == "wide" else "")
+    )
 
 
 def test_pages_link_to_names_with_spaces(finished, tmp_path):

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 
@@ -325,7 +326,7 @@ def test_the_easiest_images_are_left_out_after_the_first_epoch(small, tiny_image
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "train_step", watched)
         for progress in run:
-            if progress.row and not progress.ended:
+            if progress.row:
                 hardest = losses.argsort(stable=True)[48:].tolist()
                 seen.append([])
                 if progress.counters.epoch < 4:
@@ -348,7 +349,7 @@ def test_images_that_the_proxy_never_chose_are_not_the_easiest(small, tiny_image
     run = new_training(recipe, tiny_images, runs_dir=tmp_path)
     skipped = []
     for progress in run:
-        if progress.row and not progress.ended and progress.counters.epoch < 6:
+        if progress.row and progress.counters.epoch < 6:
             unknown = torch.isinf(run.state.losses)
             assert not (run.state.skipped & unknown).any()
             skipped.append(run.state.skipped.clone())
@@ -1208,7 +1209,7 @@ def test_a_finished_run_whose_extension_could_not_begin_is_still_finished(small,
         shutil.rmtree(ended.path)
         shutil.copytree(tmp_path / "kept", ended.path)
         faults.fail_nth_call(lambda: resumed_training(ended, tiny_images, epochs=6).close(), n, errno.ENOSPC)
-        assert ended.recipe.epochs == 6 or ended.has_ended(), n
+        assert ended.recipe.epochs == 6 or ended.has_ended, n
         training_ = resumed_training(ended, tiny_images, epochs=6)
         assert training_.state.counters.epoch == 3
         training_.close()
@@ -1268,11 +1269,14 @@ def test_of_epochs_that_get_as_many_right_the_one_of_the_lowest_loss_is_best(sma
 
 def test_a_run_has_one_writer_from_the_moment_it_is_loaded(small, tiny_images, tmp_path):
     first = new_training(small, tiny_images, runs_dir=tmp_path)
-    with pytest.raises(FromzeroError, match=f"another process writes to this run: process {os.getpid()} on"):
+    with pytest.raises(FromzeroError, match="a training in this process still holds this run; end its loop, or close"):
+        resumed_training(first.run, tiny_images)
+    (first.run.path / "writer.json").write_text(json.dumps({"host": socket.gethostname(), "pid": 1}))
+    with pytest.raises(FromzeroError, match="another process writes to this run: process 1 on"):
         resumed_training(first.run, tiny_images)
     first.close()
     second = resumed_training(first.run, tiny_images)
-    with pytest.raises(FromzeroError, match="another process writes to this run"):
+    with pytest.raises(FromzeroError, match="a training in this process still holds this run"):
         resumed_training(first.run, tiny_images)
     for _ in second:
         pass
@@ -1501,6 +1505,40 @@ def test_images_are_ranked_by_the_loss_that_is_trained(changes, small, tiny_imag
     rare = int((run.data.train.labels == 7).sum())
     assert 0 < rare < len(seen[-1]) < len(run.data.train.labels)
     assert int((seen[-1] == 7).sum()) == rare
+
+
+def test_a_loop_sees_each_step_with_its_loss_each_epoch_once_and_the_end(small, tiny_images, tmp_path):
+    run = new_training(small, tiny_images, runs_dir=tmp_path, threads=1)
+    steps, epochs, ends, summed, images = 0, [], 0, 0.0, 0
+    for progress in run:
+        assert (progress.loss is not None) + (progress.row is not None) + progress.ended == 1
+        if progress.row:
+            epochs.append(progress.row["epoch"])
+            assert progress.row["train/running_loss"] == pytest.approx(summed / images)
+            summed, images = 0.0, 0
+        elif progress.ended:
+            ends += 1
+            assert run.run.summary
+        else:
+            steps += 1
+            summed += progress.loss * (progress.counters.running_images - images)
+            images = progress.counters.running_images
+    assert (steps, epochs, ends) == (run.timetable.start_of(3), [1, 2, 3], 1)
+
+
+def test_a_network_can_be_traced_though_its_kernels_cannot(tiny_images, tmp_path):
+    recipe = load_recipe("few").override({"network.channels": [[8, 8], [8], [8]], "epochs": 1, "batch_size": 50})
+    run = fromzero.train(recipe, tiny_images, runs_dir=tmp_path, threads=1)
+    classifier = load_classifier(run, precision="float32", threads=1)
+    seen = classifier.normalise(torch.from_numpy(tiny_images.test.pixels))
+    with torch.no_grad():
+        expected = classifier.network(seen)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch prefers the other way, and warns of sizes that it takes for fixed
+            traced = torch.jit.trace(classifier.network, seen[:2])
+        exported = torch.export.export(classifier.network, (seen,)).module()
+        assert torch.allclose(traced(seen), expected, atol=1e-5)
+        assert torch.allclose(exported(seen), expected, atol=1e-5)
 
 
 def test_balanced_accuracy_is_the_mean_over_the_classes_that_are_there():

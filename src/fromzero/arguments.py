@@ -17,18 +17,22 @@ DEFAULT_RECIPE = "strong"
 # What Keras, PyTorch and Ultralytics call it, where none of our words is near, or one that means another thing.
 ELSEWHERE = {
     "amp": "--precision bfloat16",
+    "class-weight": "--logit_adjustment 1, where rare classes are to count as much as others",
+    "class-weights": "--logit_adjustment 1, where rare classes are to count as much as others",
     "dropout": "--network.block_dropout and --network.dense_dropout",
+    "early-stopping": "--epochs; the best epoch's weights are kept beside the last",
     "gpu": "--device cuda",
     "gpus": "--device cuda",
     "image-size": "@PIXELS behind the folder, as in photos@64",
     "img-size": "@PIXELS behind the folder, as in photos@64",
     "imgsz": "@PIXELS behind the folder, as in photos@64",
     "lr0": "--optimizer.learning_rate",
+    "mixup": "--augment.cutmix",
     "model": "--recipe",
     "num-workers": "--threads",
     "output": "--runs-dir",
     "patience": "--epochs; the best epoch's weights are kept beside the last",
-    "pretrained": "--from RUN",
+    "pretrained": "--from RUN, of fromzero's own; it has no weights trained by others",
     "project": "--runs-dir",
     "resume": "fromzero resume RUN",
     "val-split": "--validation.fraction",
@@ -37,7 +41,17 @@ ELSEWHERE = {
     "weights": "--from RUN",
     "workers": "--threads",
 }
-COMMANDS_ELSEWHERE = {"fit": "train", "help": "--help", "list": "runs", "test": "evaluate", "val": "evaluate"}
+COMMANDS_ELSEWHERE = {
+    "confusion": "report",
+    "fit": "train",
+    "help": "--help",
+    "list": "runs",
+    "lr-find": "diagnose",
+    "sweep": "study",
+    "test": "evaluate",
+    "tune": "study",
+    "val": "evaluate",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,6 +140,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
         "DATASET", nargs="?", help="cifar10, digits, a folder of pictures, or CIFAR's files (as the recipe says)"
     )
     train.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"{', '.join(recipe_names())} or a TOML file (strong)")
+    train.add_argument("--run-name", metavar="NAME", help="of the run's folder (data set and number of parameters)")
     train.add_argument("--from", type=_path, metavar="RUN", help="start from the last weights of that run")
     train.add_argument("--partial", action="store_true", help="with --from: take the weights that fit")
     _add_shared(train, "runs", "data", "machine", "saving", "tensorboard")
@@ -157,7 +172,9 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     _add_shared(evaluate, "runs", "data", "machine")
 
     predict = add_of_run("predict", "classify pictures with a run's weights")
-    predict.add_argument("PICTURE", nargs="+", type=_path, help="a picture, or a folder of them")
+    predict.add_argument(
+        "PICTURE", nargs="+", type=_path, help="a picture, a folder of them, or - for one from standard input"
+    )
     predict.add_argument("--top", type=_count, metavar="N", help="how many classes, likeliest first (1; --json: all)")
     predict.add_argument(
         "--json",

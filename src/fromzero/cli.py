@@ -161,6 +161,7 @@ def _train(arguments: argparse.Namespace) -> None:
     training = new_training(
         recipe,
         images,
+        name=arguments.run_name,
         start_from=getattr(arguments, "from"),
         **_options(arguments, "runs_dir", "partial", "device", "threads", "keep", "checkpoint_minutes"),
     )
@@ -312,12 +313,18 @@ def _predict(arguments: argparse.Namespace) -> None:
         from fromzero.scores import doubts
         from fromzero.trained import proposing_others
 
-    paths, notes = pictures_at(arguments.PICTURE)
+    pictures: Sequence[Path | bytes]
+    if [str(path) for path in arguments.PICTURE] == ["-"]:
+        paths, notes = arguments.PICTURE, list[str]()
+        pictures = [sys.stdin.buffer.read()]
+    else:
+        paths, notes = pictures_at(arguments.PICTURE)
+        pictures = paths
     classifier = _classifier(arguments)
     for note in [*notes, *(f"{classifier.run.path}: {doubt}" for doubt in doubts(classifier))]:
         _warn(note)
     names = classifier.class_names
-    pixels, read, wrong = classifier.read(paths)
+    pixels, read, wrong = classifier.read(pictures)
     if read:
         _warn_of_views(classifier.run.recipe, arguments.tta)
         with proposing_others(classifier.checkpoint):
@@ -469,6 +476,9 @@ def _report(arguments: argparse.Namespace) -> None:
     path = arguments.FILE or trained.run.path
     if Run(path).is_there and not path.samefile(trained.run.path):
         raise InputError(f"{path} is another run; a page is about one: {command_line('fromzero', 'report', path)}")
+    if any((path / name).is_dir() for name in trained.images.class_names):
+        scores = command_line("fromzero", "evaluate", trained.run.path, path)
+        raise InputError(f"{path}: is a folder of pictures, which {scores} scores; name another place for the page")
     path = path / "report.html" if path.is_dir() else path
     check_named(path, ".html", ".htm")
     with proposing_others(trained.checkpoint):
@@ -588,7 +598,7 @@ def _lessons(arguments: argparse.Namespace) -> None:
     results = list_results(arguments.runs_dir)
     if arguments.write is not None:
         page.write_lessons(results, arguments.write, arguments.STUDY)
-        print(f"written: {arguments.write}")
+        print(f"written: {arguments.write}, its pictures in {arguments.write.with_suffix('')}/")
         return
     for study, found in by_lesson(results, arguments.STUDY):
         print(f"{study.name}: {study.claim}")

@@ -180,7 +180,10 @@ def comparison_text(record: Mapping[str, Any]) -> str:
         return "\n".join(lines)
     then = " A study can:" if record["study"] else ""
     if "dataset" in record["recipe"] and not record["same_source"]:
-        then = " Several seeds of each can, compared on pictures that none was trained on."
+        then = (
+            " Nor can a study, whose runs share their pictures: several seeds of each can, on pictures that none was"
+            " trained on."
+        )
     elif "dataset" in record["recipe"]:
         each = " and ".join(command_line("fromzero", "cross-validate", Path(run["run"])) for run in record["runs"])
         then = f" Nor can a study, whose runs share their images. Each on all its train images: {each}"

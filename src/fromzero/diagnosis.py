@@ -243,15 +243,20 @@ def _other_rate(e: Evidence, direction: str) -> Finding | None:
     # A network that cannot learn a few images at its best rate has another problem.
     if direction == "low" and e.measures.fit_accuracy is not None and e.measures.fit_accuracy < FITS:
         return None
-    rate = e.recipe.optimizer.learning_rate
-    tried = ", ".join(f"{rate * factor:g}: {trial.loss:.2f}" for factor, trial in sorted(trials.items()))
     return Finding(
         f"rate-too-{direction}",
         f"the learning rate is too {direction}",
-        f"train loss after {counted(e.measures.trial_steps, 'step')}, by peak rate (the run's is {rate:g}): {tried}",
-        f"a peak rate of {rate * best:g}",
+        rates_tried(e),
+        f"a peak rate of {e.recipe.optimizer.learning_rate * best:g}",
         _rates(e.recipe, best),
     )
+
+
+def rates_tried(e: Evidence) -> str:
+    """The losses of the short trainings, by their rates, in words."""
+    rate, steps = e.recipe.optimizer.learning_rate, counted(e.measures.trial_steps, "step")
+    tried = ", ".join(f"{rate * factor:g}: {trial.loss:.2f}" for factor, trial in sorted(e.measures.trials.items()))
+    return f"train loss after {steps}, by peak rate (the run's is {rate:g}): {tried}"
 
 
 def _gain_that_tells(e: Evidence) -> float:

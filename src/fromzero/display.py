@@ -233,7 +233,7 @@ def _timed(training: Training, after_epoch: Callable[[Run], None] | None = None)
             before, done, in_all = (_work(training, to) for to in (first_step, step, end))
             seconds = now - began
             speed = Speed(images / seconds, seconds * (in_all - done) / (done - before))
-        if progress.row and not progress.ended and after_epoch is not None:
+        if progress.row and after_epoch is not None:
             try:
                 after_epoch(training.run)
             except Exception as error:  # what others make of its figures is never worth a run
@@ -277,11 +277,11 @@ def _watch_live(stands: Iterator[Timed], console: Console) -> None:
         last: Row | None = None
         shown = 0.0
         for now in stands:
-            counters, row, ended = now.progress
-            if ended:
+            counters = now.progress.counters
+            if now.progress.ended:
                 return
-            if row:
-                last = row
+            if now.progress.row:
+                last = now.progress.row
                 line = epoch_line(now, narrow=console.width < 115)
                 live.console.print(line, highlight=False, soft_wrap=True)
             if counters.epoch == now.training.recipe.epochs:

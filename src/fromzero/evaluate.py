@@ -86,15 +86,21 @@ class Outcomes(NamedTuple):
     @property
     def balanced_accuracy(self) -> float:
         """The mean of the accuracies of all classes that have an image."""
-        counts = self.by_class(int(self.labels.max()) + 1)
+        counts = self.by_class(int(self.labels.cpu().max()) + 1)
         recalls = [right / count for right, count in counts if count]
         return sum(recalls) / len(recalls)
 
     def by_class(self, num_classes: int) -> list[tuple[int, int]]:
         """Of each class how many images were right, and how many there are."""
-        right = self.labels[self.predictions == self.labels]
-        counts = [of.bincount(minlength=num_classes).tolist() for of in (right, self.labels)]
+        labels, predictions = self.labels.cpu(), self.predictions.cpu()
+        right = labels[predictions == labels]
+        counts = [of.bincount(minlength=num_classes).tolist() for of in (right, labels)]
         return list(zip(*counts, strict=True))
+
+    def confusions(self, num_classes: int) -> Tensor:
+        """How many images of each class (row) were taken for each class (column), int64 (classes, classes)."""
+        pairs = (self.labels * num_classes + self.predictions).cpu()
+        return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def evaluate(

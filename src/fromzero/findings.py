@@ -25,6 +25,7 @@ from fromzero.diagnosis import (
     large_gap,
     loss_rise,
     mirrors_one_way_round,
+    rates_tried,
     share_of_wrong_labels_seen,
     untried,
     why_labels_cannot_be_judged,
@@ -102,6 +103,9 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         said.append(
             f"Not judged, as the steps that would show it could not be made or came to nothing: {', '.join(skipped)}."
         )
+    if evidence.measures.rates_tell and not {"rate-too-high", "rate-too-low"} & named:
+        tried = rates_tried(evidence)
+        said.append(f"Other rates were tried: {tried}; that speaks for none of them clearly.")
     if origin := run.provenance["from"]:
         began = f"The run began with the weights of {origin['run']}:"
         said.append(f"{began} its first steps were not tried again, and a study begins anew.")

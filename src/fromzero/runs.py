@@ -238,6 +238,7 @@ class Run:
                 f"{self.path}/summary.json: damaged: {', '.join(wrong)}: not as in metrics.jsonl; {self.way_on}"
             )
 
+    @property
     def has_ended(self) -> bool:
         """Whether the run has ended. Raises as `check` does."""
         self.check()
@@ -350,6 +351,10 @@ class Run:
                 f"{self.path}: lies where files cannot be locked, so nothing keeps two processes from writing to it;"
                 " name another folder by --runs-dir"
             ) from None
+        if taken and (holder.get("pid"), holder.get("host")) == (os.getpid(), socket.gethostname()):
+            raise BusyError(
+                f"{self.path}: a training in this process still holds this run; end its loop, or close() it first"
+            )
         if taken:
             raise BusyError(
                 f"{self.path}: another process writes to this run: process {holder.get('pid', '?')} on"

@@ -11,7 +11,7 @@ import torch
 from fromzero.data.decoding import unreadable
 from fromzero.data.listing import SPLITS, labelled_pictures
 from fromzero.data.pictures import DAMAGED_SHARE, TOO_MANY
-from fromzero.errors import InputError, command_line, counted
+from fromzero.errors import InputError, command_line, counted, some
 from fromzero.evaluate import Outcomes, evaluate
 from fromzero.runs import Run
 from fromzero.splits import Subset, validation_label
@@ -19,7 +19,7 @@ from fromzero.stats import wilson_interval
 from fromzero.terminal import in_brackets
 from fromzero.trained import Classifier, Trained
 
-LISTED = 10  # mistakes in the text; JSON has all
+LISTED, CONFUSED = 10, 5  # mistakes, and pairs of classes, in the text; JSON has all
 
 
 def own_scores(trained: Trained, views: str = "none") -> dict[str, Any]:
@@ -150,10 +150,13 @@ def _how(of: Trained | Classifier, what: str, views: str) -> dict[str, Any]:
 
 
 def _score(outcomes: Outcomes, class_names: Sequence[str]) -> dict[str, Any]:
-    """How many images, accuracy with its 95 % interval by that number, mean loss in nats, and by class how many and
-    their accuracy, None where there is no image."""
+    """How many images, accuracy with its 95 % interval by that number, mean loss in nats; by class how many, the share
+    of them that is found (recall) and of those taken for it the share that is right (precision), None where there is
+    none; and of each class how many were taken for which (those that any were)."""
     images, classes = len(outcomes.labels), len(class_names)
     by_class = outcomes.by_class(classes)
+    confusions = outcomes.confusions(classes)
+    said = confusions.sum(0).tolist()
     return {
         "images": images,
         "accuracy": outcomes.accuracy,
@@ -164,7 +167,26 @@ def _score(outcomes: Outcomes, class_names: Sequence[str]) -> dict[str, Any]:
         "recalls": {
             name: right / count if count else None for name, (right, count) in zip(class_names, by_class, strict=True)
         },
+        "precisions": {
+            name: right / count if count else None
+            for name, (right, _), count in zip(class_names, by_class, said, strict=True)
+        },
+        "taken_for": {
+            name: {other: count for other, count in zip(class_names, row, strict=True) if count}
+            for name, row in zip(class_names, confusions.tolist(), strict=True)
+        },
     }
+
+
+def _confused(score: Mapping[str, Any]) -> str:
+    """Which class is taken for which, the commonest first; empty where none is."""
+    found = [
+        (count, f"{name} for {other} {count:,}")
+        for name, row in score["taken_for"].items()
+        for other, count in row.items()
+        if other != name
+    ]
+    return some([told for _, told in sorted(found, key=lambda one: -one[0])], most=CONFUSED)
 
 
 def scores_text(record: Mapping[str, Any]) -> str:
@@ -184,6 +206,8 @@ def scores_text(record: Mapping[str, Any]) -> str:
     )
     mean = "" if each else f" (mean {score['balanced_accuracy']:.4f})"
     lines.append(f"  {'' if label == 'these' else f'{label} '}accuracy by class{mean}{each}: " + ", ".join(by_class))
+    if confused := _confused(score):
+        lines.append(f"  taken for another: {confused}")
     if mistakes := record.get("mistakes"):
         more = f", the surest {LISTED} of {len(mistakes):,} (--json lists all)" if len(mistakes) > LISTED else ""
         lines.append(f"  mistakes, by the network or in the label{more}:")

@@ -36,7 +36,7 @@ from fromzero.state import load_weights, model_weights
 from fromzero.timetable import Timetable
 
 if TYPE_CHECKING:
-    from fromzero.data.decoding import Wrong
+    from fromzero.data.decoding import Picture, Wrong
 
 WEIGHTS = ("last", "best")  # of which epoch: the last one that was saved, or the best on validation
 
@@ -77,6 +77,11 @@ def recorded_images(
             images = load_images(name, data_dir=place, offline=offline)
             images = images.subset(int(options[1:])) if options else images
     elif images is None:
+        if recorded["source"] == "memory":
+            raise InputError(
+                f"{run.path}: it was trained on arrays, which are not kept; from Python give them again:"
+                " load_trained(run, images=…), resume(run, images=…)"
+            )
         if data_dir is None and not source.exists():
             raise InputError(f"{run.path}: its images are no longer at {source}; --data-dir says where they are now")
         if data_dir is not None and not Path(data_dir).exists():
@@ -267,25 +272,28 @@ class Classifier(NamedTuple):
     def __repr__(self) -> str:
         return f"<classifier of {self.run.path}: {', '.join(self.class_names)}>"
 
-    def read(self, paths: Sequence[str | Path]) -> tuple[Tensor, list[int], dict[int, Wrong]]:
-        """Pictures prepared as the run's were: pixels uint8 (N, H, W, 3) on its device, the places among `paths` that
-        these are of, and what is wrong with the files at other places. Raises InputError where its images have other
-        channels."""
-        pixels, _, read, wrong = self.read_hashed(paths)
+    def read(self, pictures: Sequence[str | Picture]) -> tuple[Tensor, list[int], dict[int, Wrong]]:
+        """Pictures (paths, bytes of files, binary files or Pillow's images) prepared as the run's were: pixels uint8
+        (N, H, W, 3) on its device, the places among `pictures` that these are of, and what is wrong with those at
+        other places. Raises InputError where its images have other channels."""
+        pixels, _, read, wrong = self.read_hashed(pictures)
         return pixels, read, wrong
 
-    def read_hashed(self, paths: Sequence[str | Path]) -> tuple[Tensor, list[str], list[int], dict[int, Wrong]]:
+    def read_hashed(self, pictures: Sequence[str | Picture]) -> tuple[Tensor, list[str], list[int], dict[int, Wrong]]:
         """The same, and behind the pixels how the SHA-256 (hex) of each of their files begins."""
-        from fromzero.data.decoding import read_pictures  # with Pillow, which few need
+        from fromzero.data.decoding import Picture, read_pictures  # with Pillow, which few need
 
-        if isinstance(paths, str | Path):
-            raise InputError(f"{paths}: expected a list of paths; of one picture a list with that")
+        if isinstance(pictures, str | bytes | Path):
+            raise InputError(f"{pictures!r:.60}: expected a list of pictures; of one a list with that")
+        files = [Path(picture) if isinstance(picture, str) else picture for picture in pictures]
+        if others := [type(one).__name__ for one in files if not isinstance(one, Picture) and not hasattr(one, "read")]:
+            raise InputError(f"expected paths, bytes, binary files or Pillow's images, found {others[0]}")
         height, width, channels = self.image_shape
         if channels != 3:
             has = counted(channels, "channel")
             raise InputError(f"{self.run.path}: its images have {has}; pictures are read as red, green, blue")
-        pixels, digests, wrong = read_pictures([Path(path) for path in paths], height, width, "reading")
-        read = [index for index in range(len(paths)) if index not in wrong]
+        pixels, digests, wrong = read_pictures(files, height, width, "reading")
+        read = [index for index in range(len(files)) if index not in wrong]
         hashes = [int(digest).to_bytes(8, "little").hex() for digest in digests[read]]
         return torch.from_numpy(pixels[read]).to(self.machine.device), hashes, read, wrong
 
@@ -296,12 +304,15 @@ class Classifier(NamedTuple):
     def predict(self, pixels: Tensor | ArrayLike, views: str = "none") -> Tensor:
         """Probabilities float32 (N, classes) of pixels uint8 (N, H, W, C), a tensor or an array, as `evaluate.predict`
         has them. Raises InputError for others, NonFiniteError."""
-        pixels = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.array(pixels))
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != self.image_shape or not len(pixels):
-            found = f"{str(pixels.dtype).removeprefix('torch.')} {tuple(pixels.shape)}"
+        given = pixels if isinstance(pixels, Tensor) else np.array(pixels)
+        if str(given.dtype) not in ("uint8", "torch.uint8") or tuple(given.shape[1:]) != self.image_shape:
+            found = f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
             expected = f"uint8 (N, {', '.join(map(str, self.image_shape))})"
             raise InputError(f"{self.run.path}: expected pixels {expected}, found {found}; `read` prepares pictures so")
-        return predict(self.network, pixels.to(self.machine.device), self.normalise, self.machine, views)
+        pixels = torch.as_tensor(given, device=self.machine.device)
+        if not len(pixels):
+            return torch.zeros((0, len(self.class_names)), device=pixels.device)
+        return predict(self.network, pixels, self.normalise, self.machine, views)
 
 
 @checking_types

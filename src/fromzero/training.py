@@ -43,12 +43,14 @@ FIRST_SAVE_SECONDS, SAVE_SECONDS, SAVE_SHARE = 10.0, 60.0, 0.025
 
 
 class Progress(NamedTuple):
-    """Where a training stands after a step, or, with a row of metrics, after the evaluation of an epoch. The last row
-    comes again, `ended`, when the summary is written and only the curves are still to be drawn."""
+    """Where a training stands after a step, with the loss (nats) of that step's images before it; or, with a row of
+    metrics, after the evaluation of an epoch; or `ended`, when the summary is written and only the curves are still to
+    be drawn."""
 
     counters: Counters
     row: Row | None = None
     ended: bool = False
+    loss: float | None = None
 
 
 @dataclass(repr=False)
@@ -104,9 +106,9 @@ class Training:
                 order = self._order()
                 while counters.step < self.timetable.start_of(counters.epoch + 1):
                     start = (counters.step - self.timetable.start_of(counters.epoch)) * recipe.batch_size
-                    self._step(order[start : start + recipe.batch_size])
+                    loss = self._step(order[start : start + recipe.batch_size])
                     self._tick()
-                    yield Progress(replace(counters))
+                    yield Progress(replace(counters), loss=loss)
                     between()
                 row = self._measure(between)
                 self._end_epoch(row)
@@ -114,7 +116,7 @@ class Training:
                 between()
             self.save()
             self._finish(between)
-            yield Progress(replace(counters), self.run.metrics()[-1], ended=True)
+            yield Progress(replace(counters), ended=True)
             self._draw()
             if stop.signal is not None:  # whoever trains one run after another is to stop here
                 raise StoppedError(f"stopped; {self.run.path} has ended", stop.signal)
@@ -137,8 +139,8 @@ class Training:
         order = torch.from_numpy(ranks).to(self.machine.device)
         return order if self.state.skipped is None else order[~self.state.skipped[order]]
 
-    def _step(self, indices: Tensor) -> None:
-        """One optimizer step on the images at `indices`."""
+    def _step(self, indices: Tensor) -> float:
+        """One optimizer step on the images at `indices`; their loss before it."""
         self.machine.set_up()  # whoever iterates may have computed in another way meanwhile
         counters = self.state.counters
         rate = learning_rate_at(self.recipe, counters.step, self.timetable)
@@ -159,6 +161,7 @@ class Training:
         counters.running_loss += made.loss * len(indices)
         counters.running_correct += made.correct
         counters.running_images += len(indices)
+        return made.loss
 
     def _measure(self, between: Callable[[], None]) -> Row:
         """The row of the epoch that has just been trained: the three accuracies, never confused, and their losses."""

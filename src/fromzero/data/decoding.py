@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -31,20 +31,21 @@ class Wrong(NamedTuple):
     damaged: bool
 
 
+Picture = Path | bytes | BinaryIO | Image.Image  # a file, what is in one, one that is open, or what Pillow has read
 _Outcome = tuple[np.ndarray, int] | Wrong  # pixels and digest of a file, or what is wrong with it
 
 
 def read_pictures(
-    paths: Sequence[Path], height: int, width: int, doing: str
+    pictures: Sequence[Picture], height: int, width: int, doing: str
 ) -> tuple[np.ndarray, np.ndarray, dict[int, Wrong]]:
-    """The pictures in these files, cut to their middle and scaled: RGB pixels uint8 (N, height, width, 3); uint64 (N,),
+    """These pictures, cut to their middle and scaled: RGB pixels uint8 (N, height, width, 3); uint64 (N,),
     eight bytes of each file's SHA-256; and what is wrong with those that cannot be read, by their place, where the rest
     is zeros. `doing` is what a terminal shows meanwhile."""
-    pixels, digests = np.zeros((len(paths), height, width, 3), np.uint8), np.zeros(len(paths), np.uint64)
+    pixels, digests = np.zeros((len(pictures), height, width, 3), np.uint8), np.zeros(len(pictures), np.uint64)
     wrong: dict[int, Wrong] = {}
     with pool_of_threads() as pool:
-        found = pool.map(lambda picture: _decode(picture, width, height), paths)
-        for index, outcome in enumerate(_watched(found, len(paths), doing)):
+        found = pool.map(lambda picture: _decode(picture, width, height), pictures)
+        for index, outcome in enumerate(_watched(found, len(pictures), doing)):
             if isinstance(outcome, Wrong):
                 wrong[index] = outcome
             else:
@@ -117,15 +118,28 @@ def _turn(image: Image.Image) -> None:
         return
 
 
-def _decode(path: Path, width: int, height: int) -> _Outcome:
+def _content(picture: Picture) -> bytes:
+    """The bytes of a file, or of an image's pixels. Raises OSError."""
+    match picture:
+        case Path():
+            return picture.read_bytes()
+        case bytes():
+            return picture
+        case Image.Image():
+            return picture.tobytes()
+    return picture.read()
+
+
+def _decode(picture: Picture, width: int, height: int) -> _Outcome:
     """RGB pixels uint8 (height, width, 3), from the middle of the picture and on white where it is transparent, and
     eight bytes of the file's SHA-256 as a number; or what is wrong."""
     try:
-        content = path.read_bytes()
+        content = _content(picture)
     except OSError as error:
         return Wrong(error.strerror or type(error).__name__, damaged=False)
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        read = picture.copy() if isinstance(picture, Image.Image) else None
+        with read or Image.open(io.BytesIO(content), formats=FORMATS) as image:
             image.draft("RGB", (2 * width, 2 * height))  # a large JPEG is not decoded in full only to be made small
             image.load()
             _turn(image)

@@ -107,7 +107,14 @@ class ImageSet:
         fingerprints = {"train": one.fingerprint(), "test": two.fingerprint()}
         if own is not None:
             fingerprints["validation"] = own.fingerprint()
-        return cls(own_name(name, "arrays"), one, two, tuple(class_names), "memory", fingerprints, own)
+        known, notes = set(one.record_digests), []
+        for split, part in (("test", two), *([("validation", own)] if own is not None else [])):
+            if copies := sum(record in known for record in part.record_digests):
+                notes.append(f"{copies:,} of the {len(part):,} {split} images are train images too, to the byte")
+        if twice := len(one) - len(known):
+            notes.append(f"{twice:,} of the {len(one):,} train images are copies of others: they count twice")
+        names = tuple(class_names)
+        return cls(own_name(name, "arrays"), one, two, names, "memory", fingerprints, own, tuple(notes))
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count:,} {split}" for split, count in self.counts.items())
@@ -167,7 +174,15 @@ def _images(of: Images | tuple[ArrayLike, ArrayLike]) -> Images:
     of_pixels, of_labels = np.asarray(pixels), np.asarray(labels)
     if of_pixels.dtype != np.uint8 or of_pixels.ndim != 4 or of_labels.dtype.kind not in "iu":
         found = f"{of_pixels.dtype} {of_pixels.shape} with labels {of_labels.dtype}"
-        raise InputError(f"expected pixels uint8 (N, H, W, C) with labels that are whole numbers (N,), found {found}")
+        hint = "; of grey images pixels[..., None]" if of_pixels.ndim == 3 else ""
+        raise InputError(
+            f"expected pixels uint8 (N, H, W, C) with labels that are whole numbers (N,), found {found}{hint}"
+        )
+    if of_pixels.shape[1] in (1, 3) and of_pixels.shape[3] > 4:
+        raise InputError(
+            f"expected pixels (N, H, W, C), found {of_pixels.shape}, where channels seem to come first:"
+            " pixels.transpose(0, 2, 3, 1)"
+        )
     if of_labels.shape != of_pixels.shape[:1] or not len(of_labels):
         raise InputError(f"expected a label for each of {len(of_pixels):,} images, (N,), found {of_labels.shape}")
     return Images(np.ascontiguousarray(of_pixels), of_labels.astype(np.int64))

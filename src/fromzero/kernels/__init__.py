@@ -74,8 +74,11 @@ def use(name: str, element: torch.dtype) -> None:
 
 
 def in_use(x: Tensor) -> Kernels | None:
-    """The kernels that compute on `x`, if any: those of the type that autocast would give it."""
+    """The kernels that compute on `x`, if any: those of the type that autocast would give it. None while the network is
+    traced or exported: they are no operations that could be recorded."""
     if x.device.type != "cpu" or x.dtype == torch.float64:  # which autocast leaves as it is
+        return None
+    if torch.jit.is_tracing() or type(x) not in (Tensor, torch.nn.Parameter):  # such as a FakeTensor, without memory
         return None
     kernel, dtype = _chosen.kernels, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return kernel if kernel is not None and kernel.element == dtype else None

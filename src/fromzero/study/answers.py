@@ -12,7 +12,7 @@ from fromzero.errors import some
 from fromzero.runs import Run
 from fromzero.stats import Comparison
 from fromzero.study.definition import SETTING, TUNING_SEEDS_FROM, Contrast, figure, unit
-from fromzero.study.results import ContrastResult, Result, metrics_of
+from fromzero.study.results import ContrastResult, Result, Spread, metrics_of
 
 
 def answer(result: Result) -> list[str]:
@@ -21,6 +21,8 @@ def answer(result: Result) -> list[str]:
     lines = [f"{study.name} ({result.title}): {result.verdict}. {study.claim}"]
     unused = result.unused_seed
     lines += [f"  {sentence(c, len(result.group(c.contrast.group)), unused)}" for c in result.contrasts]
+    if len(result.arms) > 2 and (means := _means(result)):
+        lines.append(f"  {study.metric} by arm, mean ± standard deviation: {means}")
     for name in result.sweep:
         if study.tuning is not None and (best := result.arms[name].value) is not None:
             lines.append(f"  arm {name}: {study.tuning.field} = {best:g}")
@@ -32,6 +34,16 @@ def answer(result: Result) -> list[str]:
         if len(arm.runs) < arm.seeds:
             lines.append(f"  arm {arm.arm.name}: n = {arm.n}")
     return lines
+
+
+def _means(result: Result) -> str:
+    """Each arm with its metric over the seeds, the highest first."""
+    metric = result.study.metric
+    found = [(Spread.of([*arm.values(metric).values()]), name) for name, arm in result.arms.items() if arm.runs]
+    return ", ".join(
+        f"{name} {figure(spread.mean, metric)}" + ("" if math.isnan(spread.sd) else f" ± {figure(spread.sd, metric)}")
+        for spread, name in sorted(found, key=lambda one: -one[0].mean)
+    )
 
 
 def record(result: Result) -> dict[str, Any]:

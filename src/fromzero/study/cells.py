@@ -142,7 +142,7 @@ def read_outcomes(run: Run) -> np.ndarray | None:
 
 def _is_trained(cell: Cell, images: ImageSet) -> bool:
     """Whether the cell's run has ended, with this recipe, these images and this start."""
-    return cell.run.is_there and not _why_anew(cell, images) and cell.run.has_ended()
+    return cell.run.is_there and not _why_anew(cell, images) and cell.run.has_ended
 
 
 def _begun(cell: Cell, images: ImageSet, setting: Setting, note: Callable[[str], None]) -> Training:

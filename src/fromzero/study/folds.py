@@ -128,7 +128,10 @@ def fold_header(found: CrossValidation) -> str:
         *(f"  note: {note}" for note in found.images.notes),
     ]
     if took := found.run.seconds:
-        lines.append(f"  a training like the run's takes {duration(took)}, all in turn {duration(count * took)}")
+        at_once = f", less with {found.jobs} at a time" if found.jobs > 1 else ""
+        lines.append(
+            f"  a training like the run's takes {duration(took)}, all in turn {duration(count * took)}{at_once}"
+        )
     if found.run.provenance["from"]:
         lines.append("  note: the run began with the weights of another one, and these begin with random ones")
     if found.run.earlier_ends:

@@ -444,7 +444,7 @@ def _arm_result(
             continue
         if reasons := differences(cell, ran.fingerprints):
             failed[cell.name] = f"{'; '.join(reasons)}; the same command trains it anew"
-        elif run.has_ended():
+        elif run.has_ended:
             runs[cell.seed] = run
             failed.pop(cell.name, None)
     return ArmResult(
