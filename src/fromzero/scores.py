@@ -181,7 +181,7 @@ def _score(outcomes: Outcomes, class_names: Sequence[str]) -> dict[str, Any]:
 def _confused(score: Mapping[str, Any]) -> str:
     """Which class is taken for which, the commonest first; empty where none is."""
     found = [
-        (count, f"{name} for {other} {count:,}")
+        (count, f"{name} for {other} ({count:,})")
         for name, row in score["taken_for"].items()
         for other, count in row.items()
         if other != name

@@ -124,7 +124,8 @@ def sentence(found: ContrastResult, comparisons: int, unused_seed: int) -> str:
     approximately, others = "" if x.exact else "about ", ""
     if found.new_images is not None:
         ends = [figure(end, c.metric, sign=True) for end in found.new_images[1:]]
-        others = f"; with other images too: {' to '.join(ends)}" if ends != [low, high] else "; with other images too the same"
+        same = "; with other images too the same"
+        others = f"; with other images too: {' to '.join(ends)}" if ends != [low, high] else same
     text = head + (
         f"{found.verdict}; {figure(x.difference.mean, c.metric, sign=True)} ({low} to {high}{others}) {unit(c.metric)},"
         f" n = {found.n}, p {approximately}{x.p:.3g}"
