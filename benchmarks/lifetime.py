@@ -42,9 +42,9 @@ def epoch(data_dir, threads):
         training = new_training_of(cifar10(data_dir), folder, threads, checkpoint_minutes=NO_CHECKPOINT)
         ends, evaluated = [], 0.0
         for progress in training:
-            if progress.row is None:
+            if progress.loss is not None:
                 ends.append(time.perf_counter())
-            elif not progress.ended:  # which it is when the last checkpoint and the summary are written, too
+            elif progress.row:
                 evaluated = time.perf_counter()
         summary = training.run.summary
     return {

@@ -506,9 +506,9 @@ def test_running_accuracy_is_the_mean_over_the_epoch_as_keras_prints_it(small, t
     run = new_training(small.override({"epochs": 1}), tiny_images, runs_dir=tmp_path)
     right = images = 0
     for progress in run:
-        if progress.row is None:
+        if progress.loss is not None:
             right, images = progress.counters.running_correct, progress.counters.running_images
-        else:
+        elif progress.row:
             assert images == len(run.data.train.labels)
             assert progress.row["train/running_accuracy"] == right / images
 
@@ -1411,7 +1411,7 @@ def test_the_average_of_the_weights_is_what_is_scored_and_kept(small, tiny_image
     average = {name: t.clone() for name, t in run.state.model.state_dict().items()}
     for progress in run:
         step = progress.counters.step
-        if progress.row is None:
+        if progress.loss is not None:
             decay = min(0.8, (1 + step) / (10 + step))
             for name, weight in run.state.model.state_dict().items():
                 average[name] = decay * average[name] + (1 - decay) * weight
