@@ -95,6 +95,7 @@ def test_classes_with_few_images_are_named(tiny_images, tmp_path):
     run.close()
     lines = display.header(run).splitlines()
     assert lines[1].endswith("; 40 test images")
+    assert lines[1].startswith(f"  {len(run.data.train.labels)} of {len(part)} train images from ")
     name = tiny_images.class_names[0]
     note = (
         f"135 train images of '{name}', 1 of '{tiny_images.class_names[2]}': to always say '{name}' is right for 77% of"

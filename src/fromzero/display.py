@@ -51,10 +51,13 @@ def header(training: Training) -> str:
     parameters = num_parameters(recipe.network, images.image_shape, images.num_classes)
     kernels = "" if here.kernels == NONE else " by its own kernels"
     on_test = recipe.validation.source == "test"
+    trained_on = f"{len(training.data.train.labels):,}"
+    if training.data.held is not None:
+        trained_on += f" of {len(images.train):,}"
     scored_at_the_end = "" if on_test else f"; {counted(len(training.data.test.labels), 'test image')}"
     lines = [
         f"{training.run.path}: {recipe.name} on {images.name}, {parameters:,} parameters, seed {recipe.seed}",
-        f"  {len(training.data.train.labels):,} train images from {images.source}; {validation_label(recipe, images)}"
+        f"  {trained_on} train images from {images.source}; {validation_label(recipe, images)}"
         f" ({len(training.data.validation.labels):,}){scored_at_the_end}",
         f"  {images.num_classes} classes: {one_line(some(images.class_names, most=NAMED_CLASSES))}",
         f"  {here.device}, {counted(here.threads, 'thread')}, {here.precision}{kernels}; {recipe.optimizer.name} at"

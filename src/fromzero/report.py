@@ -203,6 +203,7 @@ def page(
         is_of_these=diagnosis is not None
         and (diagnosis["epoch"], diagnosis.get("steps", 0)) == (rows[-1]["epoch"], trained.steps_beyond),
         judged=SPLITS[judged],
+        trained_on=len(trained.data.train.labels),
         by_class=[(int(n), _share(right, n), _share(right, k)) for n, k, right in zip(given, said, found, strict=True)],
         commonest=[(truth, taken_for, count) for truth, taken_for, count in commonest if count],
         matrix=confusions.tolist() if len(names) <= MOST_CLASSES else None,
