@@ -119,6 +119,34 @@ def test_cutmix_pastes_a_rectangle_of_the_image_before(pixels):
     assert (nothing == 1).all()
 
 
+def test_colours_change_by_factors_within_bounds():
+    flat = torch.full((4000, 2, 2, 3), 100, dtype=torch.uint8)
+    flat[..., 2] = 40  # mean 80, and neither contrast nor saturation moves that
+    seen = augment.recoloured(flat, AugmentRecipe(colour=0.2), 0, 3).float()
+    assert (seen == seen[:, :1, :1]).all()  # each image as a whole
+    brightness = seen.mean((1, 2, 3)) / 80
+    assert 0.8 - 0.01 <= brightness.min() < 0.82
+    assert 1.18 < brightness.max() <= 1.2 + 0.01
+    assert float(brightness.mean()) == pytest.approx(1, abs=0.01)
+    spread = (seen[:, 0, 0, 0] - seen[:, 0, 0, 2]) / 60 / brightness  # contrast times saturation
+    assert 0.64 - 0.03 <= spread.min() < 0.7
+    assert 1.35 < spread.max() <= 1.44 + 0.03
+
+    grey = torch.zeros((4000, 2, 2, 3), dtype=torch.uint8)
+    grey[:, 0], grey[:, 1] = 60, 100
+    seen = augment.recoloured(grey, AugmentRecipe(colour=0.2), 0, 3).float()
+    assert (seen == seen[..., :1]).all()  # grey stays grey
+    contrast = (seen[:, 1, 0, 0] - seen[:, 0, 0, 0]) / 40 / (seen.mean((1, 2, 3)) / 80)
+    assert 0.8 - 0.03 <= contrast.min() < 0.83
+    assert 1.17 < contrast.max() <= 1.2 + 0.03
+    ends = torch.tensor([0, 255], dtype=torch.uint8).repeat(2000, 6).reshape(-1, 2, 2, 3)
+    cut = augment.recoloured(ends, AugmentRecipe(colour=1.0), 0, 3)
+    assert (cut.min(), cut.max()) == (0, 255)
+    assert torch.equal(augment.recoloured(ends, AugmentRecipe(colour=1.0), 0, 3), cut)
+    assert not torch.equal(augment.recoloured(ends, AugmentRecipe(colour=1.0), 0, 4), cut)
+    assert augment.recoloured(ends, AugmentRecipe(), 0, 3) is ends
+
+
 def test_the_same_seed_and_step_give_the_same_images(pixels):
     recipe, indices = AugmentRecipe(flip="random", translate=2, cutout=3), torch.arange(20)
     one, same, other_step, other_seed = (

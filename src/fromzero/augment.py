@@ -65,6 +65,21 @@ def view(pixels: Tensor, mirrored: bool, down: int, right: int) -> Tensor:
     return pixels[:, rows][:, :, columns.flip(0) if mirrored else columns]
 
 
+def recoloured(pixels: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> Tensor:
+    """Images uint8 (B, H, W, C) with brightness, contrast (distances from the image's mean) and saturation (from the
+    mean of the pixel's channels) times factors drawn for each; what leaves 0 to 255 is cut off at the end."""
+    if recipe.colour == 0:
+        return pixels
+    draws = torch.rand((3, len(pixels), 1, 1, 1), generator=generator(seed, "colour", step))
+    factors = (1 + recipe.colour * (2 * draws - 1)).to(pixels.device, non_blocking=True)
+    brightness, contrast, saturation = factors
+    images = pixels * brightness
+    for kept, factor in (((1, 2, 3), contrast), ((3,), saturation)):
+        mean = images.mean(kept, keepdim=True)
+        images = mean + factor * (images - mean)
+    return images.round_().clamp_(0, 255).to(torch.uint8)
+
+
 def cut_out(images: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> Tensor:
     """Set a square of `images` (B, C, H, W) to zero, its centre anywhere; what lies over the border is lost, as in
     DeVries and Taylor (2017). Zero is the mean where the recipe normalises to `standard`."""

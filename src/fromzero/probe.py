@@ -72,6 +72,7 @@ UNHINDERED = {  # nothing that keeps a network from learning what it is shown
     "network.dense_dropout": 0.0,
     "optimizer.weight_decay": 0.0,
     "label_smoothing": 0.0,
+    "logit_adjustment": 0.0,
     "ema_decay": 0.0,
 }
 

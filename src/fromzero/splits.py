@@ -63,8 +63,9 @@ class Data:
     def log_shares(self) -> Tensor:
         """The log of each class's share of the train images, float32 (classes,); a class without one counts as having
         one."""
-        counts = self.train.labels.bincount(minlength=self.num_classes).clamp(min=1)
-        return (counts / counts.sum()).log()
+        labels = self.train.labels
+        counts = labels.cpu().bincount(minlength=self.num_classes).clamp(min=1)
+        return (counts / counts.sum()).log().to(labels.device)
 
     @property
     def validation_digest(self) -> str:
