@@ -203,6 +203,10 @@ def test_augmentation_that_leaves_little_of_an_image_is_too_strong_where_nothing
     assert [finding.name for finding in found] == ["augmentation-too-strong"]
     assert "of an image is left" in found[0].evidence
     assert found[0].changes == {"augment.translate": 6, "augment.cutout": 2}
+    coloured = evidence({"augment.colour": 0.8}, {"seen_accuracies": (0.9, 0.6)})
+    assert [(finding.name, finding.changes) for finding in diagnose(coloured)] == [
+        ("augmentation-too-strong", {"augment.colour": 0.2})
+    ]
 
 
 def test_mirror_images_are_named_where_they_can_be_told_and_something_is_to_be_gained():
@@ -355,7 +359,13 @@ def test_the_gap_that_counts_is_smaller_where_the_images_are_never_altered():
     assert mirrored.evidence.endswith("the same pixels, mirrored or not")
     assert mirrored.remedy == "train images shifted by up to 4 pixels"
     assert [finding.name for finding in found({"augment.crop": 32, "network.head": "mean"})] == ["overfitting"]
-    for altered in ({"augment.translate": 2}, {"augment.cutout": 8}, {"augment.cutmix": 0.5}, {"augment.crop": 28}):
+    for altered in (
+        {"augment.translate": 2},
+        {"augment.cutout": 8},
+        {"augment.cutmix": 0.5},
+        {"augment.crop": 28},
+        {"augment.colour": 0.1},
+    ):
         assert found({"network.head": "mean", **altered}) == []
     assert found(train_accuracy=0.88) == []
     few = found(validation_counts=(50, 50))  # 0.15 and two standard errors: 0.23
@@ -796,6 +806,9 @@ def test_the_remedy_of_rare_classes_is_compared_by_the_mean_of_the_classes(run):
     (again,) = diagnose(evidence(**PLANTED["imbalance"] | {"changes": {"logit_adjustment": 0.5}}))
     assert again.changes == {}
     assert again.remedy.startswith("collect more images of the rare classes; look at accuracy by class")
+    coloured = {"augment.colour": 0.8, "logit_adjustment": 1.0}
+    (other,) = diagnose(evidence(coloured, {"seen_accuracies": (0.9, 0.6)}))
+    assert (other.name, other.metric) == ("augmentation-too-strong", "val/balanced_accuracy")
 
 
 def test_weights_within_an_epoch_are_judged_by_their_own_figures(tiny_images, tmp_path):

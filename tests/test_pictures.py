@@ -955,6 +955,11 @@ def test_pictures_come_as_files_bytes_or_what_pillow_has_read(tmp_path, monkeypa
     with path.open("rb") as file, Image.open(path) as opened:
         pixels, read, wrong = classifier.read([path, str(path), content, io.BytesIO(content), file, opened, b"no"])
     assert (read, [*wrong]) == ([0, 1, 2, 3, 4, 5], [6])
+    _, read, wrong = classifier.read([file, path])
+    assert (read, wrong[0].why) == ([1], "read of closed file")
+    for one in (path, content, io.BytesIO(content)):
+        with pytest.raises(InputError, match="expected a list of pictures"):
+            classifier.read(one)
     assert all(torch.equal(one, pixels[0]) for one in pixels)
     with pytest.raises(InputError, match="expected paths, bytes, binary files or Pillow's images, found int"):
         classifier.read([path, 3])
@@ -968,17 +973,29 @@ def test_pictures_come_as_files_bytes_or_what_pillow_has_read(tmp_path, monkeypa
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
     assert cli.main(["predict", "mine", "-", "--threads", "1"]) == 0
     assert capsys.readouterr().out == expected
-    assert cli.main(["train", "set", *CHANGES, "--run-name", "a/b"]) == 2
+    shutil.copy(path, tmp_path / "-")
+    assert cli.main(["predict", "mine", "./-", "--threads", "1"]) == 0
+    assert capsys.readouterr().out == expected
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli.main(["predict", "mine", "-"]) == 2
+    assert "-: there is no standard input" in capsys.readouterr().err
+    for name in ("a/b", ""):
+        assert cli.main(["train", "set", *CHANGES, "--run-name", name]) == 2
     assert "is to be the name of a folder" in capsys.readouterr().err
 
 
 def test_a_page_does_not_go_among_pictures(tmp_path, monkeypatch, capsys):
-    folder = write(tmp_path / "set", count=10)
+    write(tmp_path / "set", count=10)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "set", *CHANGES, "--run-name", "mine"]) == 0
     assert cli.main(["report", "mine", "set"]) == 2
     assert "set: is a folder of pictures, which fromzero evaluate runs/mine set scores" in capsys.readouterr().err
-    assert not (folder / "report.html").exists()
+    (tmp_path / "apart" / "test" / "red").mkdir(parents=True)
+    for place in ("apart", "set/red"):
+        assert cli.main(["report", "mine", place]) == 2
+    assert not [*tmp_path.glob("**/report.html")]
+    (tmp_path / "runs" / "mine" / "red").mkdir()  # its own folder may hold what it likes
+    assert cli.main(["report", "mine"]) == 0
     assert cli.main(["report", "mine", str(tmp_path)]) == 0
     assert (tmp_path / "report.html").exists()
 

@@ -1273,11 +1273,12 @@ def test_the_mean_of_the_classes_accuracies_is_a_metric_where_it_was_recorded(fi
         assert list(pairs.values()) == pytest.approx(expected)
         assert found.contrasts[0].new_images is None
         assert "points" in answer(found)[1]
+        assert "other images may well say otherwise" in " ".join(answer(found))
         older = [json.loads(line) for line in before.splitlines()]
         for row in older:
             del row["val/balanced_accuracy"]
         records.write_text("".join(json.dumps(row) + "\n" for row in older))
-        with pytest.raises(FromzeroError, match="an earlier fromzero did not record it"):
+        with pytest.raises(FromzeroError, match=r"wide-seed0: an earlier fromzero did not record its val/balanced_acc"):
             read_result(execution.folder)
         (execution.folder / "study.toml").write_text(text)
         assert "val/balanced_accuracy" not in record(read_result(execution.folder))["arms"]["wide"]["runs"][0]

@@ -13,6 +13,7 @@ import sys
 import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from pathlib import PurePath
 
 import filelock
 import numpy as np
@@ -1562,7 +1563,7 @@ def test_arguments_of_other_types_are_refused_by_name(small, tiny_images, tmp_pa
             new_training(*arguments, **{"runs_dir": tmp_path, **options})
         assert str(refused.value).startswith(complaint)
         assert "\n" not in str(refused.value)
-    with pytest.raises(TypeError, match="thread"):
+    with pytest.raises(TypeError, match=r"new_training\(\) got an unexpected keyword argument 'thread'"):
         new_training(small, tiny_images, thread=1)
     for call in (fromzero.load_run, fromzero.load_classifier, fromzero.load_trained, fromzero.resume):
         with pytest.raises(InputError, match=r"run: expected Run \| str \| Path, found int 3"):
@@ -1573,6 +1574,7 @@ def test_arguments_of_other_types_are_refused_by_name(small, tiny_images, tmp_pa
     assert not [*tmp_path.iterdir()]
     options = {"threads": np.int64(1), "keep": np.int32(3), "checkpoint_minutes": np.float32(2), "device": "cpu"}
     run = new_training(small, tiny_images, runs_dir=str(tmp_path), **options | {"device": torch.device("cpu")})
+    assert fromzero.load_run(PurePath(run.run.path)).path == run.run.path
     run.close()
     assert run.run.provenance["machine"]["threads"] == 1
 

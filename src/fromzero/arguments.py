@@ -173,7 +173,7 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
 
     predict = add_of_run("predict", "classify pictures with a run's weights")
     predict.add_argument(
-        "PICTURE", nargs="+", type=_path, help="a picture, a folder of them, or - for one from standard input"
+        "PICTURE", nargs="+", type=_picture, help="a picture, a folder of them, or - for one from standard input"
     )
     predict.add_argument("--top", type=_count, metavar="N", help="how many classes, likeliest first (1; --json: all)")
     predict.add_argument(
@@ -283,6 +283,11 @@ def _path(text: str) -> Path:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("an empty name" if not text else "a name with a NUL character")
     return Path(text)
+
+
+def _picture(text: str) -> Path | str:
+    """A path; or -, standard input, which ./- is not."""
+    return text if text == "-" else _path(text)
 
 
 def _add_checkpoint(command: argparse.ArgumentParser) -> None:

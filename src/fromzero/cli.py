@@ -314,11 +314,13 @@ def _predict(arguments: argparse.Namespace) -> None:
         from fromzero.trained import proposing_others
 
     pictures: Sequence[Path | bytes]
-    if [str(path) for path in arguments.PICTURE] == ["-"]:
-        paths, notes = arguments.PICTURE, list[str]()
+    if arguments.PICTURE == ["-"]:
+        if sys.stdin is None:
+            raise InputError("-: there is no standard input")
+        paths, notes = [Path("-")], list[str]()
         pictures = [sys.stdin.buffer.read()]
     else:
-        paths, notes = pictures_at(arguments.PICTURE)
+        paths, notes = pictures_at([Path(picture) for picture in arguments.PICTURE])
         pictures = paths
     classifier = _classifier(arguments)
     for note in [*notes, *(f"{classifier.run.path}: {doubt}" for doubt in doubts(classifier))]:
@@ -467,6 +469,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     with _importing():
+        from fromzero.data.listing import SPLITS
         from fromzero.report import report
         from fromzero.runs import Run, check_named, write_named
         from fromzero.trained import proposing_others
@@ -476,7 +479,10 @@ def _report(arguments: argparse.Namespace) -> None:
     path = arguments.FILE or trained.run.path
     if Run(path).is_there and not path.samefile(trained.run.path):
         raise InputError(f"{path} is another run; a page is about one: {command_line('fromzero', 'report', path)}")
-    if any((path / name).is_dir() for name in trained.images.class_names):
+    names, own = trained.images.class_names, trained.run.path.resolve()
+    places = [path, *(path / split for of_split in SPLITS.values() for split in of_split)]
+    holds_classes = path.name in names or any((place / name).is_dir() for place in places for name in names)
+    if path.is_dir() and holds_classes and path.resolve() != own:
         scores = command_line("fromzero", "evaluate", trained.run.path, path)
         raise InputError(f"{path}: is a folder of pictures, which {scores} scores; name another place for the page")
     path = path / "report.html" if path.is_dir() else path

@@ -59,7 +59,8 @@ def curves_png(rows: Sequence[Row], recipe: Recipe, title: str, validation: str)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     accuracy, loss = figure.axes
-    remarks = ["the running loss is that of smoothed labels"] if recipe.label_smoothing else []
+    unlike = ["smoothed labels"] * bool(recipe.label_smoothing) + ["adjusted outputs"] * bool(recipe.logit_adjustment)
+    remarks = [f"the running loss is that of {' and '.join(unlike)}"] if unlike else []
     if most is not None:
         loss.set_ylim(0, most)
         remarks.append("the highest losses are cut off")

@@ -72,7 +72,8 @@ def diagnose(evidence: Evidence) -> list[Finding]:
         finding = rule(evidence)
         if finding is not None and not any(name in EXPLAINS.get(other.name, ()) for other in found):
             changes = {path: new for path, new in finding.changes.items() if recipe.override({path: new}) != recipe}
-            found.append(replace(finding, changes=changes))
+            metric = "val/balanced_accuracy" if recipe.logit_adjustment else finding.metric  # what it is trained for
+            found.append(replace(finding, changes=changes, metric=metric))
     return found
 
 

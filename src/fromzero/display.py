@@ -150,6 +150,8 @@ def _of_recipe(training: Training) -> Iterator[str]:
             f"{100 * augmentation.cutmix:.4g} % of a step's images are mixed with another one; running accuracy uses"
             " the label of the larger part"
         )
+    if recipe.logit_adjustment:
+        yield "the running loss is of outputs with the log of the classes' shares added, others are of plain ones"
     if recipe.label_smoothing:
         yield f"the running loss is against labels smoothed by {recipe.label_smoothing:g}, others against plain ones"
 

@@ -6,12 +6,13 @@ leaves with `exit_code`; nothing else is ever shown for bad input. Imports nothi
 
 import errno
 import inspect
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import wraps
-from pathlib import PurePath
-from typing import ParamSpec, TypeVar
+from pathlib import Path, PurePath
+from typing import Any, ParamSpec, TypeVar
 from unicodedata import category
 
 P = ParamSpec("P")
@@ -67,6 +68,11 @@ class StoppedError(KeyboardInterrupt):
         return str(self.args[0])
 
 
+def _as_path(value: Any) -> Any:
+    """Whatever stands for a path as one."""
+    return Path(value) if isinstance(value, os.PathLike) and not isinstance(value, Path) else value
+
+
 def checking_types(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which refuses what is of other types than its parameters' by an InputError that names them. What
     can be made one without loss is, as numpy's numbers can."""
@@ -77,9 +83,12 @@ def checking_types(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind(*args, **kwargs).arguments  # a TypeError where there is no such parameter
         try:
-            return checked(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:  # there is no such parameter, or none is given
+            raise TypeError(f"{function.__name__}() {error}") from None
+        try:
+            return checked(*map(_as_path, args), **{name: _as_path(value) for name, value in kwargs.items()})
         except pydantic.ValidationError as error:
             place = error.errors()[0]["loc"][0]
             name = [*signature.parameters][place] if isinstance(place, int) else place

@@ -435,6 +435,7 @@ def load_run(run: Run | str | Path, runs_dir: str | Path = "runs") -> Run:
     raise InputError(f"no run {str(run)!r}, neither as a path nor under {runs_dir}{hint}")
 
 
+@checking_types
 def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
     """All runs under `runs_dir`, by name, numbers in their order."""
     folder = Path(runs_dir)

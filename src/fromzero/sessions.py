@@ -127,7 +127,7 @@ def new_training(
         "held_out": data.validation_digest,
         "notes": list(images.notes),
     }
-    run = create_run(Path(runs_dir), name or f"{re.sub('[@:]', '-', images.name)}-{total}")
+    run = create_run(Path(runs_dir), f"{re.sub('[@:]', '-', images.name)}-{total}" if name is None else name)
     with _begun_or_not(run) as undo:
         if images.train.files:
             run.write_splits(_splits(recipe, images, data))

@@ -117,8 +117,9 @@ def _held_out(recipe: Recipe, images: ImageSet) -> tuple[np.ndarray, np.ndarray]
         return np.flatnonzero(~held_out), np.flatnonzero(held_out)
     # Of a folder that pictures are added to or taken from, few others move: a training that starts from the weights of
     # an earlier one has hardly seen what it is validated on.
-    is_fixed = train.file_digests is None and images.source != "memory"  # of a data set; arrays may hold copies
-    by = "validation" if is_fixed else train.content_keys()
+    by: str | np.ndarray = "validation" if train.file_digests is None else train.content_keys()
+    if images.source == "memory":  # arrays, which may hold copies
+        by = train.pixel_keys
     return stratified_split(train.labels, validation.fraction, by)
 
 

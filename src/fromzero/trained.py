@@ -145,6 +145,8 @@ def recorded_data(run: Run, images: ImageSet, here: Machine) -> Data:
     data = Data.of(run.recipe, images, here.device)
     if run.provenance["data"].get("held_out") != data.validation_digest:
         anew = command_line("fromzero", "train", "--recipe", run.path / "recipe.toml")
+        if run.provenance["data"]["source"] == "memory":
+            anew = "fromzero.train(run.recipe, images)"
         raise FromzeroError(
             f"{run.path}: an earlier fromzero held out other pictures for validation, or did not record which, so that"
             f" this one might validate on some that it was trained on; start anew: {anew}"
@@ -283,7 +285,7 @@ class Classifier(NamedTuple):
         """The same, and behind the pixels how the SHA-256 (hex) of each of their files begins."""
         from fromzero.data.decoding import Picture, read_pictures  # with Pillow, which few need
 
-        if isinstance(pictures, str | bytes | Path):
+        if isinstance(pictures, str | Picture) or hasattr(pictures, "read"):
             raise InputError(f"{pictures!r:.60}: expected a list of pictures; of one a list with that")
         files = [Path(picture) if isinstance(picture, str) else picture for picture in pictures]
         if others := [type(one).__name__ for one in files if not isinstance(one, Picture) and not hasattr(one, "read")]:

@@ -119,7 +119,7 @@ def _turn(image: Image.Image) -> None:
 
 
 def _content(picture: Picture) -> bytes:
-    """The bytes of a file, or of an image's pixels. Raises OSError."""
+    """The bytes of a file, or of an image's pixels. Raises OSError, and ValueError of what is closed."""
     match picture:
         case Path():
             return picture.read_bytes()
@@ -137,6 +137,8 @@ def _decode(picture: Picture, width: int, height: int) -> _Outcome:
         content = _content(picture)
     except OSError as error:
         return Wrong(error.strerror or type(error).__name__, damaged=False)
+    except ValueError as error:
+        return Wrong(str(error), damaged=False)
     try:
         read = picture.copy() if isinstance(picture, Image.Image) else None
         with read or Image.open(io.BytesIO(content), formats=FORMATS) as image:

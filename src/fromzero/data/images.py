@@ -52,6 +52,12 @@ class Images:
         return np.array([first.setdefault(record, digest) for record, digest in keys], np.uint64)
 
     @property
+    def pixel_keys(self) -> np.ndarray:
+        """uint64 (N,), eight bytes of the SHA-256 of each image's pixels, whatever its label."""
+        digests = replace(self, labels=np.zeros_like(self.labels)).record_digests
+        return np.array([int.from_bytes(digest[:8], "little") for digest in digests], np.uint64)
+
+    @property
     def file_hashes(self) -> list[str]:
         """How the SHA-256 (hex) of each file begins; empty texts of images that are from none."""
         if self.file_digests is None:
@@ -107,12 +113,12 @@ class ImageSet:
         fingerprints = {"train": one.fingerprint(), "test": two.fingerprint()}
         if own is not None:
             fingerprints["validation"] = own.fingerprint()
-        known, notes = set(one.record_digests), []
+        known, notes = set(one.pixel_keys.tolist()), []
         for split, part in (("test", two), *([("validation", own)] if own is not None else [])):
-            if copies := sum(record in known for record in part.record_digests):
+            if copies := sum(key in known for key in part.pixel_keys.tolist()):
                 notes.append(f"{copies:,} of the {len(part):,} {split} images are train images too, to the byte")
-        if twice := len(one) - len(known):
-            notes.append(f"{twice:,} of the {len(one):,} train images are copies of others: they count twice")
+        if more := len(one) - len(known):
+            notes.append(f"{more:,} of the {len(one):,} train images are copies of others")
         names = tuple(class_names)
         return cls(own_name(name, "arrays"), one, two, names, "memory", fingerprints, own, tuple(notes))
 
@@ -148,6 +154,7 @@ class ImageSet:
             self,
             name=f"{self.name}:{count}",
             train=train,
+            notes=() if self.source == "memory" else self.notes,  # how many copies there are of all
             fingerprints=self.fingerprints | {"train": train.fingerprint()},
         )
 
@@ -178,7 +185,7 @@ def _images(of: Images | tuple[ArrayLike, ArrayLike]) -> Images:
         raise InputError(
             f"expected pixels uint8 (N, H, W, C) with labels that are whole numbers (N,), found {found}{hint}"
         )
-    if of_pixels.shape[1] in (1, 3) and of_pixels.shape[3] > 4:
+    if of_pixels.shape[1] in (1, 3) and of_pixels.shape[3] > 8:
         raise InputError(
             f"expected pixels (N, H, W, C), found {of_pixels.shape}, where channels seem to come first:"
             " pixels.transpose(0, 2, 3, 1)"

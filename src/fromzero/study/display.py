@@ -46,7 +46,7 @@ def study_header(execution: Execution) -> str:
     lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {setting_in_words}")
     lines += [f"  note: {note}" for note in execution.images.notes]
     held_out, count = _num_validation(study.first.recipe, execution.images)
-    if count < FEW_FOR_VALIDATION:
+    if count < FEW_FOR_VALIDATION and study.metric != "val/balanced_accuracy":
         lines.append(
             f"  note: {'about ' * bool(held_out)}{counted(count, 'validation image')}, which give an accuracy to"
             f" within ± {100 * widest_error(count):.0f} points at worst; what they settle need not hold for others"

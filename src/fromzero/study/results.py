@@ -86,7 +86,12 @@ class ArmResult:
         return [f"{some([cell for cell, why in self.failures.items() if why == one])}: {one}" for one in reasons]
 
     def values(self, metric: str) -> dict[int, float]:
-        """Seed → the metric after the last epoch."""
+        """Seed → the metric after the last epoch. Raises FromzeroError where a run has not recorded it."""
+        if lack := [run.path for run in self.runs.values() if metric not in metrics_of(run.metrics()[-1])]:
+            raise FromzeroError(
+                f"{lack[0]}: an earlier fromzero did not record its {metric}; remove the folder, and those of other"
+                " such runs, and the same command trains them anew"
+            )
         return {seed: metric_of(run.metrics()[-1], metric) for seed, run in self.runs.items()}
 
     def curves(self, metric: str) -> np.ndarray:
@@ -186,6 +191,11 @@ class ContrastResult:
         is_settled = self.telling is not None and self.is_whole and self.verdict != "undecided"
         if is_settled and self.new_images is not None and self.includes_null(self.new_images):
             found.append("on other images of the same kind it may be otherwise")
+        if self.contrast.metric == "val/balanced_accuracy":
+            found.append(
+                "the interval is for other seeds on these validation images, and a class that has few of them there"
+                " counts as much as any: other images may well say otherwise"
+            )
         return found
 
     @property
@@ -417,11 +427,9 @@ def _are_same(pair: tuple[Arm, Arm], other: tuple[Arm, Arm]) -> bool:
 
 
 def metric_of(row: Row, metric: str) -> float:
-    """A metric of one epoch. Raises FromzeroError where a run of an earlier fromzero has not recorded it."""
+    """A metric of one epoch, which is among `metrics_of` it."""
     if metric == "generalisation_gap":
         return float(row["train/accuracy"] - row["val/accuracy"])
-    if metric not in row:
-        raise FromzeroError(f"{metric}: an earlier fromzero did not record it; train anew to have it")
     return float(row[metric])
 
 
@@ -499,9 +507,9 @@ def _contrasts(study: Study, arms: dict[str, ArmResult]) -> tuple[ContrastResult
 
 def _trained_alike(one: ArmResult, two: ArmResult, seeds: Sequence[int]) -> bool:
     """Whether all epochs of both runs of each of these pairs have the same figures."""
-    rows = ([row for seed in seeds for row in arm.runs[seed].metrics()] for arm in (one, two))
-    ours, theirs = ([metrics_of(row) for row in of] for of in rows)
-    return ours == theirs
+    ours, theirs = ([metrics_of(row) for seed in seeds for row in arm.runs[seed].metrics()] for arm in (one, two))
+    both = zip(ours, theirs, strict=False)  # an earlier fromzero recorded less
+    return len(ours) == len(theirs) and all(a[key] == b[key] for a, b in both for key in a.keys() & b)
 
 
 def _new_images(contrast: Contrast, seeds: list[int], arms: dict[str, ArmResult]) -> Interval | None:
