@@ -98,6 +98,7 @@ def test_a_gpu_is_made_to_compute_the_same_each_time(monkeypatch):
             replace(here, device="cuda").set_up()
             assert torch.are_deterministic_algorithms_enabled()
             assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "ieee"
+            assert torch.backends.cudnn.allow_tf32 is False  # which torch reads to export, and raises where they differ
             assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == used
         finally:
             torch.set_deterministic_debug_mode("default")

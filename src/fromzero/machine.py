@@ -85,6 +85,7 @@ class Machine:
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time
             torch.backends.cudnn.benchmark = False
             cudnn: Any = torch.backends.cudnn
+            cudnn.allow_tf32 = False  # where the older switch says otherwise, torch refuses to read it, as to export
             for library in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn):
                 library.fp32_precision = "ieee"
 
