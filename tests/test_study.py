@@ -1,6 +1,5 @@
 """Studies: what a file may say, which cells run, that stopping changes no answer, and what the answers are."""
 
-import dataclasses
 import errno
 import json
 import math
@@ -13,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -473,6 +473,8 @@ def test_a_study_begun_anew_has_other_seeds_and_a_folder_of_its_own(tmp_path, te
         load_study(written(tmp_path, text.replace("fraction = 0.3", "fraction = 0.002"))), runs_dir=tmp_path
     )
     assert "note: about 10 validation images, which give an accuracy to within ± 26 points" in study_header(few)
+    few = replace(few, study=replace(few.study, metric="val/balanced_accuracy"))
+    assert "10 validation images, and a class that has few of them counts as much as any; what" in study_header(few)
     with pytest.raises(InputError, match=r"--first-seed: expected a number from 0 to 994, so that .*, found 995"):
         load_study(path, first_seed=995)
     with pytest.raises(InputError, match=r"line 21: first_seed: expected .* found -1"):
@@ -1291,7 +1293,7 @@ def test_of_more_than_two_arms_the_means_are_told(finished, text):
     _, execution, _ = finished
     assert not any("by arm" in line for line in answer(read_result(execution.folder)))
     result = read_result(execution.folder)
-    three = dataclasses.replace(result, arms=result.arms | {"other": result.arms["narrow"]})
+    three = replace(result, arms=result.arms | {"other": result.arms["narrow"]})
     (line,) = (line for line in answer(three) if "by arm" in line)
     spreads = {name: Spread.of([*arm.values("val/accuracy").values()]) for name, arm in result.arms.items()}
     told = {name: f"{name} {100 * s.mean:.2f} ± {100 * s.sd:.2f}" for name, s in spreads.items()}

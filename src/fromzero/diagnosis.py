@@ -21,6 +21,7 @@ from fromzero.recipe import Recipe
 from fromzero.stats import POWER, wilson_interval
 
 BY_HEART = 0.97  # clean train accuracy from which a network may have learned labels, right or wrong, one by one
+BALANCED = "val/balanced_accuracy"  # the figure of an epoch by which a remedy for all classes alike is compared
 COPIES = "copies.csv"  # in the run folder: which images are copies of which
 COPIED = 0.05  # share; of CIFAR-10's own test images 0.003 are found
 IMBALANCED, RECALL_GAP = 8.0, 0.2  # images of the commonest class over those of the rarest; accuracy
@@ -72,7 +73,7 @@ def diagnose(evidence: Evidence) -> list[Finding]:
         finding = rule(evidence)
         if finding is not None and not any(name in EXPLAINS.get(other.name, ()) for other in found):
             changes = {path: new for path, new in finding.changes.items() if recipe.override({path: new}) != recipe}
-            metric = "val/balanced_accuracy" if recipe.logit_adjustment else finding.metric  # what it is trained for
+            metric = BALANCED if recipe.logit_adjustment else finding.metric  # what it is trained for
             found.append(replace(finding, changes=changes, metric=metric))
     return found
 
@@ -140,7 +141,7 @@ def _imbalance(e: Evidence) -> Finding | None:
         f" recall on validation, the rarest first: {some(missed, most=5)}",
         f"{remedy}; look at accuracy by class (fromzero evaluate), not of all images",
         changes,
-        metric="val/balanced_accuracy",
+        metric=BALANCED,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,21 +87,24 @@ class Outcomes(NamedTuple):
     @property
     def balanced_accuracy(self) -> float:
         """The mean of the accuracies of all classes that have an image."""
-        counts = self.by_class(int(self.labels.cpu().max()) + 1)
+        counts = self.by_class(1 + max(int(of.cpu().max()) for of in (self.labels, self.predictions)))
         recalls = [right / count for right, count in counts if count]
         return sum(recalls) / len(recalls)
 
     def by_class(self, num_classes: int) -> list[tuple[int, int]]:
         """Of each class how many images were right, and how many there are."""
-        labels, predictions = self.labels.cpu(), self.predictions.cpu()
-        right = labels[predictions == labels]
-        counts = [of.bincount(minlength=num_classes).tolist() for of in (right, labels)]
-        return list(zip(*counts, strict=True))
+        counts = self.confusions(num_classes)
+        return list(zip(counts.diagonal().tolist(), counts.sum(1).tolist(), strict=True))
 
-    def confusions(self, num_classes: int) -> Tensor:
-        """How many images of each class (row) were taken for each class (column), int64 (classes, classes)."""
-        pairs = (self.labels * num_classes + self.predictions).cpu()
-        return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
+    def confusions(self, num_classes: int) -> np.ndarray:
+        """As the function of that name has them."""
+        return confusions(self.labels.cpu().numpy(), self.predictions.cpu().numpy(), num_classes)
+
+
+def confusions(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """How many images of each class (row) were taken for each class (column), int64 (classes, classes)."""
+    pairs = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+    return pairs.reshape(num_classes, num_classes)
 
 
 def evaluate(

@@ -14,6 +14,7 @@ import tomli_w
 from fromzero.changes import usual_epochs
 from fromzero.data import split_recorded
 from fromzero.diagnosis import (
+    BALANCED,
     COPIES,
     EXPLAINS,
     LATE_GAIN,
@@ -105,7 +106,7 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         )
     if evidence.measures.rates_tell and not {"rate-too-high", "rate-too-low"} & named:
         tried = rates_tried(evidence)
-        said.append(f"Other rates were tried: {tried}; that speaks for none of them clearly.")
+        said.append(f"Other rates were tried: {tried}. Short trainings favour high rates, so these call none better.")
     if origin := run.provenance["from"]:
         began = f"The run began with the weights of {origin['run']}:"
         said.append(f"{began} its first steps were not tried again, and a study begins anew.")
@@ -260,7 +261,7 @@ def study_command(run: Run, study: Path) -> str:
 
 def remedy_study(finding: Finding, recipe: Recipe, dataset: str | None = None) -> str:
     """The study that tests a finding's remedy, as `study_text` has it: the recipe as it is and remedied."""
-    what = "the mean of the classes' validation accuracies" if "balanced" in finding.metric else "validation accuracy"
+    what = "the mean of the classes' validation accuracies" if finding.metric == BALANCED else "validation accuracy"
     claim = f"With {finding.changed} {what} is higher than without (against {finding.name})."
     arms = {"as-it-is": {}, "remedied": finding.changes}
     return study_text(claim, recipe, arms, dataset, recipe.seed, finding.metric)

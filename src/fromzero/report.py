@@ -16,7 +16,7 @@ from fromzero.changes import in_words
 from fromzero.curves import curves_png
 from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, command_line, counted
-from fromzero.evaluate import predict
+from fromzero.evaluate import confusions, predict
 from fromzero.findings import study_command, study_cost
 from fromzero.runs import FOLDS, LABELS, Row, Run
 from fromzero.splits import validation_label
@@ -70,9 +70,8 @@ class Scored(NamedTuple):
         return float(-np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean())
 
     def confusions(self) -> np.ndarray:
-        """How many images of each class (row) were taken for each class (column), int64 (classes, classes)."""
-        classes = self.probabilities.shape[1]
-        return np.bincount(self.labels * classes + self.predictions, minlength=classes**2).reshape(classes, classes)
+        """As `evaluate.confusions` has them."""
+        return confusions(self.labels, self.predictions, self.probabilities.shape[1])
 
     def mistakes(self) -> np.ndarray:
         """Indices of the images whose class was not predicted, those that the network is surest of first."""

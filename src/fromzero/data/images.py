@@ -51,7 +51,7 @@ class Images:
         keys = zip(records, digests, strict=True)
         return np.array([first.setdefault(record, digest) for record, digest in keys], np.uint64)
 
-    @property
+    @cached_property
     def pixel_keys(self) -> np.ndarray:
         """uint64 (N,), eight bytes of the SHA-256 of each image's pixels, whatever its label."""
         digests = replace(self, labels=np.zeros_like(self.labels)).record_digests

@@ -46,10 +46,13 @@ def study_header(execution: Execution) -> str:
     lines.append(f"  {runs}, {where}; {len(execution.images.train):,} train images, {setting_in_words}")
     lines += [f"  note: {note}" for note in execution.images.notes]
     held_out, count = _num_validation(study.first.recipe, execution.images)
-    if count < FEW_FOR_VALIDATION and study.metric != "val/balanced_accuracy":
+    if count < FEW_FOR_VALIDATION:
+        worst = f"which give an accuracy to within ± {100 * widest_error(count):.0f} points at worst"
+        if study.metric == "val/balanced_accuracy":
+            worst = "and a class that has few of them counts as much as any"
         lines.append(
-            f"  note: {'about ' * bool(held_out)}{counted(count, 'validation image')}, which give an accuracy to"
-            f" within ± {100 * widest_error(count):.0f} points at worst; what they settle need not hold for others"
+            f"  note: {'about ' * bool(held_out)}{counted(count, 'validation image')}, {worst}; what they settle need"
+            " not hold for others"
         )
     for arm in study.arms.values():
         lines += [f"  note: arm {arm.name}: {note}" for note in study.notes_on(arm, execution.tuned)]
