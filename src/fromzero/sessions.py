@@ -93,40 +93,10 @@ def new_training(
     data = Data.of(recipe, images, here.device)
     _check_memory(recipe, data, here, "make the batch (--batch-size), the images or the network smaller")
     state = initial_state(recipe, data, here)
-    origin = None
-    if start_from is not None:
-        source = load_run(start_from, runs_dir)
-        found = last_checkpoint(source)
-        weights = _weights_for(images, found, source, partial=partial)
-        try:
-            left = load_weights(state.model, weights, partial=partial)
-        except InputError as error:
-            raise InputError(f"{source.path}: {error}\n--partial takes the weights that fit") from None
-        origin = {
-            "run": str(source.path),
-            "recipe": source.recipe.name,
-            "step": found.state.get("step"),
-            "left": left,
-            **_num_seen(source, recipe, images, data),
-        }
+    source = None if start_from is None else load_run(start_from, runs_dir)
+    origin = None if source is None else _weights_taken(state, source, recipe, images, data, partial=partial)
     state.start_average()
     total = networks.num_parameters(recipe.network, images.image_shape, images.num_classes)
-    described = {
-        "name": images.name,
-        "source": images.source,
-        "fingerprints": images.fingerprints,
-        "images": images.counts,
-        "subsets": {
-            name: len(part.labels)
-            for name, part in (("train", data.train), ("validation", data.validation), ("test", data.test))
-        },
-        "order": images.order_digest,
-        "classes": list(images.class_names),
-        "image_shape": list(images.image_shape),
-        "normalise": data.normalise.to_json(),
-        "held_out": data.validation_digest,
-        "notes": list(images.notes),
-    }
     run = create_run(Path(runs_dir), f"{re.sub('[@:]', '-', images.name)}-{total}" if name is None else name)
     with _begun_or_not(run) as undo:
         if images.train.files:
@@ -135,7 +105,7 @@ def new_training(
             {
                 **describe_program(),
                 "machine": asdict(here),
-                "data": described,
+                "data": _described(images, data),
                 "recipe": recipe.fields(),
                 "from": origin,
                 "resumed": [],
@@ -148,6 +118,44 @@ def new_training(
         run.write_recipe(recipe)
         undo.pop_all()
     return training
+
+
+def _described(images: ImageSet, data: Data) -> dict[str, Any]:
+    """What provenance records of the images."""
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    return {
+        "name": images.name,
+        "source": images.source,
+        "fingerprints": images.fingerprints,
+        "images": images.counts,
+        "subsets": {name: len(part.labels) for name, part in parts.items()},
+        "order": images.order_digest,
+        "classes": list(images.class_names),
+        "image_shape": list(images.image_shape),
+        "normalise": data.normalise.to_json(),
+        "held_out": data.validation_digest,
+        "notes": list(images.notes),
+    }
+
+
+def _weights_taken(
+    state: State, source: Run, recipe: Recipe, images: ImageSet, data: Data, *, partial: bool
+) -> dict[str, Any]:
+    """What provenance records of the last weights of `source`, which are given to the network of `state`: all, or with
+    `partial` those that fit."""
+    found = last_checkpoint(source)
+    weights = _weights_for(images, found, source, partial=partial)
+    try:
+        left = load_weights(state.model, weights, partial=partial)
+    except InputError as error:
+        raise InputError(f"{source.path}: {error}\n--partial takes the weights that fit") from None
+    return {
+        "run": str(source.path),
+        "recipe": source.recipe.name,
+        "step": found.state.get("step"),
+        "left": left,
+        **_num_seen(source, recipe, images, data),
+    }
 
 
 def _num_seen(source: Run, recipe: Recipe, images: ImageSet, data: Data) -> dict[str, int | None]:
