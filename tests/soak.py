@@ -51,7 +51,7 @@ VARIANTS = {
     "augment": (
         {},
         {"flip": "alternating", "translate": 2, "cutout": 8},
-        {"flip": "random"},
+        {"flip": "random", "rotate": 15.0, "colour": 0.2},
         {"cutmix": 0.5},
     ),
     "ema_decay": (0.0, 0.9),

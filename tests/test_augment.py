@@ -119,6 +119,30 @@ def test_cutmix_pastes_a_rectangle_of_the_image_before(pixels):
     assert (nothing == 1).all()
 
 
+def test_images_turn_about_their_centre_by_angles_within_bounds():
+    """A bright pixel 20 to the right of the centre, in images that are no squares: it is found again at the angle."""
+    images = torch.zeros((2000, 61, 51, 1), dtype=torch.uint8)
+    images[:, 30, 25 + 20] = 200
+    seen = augment.turned(images, AugmentRecipe(rotate=30), 0, 3)
+    assert seen.shape == images.shape
+    light = seen[..., 0].double()
+    total = light.sum((1, 2))
+    down = (light.sum(2) * (torch.arange(61) - 30)).sum(1) / total
+    right = (light.sum(1) * (torch.arange(51) - 25)).sum(1) / total
+    assert (torch.hypot(down, right) - 20).abs().max() < 0.5
+    angles = torch.rad2deg(torch.atan2(down, right))
+    assert -31 < angles.min() < -29
+    assert 29 < angles.max() < 31
+    assert float(angles.mean()) == pytest.approx(0, abs=1.5)
+    assert float(angles.std()) == pytest.approx(30 / 3**0.5, abs=1)
+
+    flat = torch.full((5, 8, 8, 3), 77, dtype=torch.uint8)  # so no black corners
+    assert torch.equal(augment.turned(flat, AugmentRecipe(rotate=180), 0, 0), flat)
+    assert torch.equal(augment.turned(images, AugmentRecipe(rotate=30), 0, 3), seen)
+    assert not torch.equal(augment.turned(images, AugmentRecipe(rotate=30), 0, 4), seen)
+    assert augment.turned(images, AugmentRecipe(), 0, 3) is images
+
+
 def test_colours_change_by_factors_within_bounds():
     flat = torch.full((4000, 2, 2, 3), 100, dtype=torch.uint8)
     flat[..., 2] = 40  # mean 80, and neither contrast nor saturation moves that

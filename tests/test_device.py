@@ -86,7 +86,7 @@ def training_there(name, images, where, **changes):
 @pytest.mark.parametrize("name", ["train1", "train2", "train3", "quick", "strong", "best"])
 def test_a_training_stays_on_its_device(name, tiny_images, elsewhere):
     changes = {"ema_decay": 0.9, "augment.cutout": 4, "augment.translate": 2, "augment.flip": "random"}
-    changes |= {"augment.colour": 0.2, "logit_adjustment": 1.0}
+    changes |= {"augment.rotate": 10.0, "augment.colour": 0.2, "logit_adjustment": 1.0}
     if name != "quick":  # which skips easy images
         changes["augment.cutmix"] = 0.5
     training = training_there(name, tiny_images, elsewhere, **changes)

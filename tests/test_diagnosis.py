@@ -203,9 +203,9 @@ def test_augmentation_that_leaves_little_of_an_image_is_too_strong_where_nothing
     assert [finding.name for finding in found] == ["augmentation-too-strong"]
     assert "of an image is left" in found[0].evidence
     assert found[0].changes == {"augment.translate": 6, "augment.cutout": 2}
-    coloured = evidence({"augment.colour": 0.8}, {"seen_accuracies": (0.9, 0.6)})
+    coloured = evidence({"augment.colour": 0.8, "augment.rotate": 90}, {"seen_accuracies": (0.9, 0.6)})
     assert [(finding.name, finding.changes) for finding in diagnose(coloured)] == [
-        ("augmentation-too-strong", {"augment.colour": 0.2})
+        ("augmentation-too-strong", {"augment.colour": 0.2, "augment.rotate": 22.5})
     ]
 
 
@@ -365,6 +365,7 @@ def test_the_gap_that_counts_is_smaller_where_the_images_are_never_altered():
         {"augment.cutmix": 0.5},
         {"augment.crop": 28},
         {"augment.colour": 0.1},
+        {"augment.rotate": 5},
     ):
         assert found({"network.head": "mean", **altered}) == []
     assert found(train_accuracy=0.88) == []

@@ -100,7 +100,7 @@ OTHER = {
     "network.dense": [7], "network.dense_dropout": [0.5, 0.4], "network.dropout_from_epoch": 0.5,
     "network.activation_layers": False, "network.dense_activation_layers": True, "augment.flip": "random",
     "augment.translate": 2, "augment.crop": 24, "augment.scale": 0.5, "augment.scale_epochs": 1.5,
-    "augment.colour": 0.2, "augment.cutout": 5, "augment.cutmix": 0.5, "optimizer.name": "muon",
+    "augment.rotate": 15.0, "augment.colour": 0.2, "augment.cutout": 5, "augment.cutmix": 0.5, "optimizer.name": "muon",
     "optimizer.learning_rate": 0.1, "optimizer.head_learning_rate": 0.2, "optimizer.bias_learning_rate": 0.3,
     "optimizer.momentum": 0.8, "optimizer.muon_momentum": 0.7, "optimizer.nesterov": True, "optimizer.beta1": 0.8,
     "optimizer.beta2": 0.9, "optimizer.epsilon": 1e-8, "optimizer.weight_decay": 1e-4, "schedule.name": "cosine",

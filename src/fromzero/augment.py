@@ -6,6 +6,7 @@ are on; the few random numbers a batch needs are drawn on the processor, so they
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -63,6 +64,24 @@ def view(pixels: Tensor, mirrored: bool, down: int, right: int) -> Tensor:
     rows = _reflected(torch.arange(height) - down, height).to(pixels.device)
     columns = _reflected(torch.arange(width) - right, width).to(pixels.device)
     return pixels[:, rows][:, :, columns.flip(0) if mirrored else columns]
+
+
+def turned(pixels: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> Tensor:
+    """Images uint8 (B, H, W, C) turned about their centres, each by an angle drawn for it; between pixels bilinear,
+    what comes from outside filled by reflection."""
+    if recipe.rotate == 0:
+        return pixels
+    draws = torch.rand((len(pixels), 1, 1), generator=generator(seed, "rotate", step))
+    angle = math.radians(recipe.rotate) * (2 * draws - 1)
+    cosine, sine = (each.to(pixels.device, non_blocking=True) for each in (angle.cos(), angle.sin()))
+    height, width = pixels.shape[1:3]
+    down, right = (torch.arange(size, device=pixels.device) - (size - 1) / 2 for size in (height, width))
+    rows = cosine * down[:, None] + sine * right
+    columns = cosine * right - sine * down[:, None]
+    places = torch.stack((columns * 2 / width, rows * 2 / height), dim=3)  # -1 to 1 from edge to edge
+    images = pixels.permute(0, 3, 1, 2).float()
+    seen = F.grid_sample(images, places, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return seen.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def recoloured(pixels: Tensor, recipe: AugmentRecipe, seed: int, step: int) -> Tensor:

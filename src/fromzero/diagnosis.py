@@ -355,8 +355,7 @@ def _augmentation_too_strong(e: Evidence) -> Finding | None:
         milder["augment.crop"] = (augment.crop + min(e.measures.image_shape[:2])) // 2
     if augment.scales:
         milder["augment.scale_epochs"] = 0.0
-    if augment.colour:
-        milder["augment.colour"] = augment.colour / 4
+    milder |= {f"augment.{name}": getattr(augment, name) / 4 for name in ("rotate", "colour") if getattr(augment, name)}
     mirrored_only = not milder and augment.flip != "none"
     return Finding(
         "augmentation-too-strong",
@@ -365,7 +364,7 @@ def _augmentation_too_strong(e: Evidence) -> Finding | None:
         else "augmentation hides what the label says",
         f"accuracy on the same train images {plain:.3f} as they are, {augmented:.3f} as augmented; {left:.0%} of an"
         " image is left on average",
-        "no mirroring" if mirrored_only else "shift, crop, scale, colour and cut out less",
+        "no mirroring" if mirrored_only else "shift, crop, scale, turn, colour and cut out less",
         {"augment.flip": "none"} if mirrored_only else milder,
     )
 
@@ -476,7 +475,7 @@ def _still_learning(e: Evidence) -> bool:
 def _unaltered(e: Evidence) -> bool:
     """Whether every epoch shows the same pixels, mirrored or not."""
     augment = e.recipe.augment
-    return _share_left(e) == 1 and not (augment.cutmix or augment.scales or augment.colour)
+    return _share_left(e) == 1 and not (augment.cutmix or augment.scales or augment.rotate or augment.colour)
 
 
 def large_gap(e: Evidence) -> tuple[float, float]:

@@ -166,9 +166,9 @@ class NetworkRecipe(_Part):
 class AugmentRecipe(_Part):
     """What is done to a train image before a step, anew each time; images that are scored stay as they are.
 
-    Sources: alternating flips, Jordan (2024, arXiv:2404.00498); colours, Howard (2013, arXiv:1312.5402); cutout,
-    DeVries and Taylor (2017); cutmix, Yun et al. (2019, arXiv:1905.04899); smaller images first, Tan and Le (2021,
-    arXiv:2104.00298)."""
+    Sources: alternating flips, Jordan (2024, arXiv:2404.00498); rotation, Simard et al. (2003); colours, Howard (2013,
+    arXiv:1312.5402); cutout, DeVries and Taylor (2017); cutmix, Yun et al. (2019, arXiv:1905.04899); smaller images
+    first, Tan and Le (2021, arXiv:2104.00298)."""
 
     flip: Literal["none", "random", "alternating"] = Field(
         "none",
@@ -183,6 +183,9 @@ class AugmentRecipe(_Part):
     )
     scale: float = Field(1.0, gt=0, le=1, description="factor on the sides of train images in the first `scale_epochs`")
     scale_epochs: float = Field(0.0, ge=0, description="epochs, from the first, on smaller images; 0: none")
+    rotate: float = Field(
+        0.0, ge=0, le=180, description="turn by up to so many degrees each way, corners filled by reflection"
+    )
     colour: float = Field(
         0.0,
         ge=0,

@@ -66,6 +66,7 @@ def batch_at(data: Data, indices: Tensor, recipe: Recipe, epoch: int, step: int,
     pixels = augment.gather(data.train.pixels, indices, augmentation, seed, epoch, step)
     if augmentation.scales and progress < augmentation.scale_epochs:
         pixels = augment.scaled(pixels, augmentation.scale)
+    pixels = augment.turned(pixels, augmentation, seed, step)
     pixels = augment.recoloured(pixels, augmentation, seed, step)
     images = augment.cut_out(data.normalise(pixels), augmentation, seed, step)
     adjustment = recipe.logit_adjustment * data.log_shares if recipe.logit_adjustment else None
