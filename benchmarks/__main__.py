@@ -2,11 +2,13 @@
 
     python -m benchmarks [--parts steps lifetime cold] [--rounds 5] [--cold quick strong best] [--render]
     python -m benchmarks --held-to AVX2
+    python -m benchmarks --optimizer adam
 
 Prints medians, ratios with their spread and the processor's ceiling, and writes docs/benchmarks.md (held to AVX2,
-docs/benchmarks-avx2.md), or the page that --output names, and a picture. What was measured stays in build, in a file of
-the page's name, and --render writes the page from it again; what a run measured that then failed is in
-build/benchmarks-unfinished.json. Keras runs in an environment of its own, .venv-bench, which the Makefile makes.
+docs/benchmarks-avx2.md; with Adam, docs/benchmarks-adam.md), or the page that --output names, and a picture. What was
+measured stays in build, in a file of the page's name, and --render writes the page from it again; what a run measured
+that then failed is in build/benchmarks-unfinished.json. Keras runs in an environment of its own, .venv-bench, which the
+Makefile makes.
 """
 
 import argparse
@@ -32,7 +34,10 @@ RECIPES = ("train1", "train2", "train3")
 WAYS = ("fit", "train_on_batch", "fit, XLA", "train_on_batch, XLA")  # of steps_keras, which needs TensorFlow to import
 PATHS = ("--data-dir", "--peers-python", "--output")
 KERAS_TRIES = 3  # of each way to train
-OPTIMIZER = {"learning_rate": 0.01, "momentum": 0.9}  # SGD, on all sides
+OPTIMIZERS = {  # on all sides
+    "sgd": {"learning_rate": 0.01, "momentum": 0.9},
+    "adam": {"learning_rate": 5e-4},
+}
 
 
 def main():
@@ -75,8 +80,8 @@ def measure_parts(arguments):
 
 
 def results_of(arguments):
-    """The file with what was measured last, held to these instructions or to none."""
-    return RESULTS.with_stem(f"benchmarks-{arguments.held_to.lower()}") if arguments.held_to else RESULTS
+    """The file with what was measured last in this form."""
+    return RESULTS.with_stem(arguments.form)
 
 
 def run_steps(arguments, results):
@@ -216,7 +221,8 @@ def torch_steps(arguments, name, description, side):
 
 
 def common(arguments):
-    return {"batch_size": arguments.batch_size, "threads": arguments.threads, "optimizer": OPTIMIZER}
+    optimizer = {"name": arguments.optimizer, **OPTIMIZERS[arguments.optimizer]}
+    return {"batch_size": arguments.batch_size, "threads": arguments.threads, "optimizer": optimizer}
 
 
 def fastest(rates):
@@ -246,6 +252,7 @@ def about(arguments):
         "versions": {"fromzero": here.fromzero, "torch": here.torch},
         "rounds": arguments.rounds,
         "batch_size": arguments.batch_size,
+        "optimizer": arguments.optimizer,
         "load_before": os.getloadavg()[0],
     }
 
@@ -275,6 +282,9 @@ def parse():
     parser.add_argument("--cold", nargs="*", default=["quick"], help=f"recipes to run from a cold start: {list(GOALS)}")
     parser.add_argument("--long-rounds", type=int, default=1, help="cold runs of recipes other than quick (1)")
     parser.add_argument("--held-to", choices=["AVX2"], help="hold all sides to that, in float32: no lifetime, no bf16")
+    parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="sgd", help="of training steps (sgd); adam: only them"
+    )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, help="CPU threads of every side, by default each side's own choice")
     parser.add_argument("--data-dir", default=default_data_dir(), help="where CIFAR-10 is")
@@ -282,17 +292,21 @@ def parse():
     parser.add_argument("--output", type=Path, help="the page (docs/benchmarks.md); its picture lies beside it")
     parser.add_argument("--render", action="store_true", help="write the page from what the last run measured")
     arguments = parser.parse_args()
-    allowed_parts, allowed_sides, arguments.precision, page_of = choices, SIDES, "auto", PAGE
+    allowed_parts, allowed_sides, arguments.precision, arguments.form = choices, SIDES, "auto", "benchmarks"
     if arguments.held_to:
-        page_of = PAGE.with_stem(f"benchmarks-{arguments.held_to.lower()}")
+        arguments.form += f"-{arguments.held_to.lower()}"
         allowed_parts, allowed_sides = ["steps", "cold"], (KERAS_FLOAT32, PLAIN_FLOAT32, FROMZERO)
         arguments.precision = "float32"
-    arguments.output = arguments.output or page_of
+    if arguments.optimizer != "sgd":  # the others train recipes, which have their own
+        arguments.form += f"-{arguments.optimizer}"
+        allowed_parts = ["steps"]
+    arguments.output = arguments.output or PAGE.with_stem(arguments.form)
     for what, allowed in (("parts", allowed_parts), ("sides", allowed_sides)):
         chosen = getattr(arguments, what) or allowed
         setattr(arguments, what, chosen)
         if refused := set(chosen) - set(allowed):
-            parser.error(f"--held-to {arguments.held_to} does without --{what} {', '.join(sorted(refused))}")
+            option = "--held-to AVX2" if arguments.held_to else f"--optimizer {arguments.optimizer}"
+            parser.error(f"{option} does without --{what} {', '.join(sorted(refused))}")
     return arguments
 
 

@@ -12,6 +12,8 @@ COLOURS = {
     FROMZERO: "#1f4e9c",
 }
 
+OPTIMIZERS = {"sgd": "SGD with momentum 0.9", "adam": "Adam"}
+
 
 def write(results, path):
     """Write the page to `path` and, when training steps were measured, its picture beside it; their paths."""
@@ -41,10 +43,9 @@ def text(results):
 
 
 def about_lines(results):
-    about, verdicts, missing = results["about"], all_verdicts(results), targets.not_measured(results)
+    about = results["about"]
     busy = about["load_before"] > targets.IDLE
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    short = [v for v in verdicts if not v.met]
     commit = about["commit"] or "unknown"
     commit = commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
     return [
@@ -64,6 +65,16 @@ def about_lines(results):
         " machines and hours, and ratios between runs, too: what stands in brackets is the spread within this one.",
         "",
         *held_to_lines(about),
+        *verdicts_section(results),
+    ]
+
+
+def verdicts_section(results):
+    if not has_targets(results):
+        return ["The targets are for SGD, and none is compared here."]
+    verdicts, missing = all_verdicts(results), targets.not_measured(results)
+    short = [v for v in verdicts if not v.met]
+    return [
         f"**{len(verdicts) - len(short)} of {len(verdicts)} targets are met**"
         + (":" if not short else f"; {len(short)} {'falls' if len(short) == 1 else 'fall'} short:"),
         "",
@@ -72,7 +83,13 @@ def about_lines(results):
     ]
 
 
+def has_targets(results):
+    return results["about"].get("optimizer", "sgd") == "sgd"
+
+
 def all_verdicts(results):
+    if not has_targets(results):
+        return []
     return [
         *targets.step_verdicts(results.get("steps", {})),
         *targets.cold_verdicts(results.get("cold", {})),
@@ -89,8 +106,9 @@ def steps_section(results):
         return []
     about = results["about"]
     lines = [
-        f"Batches of {about['batch_size']}, SGD with momentum 0.9, random images of CIFAR-10's size and number in"
-        " memory; images a second. Plain PyTorch is eager, channels_last, with a fused optimizer; Keras runs on"
+        f"Batches of {about['batch_size']}, {OPTIMIZERS[about.get('optimizer', 'sgd')]}, random images of CIFAR-10's"
+        " size and number in memory; images a second. Plain PyTorch is eager, channels_last, with a fused optimizer;"
+        " Keras runs on"
         " TensorFlow, as `Sequential` and `compile`, trained as said below. fromzero's side is the whole step"
         " of a real training: it starts from uint8 pixels, checks losses and gradients and keeps the running accuracy."
         + " Whether bfloat16 learns as well as float32: [precision.md](precision.md)."
@@ -136,7 +154,7 @@ def step_lines(results):
             if side != FROMZERO and FROMZERO in sides:
                 speedup = targets.speedup(sides, side)
                 ratio = f"{speedup.text('.2f')} ×"
-                least = targets.SPEEDUPS.get(side, {}).get(name)
+                least = targets.SPEEDUPS.get(side, {}).get(name) if has_targets(results) else None
                 if least is not None:
                     target = f"≥ {least:g} ×" + ("" if speedup.median >= least else f" **{FALLS_SHORT}**")
             share = targets.share_of_ceiling(rates, precision, flop, results["ceiling"])

@@ -57,6 +57,7 @@ class Watch(keras.callbacks.Callback):
 
 
 def measure(description, policy, way, batch_size, threads, optimizer):
+    make = {"sgd": keras.optimizers.SGD, "adam": keras.optimizers.Adam}[optimizer.pop("name")]
     method, jit = WAYS[way]
     if threads:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -68,7 +69,7 @@ def measure(description, policy, way, batch_size, threads, optimizer):
     y = rng.integers(0, networks.NUM_CLASSES, networks.NUM_IMAGES)
     model = build(description)
     model.compile(
-        optimizer=keras.optimizers.SGD(**optimizer),
+        optimizer=make(**optimizer),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         jit_compile=jit,

@@ -25,7 +25,7 @@ def fromzero_side(recipe, precision, batch_size, threads, optimizer):
 
     changes = {"batch_size": batch_size, "epochs": 1000, "clean_train_images": 10, "validation.source": "test"}
     changes["precision"] = precision
-    changes |= {f"optimizer.{field}": value for field, value in optimizer.items()} | {"optimizer.name": "sgd"}
+    changes |= {f"optimizer.{field}": value for field, value in optimizer.items()}
     with tempfile.TemporaryDirectory() as folder:
         training = new_training(
             load_recipe(recipe).override(changes), random_images(), runs_dir=folder, device="cpu", threads=threads
@@ -73,9 +73,9 @@ def plain_side(side, description, batch_size, threads, optimizer):
     precise = side == PLAIN_FLOAT32
     torch.manual_seed(0)
     model = plain_network(description).to(memory_format=torch.channels_last)
-    moves = torch.optim.SGD(
-        model.parameters(), lr=optimizer["learning_rate"], momentum=optimizer["momentum"], fused=True
-    )
+    make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer["name"]]
+    others = {name: value for name, value in optimizer.items() if name not in ("name", "learning_rate")}
+    moves = make(model.parameters(), lr=optimizer["learning_rate"], fused=True, **others)
     shape = (networks.NUM_IMAGES, *networks.IMAGE_SHAPE)
     x = torch.rand(shape).permute(0, 3, 1, 2)  # (N, C, H, W) in channels-last memory
     y = torch.randint(0, networks.NUM_CLASSES, shape[:1])

@@ -12,7 +12,7 @@ KERAS_BF16, KERAS_FLOAT32 = "Keras mixed_bfloat16", "Keras float32"
 POLICIES = {KERAS_FLOAT32: "float32", KERAS_BF16: "mixed_bfloat16"}
 SIDES = (KERAS_FLOAT32, KERAS_BF16, PLAIN_FLOAT32, PLAIN_BF16, FROMZERO)
 
-# How many times as many images a second fromzero is to train as a side: for all networks, or for each that has one.
+# How many times as many images a second fromzero is to train as a side, with SGD, for each network that has a target.
 SPEEDUPS = {
     KERAS_BF16: {"train1": 2.0, "train2": 2.0, "train3": 2.0},
     KERAS_FLOAT32: {"train1": 4.0, "train3": 8.0},

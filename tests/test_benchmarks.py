@@ -221,6 +221,22 @@ def test_what_is_held_to_avx2_computes_in_float32(monkeypatch, capsys):
     assert "times as fast as float32 here" not in text
 
 
+def test_steps_with_adam_have_a_page_of_their_own_and_no_targets(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--optimizer", "adam"])
+    arguments = bench.parse()
+    assert (arguments.parts, arguments.output.name) == (["steps"], "benchmarks-adam.md")
+    assert bench.results_of(arguments).name == "benchmarks-adam.json"
+    assert bench.common(arguments)["optimizer"] == {"name": "adam", "learning_rate": 5e-4}
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--optimizer", "adam", "--parts", "cold"])
+    with pytest.raises(SystemExit):
+        bench.parse()
+    assert "--optimizer adam does without --parts cold" in capsys.readouterr().err
+    text = page.text(RESULTS | {"about": RESULTS["about"] | {"optimizer": "adam"}})
+    assert "The targets are for SGD, and none is compared here." in text
+    assert "Batches of 128, Adam, random images" in text
+    assert page.verdict_lines(RESULTS | {"about": RESULTS["about"] | {"optimizer": "adam"}}) == []
+
+
 def test_the_study_of_precisions_changes_nothing_else_in_the_notes_networks():
     study = load_study(Path(bench.__file__).with_name("precision.toml"))
     assert len(study.contrasts) == len(study.arms) / 2 == len(bench.RECIPES)
