@@ -87,6 +87,11 @@ def has_targets(results):
     return results["about"].get("optimizer", "sgd") == "sgd"
 
 
+def least_speedup(results, side, name):
+    """How many times as many images a second as `side` fromzero is to train on a network; None without a target."""
+    return targets.SPEEDUPS.get(side, {}).get(name) if has_targets(results) else None
+
+
 def all_verdicts(results):
     if not has_targets(results):
         return []
@@ -142,10 +147,9 @@ def steps_section(results):
 def step_lines(results):
     """The table of training steps, in Markdown."""
     about = results["about"]
-    lines = [
-        row(["network", "side", "images/s", "fromzero ÷ it", "target", "GFLOP/s", "of its precision's ceiling"]),
-        row(["---", "---", "---:", "---:", "---:", "---:", "---:"]),
-    ]
+    target_column = ["target"] * has_targets(results)
+    header = ["network", "side", "images/s", "fromzero ÷ it", *target_column, "GFLOP/s", "of its precision's ceiling"]
+    lines = [row(header), row(["---", "---", *["---:"] * (len(header) - 2)])]
     for name, sides in results["steps"].items():
         flop = results["work"][name]["flop"]
         for side, rates in sides.items():
@@ -154,13 +158,13 @@ def step_lines(results):
             if side != FROMZERO and FROMZERO in sides:
                 speedup = targets.speedup(sides, side)
                 ratio = f"{speedup.text('.2f')} ×"
-                least = targets.SPEEDUPS.get(side, {}).get(name) if has_targets(results) else None
+                least = least_speedup(results, side, name)
                 if least is not None:
                     target = f"≥ {least:g} ×" + ("" if speedup.median >= least else f" **{FALLS_SHORT}**")
             share = targets.share_of_ceiling(rates, precision, flop, results["ceiling"])
             speed = Spread.of(rates).median * flop / 1e9
-            cells = [name, side, Spread.of(rates).text(), ratio, target, f"{speed:,.0f}", f"{share.text('.0%')}"]
-            lines.append(row(cells))
+            compared = [ratio, target] if target_column else [ratio]
+            lines.append(row([name, side, Spread.of(rates).text(), *compared, f"{speed:,.0f}", share.text(".0%")]))
     return lines
 
 
@@ -372,7 +376,7 @@ def draw(results, path):
                     axes.errorbar(found.median, y, xerr=errors, fmt="o", color=COLOURS[side], label=label, lw=2)
                 else:
                     axes.barh(y, found.median, 0.9 * height, color=COLOURS[side], xerr=errors, ecolor="#333")
-                least = targets.SPEEDUPS.get(side, {}).get(name) if axes is speedups else None
+                least = least_speedup(results, side, name) if axes is speedups else None
                 if least is not None:
                     axes.plot([least] * 2, [y - height / 2, y + height / 2], color="#c0392b", lw=2)
         axes.set_yticks(range(len(steps)), steps)
@@ -394,9 +398,10 @@ def draw(results, path):
     speeds.set_xlabel("training steps, images a second (log scale)")
     speeds.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     speedups.axvline(1, color="#333", lw=1)
-    speedups.set_xlabel("fromzero ÷ the other side, pair by pair (red: target)")
+    speedups.set_xlabel("fromzero ÷ the other side, pair by pair" + " (red: target)" * has_targets(results))
     figure.suptitle(
-        f"{about['processor']}, {held_to(about)}{about['instructions']}, {about['cores']} cores · {about['date'][:10]}"
+        f"{about['processor']}, {held_to(about)}{about['instructions']}, {about['cores']} cores ·"
+        f" {OPTIMIZERS[about.get('optimizer', 'sgd')]} · {about['date'][:10]}"
         f" · median of {about['rounds']}, lowest to highest",
         fontsize=9,
     )

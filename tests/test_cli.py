@@ -111,9 +111,12 @@ def test_evaluate_prints_for_programs_what_it_says_in_words(trained, capsys):
         assert precision == (taken_for[name].get(name, 0) / answers if answers else None)
     confused = max((n, one, other) for one, row in taken_for.items() for other, n in row.items() if one != other)
     commonest = [
-        f"{one} for {other} ({n})" for one, row in taken_for.items() for other, n in row.items() if n == confused[0]
+        f"{one} taken for {other} ({n})"
+        for one, row in taken_for.items()
+        for other, n in row.items()
+        if n == confused[0]
     ]
-    assert any(f"  taken for another: {told}" in said for told in commonest)
+    assert any(f"  confused: {told}" in said for told in commonest)
     assert found["notes"]
     assert all(f"  note: {note}\n" in said for note in found["notes"])
 

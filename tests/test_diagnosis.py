@@ -730,6 +730,8 @@ def test_labels_that_could_not_be_judged_are_not_called_right(run):
     said = remarked(run, measured={"train_accuracy": 0.99})
     assert f"Wrong labels cannot be detected in this run: {why}." in said
     assert "label-noise" not in said
+    few = evidence(measured={"train_accuracy": 0.99, "surest": Surest(0, 14, 0.97), "validation_counts": (70, 70)})
+    assert why_labels_cannot_be_judged(few) == f"that takes 250 validation images, and it has 140; and {why}"
     assert why_labels_cannot_be_judged(evidence()) == ""
     assert "label-noise" in remarked(run)
 
@@ -902,8 +904,9 @@ def test_a_gap_too_small_for_its_error_is_told_with_what_would_do(run):
     assert "called overfitting" not in told, "which could not be judged"
     many = replace(few, measures=replace(few.measures, validation_counts=(450, 450)))
     (told,) = (said for said in remarks(run, many, diagnose(many)) if said.startswith("Train accuracy is 0.33"))
-    said = f"a gap (0.310, of the last epochs and classes as in train) counts from {large_gap(many)[1]:.3f} on with 900"
-    assert f"It is not called overfitting: the validation loss has not risen, and by itself {said}" in told
+    takes = f"that takes a gap of {large_gap(many)[1]:.2f} with 900 validation images (here 0.31, over the last epochs"
+    assert f"It is not called overfitting: {takes}, classes weighted as in train), or a validation loss that" in told
+    assert told.endswith("(here not at all).")
     assert 0.3 + 2 * math.sqrt(0.66 * 0.34 / 100) == pytest.approx(large_gap(few)[1])
 
 
@@ -1207,8 +1210,10 @@ def test_what_could_not_be_tried_is_not_called_not_found(run):
 
 def test_a_run_shorter_than_its_recipe_or_that_has_not_ended_is_told_so(run):
     run.write_recipe(run.recipe.override({"name": "few", "network.batch_norm": True}))
-    told = f"few has 60 epochs, where this run has {run.recipe.epochs}: more of them may reach more."
-    assert told in remarked(run)
+    told = f"few has 60 epochs, this run {run.recipe.epochs}: more of them may reach more."
+    assert remarked(run).startswith(told)
+    learning = {"train": (0.3, 0.4, 0.5, 0.55, 0.6), "val": (0.3, 0.4, 0.45, 0.5, 0.55)}
+    assert "stopped-early" not in remarked(run, measured={"train_accuracy": 0.6}, **learning)
     constant = {"name": "own", "schedule.name": "constant"}
     run.write_recipe(run.recipe.override(constant))
     rising = remarked(run, train=(0.3, 0.4, 0.5, 0.6, 0.72))

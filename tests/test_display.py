@@ -186,16 +186,22 @@ def test_what_a_recipe_leaves_out_is_said_and_counted(tiny_images, tmp_path):
     run.close()
 
 
-@pytest.mark.parametrize(("name", "side", "other"), [("few", 32, ""), ("few", 64, "few64"), ("few64", 32, "few")])
-def test_a_recipe_for_few_pictures_of_another_size_is_named(name, side, other, tiny_images, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "side", "instead"),
+    [
+        ("few", 32, ""),
+        ("few", 64, "32×32 pixels, these have 64×64: train on FOLDER without @64, or with --recipe few64"),
+        ("few64", 32, "64×64 pixels, these have 32×32: train on FOLDER@64, or with --recipe few"),
+    ],
+)
+def test_a_recipe_for_few_pictures_of_another_size_is_named(name, side, instead, tiny_images, tmp_path):
     pixels = np.zeros((200, side, side, 3), np.uint8)
     part = replace(tiny_images.train, pixels=pixels, labels=np.arange(200) % 2)
     recipe = load_recipe(name).override({"network.channels": [[4]]})
     run = new_training(recipe, replace(tiny_images, train=part, test=part), runs_dir=tmp_path)
     run.close()
-    sizes = "few for 32×32, few64 for 64×64 (FOLDER@64)"
-    note = f"  note: --recipe {name} is not made for images of this size, {other} is: {sizes}"
-    assert [line for line in display.header(run).splitlines() if "made for" in line] == ([note] if other else [])
+    note = f"  note: --recipe {name} is made for images of {instead}"
+    assert [line for line in display.header(run).splitlines() if "made for" in line] == ([note] if instead else [])
 
 
 @pytest.mark.parametrize(("batch_size", "said"), [(200, "1 step an epoch"), (150, "2 steps an epoch"), (50, None)])

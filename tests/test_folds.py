@@ -322,8 +322,8 @@ def test_a_diagnosis_says_what_cross_validation_said(done, tmp_path, capsys):
 def test_what_is_said_of_labels():
     rows = [{"label": label, "looks_like": other} for label, other in ("ab", "ab", "ba", "ca", "cb", "cb", "cb")]
     assert folds._of_labels(rows) == (
-        "7 images look like another class than the label's (c like b (3), a like b (2), b like a (1)), by wrong labels"
-        " or networks' mistakes, which only looking at them can tell"
+        "7 images look like another class than the label's (c like b (3), a like b (2), b like a (1)): all that the"
+        " accuracy misses, be it networks' mistakes or wrong labels, which only looking at them can tell"
     )
     assert folds._of_labels(rows[:1]).startswith("1 image looks like another class than the label's")
     assert folds._of_labels([]) == "each image looks like its label's class"

@@ -169,7 +169,9 @@ def test_names_of_files_stay_in_their_line(tmp_path, capsys):
 
 def test_a_larger_size_is_proposed_for_larger_pictures(tmp_path):
     assert "@64" not in " ".join(load_images(write(tmp_path / "a", count=10, size=(40, 30))).notes)
-    assert "c@64: to 64×64" in " ".join(load_images(write(tmp_path / "c", count=10, size=(90, 80))).notes)
+    assert "as FOLDER@64, with --recipe few64, to 64×64" in " ".join(
+        load_images(write(tmp_path / "c", count=10, size=(90, 80))).notes
+    )
 
 
 def test_a_part_may_know_no_files(tmp_path):
@@ -315,6 +317,14 @@ def test_classes_that_a_part_has_no_picture_of_are_named(tmp_path):
     assert load_images(tmp_path / "set").notes == ("no test picture of red",)
 
 
+def test_a_folder_is_called_as_it_was_asked_for(tmp_path, monkeypatch):
+    write(tmp_path / "Train_Data", count=4)
+    (tmp_path / "photos").symlink_to(tmp_path / "Train_Data")
+    assert load_images(tmp_path / "photos").name == "photos"
+    monkeypatch.chdir(tmp_path / "Train_Data")
+    assert load_images(".").name == load_images("../Train_Data/").name == "Train_Data"
+
+
 def test_pictures_in_two_parts_are_counted(tmp_path):
     write(tmp_path / "set" / "train", count=8)
     write(tmp_path / "set" / "test", count=3)
@@ -332,7 +342,7 @@ def test_pictures_in_two_parts_are_counted(tmp_path):
             (65, 65),
             "",
             (32, 32, 3),
-            "pictures of 65×65 pixels, cut to squares and scaled to 32×32 (set@64: to 64×64, best with --recipe few64)",
+            "pictures of 65×65 pixels, cut to squares and scaled to 32×32; as FOLDER@64, with --recipe few64, to 64×64",
         ),
         ((90, 70), "@40", (40, 40, 3), "pictures of 90×70 pixels, cut to squares and scaled to 40×40"),
         ((40, 40), "@40", (40, 40, 3), ""),
@@ -597,10 +607,14 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     assert cli.main(["train", "set", *CHANGES]) == 0
     (run,) = list_runs()
     assert cli.main(["evaluate", str(run.path), "set", "--threads", "1"]) == 0
-    assert "note: the run was trained on pictures in it: this says little of new ones" in capsys.readouterr().out
+    _, own, new, *said = capsys.readouterr().out.partition(f"{run.path}: train1, last weights")[2].splitlines()
+    trained_on, validated = (run.provenance["data"]["subsets"][name] for name in ("train", "validation"))
+    assert own.startswith("  these pictures  ")
+    assert f"for {30 - trained_on} images)" in new
+    assert new.startswith("  those not trained on  ")
+    assert f"  note: {validated} of these 30 pictures validated the run, to the byte" in said
     shutil.copytree(tmp_path / "set", tmp_path / "copied")
     assert cli.main(["evaluate", str(run.path), "copied", "--threads", "1"]) == 0
-    trained_on = run.provenance["data"]["subsets"]["train"]
     said = f"note: {trained_on} of these 30 pictures are train pictures of the run, to the byte"
     assert said in " ".join(capsys.readouterr().out.split())
     shutil.rmtree(tmp_path / "set")  # which nobody need take along
@@ -629,7 +643,7 @@ def test_a_run_is_scored_on_other_pictures_of_its_classes(tmp_path, monkeypatch,
     wrong = [(float(sure), name, path) for (name, sure, path), ok in zip(told, right, strict=True) if not ok]
     assert len(wrong) > 10  # so many are listed
     confused, header, *listed = mistakes
-    assert confused.startswith("  taken for another: ")
+    assert confused.startswith("  confused: ")
     assert header == f"  mistakes, by the network or in the label, the surest 10 of {len(wrong)} (--json lists all):"
     assert [line.split("(")[1].split(")")[0] for line in listed] == [
         f"{sure:.3f}" for sure, _, _ in sorted(wrong, reverse=True)[:10]

@@ -153,6 +153,7 @@ def test_a_mistakes_file_is_one_of_its_own_split():
     train = Images(pixels[[0, 1, 0]], np.array([0, 1, 1]), ("a/0.png", "b/1.png", "b/copy of 0.png"))
     shown = _mistakes(found, train)
     assert [one["file"] for one in shown] == ["a/0.png", "b/1.png"]
+    assert _mistakes(found, train, 1) == shown[:1]
     assert [(one["label"], one["said"]) for one in shown] == [(0, 1), (1, 0)]
     assert train.take(np.array([2, 0])).files == ("b/copy of 0.png", "a/0.png")
     assert [one["file"] for one in _mistakes(found, Images(pixels, np.zeros(4, int)))] == [None, None]

@@ -213,6 +213,9 @@ def _parsers(recipe: Recipe | None) -> tuple[argparse.ArgumentParser, dict[str, 
     report.add_argument(
         "FILE", nargs="?", type=_path, help="the page's file, or a folder for report.html (the run's folder)"
     )
+    report.add_argument(
+        "--pictures", type=_count, metavar="N", help="how many mistakes of each split and doubtful labels (24)"
+    )
     _add_checkpoint(report)
     _add_shared(report, "runs", "data", "machine")
 

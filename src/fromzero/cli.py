@@ -488,7 +488,7 @@ def _report(arguments: argparse.Namespace) -> None:
     path = path / "report.html" if path.is_dir() else path
     check_named(path, ".html", ".htm")
     with proposing_others(trained.checkpoint):
-        page = report(trained)
+        page = report(trained, **_options(arguments, "pictures"))
     write_named(path, page.encode(errors="replace"), ".html", ".htm")  # of file names that are no text
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB, to open in a browser")
 
@@ -606,7 +606,8 @@ def _lessons(arguments: argparse.Namespace) -> None:
         page.write_lessons(results, arguments.write, arguments.STUDY)
         print(f"written: {arguments.write}, its pictures in {arguments.write.with_suffix('')}/")
         return
-    for study, found in by_lesson(results, arguments.STUDY):
+    listed = list(by_lesson(results, arguments.STUDY))
+    for study, found in listed:
         print(f"{study.name}: {study.claim}")
         for r in found:
             said = f"{r.so_far} ({r.num_runs})"
@@ -615,6 +616,8 @@ def _lessons(arguments: argparse.Namespace) -> None:
                 print(f"    note: {caution}")
         if not found:
             print(f"  not run yet: fromzero study {study.name}")
+    if not all(found for _, found in listed):
+        print("What came out when these lessons were run for fromzero: docs/lessons.md in its repository.")
 
 
 def _cross_validate(arguments: argparse.Namespace) -> None:

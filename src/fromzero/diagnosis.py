@@ -362,8 +362,8 @@ def _augmentation_too_strong(e: Evidence) -> Finding | None:
         "train images as augmented are unlike those that are scored"
         if unlike
         else "augmentation hides what the label says",
-        f"accuracy on the same train images {plain:.3f} as they are, {augmented:.3f} as augmented; {left:.0%} of an"
-        " image is left on average",
+        f"accuracy on the same train images {plain:.3f} as they are, {augmented:.3f} as augmented"
+        + (f"; {left:.0%} of an image is left on average" if left < 1 else ""),
         "no mirroring" if mirrored_only else "shift, crop, scale, turn, colour and cut out less",
         {"augment.flip": "none"} if mirrored_only else milder,
     )
@@ -453,10 +453,13 @@ def hardly_mistaken(e: Evidence) -> bool:
 
 def why_labels_cannot_be_judged(e: Evidence) -> str:
     """Why nothing follows from what the network is sure of and wrong about; empty where something does."""
+    by_heart = "the network knows its train images by heart, and is as sure where a label is wrong"
+    knows = e.measures.train_accuracy >= BY_HEART
     if e.measures.surest.of < FEWEST_SURE:
-        return f"that takes {10 * FEWEST_SURE} validation images, and it has {e.measures.num_validation}"
-    if e.measures.train_accuracy >= BY_HEART:
-        return "the network knows its train images by heart, and is as sure where a label is wrong"
+        too_few = f"that takes {10 * FEWEST_SURE} validation images, and it has {e.measures.num_validation}"
+        return too_few + f"; and {by_heart}" * knows
+    if knows:
+        return by_heart
     if _has_large_gap(e):
         return "the gap between train and validation is too large"
     if e.measures.surest.confidence < SURE:

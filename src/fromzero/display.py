@@ -118,8 +118,12 @@ def _of_sizes(training: Training) -> Iterator[str]:
     made_for = "few64" if min(images.image_shape[:2]) > LARGEST_OF_FEW else "few"
     for_few = recipe.name in ("few", "few64")
     if for_few and recipe.name != made_for:
-        sizes = "few for 32×32, few64 for 64×64 (FOLDER@64)"
-        yield f"--recipe {recipe.name} is not made for images of this size, {made_for} is: {sizes}"
+        height, width = images.image_shape[:2]
+        side, folder = (64, "FOLDER@64") if recipe.name == "few64" else (32, "FOLDER without @64")
+        yield (
+            f"--recipe {recipe.name} is made for images of {side}×{side} pixels, these have {width}×{height}: train on"
+            f" {folder}, or with --recipe {made_for}"
+        )
     if timetable.first_steps < FEW_STEPS and recipe.batch_size > FEW_BATCH:
         yield (
             f"{counted(timetable.first_steps, 'step')} an epoch; with so few images"

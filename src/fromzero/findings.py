@@ -50,6 +50,8 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     said: list[str] = []
     named = {finding.name for finding in found}
     others = [name for name in RULES if name not in named]
+    if cut_short := _cut_short(run.recipe, evidence.rows[-1]):
+        others = [name for name in others if name != "stopped-early"]
     judged = "label-noise" in others and not hardly_mistaken(evidence)  # else wrong ones are too few for a problem
     if "validation-too-small" not in others:
         hideable = {*hidden_by_few(evidence)} - ({"label-noise"} if judged else set())
@@ -121,9 +123,11 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         said.insert(0, f"Nothing found of: {looked_for}.")
     if hidden := [name for name in others if name in explained]:
         said.append(f"Not found, or explained by the above: {', '.join(hidden)}.")
+    if cut_short:
+        said.insert(0, cut_short)
     if run.summary is None:
         said.insert(0, f"The run has not ended; if it was stopped, {run.resume_command} trains it on.")
-    elif named <= {"validation-too-small"} and (more := _other_recipe(run, evidence)):
+    elif not cut_short and named <= {"validation-too-small"} and (more := _other_recipe(run, evidence)):
         said.append(more)
     return said
 
@@ -135,12 +139,13 @@ def _of_gap(evidence: Evidence, *, was_judged: bool) -> str:
     if not was_judged:
         return said
     rise, enough = loss_rise(evidence)
-    beyond_error = large_gap(evidence)[1]
     images = counted(evidence.measures.num_validation, "validation image")
-    risen = f"has risen by {rise:.3f}, which is less than the {enough:.3f} that count" if rise > 0 else "has not risen"
-    judged = f" ({evidence.gap:.3f}, of the last epochs and classes as in train)"
-    why = f"the validation loss {risen}, and by itself a gap{judged} counts from {beyond_error:.3f} on with {images}"
-    return f"{said} It is not called overfitting: {why}."
+    here = f"by {rise:.3f}" if rise > 0 else "not at all"
+    return (
+        f"{said} It is not called overfitting: that takes a gap of {large_gap(evidence)[1]:.2f} with {images} (here"
+        f" {evidence.gap:.2f}, over the last epochs, classes weighted as in train), or a validation loss that has risen"
+        f" by {enough:.3f} (here {here})."
+    )
 
 
 def _cross_validated(run: Run) -> str:
@@ -158,13 +163,19 @@ def _cross_validated(run: Run) -> str:
     )
 
 
+def _cut_short(recipe: Recipe, last: Row) -> str:
+    """That the recipe of this name has more epochs, if it has and there are mistakes left."""
+    usual = usual_epochs(recipe)
+    if usual <= recipe.epochs or last["val/accuracy"] == 1:
+        return ""
+    return f"{recipe.name} has {usual} epochs, this run {recipe.epochs}: more of them may reach more."
+
+
 def _other_recipe(run: Run, evidence: Evidence) -> str:
     """What may reach more where no fault is found, if anything is known to."""
     recipe, rows = run.recipe, evidence.rows
     if rows[-1]["val/accuracy"] == 1:
         return ""
-    if (usual := usual_epochs(recipe)) > recipe.epochs:
-        return f"{recipe.name} has {usual} epochs, where this run has {recipe.epochs}: more of them may reach more."
     rising = ""
     by_heart = evidence.gap > SMALL_GAP  # of which more epochs bring more
     if recipe.schedule.name == "constant" and not by_heart and (gain := late_gain(rows)) > LATE_GAIN:

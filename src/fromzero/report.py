@@ -23,7 +23,7 @@ from fromzero.splits import validation_label
 from fromzero.stats import wilson_interval
 from fromzero.trained import Trained
 
-MOST_MISTAKES = 24  # pictures of each split
+PICTURES = 24  # mistakes of each split, and doubtful labels
 MOST_CLASSES = 25  # whose confusions are shown as a matrix
 MOST_CONFUSIONS = 10
 CALIBRATION_BINS = 10
@@ -124,8 +124,9 @@ def answered(scored: Scored) -> list[Answered]:
     return found
 
 
-def report(trained: Trained) -> str:
-    """A run as one HTML page that needs nothing else.
+def report(trained: Trained, pictures: int = PICTURES) -> str:
+    """A run as one HTML page that needs nothing else, with so many pictures of mistakes of each split and of doubtful
+    labels.
 
     What is said by class, and of how sure the network is, is said of the test images once the run has ended; before
     that of the validation images, as the test images are for the end. Pictures of mistakes are train and validation
@@ -144,7 +145,7 @@ def report(trained: Trained) -> str:
         )
         for split, part in parts.items()
     }
-    return page(trained, rows, scored, diagnosis, folds)
+    return page(trained, rows, scored, diagnosis, folds, pictures)
 
 
 def _recorded(run: Run, what: str) -> Mapping[str, Any] | None:
@@ -163,6 +164,7 @@ def page(
     scored: Mapping[str, Scored],
     diagnosis: Mapping[str, Any] | None,
     folds: Mapping[str, Any] | None = None,
+    pictures: int = PICTURES,
 ) -> str:
     """The page of `report`, from rows up to the weights, what the network says of each split (a part of the train
     images), and what diagnosis.json and the cross-validation hold."""
@@ -210,12 +212,15 @@ def page(
         answered=answered(scored[judged]),
         remarks=[] if diagnosis is None else _here(diagnosis["remarks"], run, folds is not None),
         calibration_error=error,
+        oversure=sum(one.images * (one.confidence - one.accuracy) for one in bins) / sum(one.images for one in bins),
         source=images.source if images.train.files else None,
         folds=folds,
         labels=run.path / FOLDS / LABELS,
-        doubtful=[] if folds is None else _doubtful(folds["doubtful"][:MOST_MISTAKES], images),
+        doubtful=[] if folds is None else _doubtful(folds["doubtful"][:pictures], images),
         mistakes={
-            split: _mistakes(scored[split], part) for split, part in parts.items() if split == "train" or not on_test
+            split: _mistakes(scored[split], part, pictures)
+            for split, part in parts.items()
+            if split == "train" or not on_test
         },
     )
 
@@ -250,10 +255,11 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def _mistakes(scored: Scored, images: Images) -> list[dict[str, Any]]:
-    """The surest mistakes: the picture, what it is labelled, what the network says and how surely, and its file among
-    `images`. Splits keep no names, so that is found by what is in it; copies in a class are named together."""
-    chosen = scored.mistakes()[:MOST_MISTAKES].tolist()
+def _mistakes(scored: Scored, images: Images, most: int = PICTURES) -> list[dict[str, Any]]:
+    """The surest mistakes, so many at most: the picture, what it is labelled, what the network says and how surely, and
+    its file among `images`. Splits keep no names, so that is found by what is in it; copies in a class are named
+    together."""
+    chosen = scored.mistakes()[:most].tolist()
     wanted = {_key(scored, index) for index in chosen}
     files: dict[tuple[int, bytes], list[str]] = {}
     for index, file in enumerate(images.files):

@@ -19,6 +19,7 @@ from fromzero.stats import wilson_interval
 from fromzero.terminal import in_brackets
 from fromzero.trained import Classifier, Trained
 
+NOT_TRAINED_ON = "not_trained_on"  # of pictures of which others were
 LISTED, CONFUSED = 10, 5  # mistakes, and pairs of classes, in the text; JSON has all
 
 
@@ -42,18 +43,24 @@ def own_scores(trained: Trained, views: str = "none") -> dict[str, Any]:
 
 
 def scores_on(folder: Path, classifier: Classifier, views: str = "none") -> dict[str, Any]:
-    """The scores on the pictures of a folder with a folder for each class, or some of them; those that cannot be read
-    are noted. Raises InputError where these are more than DAMAGED_SHARE, as for training, and NonFiniteError."""
+    """The scores on the pictures of a folder with a folder for each class, or some of them, and on those of them that
+    were not trained on where others were; those that cannot be read are noted. Raises InputError where these are more
+    than DAMAGED_SHARE, as for training, and NonFiniteError."""
     run = classifier.run
     pictures = pictures_of(folder, classifier)
     step = classifier.checkpoint.state.get("step")
     within = f" (step {step:,})" if step and run.summary is None else ""
     outcomes = evaluate(classifier.network, *pictures.subset, classifier.normalise, classifier.machine, views=views)
+    scored = {"these": outcomes}
+    new = [index for index, seen in enumerate(pictures.trained_on) if not seen]
+    if 0 < len(new) < len(pictures.paths):
+        scored[NOT_TRAINED_ON] = Outcomes(*(of_all[new] for of_all in outcomes))
     return {
         **_how(classifier, f"of epoch {classifier.checkpoint.epochs}{within}, on {folder}", views),
         "left_out": pictures.left_out,
+        "trained_on": sum(pictures.trained_on),
         "notes": [*doubts(classifier), *pictures.notes],
-        "scores": {"these": _score(outcomes, classifier.class_names)},
+        "scores": {name: _score(of, classifier.class_names) for name, of in scored.items()},
         "mistakes": _mistakes(outcomes, pictures, classifier, views),
     }
 
@@ -74,12 +81,13 @@ def _mistakes(outcomes: Outcomes, pictures: Pictures, classifier: Classifier, vi
 
 
 class Pictures(NamedTuple):
-    """Labelled pictures of a folder, their files and how the SHA-256 (hex) of each begins, how many could not be read
-    and are left out, and what to know of them."""
+    """Labelled pictures of a folder, their files, how the SHA-256 (hex) of each begins and whether the weights were
+    trained on it, how many could not be read and are left out, and what to know of them."""
 
     subset: Subset
     paths: list[Path]
     hashes: list[str]
+    trained_on: list[bool]
     left_out: int
     notes: list[str]
 
@@ -94,31 +102,37 @@ def pictures_of(folder: Path, classifier: Classifier) -> Pictures:
         raise InputError(f"{unreadable(paths, wrong)}; {TOO_MANY}: repair or remove them")
     if wrong:
         notes.append(f"left out: {unreadable(paths, wrong)}")
+    trained_on, of_training = _trained_on(run, hashes)
     source, asked = Path(run.provenance["data"]["source"]), folder.resolve()
-    if asked == source or (asked.parent == source and asked.name.lower() in SPLITS["train"]):
+    if not any(trained_on) and (asked == source or (asked.parent == source and asked.name.lower() in SPLITS["train"])):
         apart = command_line("fromzero", "evaluate", run.path)
         notes.append(f"the run was trained on pictures in it: this says little of new ones; its own test: {apart}")
-    else:
-        notes += _trained_on(run, hashes)
     these = Subset(pixels, torch.from_numpy(truth[read]).to(classifier.machine.device))
-    return Pictures(these, [paths[index] for index in read], hashes, len(wrong), notes)
+    files = [paths[index] for index in read]
+    return Pictures(these, files, hashes, trained_on, len(wrong), [*notes, *of_training])
 
 
-def _trained_on(run: Run, hashes: Sequence[str]) -> list[str]:
-    """How many of these files are, by their content, ones that the run or those with whose weights it began were
-    trained on, in words."""
-    notes = []
+def _trained_on(run: Run, hashes: Sequence[str]) -> tuple[list[bool], list[str]]:
+    """Which of these files are, by their content, ones that the run or those with whose weights it began were trained
+    on; and how many of them, and of those that validated it, in words."""
+    notes, ever = [], set[str]()
     for one in run.lineage():
-        known = {row["sha256"] for row in one.pictures if row.get("split") == "train" and row.get("sha256")}
+        rows = [row for row in one.pictures if row.get("sha256")]
+        known = {row["sha256"] for row in rows if row.get("split") == "train"}
+        ever |= known
         of = "of the run" if one is run else f"of {one.path}, with whose weights it began"
         if seen := sum(begin in known for begin in hashes):
             are = "is a train picture" if seen == 1 else "are train pictures"
             notes.append(f"{seen:,} of these {len(hashes):,} pictures {are} {of}, to the byte")
         if not known and one is not run:
             notes.append(f"it began with the weights of {one.path}, which may have been trained on these pictures")
+        if one is run:
+            validated = {row["sha256"] for row in rows if row.get("split") == "validation"} - known
+            if seen := sum(begin in validated for begin in hashes):
+                notes.append(f"{seen:,} of these {len(hashes):,} pictures validated the run, to the byte")
     if origin := one.provenance["from"]:
         notes.append(f"it began with the weights of {origin['run']}, which may have been trained on these pictures")
-    return notes
+    return [begin in ever for begin in hashes], notes
 
 
 def doubts(of: Trained | Classifier) -> list[str]:
@@ -181,7 +195,7 @@ def _score(outcomes: Outcomes, class_names: Sequence[str]) -> dict[str, Any]:
 def _confused(score: Mapping[str, Any]) -> str:
     """Which class is taken for which, the commonest first; empty where none is."""
     found = [
-        (count, f"{name} for {other} ({count:,})")
+        (count, f"{name} taken for {other} ({count:,})")
         for name, row in score["taken_for"].items()
         for other, count in row.items()
         if other != name
@@ -194,10 +208,14 @@ def scores_text(record: Mapping[str, Any]) -> str:
     lines = ["{run}: {recipe}, {checkpoint} weights, {what}, {device}, {precision}".format_map(record)]
     if record["tta"] != "none":
         lines.append(f"  with test-time augmentation ({record['tta']}): not comparable with figures without")
+    all_trained_on = record.get("trained_on") == record["scores"].get("these", {}).get("images")
+    these = "these, all trained on" if all_trained_on else "these pictures"
+    shown = {"train": "train (clean)", "these": these, NOT_TRAINED_ON: "those not trained on"}
     for label, score in record["scores"].items():
         interval = in_brackets(score["interval"], score["images"])
-        shown = {"train": "train (clean)", "these": "these pictures"}.get(label, label)
-        lines.append(f"  {shown:<28} accuracy {score['accuracy']:.4f} ({interval})  loss {score['loss']:.4f}")
+        lines.append(
+            f"  {shown.get(label, label):<28} accuracy {score['accuracy']:.4f} ({interval})  loss {score['loss']:.4f}"
+        )
     counts = list(score["class_images"].values())
     each = f", {counted(counts[0], 'image')} each" if len(set(counts)) == 1 else ""
     by_class = (
@@ -205,9 +223,10 @@ def scores_text(record: Mapping[str, Any]) -> str:
         for (name, recall), count in zip(score["recalls"].items(), counts, strict=True)
     )
     mean = "" if each else f" (mean {score['balanced_accuracy']:.4f})"
-    lines.append(f"  {'' if label == 'these' else f'{label} '}accuracy by class{mean}{each}: " + ", ".join(by_class))
+    of = {"these": "", NOT_TRAINED_ON: "their "}.get(label, f"{label} ")
+    lines.append(f"  {of}accuracy by class{mean}{each}: " + ", ".join(by_class))
     if confused := _confused(score):
-        lines.append(f"  taken for another: {confused}")
+        lines.append(f"  confused: {confused}")
     if mistakes := record.get("mistakes"):
         more = f", the surest {LISTED} of {len(mistakes):,} (--json lists all)" if len(mistakes) > LISTED else ""
         lines.append(f"  mistakes, by the network or in the label{more}:")

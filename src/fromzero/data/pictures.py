@@ -78,7 +78,7 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
         return Images(pixels[chosen], labels[chosen], names, digests[chosen])
 
     parts = {split: part(split) for split in SPLITS if split in splits}
-    stem = own_name(path.resolve().name, "pictures")
+    stem = own_name(Path(os.path.abspath(path)).name, "pictures")  # as it was asked for, also where that is a link
     return ImageSet(
         name=stem if side is None else f"{stem}@{side}",
         train=parts["train"],
@@ -204,6 +204,6 @@ def _decoded(path: Path, listed: Sequence[File], side: int | None) -> _Decoded:
     smallest, largest = f"{min(widths)}×{min(heights)}", f"{max(widths)}×{max(heights)}"
     of = smallest if smallest == largest else f"{smallest} to {largest}"
     are_larger = np.median([min(size) for size in size_of if size]) >= 1.5 * USUAL_SIDE
-    larger = f" ({path.resolve().name}@64: to 64×64, best with --recipe few64)" if are_larger and not side else ""
+    larger = "; as FOLDER@64, with --recipe few64, to 64×64" if are_larger and not side else ""
     notes.append(f"pictures of {of} pixels, cut to squares and scaled to {width}×{height}{larger}")
     return pixels, digests, whole, notes

@@ -16,7 +16,7 @@ from fromzero.study.results import ContrastResult, Result, Spread, metrics_of
 
 
 def answer(result: Result) -> list[str]:
-    """What the study says, in words: a line for the verdict, one for each comparison, one for each failure."""
+    """What the study says, in words: a line for the verdict, two for each comparison, one for each failure."""
     study = result.study
     lines = [f"{study.name} ({result.title}): {result.verdict}. {study.claim}"]
     unused = result.unused_seed
@@ -109,8 +109,8 @@ def _figures(run: Run) -> dict[str, Any]:
 
 
 def sentence(found: ContrastResult, comparisons: int, unused_seed: int) -> str:
-    """A comparison in one line. comparisons: that are corrected together; unused_seed: from which on a study can begin
-    anew."""
+    """A comparison: a line with the verdict and its figures, and one with what so many pairs can tell. comparisons:
+    that are corrected together; unused_seed: from which on a study can begin anew."""
     c, x = found.contrast, found.comparison
     head = f"{c.arm} against {c.against}, {c.metric}{claimed(c)}: "
     if x is None:
@@ -132,24 +132,23 @@ def sentence(found: ContrastResult, comparisons: int, unused_seed: int) -> str:
     )
     if comparisons > 1:
         text += f" ({found.adjusted_p:.3g} among {comparisons}, Holm)"
+    told = []
     if np.isfinite(x.correlation) and x.n > 2:  # not where an arm's runs are all equal; that of two is one or minus one
-        text += f", correlation of pairs {correlation(x)}"
+        told.append(f"correlation of pairs {correlation(x)}")
     if np.isfinite(found.smallest):
         least = f"{figure(found.smallest, c.metric)} or more{beyond(found)}"
-        text += f"; {x.n} pairs would find a true difference of {least} four times out of five"
+        told.append(f"{x.n} pairs would find a true difference of {least} four times out of five")
     else:
-        text += f"; {x.n} pairs can settle nothing: {stats.fewest_pairs(comparisons)} at least"
+        told.append(f"{x.n} pairs can settle nothing: {stats.fewest_pairs(comparisons)} at least")
     if not found.is_whole:
-        return (
-            text + "; undecided while pairs are missing, as those that are left may be others than those that are not"
-        )
-    if found.to_settle:
+        told.append("undecided while pairs are missing, as those that are left may be others than those that are not")
+    elif found.to_settle:
         about = "" if found.seeds_needed is None else "about "
         fits = found.seeds_needed is not None and unused_seed + found.seeds_needed < TUNING_SEEDS_FROM
         option = f" (--first-seed {unused_seed})" if fits else ""
-        text += f"; to settle a difference of this size: a study of {about}{found.to_settle} seeds, begun anew"
-        text += f" with others{option}"
-    return text
+        settling = f"a study of {about}{found.to_settle} seeds, begun anew with others{option}"
+        told.append(f"to settle a difference of this size: {settling}")
+    return f"{text}\n    {'; '.join(told)}"
 
 
 def beyond(found: ContrastResult) -> str:

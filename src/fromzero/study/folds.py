@@ -37,7 +37,7 @@ from fromzero.study.pools import Event, on_this_machine
 from fromzero.terminal import duration, in_brackets
 from fromzero.trained import check_unedited, load_trained, recorded_images
 
-NAMED, PAIRS, LISTED = 10, 3, 100  # classes and labels in the text, pairs of classes, labels in result.json
+NAMED, PAIRS, LISTED = 10, 3, 1000  # classes and labels in the text, pairs of classes, labels in result.json
 
 
 @dataclass
@@ -262,8 +262,8 @@ def _of_labels(doubtful: Sequence[Mapping[str, Any]]) -> str:
     most = [f"{label} like {other} ({count:,})" for (label, other), count in pairs.most_common(PAIRS)]
     look = "images look" if len(doubtful) > 1 else "image looks"
     return (
-        f"{len(doubtful):,} {look} like another class than the label's ({some(most, most=PAIRS)}), by wrong labels or"
-        " networks' mistakes, which only looking at them can tell"
+        f"{len(doubtful):,} {look} like another class than the label's ({some(most, most=PAIRS)}): all that the"
+        " accuracy misses, be it networks' mistakes or wrong labels, which only looking at them can tell"
     )
 
 

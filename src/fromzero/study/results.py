@@ -190,7 +190,9 @@ class ContrastResult:
             found.append("every pair of networks is the same one, so what they differ in does nothing here")
         is_settled = self.telling is not None and self.is_whole and self.verdict != "undecided"
         if is_settled and self.new_images is not None and self.includes_null(self.new_images):
-            found.append("on other images of the same kind it may be otherwise")
+            found.append(
+                "on other images of the same kind it may be otherwise, as the interval with other images too says"
+            )
         if self.contrast.metric == "val/balanced_accuracy":
             found.append(
                 "the interval is for other seeds on these validation images, and a class that has few of them there"
