@@ -27,7 +27,7 @@ from fromzero import checkpoint, curves, kernels, machine, optim, probe, trainin
 from fromzero.data import Images, ImageSet
 from fromzero.display import header
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError, WriteError
-from fromzero.evaluate import Normalise, Outcomes, evaluate
+from fromzero.evaluate import Normalise, Outcomes, evaluate, predict, temperature
 from fromzero.files import write_atomically
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.runs import Run, create_run
@@ -1545,8 +1545,41 @@ def test_a_network_can_be_traced_though_its_kernels_cannot(tiny_images, tmp_path
 def test_balanced_accuracy_is_the_mean_over_the_classes_that_are_there():
     labels = torch.tensor([0] * 8 + [2] * 2)
     predictions = torch.tensor([0] * 8 + [0, 2])
-    found = Outcomes(torch.zeros(10), predictions, labels)
+    found = Outcomes(torch.zeros(10), F.one_hot(predictions, 3).float(), labels)
     assert (found.accuracy, found.balanced_accuracy) == (pytest.approx(0.9), pytest.approx(0.75))
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 2.0])
+def test_the_temperature_is_found_from_which_labels_were_drawn(true):
+    rng = np.random.default_rng(0)
+    outputs = rng.normal(0, 2, (20_000, 10)).astype(np.float32)
+    labels = (outputs / true + rng.gumbel(size=outputs.shape)).argmax(1)  # as the softmax says
+    assert temperature(outputs, labels) == pytest.approx(true, rel=0.03)
+
+
+def test_a_few_images_that_are_all_right_do_not_make_a_network_sure_of_everything():
+    outputs = np.tile([3.0, 0.0], (20, 1))
+    assert 0.7 < temperature(outputs, np.zeros(20, int)) < 1
+    assert temperature(outputs, np.ones(20, int)) > 100  # where all are wrong, nothing is sure
+
+
+def test_probabilities_are_scaled_by_what_validation_says_and_never_by_test_images(small, tiny_images, tmp_path):
+    run = fromzero.train(small.override({"validation.source": "split"}), tiny_images, runs_dir=tmp_path)
+    trained = load_trained(run, images=tiny_images)
+    classifier = fromzero.load_classifier(run)
+    outcomes = evaluate(trained.network, *trained.data.validation, trained.data.normalise, trained.machine)
+    assert outcomes.temperature == classifier.temperature == trained.temperature == run.metrics()[-1]["val/temperature"]
+    assert classifier.temperature != 1
+    pixels = torch.from_numpy(tiny_images.test.pixels)
+    plain = predict(classifier.network, pixels, classifier.normalise, classifier.machine)
+    scaled = classifier.predict(pixels)
+    assert torch.allclose(scaled, (plain.log() / classifier.temperature).softmax(1), atol=1e-6)
+    assert torch.equal(scaled, classifier.outputs(pixels).softmax(1))
+    best = fromzero.load_classifier(run, "best")
+    assert best.temperature == run.metrics()[best.checkpoint.epochs - 1]["val/temperature"]
+    on_test = fromzero.train(small.override({"validation.source": "test"}), tiny_images, runs_dir=tmp_path)
+    assert "val/temperature" not in on_test.metrics()[-1]
+    assert fromzero.load_classifier(on_test).temperature == 1
 
 
 def test_arguments_of_other_types_are_refused_by_name(small, tiny_images, tmp_path):

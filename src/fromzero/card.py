@@ -45,12 +45,22 @@ def card(classifier: Classifier) -> str:
         "",
         "## Before you use it",
         "- It always names one of its classes, even for pictures of something else.",
-        "- Its probabilities are the network's own, not how often it is right.",
+        f"- Its probabilities are {_calibrated(classifier)}.",
         "- The test images are from the same collection as those it was trained on. Pictures taken in another way or"
         " place may well be recognised less well: measure it on some.",
         *(f"- {line}" for line in _findings(classifier)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _calibrated(classifier: Classifier) -> str:
+    """How far its probabilities can be taken for how often it is right."""
+    if classifier.temperature == 1:
+        return "the network's own, not how often it is right"
+    return (
+        f"scaled so that they fit its validation images best (temperature {classifier.temperature:.2f}), to say how"
+        " often it is right on pictures like those; of other pictures they do not"
+    )
 
 
 def _origin(classifier: Classifier) -> str:

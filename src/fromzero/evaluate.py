@@ -18,6 +18,7 @@ from fromzero.machine import Machine
 from fromzero.recipe import Recipe
 
 BATCH, BATCH_PIXELS = 1000, 1000 * 32 * 32  # images in a batch of an evaluation; of larger images, pixels
+NEAR_ONE = 0.25  # standard deviation of an inverse temperature around 1, before images are seen
 
 # Test-time augmentation: the views of an image whose outputs are averaged, (mirrored, pixels down, pixels right) and
 # weight. multicrop is that of cifar10-airbench (Jordan, 2024).
@@ -68,11 +69,17 @@ class Normalise(NamedTuple):
 
 
 class Outcomes(NamedTuple):
-    """What a network says of N images: cross-entropy loss float32 (N,), predicted class int64 (N,), truth (N,)."""
+    """What a network says of N images: cross-entropy loss float32 (N,), outputs float32 (N, classes), truth int64
+    (N,)."""
 
     losses: Tensor
-    predictions: Tensor
+    outputs: Tensor
     labels: Tensor
+
+    @property
+    def predictions(self) -> Tensor:
+        """The predicted class int64 (N,)."""
+        return self.outputs.argmax(1)
 
     @property
     def loss(self) -> float:
@@ -91,6 +98,11 @@ class Outcomes(NamedTuple):
         recalls = [right / count for right, count in counts if count]
         return sum(recalls) / len(recalls)
 
+    @property
+    def temperature(self) -> float:
+        """As the function of that name has it."""
+        return temperature(self.outputs.cpu().numpy(), self.labels.cpu().numpy())
+
     def by_class(self, num_classes: int) -> list[tuple[int, int]]:
         """Of each class how many images were right, and how many there are."""
         counts = self.confusions(num_classes)
@@ -107,6 +119,23 @@ def confusions(labels: np.ndarray, predictions: np.ndarray, num_classes: int) ->
     return pairs.reshape(num_classes, num_classes)
 
 
+def temperature(outputs: np.ndarray, labels: np.ndarray) -> float:
+    """What outputs (N, classes) are to be divided by for their probabilities to fit the labels int64 (N,) best: above 1
+    where a network is surer than it is right (temperature scaling; Guo et al., 2017). A few images tell little, and all
+    of them right would make it zero; so its inverse is drawn towards 1, as by a normal prior."""
+    outputs = outputs.astype(np.float64)
+    outputs -= outputs.max(1, keepdims=True)
+    of_labels = outputs[np.arange(len(labels)), labels].sum()
+    low, high = 1e-3, 1e3  # the loss is convex in the inverse, so its slope has one zero
+    for _ in range(40):
+        inverse = math.sqrt(low * high)
+        shares = np.exp(inverse * outputs)
+        expected = (shares * outputs).sum(1) / shares.sum(1)
+        slope = expected.sum() - of_labels + (inverse - 1) / NEAR_ONE**2
+        low, high = (low, inverse) if slope > 0 else (inverse, high)
+    return 1 / math.sqrt(low * high)
+
+
 def evaluate(
     model: nn.Module,
     pixels: Tensor,
@@ -121,25 +150,32 @@ def evaluate(
 
     Raises NonFiniteError where the loss is no number: what such a network predicts means nothing, but some of it is
     right and would pass for an accuracy."""
-    losses, predictions = [], []
+    losses, outputs = [], []
     with _evaluating(model, machine):
         size = _batch_size(pixels)
         for part, truth in zip(pixels.split(size), labels.split(size), strict=True):
             logits = _logits(model, part, normalise, views)
             losses.append(F.cross_entropy(logits, truth, reduction="none"))
-            predictions.append(logits.argmax(1))
+            outputs.append(logits)
             between()
-    found = Outcomes(torch.cat(losses).float(), torch.cat(predictions), labels)
+    found = Outcomes(torch.cat(losses).float(), torch.cat(outputs), labels)
     if not math.isfinite(found.loss):
         raise NonFiniteError(f"the network's loss is {found.loss}: its weights are too large to compute with")
     return found
 
 
-def predict(model: nn.Module, pixels: Tensor, normalise: Normalise, machine: Machine, views: str = "none") -> Tensor:
+def predict(
+    model: nn.Module,
+    pixels: Tensor,
+    normalise: Normalise,
+    machine: Machine,
+    views: str = "none",
+    temperature: float = 1.0,
+) -> Tensor:
     """The probabilities float32 (N, classes) that `model` gives to `pixels` uint8 (N, H, W, C), as `evaluate` looks at
-    them. They are the network's own and not calibrated: label smoothing alone keeps them away from one. Raises
-    NonFiniteError where they are no numbers."""
-    return outputs(model, pixels, normalise, machine, views).softmax(1)
+    them. At temperature 1 they are the network's own and not calibrated: label smoothing alone keeps them away from
+    one. Raises NonFiniteError where they are no numbers."""
+    return (outputs(model, pixels, normalise, machine, views) / temperature).softmax(1)
 
 
 def outputs(model: nn.Module, pixels: Tensor, normalise: Normalise, machine: Machine, views: str = "none") -> Tensor:

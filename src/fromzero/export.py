@@ -85,6 +85,7 @@ def _model(classifier: Classifier) -> Any:
         if row.branch not in (0, branch):
             branch, skipped = row.branch, x
         x = graph.add_layer(row, x, skipped, recipe.network.activation)
+    x = graph.add("Div", x, graph.constant("temperature", np.array(classifier.temperature, np.float32)))
     graph.add("Softmax", x, axis=1, output="probabilities")
     pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", *shape])
     out = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", len(classifier.class_names)])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fromzero import augment, modules
 from fromzero.errors import InputError, NonFiniteError
-from fromzero.evaluate import Outcomes, evaluate, predict
+from fromzero.evaluate import Outcomes, evaluate
 from fromzero.evidence import (
     SMALL_GAP,
     TRIAL_STEPS,
@@ -87,7 +87,7 @@ def evidence_of(trained: Trained, say: Callable[[str], None] = lambda line: None
     say("scoring")
     validation = evaluate(network, *data.validation, data.normalise, here)
     train = evaluate(network, *data.clean_train, data.normalise, here)
-    probabilities = predict(network, data.validation.pixels, data.normalise, here)
+    probabilities = validation.outputs.softmax(1)
     say("gradients and units")
     plain, dropped, changed = _modes(network, data, recipe, here)
     say("copies")

@@ -132,7 +132,7 @@ def report(trained: Trained, pictures: int = PICTURES) -> str:
     that of the validation images, as the test images are for the end. Pictures of mistakes are train and validation
     images only: who looks at test images one by one and changes something for it has no test set left. Raises
     NonFiniteError where the weights do not compute."""
-    run, data = trained.run, trained.data
+    run, data, temperature = trained.run, trained.data, trained.temperature
     diagnosis, folds = (_recorded(run, what) for what in ("diagnosis", "cross_validation"))
     rows = trained.rows()
     ended = run.summary is not None
@@ -141,7 +141,9 @@ def report(trained: Trained, pictures: int = PICTURES) -> str:
         split: Scored(
             part.pixels.cpu().numpy(),
             part.labels.cpu().numpy(),
-            predict(trained.network, part.pixels, data.normalise, trained.machine).cpu().numpy(),
+            predict(trained.network, part.pixels, data.normalise, trained.machine, temperature=temperature)
+            .cpu()
+            .numpy(),
         )
         for split, part in parts.items()
     }
@@ -212,6 +214,7 @@ def page(
         answered=answered(scored[judged]),
         remarks=[] if diagnosis is None else _here(diagnosis["remarks"], run, folds is not None),
         calibration_error=error,
+        temperature=trained.temperature,
         oversure=sum(one.images * (one.confidence - one.accuracy) for one in bins) / sum(one.images for one in bins),
         source=images.source if images.train.files else None,
         folds=folds,

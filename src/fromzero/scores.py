@@ -61,17 +61,16 @@ def scores_on(folder: Path, classifier: Classifier, views: str = "none") -> dict
         "trained_on": sum(pictures.trained_on),
         "notes": [*doubts(classifier), *pictures.notes],
         "scores": {name: _score(of, classifier.class_names) for name, of in scored.items()},
-        "mistakes": _mistakes(outcomes, pictures, classifier, views),
+        "mistakes": _mistakes(outcomes, pictures, classifier),
     }
 
 
-def _mistakes(outcomes: Outcomes, pictures: Pictures, classifier: Classifier, views: str) -> list[dict[str, Any]]:
+def _mistakes(outcomes: Outcomes, pictures: Pictures, classifier: Classifier) -> list[dict[str, Any]]:
     """The pictures whose class was not predicted, those that the network is surest of first."""
-    wrong = (outcomes.predictions != outcomes.labels).nonzero().squeeze(1)
-    if not len(wrong):
-        return []
-    said = outcomes.predictions[wrong]
-    sure = classifier.predict(pictures.subset.pixels[wrong], views).gather(1, said[:, None]).squeeze(1)
+    predictions = outcomes.predictions
+    wrong = (predictions != outcomes.labels).nonzero().squeeze(1)
+    said = predictions[wrong]
+    sure = (outcomes.outputs[wrong] / classifier.temperature).softmax(1).gather(1, said[:, None]).squeeze(1)
     names = classifier.class_names
     found = zip(wrong.tolist(), outcomes.labels[wrong].tolist(), said.tolist(), sure.tolist(), strict=True)
     return [

@@ -218,6 +218,11 @@ class Trained(NamedTuple):
         return f"epoch {self.checkpoint.epochs}{beyond}"
 
     @property
+    def temperature(self) -> float:
+        """As that of a `Classifier`."""
+        return temperature_of(self.run, self.checkpoint)
+
+    @property
     def validation_images(self) -> Images:
         """The images that it validates on, with what is known of their files."""
         return validation_images(self.run.recipe, self.images, self.data.held)
@@ -274,6 +279,12 @@ class Classifier(NamedTuple):
     def __repr__(self) -> str:
         return f"<classifier of {self.run.path}: {', '.join(self.class_names)}>"
 
+    @property
+    def temperature(self) -> float:
+        """What outputs are divided by before they become probabilities, as validation says (`evaluate.temperature`);
+        1 where test images validated, or no epoch had ended."""
+        return temperature_of(self.run, self.checkpoint)
+
     def read(self, pictures: Sequence[str | Picture]) -> tuple[Tensor, list[int], dict[int, Wrong]]:
         """Pictures (paths, bytes of files, binary files or Pillow's images) prepared as the run's were: pixels uint8
         (N, H, W, 3) on its device, the places among `pictures` that these are of, and what is wrong with those at
@@ -300,12 +311,12 @@ class Classifier(NamedTuple):
         return torch.from_numpy(pixels[read]).to(self.machine.device), hashes, read, wrong
 
     def outputs(self, pixels: Tensor) -> Tensor:
-        """What `predict` makes probabilities of, float32 (N, classes). Raises NonFiniteError."""
-        return outputs(self.network, pixels, self.normalise, self.machine)
+        """What `predict` takes the softmax of, float32 (N, classes). Raises NonFiniteError."""
+        return outputs(self.network, pixels, self.normalise, self.machine) / self.temperature
 
     def predict(self, pixels: Tensor | ArrayLike, views: str = "none") -> Tensor:
-        """Probabilities float32 (N, classes) of pixels uint8 (N, H, W, C), a tensor or an array, as `evaluate.predict`
-        has them. Raises InputError for others, NonFiniteError."""
+        """Probabilities float32 (N, classes) of pixels uint8 (N, H, W, C), a tensor or an array, calibrated by
+        `temperature`. Raises InputError for others, NonFiniteError."""
         given = pixels if isinstance(pixels, Tensor) else np.array(pixels)
         if str(given.dtype) not in ("uint8", "torch.uint8") or tuple(given.shape[1:]) != self.image_shape:
             found = f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
@@ -314,7 +325,7 @@ class Classifier(NamedTuple):
         pixels = torch.as_tensor(given, device=self.machine.device)
         if not len(pixels):
             return torch.zeros((0, len(self.class_names)), device=pixels.device)
-        return predict(self.network, pixels, self.normalise, self.machine, views)
+        return predict(self.network, pixels, self.normalise, self.machine, views, self.temperature)
 
 
 @checking_types
@@ -349,6 +360,13 @@ def _machine(run: Run, precision: str | None, device: str | torch.device, thread
     if precision not in (None, "auto", "bfloat16", "float32"):
         raise InputError(f"precision {precision!r}: auto, bfloat16 or float32")
     return machine.prepare(precision or run.provenance["machine"]["precision"], device=str(device), threads=threads)
+
+
+def temperature_of(run: Run, found: Checkpoint) -> float:
+    """The validation temperature of the last epoch behind these weights; 1 where none was recorded. Raises
+    FromzeroError where the run's metrics are damaged."""
+    rows = run.metrics()[: found.epochs]
+    return float(rows[-1].get("val/temperature", 1.0)) if rows else 1.0
 
 
 def load_network(

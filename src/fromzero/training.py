@@ -184,6 +184,8 @@ class Training:
         for split, outcome in outcomes.items():
             row |= {f"{split}/loss": outcome.loss, f"{split}/accuracy": outcome.accuracy}
         row["val/balanced_accuracy"] = outcomes["val"].balanced_accuracy
+        if self.recipe.validation.source != "test":  # nothing is fitted to test images
+            row["val/temperature"] = outcomes["val"].temperature
         return row | {"time/seconds": round(counters.seconds, 3)}
 
     def _evaluated(self, what: str, subset: Subset, between: Callable[[], None]) -> Outcomes:
