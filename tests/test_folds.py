@@ -19,7 +19,7 @@ import fromzero
 from fromzero import cli
 from fromzero.data import stratified_folds
 from fromzero.errors import FromzeroError, InputError, StoppedError
-from fromzero.evaluate import predict
+from fromzero.evaluate import outputs
 from fromzero.runs import Run
 from fromzero.splits import Data, validation_label
 from fromzero.study import display, execution, folds
@@ -142,7 +142,7 @@ def test_what_is_said_is_said_by_networks_that_did_not_see_it(done, pictures):
     for fold in (1, 2, 3):
         trained = load_trained(Run(run.path / "folds" / "of-3" / f"fold-{fold}"), images=images, threads=1)
         data = trained.data
-        said = predict(trained.network, data.validation.pixels, data.normalise, trained.machine)
+        said = outputs(trained.network, data.validation.pixels, data.normalise, trained.machine).softmax(1)
         accuracy = (said.argmax(1) == data.validation.labels).double().mean().item()
         assert accuracy == pytest.approx(trained.run.summary["val/accuracy"])
         assert accuracy == pytest.approx(result["by_fold"][fold - 1])

@@ -26,19 +26,16 @@ RECIPE = fromzero.load_recipe("train1").override({"epochs": 1, "network.channels
 
 def scored(labels, probabilities):
     labels = np.array(labels)
-    return Scored(np.zeros((len(labels), 4, 4, 3), np.uint8), labels, np.array(probabilities, np.float32))
+    return Scored(np.zeros((len(labels), 4, 4, 3), np.uint8), labels, np.array(probabilities, np.float32), 0.5)
 
 
 THREE = scored([0, 0, 1, 1, 2], [[0.8, 0.1, 0.1], [0.3, 0.6, 0.1], [0.1, 0.9, 0.0], [0.94, 0.0, 0.06], [0.2, 0.2, 0.6]])
 
 
-def test_confusions_mistakes_and_loss():
+def test_confusions_and_mistakes():
     assert THREE.confusions().tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
     assert THREE.mistakes().tolist() == [3, 1]
     assert THREE.accuracy == pytest.approx(3 / 5)
-    certain = scored([0, 1], [[1.0, 0.0], [0.5, 0.5]])
-    assert certain.loss == pytest.approx(np.log(2) / 2)
-    assert np.isfinite(scored([1], [[1.0, 0.0]]).loss)
 
 
 def test_calibration_is_the_distance_of_confidence_and_accuracy():
@@ -137,7 +134,7 @@ def test_many_classes_have_no_matrix_and_a_class_may_have_no_image(tmp_path):
     images = ImageSet(
         "many", part(120), part(29), tuple(f"kind {n}" for n in range(30)), "", {"train": "a", "test": "b"}
     )
-    test = Scored(images.test.pixels, images.test.labels, rng.dirichlet(np.ones(30), 29).astype(np.float32))
+    test = Scored(images.test.pixels, images.test.labels, rng.dirichlet(np.ones(30), 29).astype(np.float32), 0.5)
     assert len(test.mistakes()) > 10
     run = fromzero.train(RECIPE, images, runs_dir=tmp_path, threads=1)
     found = load_trained(run, images=images, threads=1)
@@ -149,7 +146,7 @@ def test_many_classes_have_no_matrix_and_a_class_may_have_no_image(tmp_path):
 
 def test_a_mistakes_file_is_one_of_its_own_split():
     pixels = np.arange(4 * 12, dtype=np.uint8).reshape(4, 2, 2, 3)
-    found = Scored(pixels[:2], np.array([0, 1]), np.array([[0.1, 0.9], [0.8, 0.2]], np.float32))
+    found = Scored(pixels[:2], np.array([0, 1]), np.array([[0.1, 0.9], [0.8, 0.2]], np.float32), 0.5)
     train = Images(pixels[[0, 1, 0]], np.array([0, 1, 1]), ("a/0.png", "b/1.png", "b/copy of 0.png"))
     shown = _mistakes(found, train)
     assert [one["file"] for one in shown] == ["a/0.png", "b/1.png"]
@@ -268,7 +265,7 @@ def test_a_runs_own_records_and_its_weights_folder_are_no_place_for_a_page(tmp_p
 def test_copies_among_the_mistakes_are_named_together():
     pixels, labels = np.zeros((3, 4, 4, 3), np.uint8), np.zeros(3, np.int64)
     pixels[2] = 9
-    scored = Scored(pixels, labels, np.array([[0.1, 0.9], [0.1, 0.9], [0.2, 0.8]], np.float32))
+    scored = Scored(pixels, labels, np.array([[0.1, 0.9], [0.1, 0.9], [0.2, 0.8]], np.float32), 0.5)
     found = _mistakes(scored, Images(pixels, labels, ("a.png", "b.png", "c.png")))
     assert [one["file"] for one in found] == ["a.png and b.png", "a.png and b.png", "c.png"]
 

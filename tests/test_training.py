@@ -27,7 +27,7 @@ from fromzero import checkpoint, curves, kernels, machine, optim, probe, trainin
 from fromzero.data import Images, ImageSet
 from fromzero.display import header
 from fromzero.errors import FromzeroError, InputError, NonFiniteError, StoppedError, WriteError
-from fromzero.evaluate import Normalise, Outcomes, evaluate, predict, temperature
+from fromzero.evaluate import Normalise, Outcomes, evaluate, outputs, temperature
 from fromzero.files import write_atomically
 from fromzero.recipe import Recipe, load_recipe
 from fromzero.runs import Run, create_run
@@ -1571,9 +1571,9 @@ def test_probabilities_are_scaled_by_what_validation_says_and_never_by_test_imag
     assert outcomes.temperature == classifier.temperature == trained.temperature == run.metrics()[-1]["val/temperature"]
     assert classifier.temperature != 1
     pixels = torch.from_numpy(tiny_images.test.pixels)
-    plain = predict(classifier.network, pixels, classifier.normalise, classifier.machine)
+    plain = outputs(classifier.network, pixels, classifier.normalise, classifier.machine)
     scaled = classifier.predict(pixels)
-    assert torch.allclose(scaled, (plain.log() / classifier.temperature).softmax(1), atol=1e-6)
+    assert torch.allclose(scaled, (plain / classifier.temperature).softmax(1), atol=1e-6)
     assert torch.equal(scaled, classifier.outputs(pixels).softmax(1))
     best = fromzero.load_classifier(run, "best")
     assert best.temperature == run.metrics()[best.checkpoint.epochs - 1]["val/temperature"]

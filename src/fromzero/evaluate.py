@@ -164,22 +164,9 @@ def evaluate(
     return found
 
 
-def predict(
-    model: nn.Module,
-    pixels: Tensor,
-    normalise: Normalise,
-    machine: Machine,
-    views: str = "none",
-    temperature: float = 1.0,
-) -> Tensor:
-    """The probabilities float32 (N, classes) that `model` gives to `pixels` uint8 (N, H, W, C), as `evaluate` looks at
-    them. At temperature 1 they are the network's own and not calibrated: label smoothing alone keeps them away from
-    one. Raises NonFiniteError where they are no numbers."""
-    return (outputs(model, pixels, normalise, machine, views) / temperature).softmax(1)
-
-
 def outputs(model: nn.Module, pixels: Tensor, normalise: Normalise, machine: Machine, views: str = "none") -> Tensor:
-    """The outputs float32 (N, classes) of which `predict` makes probabilities. Raises NonFiniteError as it does."""
+    """The outputs float32 (N, classes) that `model` gives to `pixels` uint8 (N, H, W, C), as `evaluate` looks at them.
+    Raises NonFiniteError where they are no numbers."""
     with _evaluating(model, machine):
         found = torch.cat([_logits(model, part, normalise, views) for part in pixels.split(_batch_size(pixels))])
     if not found.isfinite().all():

@@ -16,10 +16,10 @@ from fromzero.changes import in_words
 from fromzero.curves import curves_png
 from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, command_line, counted
-from fromzero.evaluate import confusions, predict
+from fromzero.evaluate import confusions, evaluate
 from fromzero.findings import study_command, study_cost
 from fromzero.runs import FOLDS, LABELS, Row, Run
-from fromzero.splits import validation_label
+from fromzero.splits import Subset, validation_label
 from fromzero.stats import wilson_interval
 from fromzero.trained import Trained
 
@@ -33,11 +33,12 @@ SPLITS = {"train": "train images", "val": "validation images", "test": "test ima
 
 class Scored(NamedTuple):
     """Images and what a network says of them: pixels uint8 (N, H, W, C), labels int64 (N,), probabilities float32 (N,
-    classes)."""
+    classes), and the mean cross-entropy of its own ones, those of temperature 1, in nats."""
 
     pixels: np.ndarray
     labels: np.ndarray
     probabilities: np.ndarray
+    loss: float
 
     @property
     def predictions(self) -> np.ndarray:
@@ -62,12 +63,6 @@ class Scored(NamedTuple):
     def interval(self) -> tuple[float, float]:
         """The ends of the accuracy's 95 % interval, by the number of images."""
         return wilson_interval(self.accuracy, len(self.labels))
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy in nats; of a probability that underflowed, the largest that a float can tell."""
-        own = self.probabilities[np.arange(len(self.labels)), self.labels].astype(float)
-        return float(-np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean())
 
     def confusions(self) -> np.ndarray:
         """As `evaluate.confusions` has them."""
@@ -132,22 +127,21 @@ def report(trained: Trained, pictures: int = PICTURES) -> str:
     that of the validation images, as the test images are for the end. Pictures of mistakes are train and validation
     images only: who looks at test images one by one and changes something for it has no test set left. Raises
     NonFiniteError where the weights do not compute."""
-    run, data, temperature = trained.run, trained.data, trained.temperature
+    run, data = trained.run, trained.data
     diagnosis, folds = (_recorded(run, what) for what in ("diagnosis", "cross_validation"))
     rows = trained.rows()
     ended = run.summary is not None
     parts = {"train": data.clean_train, "val": data.validation} | ({"test": data.test} if ended else {})
-    scored = {
-        split: Scored(
-            part.pixels.cpu().numpy(),
-            part.labels.cpu().numpy(),
-            predict(trained.network, part.pixels, data.normalise, trained.machine, temperature=temperature)
-            .cpu()
-            .numpy(),
-        )
-        for split, part in parts.items()
-    }
+    scored = {split: _scored(trained, part) for split, part in parts.items()}
     return page(trained, rows, scored, diagnosis, folds, pictures)
+
+
+def _scored(trained: Trained, part: Subset) -> Scored:
+    """What a run's network says of a part of its images. Raises NonFiniteError."""
+    found = evaluate(trained.network, *part, trained.data.normalise, trained.machine)
+    probabilities = (found.outputs / trained.temperature).softmax(1)
+    pixels, labels, said = (tensor.cpu().numpy() for tensor in (part.pixels, part.labels, probabilities))
+    return Scored(pixels, labels, said, found.loss)
 
 
 def _recorded(run: Run, what: str) -> Mapping[str, Any] | None:

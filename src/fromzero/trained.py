@@ -25,7 +25,7 @@ from fromzero.errors import (
     nearest,
     some,
 )
-from fromzero.evaluate import Normalise, evaluate, outputs, predict
+from fromzero.evaluate import Normalise, evaluate, outputs
 from fromzero.machine import Machine
 from fromzero.modules import Network
 from fromzero.networks import ImageShape
@@ -310,9 +310,9 @@ class Classifier(NamedTuple):
         hashes = [int(digest).to_bytes(8, "little").hex() for digest in digests[read]]
         return torch.from_numpy(pixels[read]).to(self.machine.device), hashes, read, wrong
 
-    def outputs(self, pixels: Tensor) -> Tensor:
+    def outputs(self, pixels: Tensor, views: str = "none") -> Tensor:
         """What `predict` takes the softmax of, float32 (N, classes). Raises NonFiniteError."""
-        return outputs(self.network, pixels, self.normalise, self.machine) / self.temperature
+        return outputs(self.network, pixels, self.normalise, self.machine, views) / self.temperature
 
     def predict(self, pixels: Tensor | ArrayLike, views: str = "none") -> Tensor:
         """Probabilities float32 (N, classes) of pixels uint8 (N, H, W, C), a tensor or an array, calibrated by
@@ -325,7 +325,7 @@ class Classifier(NamedTuple):
         pixels = torch.as_tensor(given, device=self.machine.device)
         if not len(pixels):
             return torch.zeros((0, len(self.class_names)), device=pixels.device)
-        return predict(self.network, pixels, self.normalise, self.machine, views, self.temperature)
+        return self.outputs(pixels, views).softmax(1)
 
 
 @checking_types

@@ -23,7 +23,7 @@ import torch
 from fromzero.changes import DATA_FIELDS, in_words
 from fromzero.data import ImageSet, stratified_folds
 from fromzero.errors import FromzeroError, InputError, command_line, counted, one_line, options_typed, some
-from fromzero.evaluate import predict
+from fromzero.evaluate import outputs
 from fromzero.files import csv_text, write_atomically, write_json
 from fromzero.findings import images_of
 from fromzero.machine import chosen_device
@@ -162,8 +162,8 @@ def _judged(found: CrossValidation) -> tuple[np.ndarray, np.ndarray]:
         trained = load_trained(cell.run, images=images, device=setting.device, threads=setting.threads)
         data = trained.data
         assert data.held is not None
-        said = predict(trained.network, data.validation.pixels, data.normalise, trained.machine)
-        fold[data.held], probabilities[data.held] = number, said.cpu().numpy()
+        said = outputs(trained.network, data.validation.pixels, data.normalise, trained.machine)
+        fold[data.held], probabilities[data.held] = number, said.softmax(1).cpu().numpy()
     return fold, probabilities
 
 
