@@ -78,6 +78,8 @@ def test_a_page_shows_the_pictures_whose_labels_are_wrong_and_no_test_picture(pi
     assert "<i>red" not in page
     assert "blue &amp; co" in page
     assert f"{run.summary['test/accuracy']:.4f}</td>" in page
+    assert f"{run.summary['test/loss']:.4f}</td>" in page
+    assert f"Outputs are divided by {run.metrics()[-1]['val/temperature']:.2f} first" in page
     assert 'class="quiet">Recipe train1 with epochs = 8, ' in page
     assert "network.dense = [16], " in page
     assert "was scored then, and extended" not in page
