@@ -1555,6 +1555,9 @@ def test_the_temperature_is_found_from_which_labels_were_drawn(true):
     outputs = rng.normal(0, 2, (20_000, 10)).astype(np.float32)
     labels = (outputs / true + rng.gumbel(size=outputs.shape)).argmax(1)  # as the softmax says
     assert temperature(outputs, labels) == pytest.approx(true, rel=0.03)
+    rare = np.log(np.array([0.91] + [0.01] * 9))
+    labels = (outputs / true + rare + rng.gumbel(size=outputs.shape)).argmax(1)
+    assert temperature(outputs, labels, rare) == pytest.approx(true, rel=0.05)
 
 
 def test_a_few_images_that_are_all_right_do_not_make_a_network_sure_of_everything():
@@ -1568,7 +1571,8 @@ def test_probabilities_are_scaled_by_what_validation_says_and_never_by_test_imag
     trained = load_trained(run, images=tiny_images)
     classifier = fromzero.load_classifier(run)
     outcomes = evaluate(trained.network, *trained.data.validation, trained.data.normalise, trained.machine)
-    assert outcomes.temperature == classifier.temperature == trained.temperature == run.metrics()[-1]["val/temperature"]
+    found = outcomes.temperature(torch.zeros(tiny_images.num_classes))
+    assert found == classifier.temperature == trained.temperature == run.metrics()[-1]["val/temperature"]
     assert classifier.temperature != 1
     pixels = torch.from_numpy(tiny_images.test.pixels)
     plain = outputs(classifier.network, pixels, classifier.normalise, classifier.machine)

@@ -98,10 +98,9 @@ class Outcomes(NamedTuple):
         recalls = [right / count for right, count in counts if count]
         return sum(recalls) / len(recalls)
 
-    @property
-    def temperature(self) -> float:
+    def temperature(self, adjustment: Tensor) -> float:
         """As the function of that name has it."""
-        return temperature(self.outputs.cpu().numpy(), self.labels.cpu().numpy())
+        return temperature(*(of.cpu().numpy() for of in (self.outputs, self.labels, adjustment)))
 
     def by_class(self, num_classes: int) -> list[tuple[int, int]]:
         """Of each class how many images were right, and how many there are."""
@@ -119,17 +118,18 @@ def confusions(labels: np.ndarray, predictions: np.ndarray, num_classes: int) ->
     return pairs.reshape(num_classes, num_classes)
 
 
-def temperature(outputs: np.ndarray, labels: np.ndarray) -> float:
+def temperature(outputs: np.ndarray, labels: np.ndarray, adjustment: np.ndarray | float = 0.0) -> float:
     """What outputs (N, classes) are to be divided by for their probabilities to fit the labels int64 (N,) best: above 1
     where a network is surer than it is right (temperature scaling; Guo et al., 2017). A few images tell little, and all
-    of them right would make it zero; so its inverse is drawn towards 1, as by a normal prior."""
+    of them right would make it zero; so its inverse is drawn towards 1, as by a normal prior. adjustment (classes,):
+    what is added to them for classes as frequent as the labels', where training added it (logit adjustment)."""
     outputs = outputs.astype(np.float64)
     outputs -= outputs.max(1, keepdims=True)
     of_labels = outputs[np.arange(len(labels)), labels].sum()
     low, high = 1e-3, 1e3  # the loss is convex in the inverse, so its slope has one zero
     for _ in range(40):
         inverse = math.sqrt(low * high)
-        shares = np.exp(inverse * outputs)
+        shares = np.exp(inverse * outputs + adjustment)
         expected = (shares * outputs).sum(1) / shares.sum(1)
         slope = expected.sum() - of_labels + (inverse - 1) / NEAR_ONE**2
         low, high = (low, inverse) if slope > 0 else (inverse, high)

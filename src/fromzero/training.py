@@ -185,7 +185,7 @@ class Training:
             row |= {f"{split}/loss": outcome.loss, f"{split}/accuracy": outcome.accuracy}
         row["val/balanced_accuracy"] = outcomes["val"].balanced_accuracy
         if self.recipe.validation.source != "test":  # nothing is fitted to test images
-            row["val/temperature"] = outcomes["val"].temperature
+            row["val/temperature"] = outcomes["val"].temperature(self.recipe.logit_adjustment * self.data.log_shares)
         return row | {"time/seconds": round(counters.seconds, 3)}
 
     def _evaluated(self, what: str, subset: Subset, between: Callable[[], None]) -> Outcomes:
