@@ -3,7 +3,7 @@ the study that tests it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import wrap
@@ -47,65 +47,32 @@ FEW_IMAGES = 5000  # the recipe few is as good as strong from 4,000, and took a 
 def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]:
     """What else whoever reads the findings should know, a sentence or two each: which problems could not be judged and
     why, which were looked for and not found, and what may reach more where no fault is found."""
-    said: list[str] = []
     named = {finding.name for finding in found}
-    others = [name for name in RULES if name not in named]
-    if cut_short := _cut_short(run.recipe, evidence.rows[-1]):
-        others = [name for name in others if name != "stopped-early"]
-    judged = "label-noise" in others and not hardly_mistaken(evidence)  # else wrong ones are too few for a problem
-    if "validation-too-small" not in others:
-        hideable = {*hidden_by_few(evidence)} - ({"label-noise"} if judged else set())
-        hidden = [name for name in others if name in hideable]
-        if evidence.measures.mirror_accuracy is not None:
-            hidden += [name for name in untried(evidence) if name == "mirrored-images" and name in others]
-        others = [name for name in others if name not in hidden]
-        if hidden:
-            said.append(f"With so few validation images this could not be judged: {', '.join(hidden)}.")
-    labels = ""
-    if judged and (why := why_labels_cannot_be_judged(evidence)):
-        others.remove("label-noise")
-        labels = f"Wrong labels cannot be detected in this run: {why}."
-    elif judged and (share := share_of_wrong_labels_seen(evidence)) > SHOWS_FEW:
-        count = evidence.measures.num_validation
-        labels = (
-            f"With {count:,} validation images, wrong labels would be found four times out of five where they are"
-            f" {share:.0%} or more."
-        )
-        if {"stopped-early", "underfitting"} & named:
-            labels += " Even fewer can keep a network from learning its train images."
-    if judged_all := _cross_validated(run):
-        said += [*filter(None, [labels]), judged_all]
-    elif labels:
-        shown = "."
-        if why and run.recipe.validation.source != "test":  # whose pictures nobody is shown
-            report = command_line("fromzero", "report", run.path)
-            shown = f"; some may be among the surest mistakes on validation, which {report} shows."
-        said.append(
-            f"{labels} {command_line('fromzero', 'cross-validate', run.path)} looks for them in all train images{shown}"
-        )
-    copies = evidence.measures.copies
-    if copies.found and "copies" in others:
-        of = [f"{copied.near} of {copied.of:,} {split}" for split, copied in copies.splits.items() if copied.near]
-        said.append(f"{' and '.join(of)} images may be train images, too: see the run's {COPIES}.")
-    if held_out := _copies_held_out(run):
-        said.append(held_out)
-    if not copies.by_looks:
-        said.append(
-            "Only copies to the byte were looked for: the images are too small, or too much like those of other"
-            " classes, to tell copies by their looks."
-        )
+    said: list[str] = []
+    others = [name for name in RULES if name not in named]  # which were looked for and, in the end, not found
+
+    def leave_out(names: Collection[str], why: str) -> None:
+        others[:] = [name for name in others if name not in names]
+        said.append(why)
+
+    labels_matter = "label-noise" in others and not hardly_mistaken(evidence)  # else wrong ones are too few to matter
+    cut_short = _cut_short(run.recipe, evidence.rows[-1])
+    if cut_short:
+        leave_out({"stopped-early"}, cut_short)
+    if "validation-too-small" in named and (hidden := _hidden(evidence, others, labels_matter)):
+        leave_out(hidden, f"With so few validation images this could not be judged: {', '.join(hidden)}.")
+    if labels_matter:
+        if why := why_labels_cannot_be_judged(evidence):
+            others.remove("label-noise")
+        said += _of_labels(run, evidence, why, named)
+    elif judged_all := _cross_validated(run):
+        said.append(judged_all)
+    said += _of_copies(run, evidence, is_found="copies" in named)
     if "mirrored-images" in others and mirrors_one_way_round(evidence) and few_are_wrong(evidence):
-        others.remove("mirrored-images")
-        said.append(
-            f"Half of the train images are mirrored, and a small network tells {evidence.measures.mirror_accuracy:.0%}"
-            " of these images and their mirror images apart; but too few are mistaken to tell whether that costs"
-            " anything: --augment.flip none would say."
-        )
+        leave_out({"mirrored-images"}, _of_mirroring(evidence))
     if skipped := [name for name in untried(evidence) if name in others]:
-        others = [name for name in others if name not in skipped]
-        said.append(
-            f"Not judged, as the steps that would show it could not be made or came to nothing: {', '.join(skipped)}."
-        )
+        made = "the steps that would show it could not be made or came to nothing"
+        leave_out(skipped, f"Not judged, as {made}: {', '.join(skipped)}.")
     if evidence.measures.rates_tell and not {"rate-too-high", "rate-too-low"} & named:
         tried = rates_tried(evidence)
         said.append(f"Other rates were tried: {tried}. Short trainings favour high rates, so these call none better.")
@@ -120,16 +87,72 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
     if found:
         said.append(f"Not found: {looked_for}.")
     else:
-        said.insert(0, f"Nothing found of: {looked_for}.")
+        said.insert(bool(cut_short), f"Nothing found of: {looked_for}.")
     if hidden := [name for name in others if name in explained]:
         said.append(f"Not found, or explained by the above: {', '.join(hidden)}.")
-    if cut_short:
-        said.insert(0, cut_short)
     if run.summary is None:
         said.insert(0, f"The run has not ended; if it was stopped, {run.resume_command} trains it on.")
     elif not cut_short and named <= {"validation-too-small"} and (more := _other_recipe(run, evidence)):
         said.append(more)
     return said
+
+
+def _hidden(evidence: Evidence, others: Sequence[str], labels_matter: bool) -> list[str]:
+    """Which of the others few validation images may hide."""
+    hideable = {*hidden_by_few(evidence)} - ({"label-noise"} if labels_matter else set())
+    hidden = [name for name in others if name in hideable]
+    if evidence.measures.mirror_accuracy is not None:
+        hidden += [name for name in untried(evidence) if name == "mirrored-images" and name in others]
+    return hidden
+
+
+def _of_labels(run: Run, evidence: Evidence, why: str, named: Collection[str]) -> list[str]:
+    """Whether wrong labels would be seen, and what looks for them. why: they cannot be judged, if they cannot."""
+    labels = ""
+    if why:
+        labels = f"Wrong labels cannot be detected in this run: {why}."
+    elif (share := share_of_wrong_labels_seen(evidence)) > SHOWS_FEW:
+        labels = (
+            f"With {evidence.measures.num_validation:,} validation images, wrong labels would be found four times out"
+            f" of five where they are {share:.0%} or more."
+        )
+        if {"stopped-early", "underfitting"} & {*named}:
+            labels += " Even fewer can keep a network from learning its train images."
+    if judged_all := _cross_validated(run):
+        return [*filter(None, [labels]), judged_all]
+    if not labels:
+        return []
+    shown = "."
+    if why and run.recipe.validation.source != "test":  # whose pictures nobody is shown
+        report = command_line("fromzero", "report", run.path)
+        shown = f"; some may be among the surest mistakes on validation, which {report} shows."
+    cross_validate = command_line("fromzero", "cross-validate", run.path)
+    return [f"{labels} {cross_validate} looks for them in all train images{shown}"]
+
+
+def _of_copies(run: Run, evidence: Evidence, *, is_found: bool) -> list[str]:
+    """What is known of copies between the splits, where they are no finding."""
+    copies, said = evidence.measures.copies, []
+    if copies.found and not is_found:
+        of = [f"{copied.near} of {copied.of:,} {split}" for split, copied in copies.splits.items() if copied.near]
+        said.append(f"{' and '.join(of)} images may be train images, too: see the run's {COPIES}.")
+    if held_out := _copies_held_out(run):
+        said.append(held_out)
+    if not copies.by_looks:
+        said.append(
+            "Only copies to the byte were looked for: the images are too small, or too much like those of other"
+            " classes, to tell copies by their looks."
+        )
+    return said
+
+
+def _of_mirroring(evidence: Evidence) -> str:
+    """That mirror images can be told apart, where too few are mistaken to say what mirroring costs."""
+    return (
+        f"Half of the train images are mirrored, and a small network tells {evidence.measures.mirror_accuracy:.0%}"
+        " of these images and their mirror images apart; but too few are mistaken to tell whether that costs"
+        " anything: --augment.flip none would say."
+    )
 
 
 def _of_gap(evidence: Evidence, *, was_judged: bool) -> str:
