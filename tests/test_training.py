@@ -1581,6 +1581,10 @@ def test_probabilities_are_scaled_by_what_validation_says_and_never_by_test_imag
     assert torch.equal(scaled, classifier.outputs(pixels).softmax(1))
     best = fromzero.load_classifier(run, "best")
     assert best.temperature == run.metrics()[best.checkpoint.epochs - 1]["val/temperature"]
+    metrics = run.path / "metrics.jsonl"
+    metrics.write_text("[]\n" + metrics.read_text())
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: .*; so probabilities are not calibrated"):
+        assert fromzero.load_classifier(run).temperature == 1
     on_test = fromzero.train(small.override({"validation.source": "test"}), tiny_images, runs_dir=tmp_path)
     assert "val/temperature" not in on_test.metrics()[-1]
     assert fromzero.load_classifier(on_test).temperature == 1

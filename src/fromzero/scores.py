@@ -116,8 +116,7 @@ def _trained_on(run: Run, hashes: Sequence[str]) -> tuple[list[bool], list[str]]
     on; and how many of them, and of those that validated it, in words."""
     notes, ever = [], set[str]()
     for one in run.lineage():
-        rows = [row for row in one.pictures if row.get("sha256")]
-        known = {row["sha256"] for row in rows if row.get("split") == "train"}
+        known = _hashes_of("train", one)
         ever |= known
         of = "of the run" if one is run else f"of {one.path}, with whose weights it began"
         if seen := sum(begin in known for begin in hashes):
@@ -125,13 +124,17 @@ def _trained_on(run: Run, hashes: Sequence[str]) -> tuple[list[bool], list[str]]
             notes.append(f"{seen:,} of these {len(hashes):,} pictures {are} {of}, to the byte")
         if not known and one is not run:
             notes.append(f"it began with the weights of {one.path}, which may have been trained on these pictures")
-        if one is run:
-            validated = {row["sha256"] for row in rows if row.get("split") == "validation"} - known
-            if seen := sum(begin in validated for begin in hashes):
-                notes.append(f"{seen:,} of these {len(hashes):,} pictures validated the run, to the byte")
     if origin := one.provenance["from"]:
         notes.append(f"it began with the weights of {origin['run']}, which may have been trained on these pictures")
+    validated = _hashes_of("validation", run) - ever
+    if seen := sum(begin in validated for begin in hashes):
+        notes.append(f"{seen:,} of these {len(hashes):,} pictures validated the run, to the byte")
     return [begin in ever for begin in hashes], notes
+
+
+def _hashes_of(split: str, run: Run) -> set[str]:
+    """How the SHA-256 (hex) of each picture of a split begins, as far as that is recorded."""
+    return {row["sha256"] for row in run.pictures if row.get("split") == split and row.get("sha256")}
 
 
 def doubts(of: Trained | Classifier) -> list[str]:
@@ -207,9 +210,9 @@ def scores_text(record: Mapping[str, Any]) -> str:
     lines = ["{run}: {recipe}, {checkpoint} weights, {what}, {device}, {precision}".format_map(record)]
     if record["tta"] != "none":
         lines.append(f"  with test-time augmentation ({record['tta']}): not comparable with figures without")
-    all_trained_on = record.get("trained_on") == record["scores"].get("these", {}).get("images")
-    these = "these, all trained on" if all_trained_on else "these pictures"
-    shown = {"train": "train (clean)", "these": these, NOT_TRAINED_ON: "those not trained on"}
+    shown = {"train": "train (clean)", "these": "these pictures", NOT_TRAINED_ON: "those not trained on"}
+    if "these" in record["scores"] and record["trained_on"] == record["scores"]["these"]["images"]:
+        shown["these"] = "these, all trained on"
     for label, score in record["scores"].items():
         interval = in_brackets(score["interval"], score["images"])
         lines.append(

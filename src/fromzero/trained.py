@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,6 +31,7 @@ from fromzero.machine import Machine
 from fromzero.modules import Network
 from fromzero.networks import ImageShape
 from fromzero.recipe import default_of
+from fromzero.records import is_figure
 from fromzero.runs import Row, Run, load_run
 from fromzero.splits import Data, validation_images
 from fromzero.state import load_weights, model_weights
@@ -193,7 +195,8 @@ def proposing_others(found: Checkpoint) -> Iterator[None]:
 
 class Trained(NamedTuple):
     """A run with its weights loaded: its image set, and that as split for training (`data`); the network in evaluation
-    mode; the checkpoint that the weights are from; and the machine that computes."""
+    mode; the checkpoint that the weights are from; the machine that computes; and the temperature, as a `Classifier`
+    has it."""
 
     run: Run
     images: ImageSet
@@ -201,6 +204,7 @@ class Trained(NamedTuple):
     network: Network
     checkpoint: Checkpoint
     machine: Machine
+    temperature: float
 
     def __repr__(self) -> str:
         return f"<weights of {self.run.path}, {self.reached}, on {self.images!r}>"
@@ -216,11 +220,6 @@ class Trained(NamedTuple):
         """The epoch that the weights are of, and how far beyond its end."""
         beyond = f" and {counted(self.steps_beyond, 'step')} of the next" if self.steps_beyond else ""
         return f"epoch {self.checkpoint.epochs}{beyond}"
-
-    @property
-    def temperature(self) -> float:
-        """As that of a `Classifier`."""
-        return temperature_of(self.run, self.checkpoint)
 
     @property
     def validation_images(self) -> Images:
@@ -262,11 +261,14 @@ def load_trained(
     images = recorded_images(run, images, data_dir=data_dir, offline=offline)
     here = _machine(run, precision, device, threads)
     network, found = load_network(run, images.image_shape, images.num_classes, here, which)
-    return Trained(run, images, recorded_data(run, images, here), network, found, here)
+    data, temperature = recorded_data(run, images, here), _temperature(run, found)
+    return Trained(run, images, data, network, found, here, temperature)
 
 
 class Classifier(NamedTuple):
-    """What a run has come to, for pictures it has not seen: all that its folder alone can tell."""
+    """What a run has come to, for pictures it has not seen: all that its folder alone can tell. temperature: what
+    outputs are divided by before they become probabilities, as validation says (`evaluate.temperature`); 1 where test
+    images validated, or no epoch had ended."""
 
     run: Run
     network: Network
@@ -275,15 +277,10 @@ class Classifier(NamedTuple):
     image_shape: ImageShape
     class_names: tuple[str, ...]
     machine: Machine
+    temperature: float
 
     def __repr__(self) -> str:
         return f"<classifier of {self.run.path}: {', '.join(self.class_names)}>"
-
-    @property
-    def temperature(self) -> float:
-        """What outputs are divided by before they become probabilities, as validation says (`evaluate.temperature`);
-        1 where test images validated, or no epoch had ended."""
-        return temperature_of(self.run, self.checkpoint)
 
     def read(self, pictures: Sequence[str | Picture]) -> tuple[Tensor, list[int], dict[int, Wrong]]:
         """Pictures (paths, bytes of files, binary files or Pillow's images) prepared as the run's were: pixels uint8
@@ -352,7 +349,8 @@ def load_classifier(
     here = _machine(run, precision, device, threads)
     network, found = load_network(run, (height, width, channels), len(recorded["classes"]), here, which)
     normalise = Normalise.from_json(recorded["normalise"], here.device)
-    return Classifier(run, network, found, normalise, (height, width, channels), tuple(recorded["classes"]), here)
+    shape, names = (height, width, channels), tuple(recorded["classes"])
+    return Classifier(run, network, found, normalise, shape, names, here, _temperature(run, found))
 
 
 def _machine(run: Run, precision: str | None, device: str | torch.device, threads: int | None) -> Machine:
@@ -362,11 +360,16 @@ def _machine(run: Run, precision: str | None, device: str | torch.device, thread
     return machine.prepare(precision or run.provenance["machine"]["precision"], device=str(device), threads=threads)
 
 
-def temperature_of(run: Run, found: Checkpoint) -> float:
-    """The validation temperature of the last epoch behind these weights; 1 where none was recorded. Raises
-    FromzeroError where the run's metrics are damaged."""
-    rows = run.metrics()[: found.epochs]
-    return float(rows[-1].get("val/temperature", 1.0)) if rows else 1.0
+def _temperature(run: Run, found: Checkpoint) -> float:
+    """The validation temperature of the last epoch behind these weights; 1 where none was recorded and, after a
+    warning, where the run's metrics are damaged: a network can be used without."""
+    try:
+        rows = run.metrics()[: found.epochs]
+    except FromzeroError as error:
+        warnings.warn(f"{error}; so probabilities are not calibrated", stacklevel=3)
+        return 1.0
+    recorded = rows[-1].get("val/temperature", 1.0) if rows else 1.0
+    return float(recorded) if is_figure("val/temperature", recorded) and recorded > 0 else 1.0
 
 
 def load_network(
