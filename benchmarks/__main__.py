@@ -305,7 +305,8 @@ def parse():
         chosen = getattr(arguments, what) or allowed
         setattr(arguments, what, chosen)
         if refused := set(chosen) - set(allowed):
-            option = "--held-to AVX2" if arguments.held_to else f"--optimizer {arguments.optimizer}"
+            adam = arguments.optimizer == "adam"
+            option = " ".join(["--held-to AVX2"] * bool(arguments.held_to) + ["--optimizer adam"] * adam)
             parser.error(f"{option} does without --{what} {', '.join(sorted(refused))}")
     return arguments
 

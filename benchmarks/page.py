@@ -250,8 +250,9 @@ def held_to_lines(about):
         return []
     return [
         f"Held to {about['held_to']}, PyTorch, oneDNN, MKL, XLA and fromzero's kernels use no newer instructions, to"
-        " stand in for a laptop; bfloat16 would be slow, so all use float32. The targets are those for processors"
-        " that are fast at bfloat16.",
+        " stand in for a laptop; bfloat16 would be slow, so all use float32."
+        + " The targets are those for processors that are fast at bfloat16."
+        * (about.get("optimizer", "sgd") == "sgd"),
         "",
     ]
 

@@ -57,9 +57,10 @@ def _calibrated(classifier: Classifier) -> str:
     """How far its probabilities can be taken for how often it is right."""
     if classifier.temperature == 1:
         return "the network's own, not how often it is right"
+    adjusted = ", and of equally frequent classes," if classifier.run.recipe.logit_adjustment else ""
     return (
-        f"scaled so that they fit its validation images best (temperature {classifier.temperature:.2f}), to say how"
-        " often it is right on pictures like those; of other pictures they do not"
+        f"scaled by a temperature, {classifier.temperature:.2f}, that was fitted to its validation images after epoch"
+        f" {classifier.checkpoint.epochs}, to say how often it is right on pictures like those{adjusted} and no others"
     )
 
 

@@ -19,6 +19,7 @@ from fromzero.recipe import Recipe
 
 BATCH, BATCH_PIXELS = 1000, 1000 * 32 * 32  # images in a batch of an evaluation; of larger images, pixels
 NEAR_ONE = 0.25  # standard deviation of an inverse temperature around 1, before images are seen
+COLDEST, HOTTEST = 1e-3, 1e3  # temperatures
 
 # Test-time augmentation: the views of an image whose outputs are averaged, (mirrored, pixels down, pixels right) and
 # weight. multicrop is that of cifar10-airbench (Jordan, 2024).
@@ -126,7 +127,7 @@ def temperature(outputs: np.ndarray, labels: np.ndarray, adjustment: np.ndarray 
     outputs = outputs.astype(np.float64)
     outputs -= outputs.max(1, keepdims=True)
     of_labels = outputs[np.arange(len(labels)), labels].sum()
-    low, high = 1e-3, 1e3  # the loss is convex in the inverse, so its slope has one zero
+    low, high = 1 / HOTTEST, 1 / COLDEST  # the loss is convex in the inverse, so its slope has one zero
     for _ in range(40):
         inverse = math.sqrt(low * high)
         shares = np.exp(inverse * outputs + adjustment)
@@ -134,6 +135,11 @@ def temperature(outputs: np.ndarray, labels: np.ndarray, adjustment: np.ndarray 
         slope = expected.sum() - of_labels + (inverse - 1) / NEAR_ONE**2
         low, high = (low, inverse) if slope > 0 else (inverse, high)
     return 1 / math.sqrt(low * high)
+
+
+def probabilities(outputs: Tensor, temperature: float) -> Tensor:
+    """Of outputs (N, classes) at that temperature."""
+    return (outputs / temperature).softmax(1)
 
 
 def evaluate(

@@ -44,7 +44,7 @@ def export(classifier: Classifier, path: Path, documentation: str = "") -> float
     model.doc_string = _text(documentation)
     pixels = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, *classifier.image_shape), dtype=np.uint8)
     (theirs,) = ReferenceEvaluator(_up_to_softmax(model)).run(None, {"pixels": pixels})
-    own = classifier.outputs(torch.from_numpy(pixels).to(classifier.machine.device)).cpu()
+    own = classifier.outputs(torch.from_numpy(pixels).to(classifier.machine.device)).cpu() / classifier.temperature
     ours, as_onnx = (outputs.double().log_softmax(1) for outputs in (own, torch.from_numpy(theirs)))
     difference = float((as_onnx - ours).abs().max())
     if not difference <= max(TOLERANCE, SHARE * float(ours.abs().max())):

@@ -56,7 +56,7 @@ def remarks(run: Run, evidence: Evidence, found: Sequence[Finding]) -> list[str]
         said.append(why)
 
     labels_matter = "label-noise" in others and not hardly_mistaken(evidence)  # else wrong ones are too few to matter
-    cut_short = _cut_short(run.recipe, evidence.rows[-1])
+    cut_short = "" if "stopped-early" in named else _cut_short(run.recipe, evidence.rows[-1])
     if cut_short:
         leave_out({"stopped-early"}, cut_short)
     if "validation-too-small" in named and (hidden := _hidden(evidence, others, labels_matter)):

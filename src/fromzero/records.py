@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,6 +170,8 @@ def read_object(path: Path, mend: str = "") -> dict[str, Any]:
 
 def is_figure(key: str, value: object) -> bool:
     """Whether a record may have that value there: a number; of an accuracy, a share."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    if abs(value) > sys.float_info.max or math.isnan(value):  # of integers that are no floats, too
         return False
     return 0 <= value <= 1 if key.endswith("accuracy") else True

@@ -16,12 +16,12 @@ from fromzero.changes import in_words
 from fromzero.curves import curves_png
 from fromzero.data import Images, ImageSet
 from fromzero.errors import FromzeroError, command_line, counted
-from fromzero.evaluate import confusions, evaluate
+from fromzero.evaluate import confusions, evaluate, probabilities
 from fromzero.findings import study_command, study_cost
 from fromzero.runs import FOLDS, LABELS, Row, Run
 from fromzero.splits import Subset, validation_label
 from fromzero.stats import wilson_interval
-from fromzero.trained import Trained
+from fromzero.trained import Trained, temperature_of
 
 PICTURES = 24  # mistakes of each split, and doubtful labels
 MOST_CLASSES = 25  # whose confusions are shown as a matrix
@@ -132,15 +132,16 @@ def report(trained: Trained, pictures: int = PICTURES) -> str:
     rows = trained.rows()
     ended = run.summary is not None
     parts = {"train": data.clean_train, "val": data.validation} | ({"test": data.test} if ended else {})
-    scored = {split: _scored(trained, part) for split, part in parts.items()}
-    return page(trained, rows, scored, diagnosis, folds, pictures)
+    temperature = temperature_of(run, trained.checkpoint)
+    scored = {split: _scored(trained, part, temperature) for split, part in parts.items()}
+    return page(trained, rows, scored, diagnosis, folds, temperature=temperature, pictures=pictures)
 
 
-def _scored(trained: Trained, part: Subset) -> Scored:
+def _scored(trained: Trained, part: Subset, temperature: float) -> Scored:
     """What a run's network says of a part of its images. Raises NonFiniteError."""
     found = evaluate(trained.network, *part, trained.data.normalise, trained.machine)
-    probabilities = (found.outputs / trained.temperature).softmax(1)
-    pixels, labels, said = (tensor.cpu().numpy() for tensor in (part.pixels, part.labels, probabilities))
+    tensors = part.pixels, part.labels, probabilities(found.outputs, temperature)
+    pixels, labels, said = (tensor.cpu().numpy() for tensor in tensors)
     return Scored(pixels, labels, said, found.loss)
 
 
@@ -160,6 +161,8 @@ def page(
     scored: Mapping[str, Scored],
     diagnosis: Mapping[str, Any] | None,
     folds: Mapping[str, Any] | None = None,
+    *,
+    temperature: float = 1.0,
     pictures: int = PICTURES,
 ) -> str:
     """The page of `report`, from rows up to the weights, what the network says of each split (a part of the train
@@ -208,7 +211,8 @@ def page(
         answered=answered(scored[judged]),
         remarks=[] if diagnosis is None else _here(diagnosis["remarks"], run, folds is not None),
         calibration_error=error,
-        temperature=trained.temperature,
+        temperature=temperature,
+        epoch=rows[-1]["epoch"],
         oversure=sum(one.images * (one.confidence - one.accuracy) for one in bins) / sum(one.images for one in bins),
         source=images.source if images.train.files else None,
         folds=folds,

@@ -12,7 +12,7 @@ from fromzero.data.decoding import unreadable
 from fromzero.data.listing import SPLITS, labelled_pictures
 from fromzero.data.pictures import DAMAGED_SHARE, TOO_MANY
 from fromzero.errors import InputError, command_line, counted, some
-from fromzero.evaluate import Outcomes, evaluate
+from fromzero.evaluate import Outcomes, evaluate, probabilities
 from fromzero.runs import Run
 from fromzero.splits import Subset, validation_label
 from fromzero.stats import wilson_interval
@@ -70,7 +70,7 @@ def _mistakes(outcomes: Outcomes, pictures: Pictures, classifier: Classifier) ->
     predictions = outcomes.predictions
     wrong = (predictions != outcomes.labels).nonzero().squeeze(1)
     said = predictions[wrong]
-    sure = (outcomes.outputs[wrong] / classifier.temperature).softmax(1).gather(1, said[:, None]).squeeze(1)
+    sure = probabilities(outcomes.outputs[wrong], classifier.temperature).gather(1, said[:, None]).squeeze(1)
     names = classifier.class_names
     found = zip(wrong.tolist(), outcomes.labels[wrong].tolist(), said.tolist(), sure.tolist(), strict=True)
     return [
@@ -126,7 +126,8 @@ def _trained_on(run: Run, hashes: Sequence[str]) -> tuple[list[bool], list[str]]
             notes.append(f"it began with the weights of {one.path}, which may have been trained on these pictures")
     if origin := one.provenance["from"]:
         notes.append(f"it began with the weights of {origin['run']}, which may have been trained on these pictures")
-    validated = _hashes_of("validation", run) - ever
+    on_test = run.recipe.validation.source == "test"
+    validated = _hashes_of("test" if on_test else "validation", run) - ever
     if seen := sum(begin in validated for begin in hashes):
         notes.append(f"{seen:,} of these {len(hashes):,} pictures validated the run, to the byte")
     return [begin in ever for begin in hashes], notes
@@ -231,7 +232,8 @@ def scores_text(record: Mapping[str, Any]) -> str:
         lines.append(f"  confused: {confused}")
     if mistakes := record.get("mistakes"):
         more = f", the surest {LISTED} of {len(mistakes):,} (--json lists all)" if len(mistakes) > LISTED else ""
-        lines.append(f"  mistakes, by the network or in the label{more}:")
+        among = f" among all {record['scores']['these']['images']:,}" if NOT_TRAINED_ON in record["scores"] else ""
+        lines.append(f"  mistakes{among}, by the network or in the label{more}:")
     for one in (mistakes or [])[:LISTED]:
         lines.append("    labelled {label}, looks like {prediction} ({probability:.3f}): {picture}".format_map(one))
     return "\n".join([*lines, *(f"  note: {note}" for note in record["notes"])])

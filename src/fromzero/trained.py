@@ -26,7 +26,7 @@ from fromzero.errors import (
     nearest,
     some,
 )
-from fromzero.evaluate import Normalise, evaluate, outputs
+from fromzero.evaluate import COLDEST, HOTTEST, Normalise, evaluate, outputs, probabilities
 from fromzero.machine import Machine
 from fromzero.modules import Network
 from fromzero.networks import ImageShape
@@ -195,8 +195,7 @@ def proposing_others(found: Checkpoint) -> Iterator[None]:
 
 class Trained(NamedTuple):
     """A run with its weights loaded: its image set, and that as split for training (`data`); the network in evaluation
-    mode; the checkpoint that the weights are from; the machine that computes; and the temperature, as a `Classifier`
-    has it."""
+    mode; the checkpoint that the weights are from; and the machine that computes."""
 
     run: Run
     images: ImageSet
@@ -204,7 +203,6 @@ class Trained(NamedTuple):
     network: Network
     checkpoint: Checkpoint
     machine: Machine
-    temperature: float
 
     def __repr__(self) -> str:
         return f"<weights of {self.run.path}, {self.reached}, on {self.images!r}>"
@@ -261,14 +259,13 @@ def load_trained(
     images = recorded_images(run, images, data_dir=data_dir, offline=offline)
     here = _machine(run, precision, device, threads)
     network, found = load_network(run, images.image_shape, images.num_classes, here, which)
-    data, temperature = recorded_data(run, images, here), _temperature(run, found)
-    return Trained(run, images, data, network, found, here, temperature)
+    return Trained(run, images, recorded_data(run, images, here), network, found, here)
 
 
 class Classifier(NamedTuple):
     """What a run has come to, for pictures it has not seen: all that its folder alone can tell. temperature: what
-    outputs are divided by before they become probabilities, as validation says (`evaluate.temperature`); 1 where test
-    images validated, or no epoch had ended."""
+    outputs are divided by before they become probabilities, as validation says after the last whole epoch
+    (`evaluate.temperature`); 1 where none is recorded, as where test images validate."""
 
     run: Run
     network: Network
@@ -308,12 +305,13 @@ class Classifier(NamedTuple):
         return torch.from_numpy(pixels[read]).to(self.machine.device), hashes, read, wrong
 
     def outputs(self, pixels: Tensor, views: str = "none") -> Tensor:
-        """What `predict` takes the softmax of, float32 (N, classes). Raises NonFiniteError."""
-        return outputs(self.network, pixels, self.normalise, self.machine, views) / self.temperature
+        """The network's outputs, float32 (N, classes), which `predict` divides by the temperature and takes the softmax
+        of. Raises NonFiniteError."""
+        return outputs(self.network, pixels, self.normalise, self.machine, views)
 
     def predict(self, pixels: Tensor | ArrayLike, views: str = "none") -> Tensor:
         """Probabilities float32 (N, classes) of pixels uint8 (N, H, W, C), a tensor or an array, calibrated by
-        `temperature`. Raises InputError for others, NonFiniteError."""
+        `temperature`, which was fitted to pictures without views. Raises InputError for others, NonFiniteError."""
         given = pixels if isinstance(pixels, Tensor) else np.array(pixels)
         if str(given.dtype) not in ("uint8", "torch.uint8") or tuple(given.shape[1:]) != self.image_shape:
             found = f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
@@ -322,7 +320,7 @@ class Classifier(NamedTuple):
         pixels = torch.as_tensor(given, device=self.machine.device)
         if not len(pixels):
             return torch.zeros((0, len(self.class_names)), device=pixels.device)
-        return self.outputs(pixels, views).softmax(1)
+        return probabilities(self.outputs(pixels, views), self.temperature)
 
 
 @checking_types
@@ -350,7 +348,7 @@ def load_classifier(
     network, found = load_network(run, (height, width, channels), len(recorded["classes"]), here, which)
     normalise = Normalise.from_json(recorded["normalise"], here.device)
     shape, names = (height, width, channels), tuple(recorded["classes"])
-    return Classifier(run, network, found, normalise, shape, names, here, _temperature(run, found))
+    return Classifier(run, network, found, normalise, shape, names, here, temperature_of(run, found))
 
 
 def _machine(run: Run, precision: str | None, device: str | torch.device, threads: int | None) -> Machine:
@@ -360,16 +358,22 @@ def _machine(run: Run, precision: str | None, device: str | torch.device, thread
     return machine.prepare(precision or run.provenance["machine"]["precision"], device=str(device), threads=threads)
 
 
-def _temperature(run: Run, found: Checkpoint) -> float:
-    """The validation temperature of the last epoch behind these weights; 1 where none was recorded and, after a
-    warning, where the run's metrics are damaged: a network can be used without."""
-    try:
-        rows = run.metrics()[: found.epochs]
-    except FromzeroError as error:
-        warnings.warn(f"{error}; so probabilities are not calibrated", stacklevel=3)
+def temperature_of(run: Run, found: Checkpoint) -> float:
+    """The validation temperature of the last epoch behind these weights; 1 where none is recorded and, after a warning,
+    where the run's metrics are damaged: a network can be used without."""
+    if not found.epochs:
         return 1.0
-    recorded = rows[-1].get("val/temperature", 1.0) if rows else 1.0
-    return float(recorded) if is_figure("val/temperature", recorded) and recorded > 0 else 1.0
+    try:
+        recorded = run.metrics()[found.epochs - 1].get("val/temperature", 1.0)
+        if is_figure("val/temperature", recorded) and COLDEST <= recorded <= HOTTEST:
+            return float(recorded)
+        why = f"{run.path}/metrics.jsonl: val/temperature of epoch {found.epochs} is damaged"
+    except IndexError:
+        why = f"{run.path}/metrics.jsonl: epoch {found.epochs} is missing"
+    except FromzeroError as error:
+        why = str(error)
+    warnings.warn(f"probabilities are not calibrated: {why}", stacklevel=3)
+    return 1.0
 
 
 def load_network(

@@ -25,7 +25,7 @@ USUAL_SIDE, LARGEST_AS_IT_IS, LARGEST_SIDE = 32, 64, 512  # pixels
 TEST_SHARE = 0.2
 DAMAGED_SHARE = 0.05  # of the pictures; more of them are no accident, but a folder that is not what it seems
 TOO_MANY = f"more than {DAMAGED_SHARE:.0%}, too many to leave out"
-KEPT_AS = "pictures-4"  # raised when the same files would give other arrays
+KEPT_AS = "pictures-5"  # raised when the same files would give other arrays or notes
 
 
 def load_pictures(path: Path, side: int | None = None) -> ImageSet:
@@ -78,7 +78,8 @@ def load_pictures(path: Path, side: int | None = None) -> ImageSet:
         return Images(pixels[chosen], labels[chosen], names, digests[chosen])
 
     parts = {split: part(split) for split in SPLITS if split in splits}
-    stem = own_name(Path(os.path.abspath(path)).name, "pictures")  # as it was asked for, also where that is a link
+    asked = path if path.name not in ("", "..") else path.resolve()  # so that a link keeps its name
+    stem = own_name(asked.name, "pictures")
     return ImageSet(
         name=stem if side is None else f"{stem}@{side}",
         train=parts["train"],
