@@ -314,6 +314,8 @@ def test_lines_of_a_file():
     assert lines[("b", "c", "d.e")] == 4
     assert lines[("b", "c", "f", "g")] == 5
     assert (lines[("h", "0", "i")], lines[("h", "1", "i")]) == (9, 11)
+    lines = lines_of('r = """\n[x]\ny = 1\n"""\nc = [\n  [64],\n  [128]\n]\nd = {e = {f = 1}}\ng = 2\n')
+    assert lines == {("r",): 1, ("c",): 5, ("d",): 9, ("d", "e"): 9, ("d", "e", "f"): 9, ("g",): 10}
 
 
 COMPARISON = "\n[[comparisons]]\narm = {arm}\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,11 +212,11 @@ def load_study(
     anything that does not fit.
     """
     text, label = text_of("study", source), label or str(source)
-    lines = lines_of(text)
     try:
         tree = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{label}: not valid TOML: {error}") from None
+    lines = lines_of(text)
     try:
         file = _File.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -288,26 +289,37 @@ def load_study(
 
 
 def lines_of(text: str) -> dict[tuple[str, ...], int]:
-    """Line number (from 1) of every table and key of a TOML text by its path; the n-th table of an array of tables has
-    the number n in its path."""
+    """Line number (from 1) of every table and key of a valid TOML text by its path; the n-th of an array of tables
+    has the number n in its path."""
     found: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
-    counts: dict[tuple[str, ...], int] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\[\s*([^\]]+?)\s*\]\]", line):
-            array = tuple(_path(header[1]))
-            table = (*array, str(counts.get(array, 0)))
-            counts[array] = counts.get(array, 0) + 1
-            found.setdefault(array, number)
-        elif header := re.match(r"\s*\[\s*([^\]\[]+?)\s*\]\s*(#.*)?$", line):
-            table = tuple(_path(header[1]))
-        elif key := re.match(r"\s*((?:[\w-]+|\"[^\"]*\"|'[^']*')(?:\s*\.\s*(?:[\w-]+|\"[^\"]*\"|'[^']*'))*)\s*=", line):
-            found.setdefault((*table, *_path(key[1])), number)
+    counts: Counter[tuple[str, ...]] = Counter()
+    statement, began = "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        statement, began = (f"{statement}{line}\n", began) if statement else (f"{line}\n", number)
+        try:
+            paths = list(_paths(tomllib.loads(statement)))
+        except (ValueError, RecursionError):  # an array or a text that goes on in the next line
             continue
+        if paths and statement.lstrip().startswith("["):
+            table = paths[-1]
+            found.setdefault(table, began)
+            if statement.lstrip().startswith("[["):
+                counts[table] += 1
+                table = (*table, str(counts[table] - 1))
+                found[table] = began
         else:
-            continue
-        found.setdefault(table, number)
+            found |= {(*table, *path): began for path in paths}
+        statement = ""
     return found
+
+
+def _paths(tree: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The path of each key in nested tables, an outer one's before those within it."""
+    for key, value in tree.items():
+        yield (key,)
+        if isinstance(value, dict):
+            yield from ((key, *path) for path in _paths(value))
 
 
 def refuse(label: str, lines: Mapping[tuple[str, ...], int], path: tuple[str, ...], message: str) -> NoReturn:
@@ -318,11 +330,6 @@ def refuse(label: str, lines: Mapping[tuple[str, ...], int], path: tuple[str, ..
         below = [line for known, line in lines.items() if path and known[: len(path)] == path]
     line = lines.get(path, min(below, default=0))
     raise InputError(f"{label}, line {line}: {message}" if line else f"{label}: {message}")
-
-
-def _path(dotted: str) -> list[str]:
-    """The parts of a dotted TOML key."""
-    return [part.strip().strip("\"'") for part in re.findall(r"\"[^\"]*\"|'[^']*'|[^.]+", dotted)]
 
 
 def _refuse_first(label: str, lines: Mapping[tuple[str, ...], int], error: pydantic.ValidationError) -> NoReturn:
