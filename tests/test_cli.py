@@ -199,11 +199,13 @@ def test_runs_says_in_which_fields_they_differ_from_their_recipe(tmp_path, tiny_
     ]
 
 
-def test_output_that_is_closed_is_no_error(tmp_path):
+@pytest.mark.parametrize(("command", "code"), [("recipes", 2), ("lessons", 0)])
+def test_output_that_is_closed_is_an_error_where_it_is_all_that_there_is(command, code, tmp_path):
     done = subprocess.run(
-        f"{sys.executable} -m fromzero recipes >&-", shell=True, capture_output=True, text=True, cwd=tmp_path
+        f"{sys.executable} -m fromzero {command} >&-", shell=True, capture_output=True, text=True, cwd=tmp_path
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    said = "fromzero: standard output is closed, and all that recipes does is print\n" if code else ""
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
 
 
 def test_a_number_of_thousands_of_digits_is_bad_input(tmp_path):

@@ -1,6 +1,8 @@
 """What a run computes on: chosen from the machine, recorded, and compared."""
 
 import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -102,3 +104,24 @@ def test_a_gpu_is_made_to_compute_the_same_each_time(monkeypatch):
             assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == used
         finally:
             torch.set_deterministic_debug_mode("default")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process is forked here")
+def test_a_forked_process_says_that_several_threads_would_hang():
+    program = """
+import os, sys
+from fromzero import machine
+machine.prepare("float32", device="cpu", threads=2)
+if not os.fork():
+    machine.prepare("float32", device="cpu", threads=1)
+    try:
+        machine.prepare("float32", device="cpu", threads=2)
+    except machine.InputError as error:
+        print(error)
+    sys.stdout.flush()
+    os._exit(0)
+os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert "this process was forked from one that had computed with 2 threads, so 2 would hang here" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")

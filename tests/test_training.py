@@ -13,7 +13,7 @@ import sys
 import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import filelock
 import numpy as np
@@ -215,13 +215,37 @@ def test_the_runs_before_one_are_followed_as_far_as_they_are_there(small, tiny_i
         run.write_provenance(run.provenance | changes)
 
     first = runs[0].provenance
-    changed(runs[0], **{"from": runs[2].provenance["from"] | {"run": str(runs[2].path)}})  # in the place of the first
+    last = {"run": str(runs[2].path), "started": runs[2].provenance["started"]}
+    changed(runs[0], **{"from": runs[2].provenance["from"] | last})  # a ring
     assert len([*runs[2].lineage()]) == 3
     changed(runs[0], started="2100-01-01T00:00:00Z", **{"from": None})
     assert [run.path for run in runs[2].lineage()] == [runs[2].path, runs[1].path]
     runs[0].write_provenance(first)
     (runs[1].path / "provenance.json").write_text("{")
     assert [run.path for run in runs[2].lineage()] == [runs[2].path]
+
+
+def test_the_runs_before_one_are_found_from_anywhere(small, tiny_images, tmp_path, monkeypatch):
+    """Of two projects with runs of the same names; after all runs were moved; and from the old place after one was."""
+    for project in ("other", "own"):
+        (tmp_path / project).mkdir()
+        monkeypatch.chdir(tmp_path / project)
+        first = fromzero.train(small, tiny_images, runs_dir=Path("runs"), threads=1)
+        first.write_provenance(first.provenance | {"started": f"2026-01-01T00:00:{len(project):02}Z"})
+    then = fromzero.train(small, tiny_images, runs_dir=Path("runs"), threads=1, start_from=first)
+    run = fromzero.load_run(then.path.resolve())
+    monkeypatch.chdir(tmp_path / "other")
+    assert [one.path.name for one in run.lineage()] == [then.path.name, first.path.name]
+    assert [*run.lineage()][1].path.resolve() == tmp_path / "own" / first.path
+    moved = Path(shutil.move(run.path.parent, tmp_path / "moved"))
+    run = fromzero.load_run(moved / run.name)
+    assert [one.path for one in run.lineage()] == [run.path, moved / first.path.name]
+    (tmp_path / "own" / "runs").mkdir()
+    shutil.move(moved / first.path.name, tmp_path / "own" / "runs")
+    assert [one.path for one in run.lineage()] == [run.path, tmp_path / "own" / first.path]
+    shutil.rmtree(tmp_path / "own")
+    shutil.copytree(tmp_path / "other" / first.path, moved / first.path.name)  # another run, in the place of that
+    assert [one.path for one in run.lineage()] == [run.path]
 
 
 def test_a_run_folder_holds_everything(small, tiny_images, tmp_path):
@@ -874,6 +898,13 @@ def test_a_training_that_overflows_keeps_its_best_weights_and_its_curves(small, 
     assert found.state["epoch"] == len(run.run.metrics()) == 1
     assert all(torch.equal(found.tensors[f"model/{name}"], tensor) for name, tensor in best.items())
     assert (run.run.path / "curves.png").exists()
+
+
+def test_what_overflows_by_its_decay_is_told_so(small, tiny_images, tmp_path):
+    recipe = small.override({"optimizer.name": "adamw", "optimizer.weight_decay": 1e6})
+    said = r"try a lower --optimizer.weight_decay \(it was 1e\+06, at a learning rate of"
+    with pytest.raises(NonFiniteError, match=said):
+        fromzero.train(recipe, tiny_images, runs_dir=tmp_path, threads=1)
 
 
 def test_test_images_that_cannot_be_scored_are_an_error(small, tiny_images, tmp_path):

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fromzero.verify import Verification
 
 DEMO_EPOCHS = 12
+ONLY_PRINT = ("evaluate", "predict", "runs", "summary", "recipes")  # the commands that leave nothing behind
 NO_MEMORY = "out of memory|allocate memory|not enough memory|alloc(ation)?_failed"  # in what PyTorch says, by device
 # The notes' own figures: running train accuracy, validation accuracy, epochs.
 NOTES = {
@@ -56,6 +57,7 @@ NOTES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 failed, 2 bad input, 129, 130 and 143 stopped by a signal."""
+    is_heard = sys.stdout is not None
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     warnings.showwarning = lambda message, *rest, **named: _warn(message)
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another one
@@ -64,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_place()
         arguments = parse(list(sys.argv[1:] if argv is None else argv))
+        if not is_heard and arguments.command in ONLY_PRINT:
+            raise InputError(f"standard output is closed, and all that {arguments.command} does is print")
         COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
         return 0

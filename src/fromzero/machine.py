@@ -29,6 +29,7 @@ Precision = Literal["bfloat16", "float32"]
 ELEMENTS: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # to compute in
 
 MAX_THREADS = 1024
+_threads_used: dict[int, int] = {}  # the most at a time, by process: one that was forked has those of the one before
 PARALLEL = 2**15  # elements that PyTorch gives a thread at least
 NUMERIC_MODULES = (
     "augment",
@@ -67,10 +68,18 @@ class Machine:
 
     def set_up(self) -> None:
         """Make this process compute as this machine says, whatever it has made torch do before. Raises InputError where
-        torch makes tensors of another type than float32 by default."""
+        torch makes tensors of another type than float32 by default, and where several threads would hang."""
         if torch.get_default_dtype() != torch.float32:
             instead = "fromzero needs torch.set_default_dtype(torch.float32)"
             raise InputError(f"torch's default type is {torch.get_default_dtype()} in this process: {instead}")
+        own = os.getpid()
+        before = max((threads for process, threads in _threads_used.items() if process != own), default=1)
+        if self.threads > 1 and before > 1:
+            raise InputError(
+                f"this process was forked from one that had computed with {before} threads, so {self.threads} would"
+                ' hang here: begin processes by multiprocessing\'s "spawn", or give threads=1'
+            )
+        _threads_used[own] = max(self.threads, _threads_used.get(own, 1))
         torch.set_num_threads(self.threads)
         torch.set_flush_denormal(False)
         torch.set_float32_matmul_precision("highest")

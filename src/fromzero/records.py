@@ -67,6 +67,8 @@ class _Resumed(pydantic.BaseModel):
 
 class _Origin(pydantic.BaseModel):
     run: str
+    path: str = ""
+    started: str = ""
     recipe: str
     step: int | None
     left: list[str]
@@ -75,10 +77,11 @@ class _Origin(pydantic.BaseModel):
 
 
 class Provenance(pydantic.BaseModel):
-    """provenance.json: where a run's figures come from. `origin`: the run from whose weights it began, the tensors that
-    it `left` and how many of its validation images that one, or those it began with, had `seen` in training, and of its
-    test images (`seen_test`), None where that cannot be told; `data.order`: digest of the images in their order,
-    `data.held_out`: of those that it validates on; `resumed`: a note for each time that it was gone on with."""
+    """provenance.json: where a run's figures come from. `origin`: the run from whose weights it began, as it was typed,
+    its whole `path` and when it was `started`, the tensors that it `left` and how many of its validation images that
+    one, or those it began with, had `seen` in training, and of its test images (`seen_test`), None where that cannot be
+    told; `data.order`: digest of the images in their order, `data.held_out`: of those that it validates on; `resumed`:
+    a note for each time that it was gone on with."""
 
     machine: _Machine
     switches: dict[str, str] = {}

@@ -162,21 +162,26 @@ class Run:
 
     def lineage(self) -> Iterator[Run]:
         """This run, the one from whose weights it began, the one from whose weights that began and so on, as far as
-        their folders are there and whole: the last that comes then began with the weights of another. A run that
-        began later than what is said to have begun with its weights is another one, in the place of that."""
-        run, provenance, seen = self, self.provenance, {self.path}
-        while True:
+        their folders are there and whole: the last that comes then began with the weights of another. Each is looked
+        for beside the one that began with it, then where it was at that time; a run that began at another moment is
+        another one, in the place of that."""
+        run, seen = self, {self.path.resolve()}
+        yield run
+        while origin := run.provenance["from"]:
+            places = [run.path.parent / Path(origin["run"]).name, Path(origin.get("path", "."))]
+            found = next((place for place in map(Run, places) if place._began_at(origin.get("started"))), None)
+            if found is None or found.path.resolve() in seen:
+                return
+            run = found
+            seen.add(run.path.resolve())
             yield run
-            if (origin := provenance["from"]) is None or (path := Path(origin["run"])) in seen:
-                return
-            run, began = Run(path), provenance["started"]
-            try:
-                provenance = run.provenance
-            except FromzeroError:
-                return
-            if provenance["started"] > began:
-                return
-            seen.add(path)
+
+    def _began_at(self, started: str | None) -> bool:
+        """Whether there is a run here that began at that moment, as provenance has it."""
+        try:
+            return self.provenance["started"] == started
+        except FromzeroError:
+            return False
 
     @property
     def began(self) -> datetime:

@@ -151,6 +151,8 @@ def _weights_taken(
         raise InputError(f"{source.path}: {error}\n--partial takes the weights that fit") from None
     return {
         "run": str(source.path),
+        "path": str(source.path.resolve()),  # whoever asks later may stand elsewhere
+        "started": source.provenance["started"],
         "recipe": source.recipe.name,
         "step": found.state.get("step"),
         "left": left,

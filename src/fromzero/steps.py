@@ -156,5 +156,7 @@ def try_instead(learning_rate: float, recipe: Recipe, machine: Machine) -> str:
     """What keeps values from overflowing, in words."""
     own = [name for name in ("head_learning_rate", "bias_learning_rate") if getattr(recipe.optimizer, name)]
     others = "".join(f" or --optimizer.{name}" for name in own)
-    precise = "" if machine.precision == "float32" else ", or --precision float32"
+    if learning_rate * (decay := recipe.optimizer.weight_decay) > 1:  # weights change by more than they are
+        return f"try a lower --optimizer.weight_decay (it was {decay:g}, at a learning rate of {learning_rate:g})"
+    precise = "" if machine.precision == "float32" or learning_rate > 1 else ", or --precision float32"
     return f"try a lower --optimizer.learning_rate (it was {learning_rate:g}){others}, or a warm-up{precise}"
