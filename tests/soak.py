@@ -228,7 +228,7 @@ def page(rows, arguments, here):
 
 
 PAGE = """# Reliability
-What fromzero promises of a run, and what showed it. `make test` holds a fast slice of each part
+What fromzero promises about a run, and the evidence. `make test` holds a fast slice of each part
 (`tests/test_reliability.py`, `test_checkpoint.py`, `test_data.py`, `test_training.py`); the numbers below are from one
 run of
 
